@@ -1,0 +1,281 @@
+"""The building blocks of decoder and encoder. Stateless modules: what a call needs is in `Step`.
+
+Shapes are [B, C, T, H, W] throughout. Attribute names are the native checkpoint's ("residual.2",
+"resample.1"), so a native state dict loads without renaming.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from . import layout
+from .cache import FeatureCache
+from .chunking import Chunk
+from .layout import LayoutCounter
+from .ops.dispatch import OpSet, eager_ops
+from .sharding.context import SINGLE, ShardContext
+
+
+@dataclass(frozen=True)
+class Step:
+    """Everything that one chunk's pass through the network needs, passed explicitly.
+
+    cache: past frames by slot. chunk: which latent frames these are. shard: which part of the
+    picture. ops: the backend of each operation. counter: what was done with memory formats.
+    """
+
+    cache: FeatureCache
+    chunk: Chunk
+    shard: ShardContext = SINGLE
+    ops: OpSet = field(default_factory=eager_ops)
+    counter: LayoutCounter = field(default_factory=LayoutCounter)
+
+    @staticmethod
+    def whole_clip(latent_frames: int) -> Step:
+        """A step that passes a whole clip at once with fresh history, as training does."""
+        return Step(FeatureCache(), Chunk(0, latent_frames, is_first=True, is_last=True))
+
+
+class RMSNorm(nn.Module):
+    """Holds the gain of an RMS norm over channels; `trailing` size-1 dimensions follow its C."""
+
+    def __init__(self, channels: int, trailing: int = 3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *([1] * trailing)))
+
+
+class CausalConv3d(nn.Module):
+    """Convolution that sees the present and the past: kernel (kT, kH, kW), spatial zero padding.
+
+    The past frames come from the cache under `slot`, which the owning network sets to the native
+    name of this layer when it is built.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: tuple[int, int, int] = (3, 3, 3),
+    ):
+        super().__init__()
+        self.kernel = kernel
+        self.slot = ""
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *kernel))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """[B, C, T, H, W] -> [B, O, T, H, W]; history is zero frames before the first chunk."""
+        padding = (self.kernel[1] // 2, self.kernel[2] // 2)
+        past = self.kernel[0] - 1
+        weight = self.weight
+        if past and step.chunk.is_only_frame:
+            # All history is zero: only the last temporal slice of the kernel meets data.
+            weight = layout.to_format(weight[:, :, -1:], _format_of(weight))
+        elif past:
+            x = with_history(x, self.slot, past, weight, step)
+        return step.ops.conv3d(x, weight, self.bias, step.counter, padding=padding)
+
+
+class StridedTimeConv3d(CausalConv3d):
+    """Temporal convolution that halves time: three frames in, one out, stride 2.
+
+    Sees one past frame; the very first frame of a video passes unchanged and becomes history.
+    """
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """[B, C, T, H, W]: T = 1 + 2n in the first chunk -> 1 + n frames; T = 2n later -> n."""
+        first, frames = step.chunk.is_first, x
+        if first:
+            passed, frames = x[:, :, :1], x
+        else:
+            history = step.cache.history(self.slot, x, 1)
+            frames = layout.join_frames((history, x), self.weight, step.counter)
+        if not step.chunk.is_last:
+            step.cache.store(self.slot, x[:, :, -1:].clone())
+        if first and x.shape[2] == 1:
+            return passed
+        y = step.ops.conv3d(frames, self.weight, self.bias, step.counter, stride=(2, 1, 1))
+        return torch.cat((passed, y), dim=2) if first else y
+
+
+class Conv2d(nn.Module):
+    """Holds weight and bias of a 2-D convolution applied to each frame."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+
+
+def with_history(
+    x: torch.Tensor, slot: str, past: int, weight: torch.Tensor, step: Step
+) -> torch.Tensor:
+    """`x` behind its `past` history frames, in the weight's format; keeps the new history.
+
+    Always `buffer = [history, x]; history = buffer[-past:]`, whatever the chunk length: this is
+    what makes every chunk schedule exact.
+    """
+    history = step.cache.history(slot, x, past)
+    buffer = layout.join_frames((history, x), weight, step.counter)
+    if not step.chunk.is_last:
+        # A copy: a view would keep the whole buffer of this chunk alive.
+        step.cache.store(slot, buffer[:, :, -past:].clone())
+    return buffer
+
+
+def _format_of(weight: torch.Tensor) -> str:
+    fmt = layout.detect(weight)
+    return "contiguous" if fmt == "either" else fmt
+
+
+def frames_to_batch(x: torch.Tensor) -> torch.Tensor:
+    """[B, C, T, H, W] -> [B*T, C, H, W]; a view of an NDHWC tensor."""
+    b, c, t, h, w = x.shape
+    return x.transpose(1, 2).reshape(b * t, c, h, w)
+
+
+def batch_to_frames(x: torch.Tensor, batch: int) -> torch.Tensor:
+    """[B*T, C, H, W] -> [B, C, T, H, W]; a view."""
+    n, c, h, w = x.shape
+    return x.view(batch, n // batch, c, h, w).transpose(1, 2)
+
+
+class ResidualBlock(nn.Module):
+    """Two (norm, SiLU, 3x3x3 convolution) and a shortcut; the shortcut is 1x1x1 if widths differ."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        # The gaps in the numbers are SiLU and dropout, which have no tensors.
+        self.residual = nn.ModuleDict(
+            {
+                "0": RMSNorm(in_channels),
+                "2": CausalConv3d(in_channels, out_channels),
+                "3": RMSNorm(out_channels),
+                "6": CausalConv3d(out_channels, out_channels),
+            }
+        )
+        self.shortcut = (
+            CausalConv3d(in_channels, out_channels, (1, 1, 1))
+            if in_channels != out_channels
+            else None
+        )
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        norm1, conv1, norm2, conv2 = self.residual.values()
+        skip = x if self.shortcut is None else self.shortcut(x, step)
+        y = conv1(step.ops.norm_silu(x, norm1.gamma), step)
+        y = conv2(step.ops.norm_silu(y, norm2.gamma), step)
+        return y + skip
+
+
+class Attention(nn.Module):
+    """One attention head over all pixels of each frame, with a residual connection."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = RMSNorm(channels, trailing=2)
+        self.to_qkv = Conv2d(channels, 3 * channels, 1)
+        self.proj = Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        b, c, _, h, w = x.shape
+        y = step.ops.norm(frames_to_batch(x), self.norm.gamma)
+        qkv = step.ops.conv2d(y, self.to_qkv.weight, self.to_qkv.bias, step.counter)
+        q, k, v = qkv.flatten(2).transpose(1, 2).split(c, dim=2)
+        y = step.ops.attention(q, k, v).transpose(1, 2).unflatten(2, (h, w))
+        y = step.ops.conv2d(y, self.proj.weight, self.proj.bias, step.counter)
+        return batch_to_frames(y, b) + x
+
+
+class Upsample(nn.Module):
+    """Doubles height and width and, if `temporal`, time: one frame becomes two, the first stays one."""
+
+    def __init__(self, channels: int, out_channels: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": Conv2d(channels, out_channels, 3)})
+        self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        if self.time_conv is not None:
+            x = self._double_time(x, step)
+        conv = self.resample["1"]
+        y = step.ops.upsample_conv2d(frames_to_batch(x), conv.weight, conv.bias, step.counter)
+        return batch_to_frames(y, x.shape[0])
+
+    def _double_time(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        # The video's first latent frame is one pixel frame: it skips the doubling, and the
+        # history of the temporal convolution starts (with zeros) behind it.
+        passed = x[:, :, :1] if step.chunk.is_first else x[:, :, :0]
+        rest = x[:, :, passed.shape[2] :]
+        if rest.shape[2] == 0:
+            return passed
+        b, c, t, h, w = rest.shape
+        pairs = self.time_conv(rest, step).unflatten(1, (2, c))  # [B, 2, C, T, H, W]
+        doubled = pairs.permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
+        return torch.cat((passed, doubled), dim=2) if passed.shape[2] else doubled
+
+
+class Downsample(nn.Module):
+    """Halves height and width and, if `temporal`, time (the first frame stays one)."""
+
+    def __init__(self, channels: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": Conv2d(channels, channels, 3)})
+        self.time_conv = StridedTimeConv3d(channels, channels, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        conv = self.resample["1"]
+        # Padding on the right and bottom only, as the network was trained.
+        y = nn.functional.pad(frames_to_batch(x), (0, 1, 0, 1))
+        y = step.ops.conv2d(y, conv.weight, conv.bias, step.counter, stride=2)
+        y = batch_to_frames(y, x.shape[0])
+        return y if self.time_conv is None else self.time_conv(y, step)
+
+
+class DuplicateShortcut(nn.Module):
+    """Wan 2.2's parameter-free shortcut around an up-sampling stage: channels unfolded into space
+    (and time), repeated where there are too few. Source: Wan 2.2's `DupUp3D`."""
+
+    def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_s: int):
+        super().__init__()
+        self.out_channels, self.factor_t, self.factor_s = out_channels, factor_t, factor_s
+        self.repeats = out_channels * factor_t * factor_s**2 // in_channels
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        b, _, t, h, w = x.shape
+        ft, fs = self.factor_t, self.factor_s
+        y = x.repeat_interleave(self.repeats, dim=1)
+        y = y.reshape(b, self.out_channels, ft, fs, fs, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        y = y.reshape(b, self.out_channels, t * ft, h * fs, w * fs)
+        return y[:, :, ft - 1 :] if step.chunk.is_first else y
+
+
+class AverageShortcut(nn.Module):
+    """Wan 2.2's parameter-free shortcut around a down-sampling stage: space (and time) folded into
+    channels, averaged in groups. Source: Wan 2.2's `AvgDown3D`."""
+
+    def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_s: int):
+        super().__init__()
+        self.out_channels, self.factor_t, self.factor_s = out_channels, factor_t, factor_s
+        self.group = in_channels * factor_t * factor_s**2 // out_channels
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        ft, fs = self.factor_t, self.factor_s
+        # Only the first chunk has an odd number of frames: a zero frame stands before the video.
+        x = nn.functional.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))
+        b, c, t, h, w = x.shape
+        y = x.reshape(b, c, t // ft, ft, h // fs, fs, w // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
+        y = y.reshape(b, self.out_channels, self.group, t // ft, h // fs, w // fs)
+        return y.mean(dim=2)
+
+
+def name_slots(network: nn.Module, prefix: str) -> None:
+    """Give each causal convolution its slot: its native name, such as `decoder.head.2`."""
+    for name, module in network.named_modules():
+        if isinstance(module, CausalConv3d):
+            module.slot = f"{prefix}{name}"

@@ -1,0 +1,60 @@
+"""Chunk schedules: in how many calls the decoder walks along time.
+
+Any schedule gives the same pixels (history is exact), so the schedule is only a matter of memory
+and speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .errors import GeometryError
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Latent frames [start, stop) of one call. `is_first` skips the temporal up-samplers for frame
+    0; after `is_last` no history is kept."""
+
+    start: int
+    stop: int
+    is_first: bool
+    is_last: bool
+
+    @property
+    def frames(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def is_only_frame(self) -> bool:
+        """A video of one frame: all history is zero, so one temporal slice of each kernel is enough."""
+        return self.is_first and self.is_last and self.frames == 1
+
+
+def schedule(total_frames: int, chunk_frames: int | Sequence[int]) -> list[Chunk]:
+    """Chunks that cover `total_frames` latent frames.
+
+    `chunk_frames` is the frames of each chunk (the first may be shorter than a full one only at
+    the end), or an explicit list of chunk lengths that must add up to `total_frames`.
+    Raises GeometryError for an empty or impossible schedule.
+    """
+    if total_frames < 1:
+        raise GeometryError(f"a latent of {total_frames} frames cannot be decoded: need at least 1")
+    if isinstance(chunk_frames, int):
+        if chunk_frames < 1:
+            raise GeometryError(f"chunk_frames is {chunk_frames}: expected 1 or more latent frames")
+        lengths = [
+            min(chunk_frames, total_frames - i) for i in range(0, total_frames, chunk_frames)
+        ]
+    else:
+        lengths = list(chunk_frames)
+        if any(n < 1 for n in lengths) or sum(lengths) != total_frames:
+            raise GeometryError(
+                f"chunk schedule {lengths} does not cover {total_frames} latent frames exactly"
+            )
+    chunks, start = [], 0
+    for n in lengths:
+        chunks.append(Chunk(start, start + n, start == 0, start + n == total_frames))
+        start += n
+    return chunks

@@ -1,0 +1,139 @@
+"""The causal decoder: latent chunk in, pixel chunk out.
+
+In two parts, because only the first one needs the whole picture: the *trunk* (latent resolution,
+with attention over all pixels) and the *stages* that follow, which only look a few rows around.
+A strip of the picture can therefore be finished alone, from a trunk crop with enough halo.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .blocks import (
+    Attention,
+    CausalConv3d,
+    DuplicateShortcut,
+    ResidualBlock,
+    RMSNorm,
+    Step,
+    Upsample,
+    name_slots,
+)
+from .config import WanVAEConfig
+from .geometry import Strip, strip_halos
+
+
+class UpStage(nn.Module):
+    """Residual blocks and an up-sampler, with Wan 2.2's shortcut around them."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, up: bool, temporal: bool):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * blocks
+        layers: list[nn.Module] = [
+            ResidualBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)
+        ]
+        if up:
+            layers.append(Upsample(out_channels, out_channels, temporal))
+        self.upsamples = nn.ModuleList(layers)
+        self.shortcut = (
+            DuplicateShortcut(in_channels, out_channels, 2 if temporal else 1, 2) if up else None
+        )
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        y = x
+        for layer in self.upsamples:
+            y = layer(y, step)
+        return y if self.shortcut is None else y + self.shortcut(x, step)
+
+
+class Decoder(nn.Module):
+    """Decoder of Wan 2.1 and 2.2. Parameter names are native names less `decoder.`."""
+
+    def __init__(self, config: WanVAEConfig):
+        super().__init__()
+        self.config = config
+        base, mult = config.decoder_dim, config.dim_mult
+        widths = [base * m for m in (mult[-1], *reversed(mult))]
+        temporal_up = (*reversed(config.temporal_downsample), False)
+        blocks = config.num_res_blocks + 1
+        self.conv1 = CausalConv3d(config.z_dim, widths[0])
+        self.middle = nn.ModuleList(
+            [
+                ResidualBlock(widths[0], widths[0]),
+                Attention(widths[0]),
+                ResidualBlock(widths[0], widths[0]),
+            ]
+        )
+        stages: list[list[nn.Module]] = []
+        for i, out in enumerate(widths[1:]):
+            up = i < len(mult) - 1
+            if config.residual_shortcuts:
+                stages.append([UpStage(widths[i], out, blocks, up, temporal_up[i])])
+                continue
+            # Wan 2.1's up-samplers halve the channels, so the stage after starts from half.
+            width = widths[i] if i == 0 else widths[i] // 2
+            layers: list[nn.Module] = []
+            for _ in range(blocks):
+                layers.append(ResidualBlock(width, out))
+                width = out
+            if up:
+                layers.append(Upsample(out, out // 2, temporal_up[i]))
+            stages.append(layers)
+        self.upsamples = nn.ModuleList([layer for layers in stages for layer in layers])
+        self._stage_ends = _running_sum(len(layers) for layers in stages)
+        self.head = nn.ModuleDict(
+            {"0": RMSNorm(widths[-1]), "2": CausalConv3d(widths[-1], config.image_channels)}
+        )
+        name_slots(self, "decoder.")
+
+    def forward(self, z: torch.Tensor, step: Step) -> torch.Tensor:
+        """Latent [B, z, T, H, W] (after conv2) -> pixels [B, 3, T', H', W'], not clamped."""
+        return self.stages(self.trunk(z, step), step)
+
+    def trunk(self, z: torch.Tensor, step: Step) -> torch.Tensor:
+        """[B, z, T, H, W] -> features [B, C, T, H, W]; needs the whole picture (attention)."""
+        x = self.conv1(z, step)
+        for layer in self.middle:
+            x = layer(x, step)
+        return x
+
+    def stages(self, x: torch.Tensor, step: Step, strip: Strip | None = None) -> torch.Tensor:
+        """Features -> pixels [B, 3, T', H', W'], not clamped.
+
+        With a `strip`, `x` is the crop `strip.halo_start : strip.halo_stop` of the trunk's rows
+        and the result is the strip's own pixel rows. At an inner edge every convolution pads with
+        zeros where the picture goes on, so one more row is wrong after each; the halo is as deep
+        as the convolutions that follow, and is cropped as they pass.
+        """
+        halos = strip_halos(self.config)
+        start = 0
+        for i, end in enumerate(self._stage_ends):
+            for layer in self.upsamples[start:end]:
+                x = layer(x, step)
+            start = end
+            if strip is not None and i + 1 < len(halos):
+                x = strip.crop(x, 2**i, halos[i], 2 ** (i + 1), halos[i + 1])
+        norm, conv = self.head.values()
+        x = conv(step.ops.norm_silu(x, norm.gamma), step)
+        if strip is not None:
+            last = len(halos) - 1
+            x = strip.crop(x, 2**last, halos[last], 2**last, 0)
+        return unpatchify(x, self.config.patch_size)
+
+
+def unpatchify(x: torch.Tensor, patch: int) -> torch.Tensor:
+    """[B, 3*p*p, T, H, W] -> [B, 3, T, H*p, W*p]; channel order is (colour, column, row)."""
+    if patch == 1:
+        return x
+    b, c, t, h, w = x.shape
+    x = x.reshape(b, c // patch**2, patch, patch, t, h, w).permute(0, 1, 4, 5, 3, 6, 2)
+    return x.reshape(b, c // patch**2, t, h * patch, w * patch)
+
+
+def _running_sum(numbers) -> tuple[int, ...]:
+    total, out = 0, []
+    for n in numbers:
+        total += n
+        out.append(total)
+    return tuple(out)

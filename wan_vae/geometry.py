@@ -1,0 +1,113 @@
+"""Latent sizes <-> pixel sizes. Pure arithmetic; the only place that knows 4t - 3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .config import WanVAEConfig
+from .errors import GeometryError
+
+
+def pixel_frames(latent_frames: int, config: WanVAEConfig) -> int:
+    """Pixel frames that `latent_frames` decode to: 4 t - 3; the first latent frame gives one."""
+    return (latent_frames - 1) * config.temporal_factor + 1
+
+
+def latent_frames(frames: int, config: WanVAEConfig) -> int:
+    """Latent frames that `frames` pixel frames encode to; frames past 4 n + 1 are dropped."""
+    return (frames - 1) // config.temporal_factor + 1
+
+
+def pixel_shape(latent_shape: tuple[int, ...], config: WanVAEConfig) -> tuple[int, ...]:
+    """[B, z, T, H, W] -> [B, 3, 4T-3, 8H, 8W] (16H, 16W for Wan 2.2)."""
+    b, _, t, h, w = latent_shape
+    s = config.spatial_factor
+    return (b, 3, pixel_frames(t, config), h * s, w * s)
+
+
+def latent_shape(pixels: tuple[int, ...], config: WanVAEConfig) -> tuple[int, ...]:
+    """[B, 3, T, H, W] -> [B, z, (T-1)//4+1, H//8, W//8]; raises GeometryError below one latent pixel."""
+    b, _, t, h, w = pixels
+    s = config.spatial_factor
+    if t < 1 or h < s or w < s:
+        raise GeometryError(
+            f"a video of {t} frames of {h}x{w} pixels is too small to encode: "
+            f"need at least 1 frame of {s}x{s}"
+        )
+    return (b, config.z_dim, latent_frames(t, config), h // s, w // s)
+
+
+def chunk_frames_slice(start: int, stop: int, config: WanVAEConfig) -> tuple[int, int]:
+    """Pixel frames [a, b) that latent frames [start, stop) decode to."""
+    first = 0 if start == 0 else pixel_frames(start, config)
+    return first, pixel_frames(stop, config)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Latent rows [start, stop) of a picture of `rows`, decoded from rows [halo_start, halo_stop)."""
+
+    start: int
+    stop: int
+    rows: int
+    halo: int
+
+    @property
+    def halo_start(self) -> int:
+        return max(0, self.start - self.halo)
+
+    @property
+    def halo_stop(self) -> int:
+        return min(self.rows, self.stop + self.halo)
+
+    def bounds(self, scale: int, halo: int) -> tuple[int, int]:
+        """Rows of the whole picture, `scale` times larger than the latent, with `halo` around."""
+        return (
+            max(0, self.start * scale - halo),
+            min(self.rows * scale, self.stop * scale + halo),
+        )
+
+    def crop(
+        self, x: torch.Tensor, scale_from: int, halo_from: int, scale_to: int, halo_to: int
+    ) -> torch.Tensor:
+        """Drop the rows of `x` that nothing needs any more.
+
+        `x` [B, C, T, H, W] covers `bounds(scale_from, halo_from)`, up-sampled to `scale_to`; the
+        result covers `bounds(scale_to, halo_to)`. A view.
+        """
+        ratio = scale_to // scale_from
+        have, _ = self.bounds(scale_from, halo_from)
+        top, bottom = self.bounds(scale_to, halo_to)
+        return x[:, :, :, top - have * ratio : bottom - have * ratio]
+
+
+def strip_halos(config: WanVAEConfig) -> tuple[int, ...]:
+    """Halo rows that each decoder stage needs at its input, on its own grid, first stage first.
+
+    Counted backwards: a stage has two 3x3 convolutions a residual block, the last one the head
+    too; the convolution after an up-sampler sees one row around on the larger grid.
+    (13, 12, 10, 7) for Wan 2.1 and 2.2.
+    """
+    convolutions = 2 * (config.num_res_blocks + 1)
+    halos = [convolutions + 1]
+    for _ in range(len(config.dim_mult) - 1):
+        halos.append((halos[-1] + 1 + 1) // 2 + convolutions)
+    return tuple(reversed(halos))
+
+
+def strips(rows: int, count: int, config: WanVAEConfig) -> list[Strip]:
+    """Cut `rows` latent rows into `count` strips, as even as possible, taller ones first.
+
+    Raises GeometryError for more strips than rows or fewer than one.
+    """
+    if not 1 <= count <= rows:
+        raise GeometryError(f"cannot cut {rows} latent rows into {count} strips: expected 1 to {rows}")
+    base, extra = divmod(rows, count)
+    out, start = [], 0
+    for i in range(count):
+        stop = start + base + (i < extra)
+        out.append(Strip(start, stop, rows, strip_halos(config)[0]))
+        start = stop
+    return out

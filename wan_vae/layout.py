@@ -1,0 +1,225 @@
+"""The one layout decision: detect memory formats, decide, convert, assert.
+
+The only module that asks a tensor about its strides. Everything else says what it wants.
+
+Words: *NCDHW* is `contiguous`, *NDHWC* is `channels_last_3d`. A tensor whose strides satisfy both
+(one channel, or one pixel: every 1x1x1 kernel) is `either`: it carries no information and never
+needs a conversion. A tensor that is neither (a permuted or expanded view) is `other`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .errors import LayoutError
+
+Format = Literal["contiguous", "channels_last_3d", "either", "other"]
+Requested = Literal["auto", "contiguous", "channels_last_3d"]
+FORMATS: tuple[Format, ...] = ("contiguous", "channels_last_3d", "either", "other")
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def detect(x: torch.Tensor) -> Format:
+    """The memory format of a 4-D or 5-D tensor, seen through strides of size-1 dimensions.
+
+    Written from sizes and strides alone: `is_contiguous(memory_format=...)` also looks at strides
+    of size-1 dimensions on some paths, which say nothing about where elements lie.
+    """
+    if x.ndim not in _CHANNELS_LAST:
+        raise LayoutError(f"memory format of a {x.ndim}-D tensor: expected 4 or 5 dimensions")
+    dims = list(range(x.ndim))
+    first = _dense_in_order(x, dims)
+    last = _dense_in_order(x, [0, *dims[2:], 1])
+    if first and last:
+        return "either"
+    if first:
+        return "contiguous"
+    return "channels_last_3d" if last else "other"
+
+
+def _dense_in_order(x: torch.Tensor, order: list[int]) -> bool:
+    """True if walking dimensions in `order` (outermost first) walks memory without gap or overlap."""
+    expected = 1
+    for dim in reversed(order):
+        if x.shape[dim] != 1:
+            if x.stride(dim) != expected:
+                return False
+            expected *= x.shape[dim]
+    return True
+
+
+@dataclass(frozen=True)
+class LayoutDecision:
+    """What was asked for, what was chosen, and why. `chosen` is a real format, never "auto"."""
+
+    requested: Requested
+    chosen: Literal["contiguous", "channels_last_3d"]
+    reason: str
+
+
+def decide(requested: Requested, device: torch.device, dtype: torch.dtype) -> LayoutDecision:
+    """Choose the memory format of the convolution weights for `device` and `dtype`.
+
+    auto: channels_last_3d where the device gains by it and is right with it. Raises LayoutError
+    for an unknown request.
+    """
+    if requested not in ("auto", "contiguous", "channels_last_3d"):
+        raise LayoutError(
+            f"memory_format is {requested!r}: expected 'auto', 'contiguous' or 'channels_last_3d'"
+        )
+    if requested != "auto":
+        return LayoutDecision(requested, requested, "requested")
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            return LayoutDecision(
+                requested, "contiguous", "ROCm: MIOpen searches anew for each channels-last shape"
+            )
+        if dtype in (torch.float16, torch.bfloat16):
+            # NVIDIA H200, 96 -> 96 channels at 720x1280: 270 against 203 TFLOP/s; see
+            # benchmarks/NOTES.md for the layer table.
+            return LayoutDecision(
+                requested, "channels_last_3d", "cuDNN's half-precision kernels are faster in NDHWC"
+            )
+        return LayoutDecision(requested, "contiguous", "float32 on CUDA: NDHWC brings no speed")
+    if device.type == "mps":
+        return LayoutDecision(
+            requested, "contiguous", "MPS had wrong results for NDHWC conv3d (pytorch #141471)"
+        )
+    return LayoutDecision(
+        requested, "contiguous", f"{device.type}: no gain measured from NDHWC weights"
+    )
+
+
+def to_format(x: torch.Tensor, fmt: str) -> torch.Tensor:
+    """`x` (4-D or 5-D) dense in `fmt` ("contiguous" or "channels_last_3d"); a copy only if needed.
+
+    The result has canonical strides, also for size-1 dimensions, so that ATen takes the path
+    that the format names.
+    """
+    if fmt == "channels_last_3d":
+        if detect(x) in ("channels_last_3d", "either"):
+            return _canonical(x, _channels_last_strides(x.shape))
+        return x.contiguous(memory_format=_CHANNELS_LAST[x.ndim])
+    if fmt == "contiguous":
+        if detect(x) in ("contiguous", "either"):
+            return _canonical(x, _contiguous_strides(x.shape))
+        return x.contiguous()
+    raise LayoutError(f"cannot convert to memory format {fmt!r}")
+
+
+def _canonical(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """The same elements under canonical strides; a view, since only size-1 strides can differ."""
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)
+
+
+def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
+
+
+def _channels_last_strides(shape: torch.Size) -> tuple[int, ...]:
+    n, c, *space = shape
+    inner = _contiguous_strides(torch.Size((n, *space, c)))
+    return (inner[0], inner[-1], *inner[1:-1])
+
+
+class LayoutCounter:
+    """Counts what a decode did with formats: conversions done, and mixed calls (0 is normal)."""
+
+    def __init__(self) -> None:
+        self.conversions = 0
+        self.mixed_calls = 0
+
+
+def match_input(x: torch.Tensor, weight: torch.Tensor, counter: LayoutCounter) -> torch.Tensor:
+    """`x` in the memory format of `weight`: once, at the convolution's input.
+
+    A weight that is `either` asks for nothing, and so does an input that is: neither is copied.
+    """
+    wanted = detect(weight)
+    if wanted == "other":
+        raise LayoutError(
+            f"a weight of shape {tuple(weight.shape)} is neither contiguous nor channels_last_3d "
+            f"(strides {weight.stride()}): pack the weights with pack_weights first"
+        )
+    if wanted == "either":
+        if detect(x) != "other":
+            return x
+        counter.conversions += 1
+        return x.contiguous()
+    found = detect(x)
+    if found not in (wanted, "either"):
+        counter.conversions += 1
+    return to_format(x, wanted)
+
+
+def join_frames(
+    parts: tuple[torch.Tensor, ...], weight: torch.Tensor, counter: LayoutCounter
+) -> torch.Tensor:
+    """Concatenate `parts` [B, C, T_i, H, W] along time, in the memory format of `weight`.
+
+    One copy does both, so history costs a mismatched input no second pass. Counted as a
+    conversion if the last part (the new frames) was in another format.
+    """
+    wanted = detect(weight)
+    fmt = "channels_last_3d" if wanted == "channels_last_3d" else "contiguous"
+    b, c, _, h, w = parts[-1].shape
+    frames = sum(p.shape[2] for p in parts)
+    out = torch.empty(
+        (b, c, frames, h, w),
+        dtype=parts[-1].dtype,
+        device=parts[-1].device,
+        memory_format=torch.channels_last_3d if fmt == "channels_last_3d" else torch.contiguous_format,
+    )
+    if detect(parts[-1]) not in (fmt, "either"):
+        counter.conversions += 1
+    start = 0
+    for part in parts:
+        out[:, :, start : start + part.shape[2]] = part
+        start += part.shape[2]
+    return out
+
+
+def record_call(x: torch.Tensor, weight: torch.Tensor, counter: LayoutCounter) -> None:
+    """Count a convolution that is about to run; a mixed call is one whose formats contradict."""
+    if {detect(x), detect(weight)} == {"contiguous", "channels_last_3d"} or detect(x) == "other":
+        counter.mixed_calls += 1
+
+
+def pack_weights(module: torch.nn.Module, fmt: str) -> None:
+    """Give every 4-D and 5-D convolution weight of `module` the format, in place.
+
+    Gammas are left alone: they are 4-D by accident, `Module.to(memory_format=...)` trips on them.
+    """
+    for name, p in module.named_parameters():
+        if name.endswith("weight") and p.ndim in _CHANNELS_LAST:
+            p.data = to_format(p.data, fmt)
+
+
+def count_formats(weights: Iterable[torch.Tensor]) -> dict[str, int]:
+    """How many of the 5-D convolution weights are in each format; all four keys are present."""
+    counts = Counter(detect(w) for w in weights if w.ndim == 5)
+    return {fmt: counts.get(fmt, 0) for fmt in FORMATS}
+
+
+def contiguous_for_collective(x: torch.Tensor) -> torch.Tensor:
+    """`x` as dense NCDHW, for a collective or send that copies raw bytes.
+
+    NCCL accepts a dense NDHWC tensor, sends its bytes as they lie, and the receiver reads them as
+    NCDHW: a silently garbled picture. Every tensor that leaves this process passes here.
+    """
+    out = x.contiguous()
+    if out.ndim in _CHANNELS_LAST and detect(out) not in ("contiguous", "either"):
+        raise LayoutError(
+            f"tensor of shape {tuple(x.shape)} and strides {x.stride()} could not be made contiguous"
+        )
+    return out

@@ -1,0 +1,23 @@
+"""RMS norm over channels, alone or followed by SiLU: eager reference."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """x / max(||x||_2 over channels, 1e-12) * sqrt(C) * gamma, per pixel.
+
+    `x` is [B, C, ...], `gamma` holds C values (any trailing size-1 dimensions). Half
+    precision sums in float32 and rounds the norm, the quotient and the product. Source: Wan's
+    `RMS_norm`.
+    """
+    c = x.shape[1]
+    scale = (gamma.reshape(1, c, *([1] * (x.ndim - 2))) * c**0.5).to(x.dtype)
+    return F.normalize(x, dim=1) * scale
+
+
+def rms_norm_silu(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """SiLU of `rms_norm`; same shapes."""
+    return F.silu(rms_norm(x, gamma))

@@ -1,0 +1,745 @@
+"""A latent goes in, one layout decision is made, the causal decoder runs chunk by chunk, pixels
+stream out, and a report says what happened. This file reads in that order.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import geometry, layout, memory
+from .cache import FeatureCache
+from .checkpoint import canonical_state_dict, load_checkpoint
+from .chunking import Chunk, schedule
+from .config import WanVAEConfig, detect_config
+from .errors import BackendError, DecodeCancelled, DecodeMemoryError, LatentError
+from .latents import check_latent, check_pixels
+from .layout import LayoutCounter
+from .blocks import Step
+from .model import WanVAEModel, build_model
+from .ops.dispatch import OpSet, eager_ops
+from .report import ChunkRecord, DecodeReport, LayerRecord, ReportBuilder
+from .sink import Sink, TensorSink, check_out
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+OnProgress = Callable[[int, int, DecodeReport], None]
+ShouldStop = Callable[[], bool]
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+) -> WanVAE:
+    """Load a Wan 2.1 or 2.2 VAE from a checkpoint file or a diffusers folder.
+
+    device: None takes the first CUDA device, else MPS, else the CPU. dtype: "auto", "fp32",
+    "bf16", "fp16" or a torch dtype; auto is bf16 on CUDA and fp32 elsewhere.
+    Raises CheckpointError (NotAWanVAEError for another model).
+    """
+    return WanVAE.from_state_dict(load_checkpoint(path).state, device=device, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Final pixels [B, 3, t, rows, W'] on the device, and where they belong."""
+
+    pixels: torch.Tensor
+    start_frame: int
+    first_row: int
+
+
+class WanVAE:
+    """A Wan VAE ready to decode and encode on one device.
+
+    Holds the model and the report of its last operation; everything a decode changes lives in
+    that decode. Not thread-safe: use one WanVAE a thread.
+    """
+
+    def __init__(self, model: WanVAEModel, weights_found: dict[str, dict[str, int]] | None = None):
+        """Wrap `model`, whose parameters decide device and dtype.
+
+        `weights_found`: counts of memory formats ("decoder" / "encoder" -> `layout.count_formats`)
+        in the checkpoint before it was packed, for the report.
+        """
+        self.model = model
+        self.config: WanVAEConfig = model.config
+        self.last_report: DecodeReport | None = None
+        self._weights_found = weights_found or _weights_found(model.state_dict())
+        self._cast: WanVAEModel | None = None
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state: Mapping[str, torch.Tensor],
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+    ) -> WanVAE:
+        """Build from tensors in native, diffusers or prefixed keys, of any dtype, format, device.
+
+        The tensors are copied, never kept. Raises CheckpointError (NotAWanVAEError).
+        """
+        canonical = canonical_state_dict(state).state
+        config = detect_config(canonical)
+        device = pick_device(device)
+        model = build_model(config, canonical, device, pick_dtype(dtype, device))
+        return cls(model, _weights_found(canonical))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and where decodes run."""
+        return self.model.conv2.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights; a decode at precision "auto" computes in it."""
+        return self.model.conv2.weight.dtype
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        return self.model.decoder
+
+    @property
+    def encoder(self) -> torch.nn.Module | None:
+        return self.model.encoder
+
+    def decode(
+        self,
+        latent: torch.Tensor,
+        *,
+        normalized: bool = False,
+        chunk_frames: int | Sequence[int] | None = None,
+        memory_format: layout.Requested = "auto",
+        precision: str = "auto",
+        out: torch.Tensor | None = None,
+        sink: Sink | None = None,
+        on_progress: OnProgress | None = None,
+        should_stop: ShouldStop | None = None,
+        strips: int | None = None,
+    ) -> torch.Tensor | None:
+        """Decode a latent to pixels.
+
+        latent: [B, z, T, H, W] or [z, T, H, W], any dtype, format and device, as a ComfyUI LATENT
+        holds it; `normalized=True` for diffusers' normalised ones.
+        Returns float32 [B, 3, 4T-3, 8H, 8W] (16H, 16W for Wan 2.2) in [-1, 1] on the VAE's device,
+        or `out` (preallocated, any device), or None with a `sink`.
+        chunk_frames: latent frames a call, or the list of all chunk lengths; None plans it. Any
+        schedule gives the same pixels. strips: decode the picture in so many exact bands in turn.
+        precision: compute dtype, "auto" (that of the weights), "fp32", "bf16" or "fp16".
+        on_progress(done_frames, total_frames, report) follows each chunk; should_stop() is asked
+        before each. Not a collective.
+
+        Raises LatentError, GeometryError, LayoutError, BackendError, OutputError,
+        DecodeCancelled, DecodeMemoryError.
+        """
+        run = self._start_decode(
+            latent, normalized, chunk_frames, memory_format, precision, should_stop, strips
+        )
+        if sink is None:
+            if out is None:
+                out = torch.empty(run.pixel_shape, dtype=torch.float32, device=self.device)
+            check_out(out, run.pixel_shape)
+            sink = TensorSink(out)
+        elif out is not None:
+            raise ValueError("decode takes out= or sink=, not both")
+        run.builder.memory["output_bytes"] = 0 if out is None else out.numel() * out.element_size()
+        try:
+            with torch.inference_mode():
+                for piece in run.pieces(whole_frames=sink.needs_whole_frames):
+                    sink.write(piece.pixels, piece.start_frame, piece.first_row)
+                    if on_progress is not None:
+                        on_progress(run.done_frames, run.total_frames, run.progress_report())
+            sink.close()
+            self.last_report = run.finish("done")
+        except BaseException as error:
+            sink.abort()
+            self.last_report = run.finish_failed(error)
+            raise
+        return out
+
+    def decode_stream(
+        self,
+        latent: torch.Tensor,
+        *,
+        normalized: bool = False,
+        chunk_frames: int | Sequence[int] | None = None,
+        memory_format: layout.Requested = "auto",
+        precision: str = "auto",
+        should_stop: ShouldStop | None = None,
+        strips: int | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Yield pixels [B, 3, t, H', W'] float32 in [-1, 1] as soon as frames are final, in order.
+
+        Arguments, results and errors are those of `decode`; arguments are checked at the call,
+        before the first chunk is asked for. `last_report` is set when the stream ends.
+        """
+        run = self._start_decode(
+            latent, normalized, chunk_frames, memory_format, precision, should_stop, strips
+        )
+        return self._stream(run)
+
+    def _stream(self, run: _DecodeRun) -> Iterator[torch.Tensor]:
+        pieces = run.pieces(whole_frames=True)
+        try:
+            while True:
+                # Entered for each chunk anew: a context left open across a yield would leak
+                # inference mode into the caller's code.
+                with torch.inference_mode():
+                    piece = next(pieces, None)
+                if piece is None:
+                    break
+                yield piece.pixels
+            self.last_report = run.finish("done")
+        except BaseException as error:
+            self.last_report = run.finish_failed(error)
+            raise
+
+    def encode(
+        self,
+        pixels: torch.Tensor,
+        *,
+        normalized: bool = False,
+        chunk_frames: int | Sequence[int] | None = None,
+        memory_format: layout.Requested = "auto",
+        precision: str = "auto",
+        on_progress: OnProgress | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> torch.Tensor:
+        """Encode pixels to the mean of the posterior.
+
+        pixels: [B, 3, T, H, W] or [3, T, H, W] in [-1, 1]. Frames past 4n + 1 are dropped; rows and
+        columns past a multiple of the spatial factor are cropped evenly from both sides.
+        Returns float32 [B, z, (T-1)//4+1, H//8, W//8] (16 for Wan 2.2) on the VAE's device;
+        `normalized=True` gives diffusers' normalised latents.
+        chunk_frames: latent frames a call. Any schedule gives the same latent.
+
+        Raises LatentError, GeometryError, LayoutError, BackendError, DecodeCancelled,
+        DecodeMemoryError; CheckpointError if the checkpoint had no encoder.
+        """
+        return _encode(
+            self, pixels, normalized, chunk_frames, memory_format, precision, on_progress,
+            should_stop,
+        )  # fmt: skip
+
+    def inspect(self) -> DecodeReport:
+        """What the weights are and which layout a decode would choose; runs nothing."""
+        builder = ReportBuilder("inspect", self.config, self.device, self.dtype)
+        decision = layout.decide("auto", self.device, self.dtype)
+        self._describe(builder, self.model, ("decoder", "encoder"), decision, eager_ops())
+        self.last_report = builder.build("done")
+        return self.last_report
+
+    # -- the steps before the first chunk ----------------------------------------------------
+
+    def _start_decode(
+        self, latent, normalized, chunk_frames, memory_format, precision, should_stop, strips
+    ) -> _DecodeRun:
+        if latent.ndim == 4:
+            latent = latent.unsqueeze(0)
+        check_latent(latent, self.config)
+        model, decision = self._prepare(precision, memory_format, "decoder")
+        dtype = model.conv2.weight.dtype
+        builder = ReportBuilder("decode", self.config, self.device, dtype)
+        ops = eager_ops()
+        self._describe(builder, model, ("decoder",), decision, ops)
+        builder.layout["latent_format"] = layout.detect(latent)
+        builder.values["precision_requested"] = precision
+
+        z = latent.to(device=self.device, dtype=torch.float32)
+        if normalized:
+            mean, std = _statistics(self.config, z)
+            z = z * std + mean
+        z = z.to(dtype)
+
+        shape = tuple(z.shape)
+        free = memory.free_bytes(self.device)
+        if chunk_frames is None:
+            chunk_frames = memory.plan_chunk_frames(self.config, shape, z.element_size(), free)
+        chunks = schedule(shape[2], chunk_frames)
+        builder.memory["free_bytes"] = free
+        builder.memory["planned_bytes"] = memory.planned_bytes(
+            self.config, shape, z.element_size(), max(c.frames for c in chunks)
+        )
+        counter = LayoutCounter()
+        run = _DecodeRun(model, z, [c.frames for c in chunks], strips, ops, counter, builder,
+                         should_stop)  # fmt: skip
+        builder.values["latent_shape"] = shape
+        builder.values["pixel_shape"] = run.pixel_shape
+        builder.total_frames = run.total_frames
+        return run
+
+    def _prepare(self, precision: str, memory_format, part: str):
+        """The model in the wanted precision, and `part` of it in the wanted memory format."""
+        if precision != "auto" and precision not in PRECISIONS:
+            raise BackendError(
+                f"precision is {precision!r}: expected 'auto', 'fp32', 'bf16' or 'fp16'"
+            )
+        dtype = self.dtype if precision == "auto" else PRECISIONS[precision]
+        decision = layout.decide(memory_format, self.device, dtype)
+        model = self.model
+        if dtype != self.dtype:
+            cast = self._cast
+            if cast is None or cast.conv2.weight.dtype != dtype or (
+                cast.conv2.weight.device != self.device
+            ):
+                self._cast = cast = copy.deepcopy(self.model).to(dtype)
+            model = cast
+        layout.pack_weights(getattr(model, part), decision.chosen)
+        return model, decision
+
+    def _describe(self, builder, model, parts, decision, ops: OpSet) -> None:
+        """Put weights, formats and backends into the report."""
+        found = {
+            fmt: sum(self._weights_found[p].get(fmt, 0) for p in parts) for fmt in layout.FORMATS
+        }
+        modules = [(p, getattr(model, p)) for p in parts if getattr(model, p) is not None]
+        weights = [
+            (f"{part}.{name.removesuffix('.weight')}", p)
+            for part, module in modules
+            for name, p in module.named_parameters()
+            if name.endswith("weight") and p.ndim in (4, 5)
+        ]
+        builder.layout.update(
+            requested=decision.requested,
+            chosen=decision.chosen,
+            reason=decision.reason,
+            weights_found=found,
+            weights_used=layout.count_formats(p for _, p in weights),
+        )
+        for name, p in weights:
+            op = "conv3d" if p.ndim == 5 else "conv2d"
+            builder.layers.append(
+                LayerRecord(name, op, tuple(p.shape), layout.detect(p), ops.used[op])
+            )
+        builder.backends_used = dict(ops.used)
+        builder.backends_off = list(ops.off)
+        builder.memory["weights_bytes"] = sum(
+            p.numel() * p.element_size() for _, m in modules for p in m.parameters()
+        )
+
+
+class _DecodeRun:
+    """One decode under way: the chunks still to do, what was done, and the report so far."""
+
+    def __init__(self, model, z, lengths, strips, ops, counter, builder, should_stop):
+        self.model: WanVAEModel = model
+        self.config: WanVAEConfig = model.config
+        self.z: torch.Tensor = z
+        self.lengths: list[int] = lengths
+        self.strip_count: int | None = strips
+        self.ops: OpSet = ops
+        self.counter: LayoutCounter = counter
+        self.builder: ReportBuilder = builder
+        self.should_stop: ShouldStop | None = should_stop
+        self.pixel_shape = geometry.pixel_shape(tuple(z.shape), self.config)
+        self.total_frames = self.pixel_shape[2]
+        self.done_frames = 0
+        self.clock = _Clock(z.device)
+        self.pixels_finite = torch.ones((), dtype=torch.bool, device=z.device)
+        if strips is not None:
+            geometry.strips(z.shape[3], strips, self.config)  # refuse a wrong count at the call
+            builder.values["strips"] = strips
+
+    def pieces(self, whole_frames: bool) -> Iterator[_Piece]:
+        """Every piece of the picture once. Memory permitting in whole chunks, else in strips."""
+        failure = None
+        if self.strip_count is None:
+            try:
+                yield from self._chunks()
+                return
+            except DecodeMemoryError as error:
+                failure = str(error)
+            # Out of the except block, so that the traceback no longer holds the tensors.
+            self._fall_back(failure)
+        counts = [self.strip_count] if self.strip_count else _strip_counts(self.z.shape[3])
+        for count in counts:
+            self.builder.values["strips"] = count
+            try:
+                if whole_frames:
+                    yield from self._strips_in_each_chunk(count)
+                else:
+                    yield from self._strips_one_after_another(count)
+                return
+            except DecodeMemoryError as error:
+                failure = str(error)
+            self._fall_back(f"{count} strips: {failure}")
+        raise DecodeMemoryError(
+            f"out of memory on {self.z.device} even with one latent frame a chunk and "
+            f"{counts[-1]} strip(s): {failure}; free device memory, or decode on the CPU"
+        )
+
+    def _chunks(self) -> Iterator[_Piece]:
+        """The normal way: the whole picture, chunk after chunk."""
+        cache = FeatureCache()
+        for chunk, pixels in self._walk(
+            self.lengths,
+            cache,
+            lambda z, step: self.model.decode_chunk(z, step),
+        ):
+            yield self._piece(pixels, chunk, first_row=0)
+
+    def _strips_in_each_chunk(self, count: int) -> Iterator[_Piece]:
+        """Strips inside each chunk: whole frames come out in order; history stays for all strips."""
+        bands = geometry.strips(self.z.shape[3], count, self.config)
+        caches = [FeatureCache() for _ in bands]
+        trunk_cache, done_before = FeatureCache(), self.done_frames
+        b, _, _, height, width = self.pixel_shape
+        for chunk, features in self._walk([1] * self.z.shape[2], trunk_cache, self.model.trunk):
+            first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
+            frame = features.new_empty((b, 3, last - first, height, width), dtype=torch.float32)
+            for band, cache in zip(bands, caches, strict=True):
+                rows = self._band_pixels(features, band, cache, chunk)
+                top = band.start * self.config.spatial_factor
+                frame[:, :, :, top : top + rows.shape[3]] = rows
+            if last > done_before:  # frames that came out before memory ran short are the same
+                yield self._piece(frame, chunk, first_row=0)
+
+    def _strips_one_after_another(self, count: int) -> Iterator[_Piece]:
+        """Each strip through all chunks before the next: history and activations shrink by `count`."""
+        trunk_cache = FeatureCache()
+        features = [f for _, f in self._walk([1] * self.z.shape[2], trunk_cache, self.model.trunk)]
+        trunk_cache.clear()
+        self.done_frames = 0
+        for i, band in enumerate(geometry.strips(self.z.shape[3], count, self.config)):
+            cache = FeatureCache()
+            for chunk, feature in zip(schedule(self.z.shape[2], 1), features, strict=True):
+                self._ask_to_stop()
+                with self.clock.measure(chunk, self._frames_of(chunk)):
+                    rows = self._band_pixels(feature, band, cache, chunk)
+                top = band.start * self.config.spatial_factor
+                # Progress counts frames: each strip contributes its share of them.
+                _, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
+                self.done_frames = (i * self.total_frames + last) // count
+                self.pixels_finite &= torch.isfinite(rows).all()
+                first, _ = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
+                yield _Piece(rows, first, top)
+
+    def _band_pixels(self, features, band, cache, chunk) -> torch.Tensor:
+        """Pixels of one strip of one chunk; DecodeMemoryError when it does not fit."""
+        rows = features[:, :, :, band.halo_start : band.halo_stop]
+        before, failure = cache.snapshot(), None
+        try:
+            return self.model.finish(rows, self._step(cache, chunk), band)
+        except torch.OutOfMemoryError as error:
+            failure = _first_line(error)
+        cache.restore(before)
+        raise DecodeMemoryError(f"strip of {rows.shape[3]} latent rows: {failure}")
+
+    def _walk(self, lengths, cache, work) -> Iterator[tuple[Chunk, torch.Tensor]]:
+        """Run `work(z_chunk, step)` over the schedule; on out-of-memory, halve the chunks from there.
+
+        History is put back to before the failed chunk, so the frames already done stay valid.
+        """
+        start, total = 0, self.z.shape[2]
+        pending = deque(lengths)
+        while pending:
+            self._ask_to_stop()
+            n = pending[0]
+            chunk = Chunk(start, start + n, start == 0, start + n == total)
+            before, failure, result = cache.snapshot(), None, None
+            try:
+                with self.clock.measure(chunk, self._frames_of(chunk)):
+                    result = work(self.z[:, :, start : start + n], self._step(cache, chunk))
+            except torch.OutOfMemoryError as error:
+                failure = _first_line(error)
+            if failure is not None:
+                self.clock.drop_last()
+                cache.restore(before)
+                if n == 1:
+                    raise DecodeMemoryError(f"chunk of 1 latent frame: {failure}")
+                half = (n + 1) // 2
+                pending = deque(
+                    part
+                    for length in pending
+                    for part in ([half] * (length // half) + [length % half])
+                    if part
+                )
+                self._fall_back(f"chunks of {n} latent frames: {failure}; went on with {half}")
+                continue
+            yield chunk, result
+            pending.popleft()
+            start += n
+
+    def _step(self, cache: FeatureCache, chunk: Chunk) -> Step:
+        return Step(cache, chunk, ops=self.ops, counter=self.counter)
+
+    def _piece(self, pixels: torch.Tensor, chunk: Chunk, first_row: int) -> _Piece:
+        first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
+        self.done_frames = last
+        self.pixels_finite &= torch.isfinite(pixels).all()
+        return _Piece(pixels, first, first_row)
+
+    def _frames_of(self, chunk: Chunk) -> int:
+        first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
+        return last - first
+
+    def _ask_to_stop(self) -> None:
+        if self.should_stop is not None and self.should_stop():
+            raise DecodeCancelled(
+                f"cancelled after {self.done_frames} of {self.total_frames} frames"
+            )
+
+    def _fall_back(self, text: str) -> None:
+        self.builder.fallbacks.append(text)
+        if self.z.device.type == "cuda":
+            torch.cuda.empty_cache()  # blocks cut for the larger chunk are of no use to a smaller
+
+    # -- the report ----------------------------------------------------------------------------
+
+    def progress_report(self) -> DecodeReport:
+        """The report of this moment, status "running". Does not wait for the device."""
+        self._fill(wait=False)
+        return self.builder.build("running")
+
+    def finish(self, status: str, error: str | None = None) -> DecodeReport:
+        """The final report; waits for the device, so that its times are true."""
+        self._fill(wait=True)
+        if status == "done" and not bool(self.pixels_finite):
+            self.builder.warnings.append(
+                f"the decoded pixels hold NaN or inf (computed in {self.builder.dtype}): the weights "
+                "or the latent overflow this precision; decode with precision='fp32'"
+            )
+        return self.builder.build(status, error)
+
+    def finish_failed(self, error: BaseException) -> DecodeReport:
+        """The report of a decode that ended early; never itself fails on a broken device."""
+        stopped = isinstance(error, (DecodeCancelled, GeneratorExit, KeyboardInterrupt))
+        self._fill(wait=False)
+        return self.builder.build("cancelled" if stopped else "failed", str(error) or None)
+
+    def _fill(self, wait: bool) -> None:
+        self.builder.layout["conversions"] = self.counter.conversions
+        self.builder.layout["mixed_calls"] = self.counter.mixed_calls
+        self.builder.done_frames = self.done_frames
+        self.builder.chunks = self.clock.records(wait)
+        self.builder.memory["peak_bytes"] = self.clock.peak_bytes()
+
+
+class _Clock:
+    """Time of each chunk and peak memory, by device events where there are any.
+
+    Events do not stop the device: asking for times early gives those that are ready.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.is_cuda = device.type == "cuda"
+        self._marks: list[tuple[Chunk, int, object, object]] = []
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+            self._base_bytes = torch.cuda.memory_allocated(device)
+
+    def measure(self, chunk: Chunk, frames: int) -> _Measure:
+        return _Measure(self, chunk, frames)
+
+    def mark(self):
+        if not self.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def add(self, chunk: Chunk, frames: int, start, stop) -> None:
+        self._marks.append((chunk, frames, start, stop))
+
+    def drop_last(self) -> None:
+        """Forget the chunk that failed."""
+        self._marks.pop()
+
+    def records(self, wait: bool) -> list[ChunkRecord]:
+        if wait and self.is_cuda:
+            torch.cuda.synchronize(self.device)
+        done = []
+        for chunk, frames, start, stop in self._marks:
+            if self.is_cuda:
+                if not stop.query():
+                    break
+                ms = start.elapsed_time(stop)
+            else:
+                ms = (stop - start) * 1e3
+            done.append(ChunkRecord(chunk.start, chunk.stop, chunk.is_first, frames, ms))
+        return done
+
+    def peak_bytes(self) -> int | None:
+        """Peak of allocated device memory above the start; None on the CPU."""
+        if not self.is_cuda:
+            return None
+        return torch.cuda.max_memory_allocated(self.device) - self._base_bytes
+
+
+class _Measure:
+    """Context of one chunk's time; records it also when the chunk fails (see `drop_last`)."""
+
+    def __init__(self, clock: _Clock, chunk: Chunk, frames: int):
+        self.clock, self.chunk, self.frames = clock, chunk, frames
+
+    def __enter__(self) -> None:
+        self.start = self.clock.mark()
+
+    def __exit__(self, *_) -> None:
+        self.clock.add(self.chunk, self.frames, self.start, self.clock.mark())
+
+
+def _encode(
+    vae: WanVAE, pixels, normalized, chunk_frames, memory_format, precision, on_progress, should_stop
+) -> torch.Tensor:
+    """`WanVAE.encode`; see there."""
+    if pixels.ndim == 4:
+        pixels = pixels.unsqueeze(0)
+    check_pixels(pixels, vae.config)
+    config = vae.config
+    out_shape = geometry.latent_shape(tuple(pixels.shape), config)
+    if vae.encoder is None:
+        raise LatentError("this checkpoint has no encoder: load a full VAE file to encode")
+    model, decision = vae._prepare(precision, memory_format, "encoder")
+    dtype = model.conv2.weight.dtype
+    builder = ReportBuilder("encode", config, vae.device, dtype)
+    ops, counter, clock = eager_ops(), LayoutCounter(), _Clock(vae.device)
+    vae._describe(builder, model, ("encoder",), decision, ops)
+    builder.layout["latent_format"] = layout.detect(pixels)
+    builder.values.update(precision_requested=precision, latent_shape=out_shape)
+
+    pixels = crop_for_encode(pixels, config)
+    builder.values["pixel_shape"] = tuple(pixels.shape)
+    builder.total_frames = pixels.shape[2]
+    latent = torch.empty(out_shape, dtype=torch.float32, device=vae.device)
+    builder.memory["output_bytes"] = latent.numel() * latent.element_size()
+    cache = FeatureCache()
+
+    def fill() -> None:
+        builder.layout.update(conversions=counter.conversions, mixed_calls=counter.mixed_calls)
+        builder.chunks = clock.records(wait=False)
+        builder.memory["peak_bytes"] = clock.peak_bytes()
+
+    try:
+        with torch.inference_mode():
+            for chunk in schedule(out_shape[2], chunk_frames or 1):
+                if should_stop is not None and should_stop():
+                    raise DecodeCancelled(
+                        f"cancelled after {builder.done_frames} of {builder.total_frames} frames"
+                    )
+                first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, config)
+                x = pixels[:, :, first:last].to(device=vae.device, dtype=dtype)
+                with clock.measure(chunk, last - first):
+                    mean, _ = model.encode_chunk(
+                        x, Step(cache, chunk, ops=ops, counter=counter)
+                    )
+                latent[:, :, chunk.start : chunk.stop] = mean
+                builder.done_frames = last
+                if on_progress is not None:
+                    fill()
+                    on_progress(last, builder.total_frames, builder.build("running"))
+    except torch.OutOfMemoryError as error:
+        message = (
+            f"out of memory on {vae.device} while encoding {builder.total_frames} frames of "
+            f"{pixels.shape[3]}x{pixels.shape[4]}: {_first_line(error)}; encode a smaller video, "
+            "or encode on the CPU"
+        )
+        fill()
+        vae.last_report = builder.build("failed", message)
+        raise DecodeMemoryError(message) from None
+    except BaseException as error:
+        fill()
+        cancelled = isinstance(error, (DecodeCancelled, KeyboardInterrupt))
+        vae.last_report = builder.build("cancelled" if cancelled else "failed", str(error) or None)
+        raise
+    if vae.device.type == "cuda":
+        torch.cuda.synchronize(vae.device)
+    fill()
+    vae.last_report = builder.build("done")
+    if normalized:
+        mean, std = _statistics(config, latent)
+        latent = (latent - mean) / std
+    return latent
+
+
+def crop_for_encode(pixels: torch.Tensor, config: WanVAEConfig) -> torch.Tensor:
+    """The part of `pixels` [B, 3, T, H, W] that has a latent: 4n + 1 frames, whole latent pixels.
+
+    Rows and columns are cropped evenly from both sides (the extra one at the end). A view.
+    """
+    _, _, t, h, w = geometry.latent_shape(tuple(pixels.shape), config)
+    frames = geometry.pixel_frames(t, config)
+    height, width = h * config.spatial_factor, w * config.spatial_factor
+    top, left = (pixels.shape[3] - height) // 2, (pixels.shape[4] - width) // 2
+    return pixels[:, :, :frames, top : top + height, left : left + width]
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """`device`, or the best one of this machine; a CUDA device always with its index."""
+    if device is None:
+        if torch.cuda.is_available():
+            device = "cuda"
+        elif torch.backends.mps.is_available():
+            device = "mps"
+        else:
+            device = "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise BackendError(f"device {device!r} is unknown: {_first_line(error)}") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise BackendError(f"device {device} was asked for, but PyTorch sees no CUDA device here")
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise BackendError(
+                f"device cuda:{index} was asked for: this machine has "
+                f"{torch.cuda.device_count()} CUDA device(s), counted from 0"
+            )
+        device = torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise BackendError("device mps was asked for, but PyTorch sees no MPS device here")
+    return device
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The compute dtype that `dtype` names; auto is bf16 on CUDA, fp32 elsewhere."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = PRECISIONS.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if found not in PRECISIONS.values():
+        raise BackendError(f"dtype is {dtype!r}: expected 'auto', 'fp32', 'bf16' or 'fp16'")
+    return found
+
+
+def _statistics(config: WanVAEConfig, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each latent channel as [1, z, 1, 1, 1]."""
+    if config.latents_mean is None or config.latents_std is None:
+        raise LatentError(
+            f"no statistics are known for latents of {config.z_dim} channels, so normalized=True is "
+            "impossible: pass the latent as ComfyUI holds it"
+        )
+    shape = (1, config.z_dim, 1, 1, 1)
+    return (
+        like.new_tensor(config.latents_mean).view(shape),
+        like.new_tensor(config.latents_std).view(shape),
+    )
+
+
+def _weights_found(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, int]]:
+    return {
+        part: layout.count_formats(v for k, v in state.items() if k.startswith(f"{part}."))
+        for part in ("decoder", "encoder")
+    }
+
+
+def _strip_counts(rows: int) -> list[int]:
+    """Strip counts to try after the whole picture failed: doubling, up to strips of one row."""
+    counts, n = [], 2
+    while n < rows:
+        counts.append(n)
+        n *= 2
+    return [*counts, rows] if rows > 1 else [1]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

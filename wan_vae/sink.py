@@ -1,0 +1,92 @@
+"""Where pixels go: a preallocated tensor, a callback, or (in `video`) a file.
+
+A sink gets each piece of the picture once, as soon as it is final: whole frames in order, or, when
+memory forced strips, a band of rows of every frame at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from .errors import OutputError
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Receives pixels [B, 3, t, rows, W'] float32 in [-1, 1] on the device that made them.
+
+    `needs_whole_frames` is true for sinks that cannot take bands of rows (a video file); strips
+    are then assembled to frames first.
+    """
+
+    needs_whole_frames: bool
+
+    def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
+        """Take pixels of frames [start_frame, start_frame + t), rows from `first_row` on."""
+        ...
+
+    def close(self) -> None:
+        """All was written: flush, wait for copies, move the result into place."""
+        ...
+
+    def abort(self) -> None:
+        """The decode failed or was cancelled: release resources, remove partial files."""
+        ...
+
+
+class TensorSink:
+    """Writes into one preallocated tensor, which may live on another device.
+
+    A pinned host tensor is filled asynchronously; `close` waits for the copies.
+    """
+
+    needs_whole_frames = False
+
+    def __init__(self, out: torch.Tensor):
+        self.out = out
+        self._devices: set[torch.device] = set()
+
+    def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
+        frames, rows = pixels.shape[2], pixels.shape[3]
+        place = self.out[
+            :, :, start_frame : start_frame + frames, first_row : first_row + rows
+        ]
+        asynchronous = pixels.is_cuda and self.out.is_pinned()
+        place.copy_(pixels, non_blocking=asynchronous)
+        if asynchronous:
+            self._devices.add(pixels.device)
+
+    def close(self) -> None:
+        for device in self._devices:
+            torch.cuda.synchronize(device)
+
+    abort = close
+
+
+class CallbackSink:
+    """Hands each piece to `callback(pixels, start_frame, first_row)`; whole frames by default."""
+
+    def __init__(
+        self,
+        callback: Callable[[torch.Tensor, int, int], None],
+        needs_whole_frames: bool = True,
+    ):
+        self.write = callback
+        self.needs_whole_frames = needs_whole_frames
+
+    def close(self) -> None:
+        """Nothing to flush."""
+
+    def abort(self) -> None:
+        """Nothing to undo."""
+
+
+def check_out(out: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise OutputError unless `out` is a floating tensor of exactly `shape`."""
+    if tuple(out.shape) != tuple(shape) or not out.dtype.is_floating_point:
+        raise OutputError(
+            f"out is {tuple(out.shape)} of {out.dtype}: expected a floating tensor of {tuple(shape)}"
+        )
