@@ -146,7 +146,7 @@ def batch_to_frames(x: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """Two (norm, SiLU, 3x3x3 convolution) and a shortcut; the shortcut is 1x1x1 if widths differ."""
+    """Two (norm, SiLU, 3x3x3 convolution) and a shortcut (1x1x1 if the widths differ)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -193,7 +193,7 @@ class Attention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width and, if `temporal`, time: one frame becomes two, the first stays one."""
+    """Doubles height and width and, if `temporal`, time (the first frame stays one)."""
 
     def __init__(self, channels: int, out_channels: int, temporal: bool):
         super().__init__()

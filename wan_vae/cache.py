@@ -36,7 +36,7 @@ class FeatureCache:
         return self._slots.get(slot)
 
     def store(self, slot: str, history: torch.Tensor) -> None:
-        """Keep `history` for the next chunk. The tensor must own its memory (no view of a chunk)."""
+        """Keep `history` for the next chunk. It must own its memory (no view of a chunk)."""
         self._slots[slot] = history
 
     def snapshot(self) -> dict[str, torch.Tensor]:

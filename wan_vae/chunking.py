@@ -28,7 +28,7 @@ class Chunk:
 
     @property
     def is_only_frame(self) -> bool:
-        """A video of one frame: all history is zero, so one temporal slice of each kernel is enough."""
+        """A video of one frame: all history is zero, one temporal slice of a kernel is enough."""
         return self.is_first and self.is_last and self.frames == 1
 
 

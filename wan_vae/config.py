@@ -134,8 +134,14 @@ def wan22(
 # One telling key for each model that users mix up with a Wan VAE, most specific first.
 # Source: the state-dict keys that each project publishes.
 _LOOK_ALIKES: tuple[tuple[str, str], ...] = (
-    ("blocks.0.self_attn.q.weight", "a Wan diffusion transformer (the UNET / diffusion model file)"),
-    ("blocks.0.cross_attn.k.weight", "a Wan diffusion transformer (the UNET / diffusion model file)"),
+    (
+        "blocks.0.self_attn.q.weight",
+        "a Wan diffusion transformer (the UNET / diffusion model file)",
+    ),
+    (
+        "blocks.0.cross_attn.k.weight",
+        "a Wan diffusion transformer (the UNET / diffusion model file)",
+    ),
     ("decoder.up_blocks.0.res_blocks.0.conv1.conv.weight", "an LTX-Video VAE"),
     ("decoder.last_scale_shift_table", "an LTX-Video VAE"),
     ("decoder.up.0.block.0.conv1.conv.weight", "a HunyuanVideo VAE"),
@@ -188,7 +194,7 @@ def detect_config(state: Mapping[str, torch.Tensor]) -> WanVAEConfig:
     head = _shape(state, "decoder.head.2.weight", 5)
     if is_22 and head[2] == 1:
         raise NotAWanVAEError(
-            "this is the Qwen-Image 2.1 VAE, which looks like Wan 2.2's but has kernels of one frame "
+            "this is the Qwen-Image 2.1 VAE, which looks like Wan 2.2's but has one-frame kernels "
             f"(decoder.head.2.weight is {head}, Wan 2.2 has (12, 256, 3, 3, 3)): decode it with "
             "ComfyUI's own VAE Decode"
         )
@@ -199,13 +205,13 @@ def detect_config(state: Mapping[str, torch.Tensor]) -> WanVAEConfig:
     if is_22:
         if head[0] != 12:
             raise NotAWanVAEError(
-                f"not a Wan 2.2 VAE: decoder.head.2.weight has {head[0]} output channels, expected 12"
+                f"not a Wan 2.2 VAE: decoder.head.2.weight has {head[0]} outputs, expected 12"
             )
         # A decoder-only file does not say how wide the encoder was; Wan 2.2's ratio is 160 / 256.
         return wan22(dim or decoder_dim * 160 // 256, decoder_dim, z_dim, has_encoder)
     if head[0] != 3:
         raise NotAWanVAEError(
-            f"not a Wan 2.1 VAE: decoder.head.2.weight has {head[0]} output channels, expected 3"
+            f"not a Wan 2.1 VAE: decoder.head.2.weight has {head[0]} outputs, expected 3"
         )
     if dim is not None and dim != decoder_dim:
         raise CheckpointError(

@@ -7,6 +7,8 @@ A strip of the picture can therefore be finished alone, from a trunk crop with e
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -30,9 +32,7 @@ class UpStage(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, blocks: int, up: bool, temporal: bool):
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
-        layers: list[nn.Module] = [
-            ResidualBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)
-        ]
+        layers: list[nn.Module] = [ResidualBlock(a, b) for a, b in pairwise(widths)]
         if up:
             layers.append(Upsample(out_channels, out_channels, temporal))
         self.upsamples = nn.ModuleList(layers)

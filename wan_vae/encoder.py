@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -26,9 +28,7 @@ class DownStage(nn.Module):
     ):
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
-        layers: list[nn.Module] = [
-            ResidualBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)
-        ]
+        layers: list[nn.Module] = [ResidualBlock(a, b) for a, b in pairwise(widths)]
         if down:
             layers.append(Downsample(out_channels, temporal))
         self.downsamples = nn.ModuleList(layers)
@@ -53,7 +53,7 @@ class Encoder(nn.Module):
         temporal_down = (*config.temporal_downsample, False)
         self.conv1 = CausalConv3d(config.image_channels, widths[0])
         layers: list[nn.Module] = []
-        for i, (width, out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (width, out) in enumerate(pairwise(widths)):
             down = i < len(config.dim_mult) - 1
             if config.residual_shortcuts:
                 blocks = config.num_res_blocks
@@ -66,7 +66,9 @@ class Encoder(nn.Module):
                 layers.append(Downsample(out, temporal_down[i]))
         self.downsamples = nn.ModuleList(layers)
         top = widths[-1]
-        self.middle = nn.ModuleList([ResidualBlock(top, top), Attention(top), ResidualBlock(top, top)])
+        self.middle = nn.ModuleList(
+            [ResidualBlock(top, top), Attention(top), ResidualBlock(top, top)]
+        )
         self.head = nn.ModuleDict({"0": RMSNorm(top), "2": CausalConv3d(top, 2 * config.z_dim)})
         name_slots(self, "encoder.")
 

@@ -1,4 +1,4 @@
-"""Typed errors. Each is one readable line: what was wrong, the value, what was expected, what to do.
+"""Typed errors. Each is one readable line: what was wrong, the value, what was expected, the cure.
 
 A ComfyUI user reads them in a red box and a command line user on one line of stderr, so no message
 spans lines, and the numbers an engineer needs are in it.

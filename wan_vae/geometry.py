@@ -28,7 +28,10 @@ def pixel_shape(latent_shape: tuple[int, ...], config: WanVAEConfig) -> tuple[in
 
 
 def latent_shape(pixels: tuple[int, ...], config: WanVAEConfig) -> tuple[int, ...]:
-    """[B, 3, T, H, W] -> [B, z, (T-1)//4+1, H//8, W//8]; raises GeometryError below one latent pixel."""
+    """[B, 3, T, H, W] -> [B, z, (T-1)//4+1, H//8, W//8] (16 for Wan 2.2).
+
+    Raises GeometryError below one frame or one latent pixel.
+    """
     b, _, t, h, w = pixels
     s = config.spatial_factor
     if t < 1 or h < s or w < s:
@@ -47,7 +50,7 @@ def chunk_frames_slice(start: int, stop: int, config: WanVAEConfig) -> tuple[int
 
 @dataclass(frozen=True)
 class Strip:
-    """Latent rows [start, stop) of a picture of `rows`, decoded from rows [halo_start, halo_stop)."""
+    """Latent rows [start, stop) of a picture of `rows`, decoded with `halo` rows around."""
 
     start: int
     stop: int
@@ -103,7 +106,9 @@ def strips(rows: int, count: int, config: WanVAEConfig) -> list[Strip]:
     Raises GeometryError for more strips than rows or fewer than one.
     """
     if not 1 <= count <= rows:
-        raise GeometryError(f"cannot cut {rows} latent rows into {count} strips: expected 1 to {rows}")
+        raise GeometryError(
+            f"cannot cut {rows} latent rows into {count} strips: expected 1 to {rows}"
+        )
     base, extra = divmod(rows, count)
     out, start = [], 0
     for i in range(count):

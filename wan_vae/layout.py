@@ -44,7 +44,7 @@ def detect(x: torch.Tensor) -> Format:
 
 
 def _dense_in_order(x: torch.Tensor, order: list[int]) -> bool:
-    """True if walking dimensions in `order` (outermost first) walks memory without gap or overlap."""
+    """True if walking dimensions in `order`, outermost first, meets no gap and no overlap."""
     expected = 1
     for dim in reversed(order):
         if x.shape[dim] != 1:
@@ -178,7 +178,9 @@ def join_frames(
         (b, c, frames, h, w),
         dtype=parts[-1].dtype,
         device=parts[-1].device,
-        memory_format=torch.channels_last_3d if fmt == "channels_last_3d" else torch.contiguous_format,
+        memory_format=torch.channels_last_3d
+        if fmt == "channels_last_3d"
+        else torch.contiguous_format,
     )
     if detect(parts[-1]) not in (fmt, "either"):
         counter.conversions += 1
@@ -220,6 +222,6 @@ def contiguous_for_collective(x: torch.Tensor) -> torch.Tensor:
     out = x.contiguous()
     if out.ndim in _CHANNELS_LAST and detect(out) not in ("contiguous", "either"):
         raise LayoutError(
-            f"tensor of shape {tuple(x.shape)} and strides {x.stride()} could not be made contiguous"
+            f"a tensor of shape {tuple(x.shape)}, strides {x.stride()} did not become contiguous"
         )
     return out

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from . import geometry, layout, memory
+from .blocks import Step
 from .cache import FeatureCache
 from .checkpoint import canonical_state_dict, load_checkpoint
 from .chunking import Chunk, schedule
@@ -21,7 +22,6 @@ from .config import WanVAEConfig, detect_config
 from .errors import BackendError, DecodeCancelled, DecodeMemoryError, LatentError
 from .latents import check_latent, check_pixels
 from .layout import LayoutCounter
-from .blocks import Step
 from .model import WanVAEModel, build_model
 from .ops.dispatch import OpSet, eager_ops
 from .report import ChunkRecord, DecodeReport, LayerRecord, ReportBuilder
@@ -286,8 +286,10 @@ class WanVAE:
         model = self.model
         if dtype != self.dtype:
             cast = self._cast
-            if cast is None or cast.conv2.weight.dtype != dtype or (
-                cast.conv2.weight.device != self.device
+            if (
+                cast is None
+                or cast.conv2.weight.dtype != dtype
+                or (cast.conv2.weight.device != self.device)
             ):
                 self._cast = cast = copy.deepcopy(self.model).to(dtype)
             model = cast
@@ -386,7 +388,7 @@ class _DecodeRun:
             yield self._piece(pixels, chunk, first_row=0)
 
     def _strips_in_each_chunk(self, count: int) -> Iterator[_Piece]:
-        """Strips inside each chunk: whole frames come out in order; history stays for all strips."""
+        """Strips inside each chunk: whole frames in order; history of all strips is kept."""
         bands = geometry.strips(self.z.shape[3], count, self.config)
         caches = [FeatureCache() for _ in bands]
         trunk_cache, done_before = FeatureCache(), self.done_frames
@@ -402,7 +404,7 @@ class _DecodeRun:
                 yield self._piece(frame, chunk, first_row=0)
 
     def _strips_one_after_another(self, count: int) -> Iterator[_Piece]:
-        """Each strip through all chunks before the next: history and activations shrink by `count`."""
+        """Each strip through all chunks before the next: history shrinks by `count` too."""
         trunk_cache = FeatureCache()
         features = [f for _, f in self._walk([1] * self.z.shape[2], trunk_cache, self.model.trunk)]
         trunk_cache.clear()
@@ -433,7 +435,7 @@ class _DecodeRun:
         raise DecodeMemoryError(f"strip of {rows.shape[3]} latent rows: {failure}")
 
     def _walk(self, lengths, cache, work) -> Iterator[tuple[Chunk, torch.Tensor]]:
-        """Run `work(z_chunk, step)` over the schedule; on out-of-memory, halve the chunks from there.
+        """Run `work(z_chunk, step)` over the schedule; out of memory halves the chunks from there.
 
         History is put back to before the failed chunk, so the frames already done stay valid.
         """
@@ -503,8 +505,8 @@ class _DecodeRun:
         self._fill(wait=True)
         if status == "done" and not bool(self.pixels_finite):
             self.builder.warnings.append(
-                f"the decoded pixels hold NaN or inf (computed in {self.builder.dtype}): the weights "
-                "or the latent overflow this precision; decode with precision='fp32'"
+                f"the decoded pixels hold NaN or inf (computed in {self.builder.dtype}): weights "
+                "or latent overflow this precision; decode with precision='fp32'"
             )
         return self.builder.build(status, error)
 
@@ -588,7 +590,14 @@ class _Measure:
 
 
 def _encode(
-    vae: WanVAE, pixels, normalized, chunk_frames, memory_format, precision, on_progress, should_stop
+    vae: WanVAE,
+    pixels,
+    normalized,
+    chunk_frames,
+    memory_format,
+    precision,
+    on_progress,
+    should_stop,
 ) -> torch.Tensor:
     """`WanVAE.encode`; see there."""
     if pixels.ndim == 4:
@@ -628,9 +637,7 @@ def _encode(
                 first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, config)
                 x = pixels[:, :, first:last].to(device=vae.device, dtype=dtype)
                 with clock.measure(chunk, last - first):
-                    mean, _ = model.encode_chunk(
-                        x, Step(cache, chunk, ops=ops, counter=counter)
-                    )
+                    mean, _ = model.encode_chunk(x, Step(cache, chunk, ops=ops, counter=counter))
                 latent[:, :, chunk.start : chunk.stop] = mean
                 builder.done_frames = last
                 if on_progress is not None:
@@ -687,7 +694,9 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         raise BackendError(f"device {device!r} is unknown: {_first_line(error)}") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise BackendError(f"device {device} was asked for, but PyTorch sees no CUDA device here")
+            raise BackendError(
+                f"device {device} was asked for, but PyTorch sees no CUDA device here"
+            )
         index = torch.cuda.current_device() if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise BackendError(
@@ -714,8 +723,8 @@ def _statistics(config: WanVAEConfig, like: torch.Tensor) -> tuple[torch.Tensor,
     """Mean and standard deviation of each latent channel as [1, z, 1, 1, 1]."""
     if config.latents_mean is None or config.latents_std is None:
         raise LatentError(
-            f"no statistics are known for latents of {config.z_dim} channels, so normalized=True is "
-            "impossible: pass the latent as ComfyUI holds it"
+            f"no statistics are known for latents of {config.z_dim} channels, so normalized=True "
+            "is impossible: pass the latent as ComfyUI holds it"
         )
     shape = (1, config.z_dim, 1, 1, 1)
     return (

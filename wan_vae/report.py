@@ -52,7 +52,7 @@ class BackendOff:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One rank's share: rows (or columns) [start_row, stop_row) of the latent, what it exchanged."""
+    """One rank's share: latent rows (or columns) [start_row, stop_row), what it exchanged."""
 
     rank: int
     device: str

@@ -51,9 +51,7 @@ class TensorSink:
 
     def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
         frames, rows = pixels.shape[2], pixels.shape[3]
-        place = self.out[
-            :, :, start_frame : start_frame + frames, first_row : first_row + rows
-        ]
+        place = self.out[:, :, start_frame : start_frame + frames, first_row : first_row + rows]
         asynchronous = pixels.is_cuda and self.out.is_pinned()
         place.copy_(pixels, non_blocking=asynchronous)
         if asynchronous:
@@ -88,5 +86,5 @@ def check_out(out: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raise OutputError unless `out` is a floating tensor of exactly `shape`."""
     if tuple(out.shape) != tuple(shape) or not out.dtype.is_floating_point:
         raise OutputError(
-            f"out is {tuple(out.shape)} of {out.dtype}: expected a floating tensor of {tuple(shape)}"
+            f"out is {tuple(out.shape)} of {out.dtype}: expected floating {tuple(shape)}"
         )

@@ -1,4 +1,4 @@
-"""ShardContext: which part of the picture this process decodes. Passed explicitly, never ambient."""
+"""ShardContext: which part of the picture this process decodes. Passed, never ambient."""
 
 from __future__ import annotations
 

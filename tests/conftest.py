@@ -1,0 +1,45 @@
+"""Shared helpers: small random VAEs of the real architectures, and skips that say why."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+import torch
+
+from wan_vae import WanVAE
+from wan_vae.config import WanVAEConfig, wan21, wan22
+from wan_vae.model import expected_shapes
+
+
+def random_state(config: WanVAEConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights that keep activations near one; gains and biases are random too."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in expected_shapes(config).items():
+        noise = torch.randn(shape, generator=generator)
+        if name.endswith("gamma"):
+            state[name] = 1 + 0.2 * noise
+        elif name.endswith("bias"):
+            state[name] = 0.1 * noise
+        else:
+            state[name] = noise / prod(shape[1:]) ** 0.5
+    return state
+
+
+SMALL_CONFIGS = {"wan2.1": wan21(dim=8), "wan2.2": wan22(dim=8, decoder_dim=16)}
+
+
+@pytest.fixture(scope="session", params=SMALL_CONFIGS, ids=str)
+def small_vae(request) -> WanVAE:
+    """A narrow VAE of each family on the CPU in float32, with random weights."""
+    return WanVAE.from_state_dict(random_state(SMALL_CONFIGS[request.param]), device="cpu")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device here; run `make test-gpu` on a machine with one")
+    for item in items:
+        if {"gpu", "nccl"} & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(skip)

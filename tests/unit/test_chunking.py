@@ -1,0 +1,59 @@
+"""Chunk schedules, strips and sizes: pure arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wan_vae import geometry
+from wan_vae.chunking import schedule
+from wan_vae.config import wan21, wan22
+from wan_vae.errors import GeometryError
+
+
+@given(total=st.integers(1, 300), size=st.integers(1, 40))
+def test_chunks_cover_every_frame_once(total, size):
+    chunks = schedule(total, size)
+    assert [i for c in chunks for i in range(c.start, c.stop)] == list(range(total))
+    assert [c.is_first for c in chunks] == [True] + [False] * (len(chunks) - 1)
+    assert [c.is_last for c in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert chunks[0].is_only_frame == (total == 1)
+
+
+@pytest.mark.parametrize(
+    "total, size", [(0, 1), (-1, 1), (5, 0), (5, [2, 2]), (5, [0, 5]), (3, [])]
+)
+def test_impossible_schedules_are_refused(total, size):
+    with pytest.raises(GeometryError):
+        schedule(total, size)
+
+
+@given(t=st.integers(1, 200), h=st.integers(1, 100), w=st.integers(1, 100))
+@pytest.mark.parametrize("config", [wan21(), wan22()], ids=["wan2.1", "wan2.2"])
+def test_sizes_there_and_back(config, t, h, w):
+    latent = (1, config.z_dim, t, h, w)
+    pixels = geometry.pixel_shape(latent, config)
+    assert pixels[2:] == (4 * t - 3, h * config.spatial_factor, w * config.spatial_factor)
+    assert geometry.latent_shape(pixels, config) == latent
+
+
+@given(rows=st.integers(1, 200), data=st.data())
+def test_strips_cover_every_row_once(rows, data):
+    count = data.draw(st.integers(1, rows))
+    bands = geometry.strips(rows, count, wan21())
+    assert [r for b in bands for r in range(b.start, b.stop)] == list(range(rows))
+    assert max(b.stop - b.start for b in bands) - min(b.stop - b.start for b in bands) <= 1
+    assert all(0 <= b.halo_start <= b.start < b.stop <= b.halo_stop <= rows for b in bands)
+
+
+@pytest.mark.parametrize("count", [0, -1, 6])
+def test_impossible_strip_counts_are_refused(count):
+    with pytest.raises(GeometryError):
+        geometry.strips(5, count, wan21())
+
+
+def test_halos_of_the_real_architectures():
+    """Counted by hand: 7 rows at full size (six convolutions and the head), then upwards."""
+    assert geometry.strip_halos(wan21()) == (13, 12, 10, 7)
+    assert geometry.strip_halos(wan22()) == (13, 12, 10, 7)
