@@ -1,0 +1,51 @@
+# One command each: demo, test, check, test-gpu, bench. All work from a fresh clone; the virtual
+# environment is made on first use and again when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Without an NVIDIA card, the release that has a CPU build: a plain `torch` would fetch gigabytes
+# of CUDA packages. TORCH_INDEX names another package index (PyTorch's own CPU index, say).
+TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+TORCH_INDEX ?=
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+RUN = $(VENV)/bin/python -m
+OUT ?= demo_output
+
+.PHONY: help demo test check test-gpu bench clean
+
+help:
+	@echo "make demo      decode the sample latents to $(OUT)/ (mp4, contact sheet, layout report)"
+	@echo "make test      run every test that this machine can run"
+	@echo "make check     lint only"
+	@echo "make test-gpu  run the tests that need a CUDA device (PYTHON with its own torch: VENV=...)"
+	@echo "make bench     compare with diffusers and others, write a results file"
+
+$(VENV)/.demo: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)" numpy
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) --editable ".[test]"
+	touch $@
+
+demo: $(VENV)/.demo
+	$(RUN) wan_vae demo --output $(OUT)
+
+check: $(VENV)/.test
+	$(RUN) ruff check .
+	$(RUN) ruff format --check wan_vae nodes examples tests benchmarks
+
+test: check
+	node --test tests/js/
+	$(RUN) pytest
+
+test-gpu:
+	$(PYTHON) -m pytest -m "gpu or nccl"
+
+bench: $(VENV)/.test
+	$(RUN) wan_vae bench
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist *.egg-info
