@@ -1,0 +1,119 @@
+"""Latent files in and out, and the checks that catch a bad latent before minutes are spent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from .checkpoint import read_safetensors
+from .config import WanVAEConfig
+from .errors import CheckpointError, LatentError, OutputError
+
+# Names under which tools store the tensor, most specific first.
+TENSOR_KEYS = ("latent_tensor", "latent", "latents", "samples")
+# ComfyUI marks files whose latents are in the model's own scale; older ones were multiplied by
+# Stable Diffusion's factor. Source: the behaviour of ComfyUI's SaveLatent / LoadLatent.
+VERSION_KEY = "latent_format_version_0"
+OLD_SCALE = 1.0 / 0.18215
+
+
+def load_latent(path: str | Path) -> torch.Tensor:
+    """Read a latent [B, z, T, H, W] in float32 from `.latent`, `.safetensors` or `.npy`.
+
+    [z, T, H, W] files get a batch dimension. Raises LatentError, one line, with the path.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LatentError(f"{path}: no such file")
+    if path.suffix == ".npy":
+        latent = _load_npy(path)
+    else:
+        try:
+            tensors = read_safetensors(path)
+        except CheckpointError as error:
+            raise LatentError(f"{path}: {error}") from error
+        key = next((k for k in TENSOR_KEYS if k in tensors), None)
+        others = [k for k in tensors if k != VERSION_KEY]
+        if key is None and len(others) == 1:
+            key = others[0]
+        if key is None:
+            raise LatentError(
+                f"{path}: no latent among {len(tensors)} tensors: expected a tensor named "
+                f"{', '.join(TENSOR_KEYS)}, or only one"
+            )
+        latent = tensors[key]
+        if path.suffix == ".latent" and VERSION_KEY not in tensors:
+            latent = latent.float() * OLD_SCALE
+    if latent.ndim == 4:
+        latent = latent.unsqueeze(0)
+    if latent.ndim != 5 or not latent.dtype.is_floating_point:
+        raise LatentError(
+            f"{path}: the latent is {tuple(latent.shape)} of {latent.dtype}: expected a floating "
+            "tensor [B, z, T, H, W]"
+        )
+    return latent.float()
+
+
+def _load_npy(path: Path) -> torch.Tensor:
+    try:
+        # mmap: a header that claims a huge array is held against the file's size, not allocated.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError, OverflowError, SyntaxError, MemoryError) as error:
+        line = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise LatentError(f"{path}: not a readable .npy array: {line}") from error
+    if array.dtype.kind != "f":
+        raise LatentError(f"{path}: the array is {array.dtype}: expected floating numbers")
+    return torch.from_numpy(np.array(array, dtype=np.float32))
+
+
+def save_latent(path: str | Path, latent: torch.Tensor) -> None:
+    """Write `latent` as ComfyUI's SaveLatent does, so that Load Latent takes it."""
+    tensors = {"latent_tensor": latent.detach().cpu().contiguous(), VERSION_KEY: torch.tensor([])}
+    try:
+        save_file(tensors, str(path))
+    except (SafetensorError, OSError) as error:
+        raise OutputError(f"{path}: cannot be written: {error}") from error
+
+
+def check_latent(latent: torch.Tensor, config: WanVAEConfig) -> None:
+    """Raise LatentError unless `latent` is a finite [B, z, T, H, W] of this VAE, sizes above 0."""
+    if latent.ndim != 5:
+        raise LatentError(f"the latent is {tuple(latent.shape)}: expected [B, z, T, H, W]")
+    if 0 in latent.shape:
+        raise LatentError(f"the latent is empty: its shape is {tuple(latent.shape)}")
+    if not latent.dtype.is_floating_point:
+        raise LatentError(f"the latent is of {latent.dtype}: expected a floating tensor")
+    if latent.shape[1] != config.z_dim:
+        other = {16: "Wan 2.1", 48: "Wan 2.2 (5B)"}.get(latent.shape[1])
+        hint = f"; {latent.shape[1]} channels are those of {other}" if other else ""
+        raise LatentError(
+            f"the latent has {latent.shape[1]} channels: this {config.family} VAE decodes "
+            f"{config.z_dim}{hint}"
+        )
+    _check_finite(latent, "latent", "the sampler overflowed, so every decoder would give black")
+
+
+def check_pixels(pixels: torch.Tensor, config: WanVAEConfig) -> None:
+    """Raise LatentError unless `pixels` is a finite [B, 3, T, H, W], sizes above 0."""
+    if pixels.ndim != 5 or pixels.shape[1] != 3:
+        raise LatentError(f"the video is {tuple(pixels.shape)}: expected [B, 3, T, H, W]")
+    if 0 in pixels.shape:
+        raise LatentError(f"the video is empty: its shape is {tuple(pixels.shape)}")
+    if not pixels.dtype.is_floating_point:
+        raise LatentError(f"the video is of {pixels.dtype}: expected floating values in [-1, 1]")
+    _check_finite(pixels, "video", "nothing can be encoded from it")
+
+
+def _check_finite(x: torch.Tensor, what: str, consequence: str) -> None:
+    finite = torch.isfinite(x).all(dim=4).all(dim=3).all(dim=1).all(dim=0)
+    bad = (~finite).nonzero().flatten().tolist()
+    if bad:
+        shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+        raise LatentError(
+            f"the {what} itself holds NaN or inf in {len(bad)} of {len(finite)} frames "
+            f"({shown}): {consequence}"
+        )
