@@ -1,0 +1,113 @@
+"""WanVAEDecodeToVideo: LATENT and VAE to a video file, without the frames ever being one IMAGE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import InputImpl, io
+
+from ..wan_vae import geometry
+from ..wan_vae.video import VideoFileSink
+from . import bridge
+from .reports import HIDDEN
+from .schema import chunk_input, latent_input, layout_input, precision_input, schema, vae_input
+
+
+class WanVAEDecodeToVideo(io.ComfyNode):
+    """Streams each chunk of frames into the encoder of a file in ComfyUI's output folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="WanVAEDecodeToVideo",
+            display_name="Wan VAE Decode to Video",
+            description="Decodes a Wan latent straight into a video file in the output folder. "
+            "Frames are written as they are decoded, so memory does not grow with the length.",
+            search_aliases=["save video", "vae decode video", "wan video", "long video", "mp4"],
+            inputs=[
+                latent_input(),
+                vae_input(),
+                io.Float.Input(
+                    "fps",
+                    default=16.0,
+                    min=0.01,
+                    max=1000.0,
+                    step=0.01,
+                    tooltip="Frames per second: 16 for Wan 2.1, 24 for Wan 2.2 5B.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="video/WanVAE",
+                    tooltip="Folder and name in the output folder, as in Save Video.",
+                ),
+                layout_input(),
+                precision_input(),
+                chunk_input(),
+            ],
+            outputs=[
+                io.Video.Output(
+                    display_name="VIDEO",
+                    is_output_list=True,
+                    tooltip="The file as a video: one for each latent of a batch.",
+                )
+            ],
+            hidden=list(HIDDEN),
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        samples,
+        vae,
+        fps,
+        filename_prefix,
+        memory_layout="auto",
+        precision="auto",
+        chunk_frames=0,
+    ) -> io.NodeOutput:
+        files: list[SavedFile] = []
+        report: dict = {}
+        for latent in bridge.latent_5d(samples).split(1):
+
+            def decode(packed, hooks, latent=latent):
+                planned = bridge.plan_chunk(packed, tuple(latent.shape))
+                shape = geometry.pixel_shape(tuple(latent.shape), packed.wan.config)
+                file = SavedFile.new(filename_prefix, width=shape[4], height=shape[3])
+                packed.wan.decode(
+                    latent,
+                    chunk_frames=chunk_frames or planned,
+                    memory_format=memory_layout,
+                    sink=VideoFileSink(file.path, fps=fps),
+                    **hooks,
+                )
+                return file
+
+            result = bridge.run(
+                cls.hidden, "decode", lambda: bridge.COPIES.get(vae, precision), decode
+            )
+            files.append(result.value)
+            report = result.report
+        videos = [InputImpl.VideoFromFile(str(file.path)) for file in files]
+        shown = [file.as_ui() for file in files]
+        # `images` with `animated` is how ComfyUI's own Save Video has its file shown on the node.
+        return io.NodeOutput(videos, ui={"images": shown, "animated": (True,), "wan_vae": [report]})
+
+
+class SavedFile:
+    """A new file in the output folder, numbered as ComfyUI numbers its files."""
+
+    def __init__(self, folder: str, name: str, subfolder: str):
+        self.path = Path(folder) / name
+        self._subfolder = subfolder
+
+    @classmethod
+    def new(cls, prefix: str, width: int, height: int) -> SavedFile:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            prefix, folder_paths.get_output_directory(), width, height
+        )
+        return cls(folder, f"{name}_{counter:05}_.mp4", subfolder)
+
+    def as_ui(self) -> dict[str, str]:
+        return {"filename": self.path.name, "subfolder": self._subfolder, "type": "output"}

@@ -1,0 +1,45 @@
+"""WanVAEEncode: IMAGE and VAE to LATENT, in place of VAE Encode."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..wan_vae.image import frames_to_pixels
+from . import bridge
+from .reports import HIDDEN
+from .schema import layout_input, precision_input, schema, vae_input
+
+
+class WanVAEEncode(io.ComfyNode):
+    """Encodes frames as one video; frames past 4n + 1 are dropped, as VAE Encode does."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="WanVAEEncode",
+            display_name="Wan VAE Encode",
+            description="Encodes images, taken as the frames of one video, with a Wan 2.1 / 2.2 "
+            "(or Qwen-Image) VAE. Frames past 4n + 1 are dropped and sizes cropped to whole latent "
+            "pixels, as VAE Encode does.",
+            search_aliases=["vae encode", "encode image", "wan encode", "image to latent"],
+            inputs=[
+                io.Image.Input("pixels", tooltip="The frames of one video, or one image."),
+                vae_input(),
+                layout_input(),
+                precision_input(),
+            ],
+            outputs=[io.Latent.Output(display_name="LATENT", tooltip="The latent of the video.")],
+            hidden=list(HIDDEN),
+        )
+
+    @classmethod
+    def execute(cls, pixels, vae, memory_layout="auto", precision="auto") -> io.NodeOutput:
+        def encode(packed, hooks):
+            bridge.plan_encode(packed, tuple(pixels.shape))
+            latent = packed.wan.encode(
+                frames_to_pixels(pixels), memory_format=memory_layout, **hooks
+            )
+            return latent.to(device=vae.output_device, dtype=bridge.output_dtype(vae))
+
+        result = bridge.run(cls.hidden, "encode", lambda: bridge.COPIES.get(vae, precision), encode)
+        return io.NodeOutput({"samples": result.value}, ui={"wan_vae": [result.report]})

@@ -1,0 +1,25 @@
+"""The V3 extension that ComfyUI asks for its nodes."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .decode import WanVAEDecode
+from .decode_to_video import WanVAEDecodeToVideo
+from .encode import WanVAEEncode
+from .inspect_vae import WanVAEInspect
+from .reports import add_route
+
+
+class WanVAEExtension(ComfyExtension):
+    """All nodes of the pack."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [WanVAEDecode, WanVAEEncode, WanVAEInspect, WanVAEDecodeToVideo]
+
+
+async def comfy_entrypoint() -> WanVAEExtension:
+    """Called by ComfyUI once, at start. Adds the route of the panel."""
+    # Not in `on_load`: ComfyUI 0.8 does not call it.
+    add_route()
+    return WanVAEExtension()

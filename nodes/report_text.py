@@ -1,0 +1,33 @@
+"""A report as lines of text, for the node that hands it on as a string."""
+
+from __future__ import annotations
+
+
+def report_text(report: dict) -> str:
+    """The facts of a report in the wire format that an inspection fills in."""
+    config, layout = report["config"], report["layout"]
+    found, used = layout["weights_found"], layout["weights_used"]
+    lines = [
+        f"{config['family']} VAE: {config['z_dim']} latent channels, width {config['dim']} / "
+        f"{config['decoder_dim']}, {config['spatial_factor']}x{config['spatial_factor']} pixels "
+        "for a latent pixel" + ("" if config.get("has_encoder", True) else ", no encoder"),
+        f"device: {report['device']} ({report['device_name']}), {report['dtype']}",
+        f"layout: {layout['chosen']} ({layout['reason']})",
+        f"weights as loaded: {_counts(found)}",
+        f"weights as used: {_counts(used)}",
+        "backends: " + ", ".join(f"{op} {name}" for op, name in report["backends"]["used"].items()),
+    ]
+    lines += [
+        f"off: {off['op']} {off['backend']}: {off['reason']}" for off in report["backends"]["off"]
+    ]
+    lines += [f"warning: {text}" for text in report["warnings"]]
+    lines += [
+        f"{layer['name']}  {layer['op']}  {'x'.join(map(str, layer['shape']))}  {layer['format']}  "
+        f"{layer['backend']}"
+        for layer in report["layers"]
+    ]
+    return "\n".join(lines)
+
+
+def _counts(formats: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in formats.items() if count) or "none"

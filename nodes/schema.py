@@ -1,0 +1,71 @@
+"""What the nodes' schemas share, and what older ComfyUI versions do not know of."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+from comfy_api.latest import io
+
+CATEGORY = "Wan VAE"
+LAYOUTS = ("auto", "contiguous", "channels_last_3d")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+def schema(**fields) -> io.Schema:
+    """An `io.Schema` of `fields`, less those that this ComfyUI does not have (search aliases)."""
+    known = {field.name for field in dataclasses.fields(io.Schema)}
+    fields = {"category": CATEGORY, **fields}
+    return io.Schema(**{name: value for name, value in fields.items() if name in known})
+
+
+def advanced(input_type: type, name: str, **options) -> io.Input:
+    """An optional input, folded away as advanced where this ComfyUI can do that."""
+    parameters = inspect.signature(input_type.__init__).parameters
+    if "advanced" in parameters:
+        options["advanced"] = True
+    return input_type(name, optional=True, **options)
+
+
+def vae_input() -> io.Input:
+    return io.Vae.Input(
+        "vae", tooltip="A Wan 2.1 or Wan 2.2 VAE (also Qwen-Image's), from ComfyUI's own Load VAE."
+    )
+
+
+def latent_input() -> io.Input:
+    return io.Latent.Input("samples", tooltip="The video or image latent to decode.")
+
+
+def layout_input() -> io.Input:
+    return advanced(
+        io.Combo.Input,
+        "memory_layout",
+        options=list(LAYOUTS),
+        default="auto",
+        tooltip="How weights and features lie in memory. auto takes the one that is fast and "
+        "proven on this device. The picture is the same with each.",
+    )
+
+
+def precision_input() -> io.Input:
+    return advanced(
+        io.Combo.Input,
+        "precision",
+        options=list(PRECISIONS),
+        default="auto",
+        tooltip="Number format of the computation. auto takes the one that ComfyUI chose for "
+        "this VAE (--fp32-vae and the like are respected).",
+    )
+
+
+def chunk_input() -> io.Input:
+    return advanced(
+        io.Int.Input,
+        "chunk_frames",
+        default=0,
+        min=0,
+        max=1024,
+        tooltip="Latent frames decoded at a time. 0 plans it from the free memory. Any value "
+        "gives the same picture; smaller ones need less memory.",
+    )

