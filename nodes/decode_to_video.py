@@ -8,7 +8,6 @@ import folder_paths
 from comfy_api.latest import InputImpl, io
 
 from ..wan_vae import geometry
-from ..wan_vae.video import VideoFileSink
 from . import bridge
 from .reports import HIDDEN
 from .schema import chunk_input, latent_input, layout_input, precision_input, schema, vae_input
@@ -67,6 +66,8 @@ class WanVAEDecodeToVideo(io.ComfyNode):
         precision="auto",
         chunk_frames=0,
     ) -> io.NodeOutput:
+        from ..wan_vae.video import VideoFileSink
+
         files: list[SavedFile] = []
         report: dict = {}
         for latent in bridge.latent_5d(samples).split(1):

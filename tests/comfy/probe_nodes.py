@@ -1,0 +1,203 @@
+"""Nodes that exist only in the test server: they make odd inputs and look at outputs.
+
+Copied into the server's custom_nodes as a pack of its own; not part of the pack under test.
+"""
+
+import copy
+import gc
+
+import comfy.ldm.wan.vae2_2
+import comfy.model_management as model_management
+import comfy.model_patcher
+import comfy.nested_tensor
+import torch
+
+
+def _facts(tensor):
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "device": str(tensor.device)}
+
+
+class _Probe:
+    RETURN_TYPES = ()
+    FUNCTION = "probe"
+    OUTPUT_NODE = True
+    CATEGORY = "probe"
+
+
+class ProbeCompareImages(_Probe):
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"a": ("IMAGE",), "b": ("IMAGE",)}}
+
+    def probe(self, a, b):
+        difference = float((a.float() - b.float()).abs().max()) if a.shape == b.shape else None
+        spread = float(b.float().std())
+        return {
+            "ui": {"a": [_facts(a)], "b": [_facts(b)], "difference": [difference],
+                   "spread": [spread]}
+        }  # fmt: skip
+
+
+class ProbeCompareLatents(ProbeCompareImages):
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"a": ("LATENT",), "b": ("LATENT",)}}
+
+    def probe(self, a, b):
+        return super().probe(a["samples"], b["samples"])
+
+
+class ProbeSink(_Probe):
+    """Makes nodes without outputs of their own run; `salt` keeps the cache from answering."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("*",)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    def probe(self, value):
+        return {"ui": {"shape": [list(getattr(value, "shape", ()))]}}
+
+
+class ProbeLatent:
+    """A latent of any shape from a seed. `kind`: plain, nested, image (4-D), channels_last."""
+
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "make"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        number = ("INT", {"default": 1, "min": 0, "max": 1 << 30})
+        names = ("batch", "channels", "frames", "height", "width", "seed")
+        return {"required": {**{name: number for name in names}, "kind": ("STRING", {})}}
+
+    def make(self, batch, channels, frames, height, width, seed, kind):
+        generator = torch.Generator().manual_seed(seed)
+        latent = torch.randn(batch, channels, frames, height, width, generator=generator)
+        if kind == "nested":
+            audio = torch.zeros(batch, 8, 5)
+            latent = comfy.nested_tensor.NestedTensor((latent, audio))
+        elif kind == "image":
+            latent = latent[:, :, 0]
+        elif kind == "channels_last":
+            latent = latent.contiguous(memory_format=torch.channels_last_3d)
+        elif kind == "nan":
+            latent[0, 0, -1, 0, 0] = float("nan")
+        return ({"samples": latent},)
+
+
+class ProbeFrames:
+    """Random frames as IMAGE."""
+
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "make"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        number = ("INT", {"default": 1, "min": 0, "max": 1 << 30})
+        return {"required": {n: number for n in ("frames", "height", "width", "channels", "seed")}}
+
+    def make(self, frames, height, width, channels, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return (torch.rand(frames, height, width, channels, generator=generator),)
+
+
+class ProbeVAEWeights:
+    """The same VAE object with its weights in another format or dtype, as other packs leave it."""
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "change"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"vae": ("VAE",), "kind": ("STRING", {})}}
+
+    def change(self, vae, kind):
+        for parameter in vae.first_stage_model.parameters():
+            if kind == "channels_last_3d" and parameter.ndim == 5:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+            elif kind in ("float16", "bfloat16"):
+                parameter.data = parameter.data.to(getattr(torch, kind))
+        return (vae,)
+
+
+class ProbeWan22VAE:
+    """Core's own Wan 2.2 model in a narrow width; core's loader knows only the full one (2.8 GB).
+
+    A VAE object of core carries it, so that core's VAE Decode can be the reference.
+    """
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"vae": ("VAE",)}}
+
+    def make(self, vae):
+        generator = torch.Generator().manual_seed(0)
+        made = copy.copy(vae)
+        with torch.inference_mode(False), torch.no_grad():
+            model = comfy.ldm.wan.vae2_2.WanVAE(
+                dim=16, dec_dim=32, z_dim=48, dim_mult=[1, 2, 4, 4], num_res_blocks=2,
+                attn_scales=[], temperal_downsample=[False, True, True], dropout=0.0,
+            ).eval()  # fmt: skip
+            for name, parameter in model.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                gain = 1.0 if name.endswith("gamma") else 0.0
+                scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 and not gain else 0.1
+                parameter.copy_(gain + scale * noise)
+        made.first_stage_model = model
+        made.latent_channels = 48
+        made.patcher = comfy.model_patcher.ModelPatcher(model, vae.device, torch.device("cpu"))
+        made.upscale_ratio = made.downscale_ratio = (lambda frames: frames, 16, 16)
+        return (made,)
+
+
+class ProbeMemory(_Probe):
+    """Bytes of all live tensors, and how many models ComfyUI holds."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"salt": ("INT", {"min": 0, "max": 1 << 30})}}
+
+    def probe(self, salt):
+        gc.collect()
+        storages = {}
+        for thing in gc.get_objects():
+            if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        models = [type(m.model.model).__name__ for m in model_management.current_loaded_models]
+        return {"ui": {"tensor_bytes": [sum(storages.values())], "models": models}}
+
+
+class ProbeUnload(_Probe):
+    """What ComfyUI does under memory pressure: every model goes."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"image": ("IMAGE",)}}
+
+    RETURN_TYPES = ("IMAGE",)
+
+    def probe(self, image):
+        model_management.unload_all_models()
+        left = [type(m.model.model).__name__ for m in model_management.current_loaded_models]
+        return {"ui": {"left": left}, "result": (image,)}
+
+
+NODE_CLASS_MAPPINGS = {
+    cls.__name__: cls
+    for cls in (
+        ProbeCompareImages, ProbeCompareLatents, ProbeSink, ProbeLatent, ProbeFrames,
+        ProbeVAEWeights, ProbeWan22VAE, ProbeMemory, ProbeUnload,
+    )
+}  # fmt: skip

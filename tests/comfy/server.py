@@ -1,0 +1,195 @@
+"""A real ComfyUI in a process of its own, with this pack installed as a user would have it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+import uuid
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import websocket
+
+from tests.comfy.provision import ComfyEnvironment
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACK = "ComfyUI-WanVAE"
+START_TIMEOUT_S = 120
+RUN_TIMEOUT_S = 120
+
+
+def install_pack(custom_nodes: Path) -> Path:
+    """Copy the files that git tracks (and new ones it does not ignore) into `custom_nodes`."""
+    target = custom_nodes / PACK
+    listed = subprocess.run(
+        ["git", "-C", str(REPOSITORY), "ls-files", "-z", "--cached", "--others",
+         "--exclude-standard"],
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    for name in filter(None, listed.split("\0")):
+        source = REPOSITORY / name
+        if source.is_file() and not name.startswith("tests/"):
+            place = target / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, place)
+    return target
+
+
+@dataclass
+class Run:
+    """What one prompt did: its websocket messages, and its entry in the history."""
+
+    prompt_id: str
+    messages: list[dict] = field(default_factory=list)
+    history: dict = field(default_factory=dict)
+
+    def of_type(self, kind: str) -> list[dict]:
+        return [m["data"] for m in self.messages if m["type"] == kind]
+
+    @property
+    def outputs(self) -> dict:
+        return self.history.get("outputs", {})
+
+    @property
+    def error(self) -> dict | None:
+        errors = self.of_type("execution_error")
+        return errors[0] if errors else None
+
+    @property
+    def interrupted(self) -> bool:
+        return bool(self.of_type("execution_interrupted"))
+
+    def report(self, node: str) -> dict:
+        return self.outputs[node]["wan_vae"][0]
+
+
+class Comfy:
+    """Starts a server in `base`; use as a context manager."""
+
+    def __init__(self, environment: ComfyEnvironment, base: Path, *flags: str):
+        self.base = base
+        for folder in ("custom_nodes", "models/vae", "input", "output", "user/default"):
+            (base / folder).mkdir(parents=True, exist_ok=True)
+        self.pack = install_pack(base / "custom_nodes")
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = base / "server.log"
+        self._command = [
+            environment.python, str(Path(environment.comfyui) / "main.py"), "--cpu",
+            "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
+            "--database-url", "sqlite:///:memory:", "--disable-api-nodes", *flags,
+        ]  # fmt: skip
+
+    def __enter__(self) -> Comfy:
+        # One thread a server leaves the other cores to the browser; nothing is written to the pack.
+        quiet = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **quiet}
+            )
+        try:
+            self._wait_until_up()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _wait_until_up(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"ComfyUI ended while starting:\n{self.log_text()[-4000:]}")
+            try:
+                self.get("/system_stats")
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.2)  # nothing tells that a foreign server is up: it must be asked
+            else:
+                return
+        raise TimeoutError(f"ComfyUI is not up:\n{self.log_text()[-4000:]}")
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def get(self, path: str):
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, body: dict):
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{path}: {error.code} {error.read().decode()}") from error
+        return json.loads(text) if text else None
+
+    def queue(self, prompt: dict, client_id: str, workflow: str | None = None) -> str:
+        body: dict = {"prompt": prompt, "client_id": client_id}
+        if workflow is not None:
+            body["extra_data"] = {"extra_pnginfo": {"workflow": {"id": workflow}}}
+        return self.post("/prompt", body)["prompt_id"]
+
+    def run(self, prompt: dict, on_message=None, workflow: str | None = None) -> Run:
+        """Queue an API prompt, listen until it ends; `on_message(message)` sees each message."""
+        client = uuid.uuid4().hex
+        with closing(self.listen(client)) as stream:
+            run = Run(self.queue(prompt, client, workflow))
+            self.follow(stream, run, on_message)
+        return run
+
+    def listen(self, client: str) -> websocket.WebSocket:
+        return websocket.create_connection(
+            f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=RUN_TIMEOUT_S
+        )
+
+    def follow(self, stream: websocket.WebSocket, run: Run, on_message=None) -> None:
+        ends = {"execution_success", "execution_error", "execution_interrupted"}
+        while True:
+            text = stream.recv()
+            if isinstance(text, bytes):
+                continue  # previews
+            message = json.loads(text)
+            run.messages.append(message)
+            if on_message is not None:
+                on_message(message)
+            if message["type"] in ends and message["data"]["prompt_id"] == run.prompt_id:
+                break
+        # The history gets the prompt just after the last message.
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            history = self.get(f"/history/{run.prompt_id}")
+            if run.prompt_id in history:
+                run.history = history[run.prompt_id]
+                return
+            time.sleep(0.02)
+        raise TimeoutError(f"prompt {run.prompt_id} never reached the history")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
