@@ -1,0 +1,158 @@
+/** The only file with side effects: registers the elements, the extension and its listeners. */
+import { api } from "/scripts/api.js";
+import { app } from "/scripts/app.js";
+
+import { WanVAELine } from "./line.js";
+import { WanVAEPanel } from "./panel.js";
+import { fitsWorkflow, nodeByExecutionId, ReportStore } from "./store.js";
+import { translator } from "./strings.js";
+
+const EVENT = "wan_vae.report";
+const ROUTE = "/wan_vae/reports";
+const TAB = "wan-vae";
+const LINE_SETTING = "WanVAE.NodeLine";
+const LINE_HEIGHT = 36;
+const LINE_MARGIN = 4;
+const NODES = /^WanVAE(Decode|DecodeSharded|DecodeToVideo|Encode|Inspect)$/;
+
+const store = new ReportStore();
+let t = translator();
+const lineWidgets = new Set();
+
+const rootGraph = () => app.rootGraph ?? app.graph;
+
+function nodeOf(message) {
+  const graph = rootGraph();
+  if (!graph || !fitsWorkflow(message, graph)) return null;
+  const node = nodeByExecutionId(graph, message.node);
+  return node && NODES.test(node.comfyClass ?? "") ? node : null;
+}
+
+async function fetchReports() {
+  const answer = await api.fetchApi(ROUTE);
+  if (!answer.ok) throw new Error(`${ROUTE} answered ${answer.status}`);
+  store.merge((await answer.json()).reports);
+}
+
+const refresh = () =>
+  fetchReports().catch((error) => console.warn("Wan VAE: no reports from the server:", error));
+
+/** Words of the pack in the language of the interface; English where there are none. */
+async function loadWords() {
+  const locale = app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
+  const answer = await api.fetchApi("/i18n");
+  if (!answer.ok) return;
+  const languages = await answer.json();
+  t = translator(languages[locale]?.wanVae);
+}
+
+function openPanel() {
+  const tabs = app.extensionManager.sidebarTab;
+  if (tabs.activeSidebarTabId !== TAB) tabs.toggleSidebarTab(TAB);
+}
+
+function showNode(node) {
+  // A node in a subgraph is on another canvas.
+  if (node.graph && app.canvas.graph !== node.graph) app.canvas.setGraph?.(node.graph);
+  app.canvas.centerOnNode(node);
+  app.canvas.selectNode?.(node, false);
+}
+
+function showLine(widget, shown) {
+  widget.hidden = !shown;
+  widget.options.hidden = !shown; // Nodes 2.0 looks here
+  widget.element.hidden = !shown;
+}
+
+function addLine(node) {
+  const line = document.createElement("wan-vae-line");
+  line.context = {
+    store,
+    t: (...words) => t(...words),
+    find: () => store.findLast((message) => nodeOf(message) === node),
+    openPanel,
+  };
+  const widget = node.addDOMWidget("wan_vae_line", "wan_vae_line", line, {
+    serialize: false,
+    hideOnZoom: false,
+    margin: LINE_MARGIN,
+    getMinHeight: () => LINE_HEIGHT,
+    getMaxHeight: () => LINE_HEIGHT,
+    getValue: () => "",
+    setValue: () => {},
+  });
+  widget.serialize = false; // the option is read when queued, this when saved
+  lineWidgets.add(widget);
+  showLine(widget, app.extensionManager?.setting?.get(LINE_SETTING) ?? true);
+  const removed = node.onRemoved;
+  node.onRemoved = function (...values) {
+    lineWidgets.delete(widget);
+    return removed?.apply(this, values);
+  };
+}
+
+function addPanel() {
+  let panel = null;
+  app.extensionManager.registerSidebarTab({
+    id: TAB,
+    icon: "pi pi-th-large",
+    title: t("panel.title"),
+    tooltip: t("panel.title"),
+    type: "custom",
+    render: (container) => {
+      panel = document.createElement("wan-vae-panel");
+      panel.context = {
+        store,
+        t,
+        locate: (message) => {
+          const node = nodeOf(message);
+          if (node === null) return null;
+          return { node, title: `${node.title} #${message.node}`, show: () => showNode(node) };
+        },
+      };
+      container.replaceChildren(panel);
+    },
+    destroy: () => panel?.remove(),
+  });
+}
+
+customElements.define("wan-vae-line", WanVAELine);
+customElements.define("wan-vae-panel", WanVAEPanel);
+
+const style = document.createElement("link");
+style.rel = "stylesheet";
+style.href = new URL("./wan_vae.css", import.meta.url).href;
+document.head.append(style);
+
+app.registerExtension({
+  name: "WanVAE",
+  settings: [
+    {
+      id: LINE_SETTING,
+      category: ["Wan VAE", "Nodes", "Line"],
+      name: t("setting.line"),
+      tooltip: t("setting.line_tip"),
+      type: "boolean",
+      defaultValue: true,
+      onChange: (shown) => {
+        for (const widget of lineWidgets) showLine(widget, shown);
+        rootGraph()?.setDirtyCanvas?.(true, true);
+      },
+    },
+  ],
+  async setup() {
+    await loadWords();
+    addPanel();
+    api.addEventListener(EVENT, ({ detail }) => store.put(detail));
+    // A cached run sends no report, a reconnected page missed some.
+    api.addEventListener("execution_cached", refresh);
+    api.addEventListener("reconnected", refresh);
+    await refresh();
+  },
+  nodeCreated(node) {
+    if (NODES.test(node.comfyClass ?? "")) addLine(node);
+  },
+  afterConfigureGraph() {
+    store.touch(); // another workflow may be on screen
+  },
+});

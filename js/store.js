@@ -1,0 +1,84 @@
+/**
+ * The last report of every node, and an event when one changes.
+ *
+ * A message is what the server sends: `{node, workflow, report}`. `node` is the execution id
+ * ("5", or "5:3" inside a subgraph), `workflow` the id of the workflow or null for API prompts.
+ *
+ *     const store = new ReportStore();
+ *     store.addEventListener("change", (event) => console.log(event.detail.message));
+ *     store.put({ node: "5", workflow: null, report });
+ */
+export class ReportStore extends EventTarget {
+  #messages = new Map();
+
+  /** Keep one message and tell listeners. A message without a report object is ignored. */
+  put(message) {
+    if (!isMessage(message)) return;
+    this.#keep(message);
+    this.#changed(message);
+  }
+
+  /**
+   * Merge what the server kept. A running report of ours is newer than anything kept there for
+   * the same node, so it stays; everything else is replaced. Listeners hear of it once.
+   */
+  merge(messages) {
+    for (const message of messages.filter(isMessage)) {
+      const present = this.#messages.get(keyOf(message));
+      if (present?.report.status !== "running") this.#keep(message);
+    }
+    this.#changed(null);
+  }
+
+  /** Tell listeners that what they show may belong to other nodes now (another workflow). */
+  touch() {
+    this.#changed(null);
+  }
+
+  /** All messages, the most recently changed last. */
+  all() {
+    return [...this.#messages.values()];
+  }
+
+  /** The most recent message for which `matches` is true, or undefined. */
+  findLast(matches) {
+    return this.all().findLast(matches);
+  }
+
+  #keep(message) {
+    const key = keyOf(message);
+    this.#messages.delete(key); // so that the order is that of the last change
+    this.#messages.set(key, message);
+  }
+
+  #changed(message) {
+    this.dispatchEvent(new CustomEvent("change", { detail: { message } }));
+  }
+}
+
+function keyOf({ node, workflow }) {
+  return JSON.stringify([workflow ?? null, String(node)]);
+}
+
+function isMessage(message) {
+  return message?.node != null && message.report !== null && typeof message.report === "object";
+}
+
+/**
+ * The node of `graph` that an execution id names: "5", or "5:3" for node 3 in the subgraph that
+ * node 5 stands for. Null where the graph has no such node.
+ */
+export function nodeByExecutionId(graph, executionId) {
+  let node = null;
+  for (const id of String(executionId).split(":")) {
+    if (node !== null) graph = node.subgraph;
+    node = graph?.getNodeById(id) ?? null;
+    if (node === null) return null;
+  }
+  return node;
+}
+
+/** Whether a message belongs to the workflow on screen. Messages and graphs without an id fit all. */
+export function fitsWorkflow(message, graph) {
+  return !message.workflow || !graph?.id || message.workflow === graph.id;
+}

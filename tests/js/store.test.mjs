@@ -1,0 +1,85 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { fitsWorkflow, nodeByExecutionId, ReportStore } from "../../js/store.js";
+
+const message = (node, status = "done", workflow = null) => ({
+  node,
+  workflow,
+  report: { status },
+});
+
+function listened(store) {
+  const events = [];
+  store.addEventListener("change", (event) => events.push(event.detail.message));
+  return events;
+}
+
+test("the last report of a node wins, and becomes the most recent", () => {
+  const store = new ReportStore();
+  store.put(message("1", "running"));
+  store.put(message("2"));
+  store.put(message("1", "done"));
+  assert.deepEqual(
+    store.all().map(({ node, report }) => [node, report.status]),
+    [["2", "done"], ["1", "done"]],
+  );
+});
+
+test("the same node of two workflows is two nodes", () => {
+  const store = new ReportStore();
+  store.put(message("1", "done", "a"));
+  store.put(message("1", "failed", "b"));
+  assert.equal(store.all().length, 2);
+  assert.equal(store.findLast((m) => m.workflow === "a").report.status, "done");
+});
+
+test("each put is heard, and what is no report is not", () => {
+  const store = new ReportStore();
+  const events = listened(store);
+  for (const bad of [null, undefined, {}, { node: "1" }, { node: "1", report: "x" }]) store.put(bad);
+  assert.equal(events.length, 0);
+  store.put(message("5:3"));
+  assert.deepEqual(events.map((m) => m.node), ["5:3"]);
+});
+
+test("merging keeps a running report, replaces others, and is heard once", () => {
+  const store = new ReportStore();
+  store.put(message("1", "running"));
+  store.put(message("2", "failed"));
+  const events = listened(store);
+  store.merge([message("1", "done"), message("2", "done"), message("3", "done"), null]);
+  const statuses = Object.fromEntries(store.all().map((m) => [m.node, m.report.status]));
+  assert.deepEqual(statuses, { 1: "running", 2: "done", 3: "done" });
+  assert.deepEqual(events, [null]);
+});
+
+test("a listener that leaves hears nothing more", () => {
+  const store = new ReportStore();
+  let heard = 0;
+  const listener = () => (heard += 1);
+  store.addEventListener("change", listener);
+  store.put(message("1"));
+  store.removeEventListener("change", listener);
+  store.put(message("1"));
+  assert.equal(heard, 1);
+});
+
+test("an execution id walks into subgraphs", () => {
+  const graphOf = (nodes) => ({ getNodeById: (id) => nodes[id] });
+  const inner = { title: "inner" };
+  const outer = { title: "outer", subgraph: graphOf({ 3: inner }) };
+  const graph = graphOf({ 5: outer, 6: {} });
+  assert.equal(nodeByExecutionId(graph, "5"), outer);
+  assert.equal(nodeByExecutionId(graph, "5:3"), inner);
+  assert.equal(nodeByExecutionId(graph, "5:4"), null);
+  assert.equal(nodeByExecutionId(graph, "6:3"), null);
+  assert.equal(nodeByExecutionId(graph, "7"), null);
+});
+
+test("a report fits its own workflow, and any where ids are unknown", () => {
+  assert.equal(fitsWorkflow(message("1", "done", "a"), { id: "a" }), true);
+  assert.equal(fitsWorkflow(message("1", "done", "a"), { id: "b" }), false);
+  assert.equal(fitsWorkflow(message("1", "done", null), { id: "b" }), true);
+  assert.equal(fitsWorkflow(message("1", "done", "a"), {}), true);
+});
