@@ -1,0 +1,130 @@
+"""The real frontends in headless Chromium, each on a ComfyUI of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Locator, Page, sync_playwright
+
+from tests.comfy import graphs
+from tests.comfy.provision import provision
+from tests.comfy.server import Comfy
+
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+# Everything on a busy machine with two cores, first load of the frontend included.
+TIMEOUT_MS = 60_000
+
+
+@pytest.fixture(scope="session", params=["pinned", "newest"])
+def server(request, tmp_path_factory) -> Iterator[Comfy]:
+    """ComfyUI with the frontend that it pins, then with the newest one."""
+    environment = provision()
+    flags = ("--front-end-root", environment.newest_frontend) if request.param == "newest" else ()
+    server = Comfy(environment, tmp_path_factory.mktemp(request.param), *flags)
+    graphs.write_vaes(server.base / "models" / "vae")
+    probe = Path(graphs.__file__).with_name("probe_nodes.py")
+    shutil.copyfile(probe, server.base / "custom_nodes" / "wan_vae_probe.py")
+    server.frontend = request.param
+    with server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Frontend:
+    """A page with the frontend loaded, and what tests do with it."""
+
+    page: Page
+    server: Comfy
+    errors: list[str]
+    mode: str
+
+    def open(self) -> None:
+        """Load (or reload) and wait until the graph of the frontend has settled."""
+        self.page.goto(self.server.url, timeout=TIMEOUT_MS)
+        self.page.wait_for_function(
+            "() => window.app?.vueAppReady && window.app.extensionManager", timeout=TIMEOUT_MS
+        )
+        # The default graph loads late: wait until it stayed the same for a second.
+        self.page.wait_for_function(
+            """() => {
+              const graph = window.app.rootGraph ?? window.app.graph;
+              const now = JSON.stringify(graph.serialize().nodes.map((node) => node.id));
+              if (window.__graph?.nodes !== now) window.__graph = { nodes: now, at: Date.now() };
+              return Date.now() - window.__graph.at > 1000;
+            }""",
+            timeout=TIMEOUT_MS,
+        )
+
+    def setting(self, name: str, value) -> None:
+        self.page.evaluate(
+            "([name, value]) => window.app.extensionManager.setting.set(name, value)", [name, value]
+        )
+
+    def load(self, workflow: dict) -> None:
+        self.page.evaluate("(workflow) => window.app.loadGraphData(workflow)", workflow)
+
+    def shot(self, name: str, locator: Locator | None = None) -> None:
+        """A screenshot of the page or one element, for people to look at."""
+        folder = Path(os.environ.get("WAN_VAE_SCREENSHOTS", "test-results/browser"))
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}-{self.server.frontend}-{self.mode}.png"
+        (locator or self.page).screenshot(path=path)
+
+    def queue(self) -> None:
+        self.page.evaluate("() => window.app.queuePrompt(0, 1)")
+
+    def line(self, text: str) -> None:
+        """Wait for a line on a node that holds `text`."""
+        self.page.locator("wan-vae-line", has_text=text).first.wait_for(timeout=TIMEOUT_MS)
+
+    def open_tab(self) -> None:
+        self.page.evaluate(
+            """() => {
+              const tabs = window.app.extensionManager.sidebarTab;
+              if (tabs.activeSidebarTabId !== "wan-vae") tabs.toggleSidebarTab("wan-vae");
+            }"""
+        )
+        self.page.locator("wan-vae-panel").wait_for(timeout=TIMEOUT_MS)
+
+
+@pytest.fixture(scope="session", params=["canvas", "nodes2"])
+def frontend(request, server, chromium) -> Iterator[Frontend]:
+    """One page for all tests of a frontend and a way to draw nodes; loading it is what costs."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 800})
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.set_default_timeout(TIMEOUT_MS)
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    front = Frontend(page, server, errors, request.param)
+    front.open()
+    front.setting("Comfy.TutorialCompleted", True)
+    front.setting("Comfy.VueNodes.Enabled", request.param == "nodes2")
+    front.open()
+    yield front
+    context.close()
+
+
+@pytest.fixture(autouse=True)
+def no_page_errors(frontend):
+    """No test may leave an uncaught error of the page behind."""
+    frontend.errors.clear()
+    yield
+    assert frontend.errors == []

@@ -1,0 +1,243 @@
+"""The line and the panel in the real frontends, in canvas and Nodes 2.0."""
+
+import json
+import re
+import urllib.parse
+
+import pytest
+
+from tests.browser.workflows import workflow
+from tests.comfy.graphs import OTHER_VAE
+
+pytestmark = pytest.mark.browser
+
+DONE = re.compile(r"contiguous \((\d+)/\1\) · fp32 · cpu · 9 frames in [\d.]+ m?s$")
+
+
+def text_of(frontend):
+    return frontend.page.locator("wan-vae-line .wan-vae-text").first.inner_text()
+
+
+def test_line_and_panel_follow_a_run(frontend):
+    frontend.load(workflow(seed=1, identity=f"run-{frontend.mode}"))
+    frontend.line("No report yet")
+    frontend.open_tab()
+    frontend.page.get_by_text("Add a Wan VAE Decode node").wait_for()
+    frontend.queue()
+    frontend.line("9 frames in")
+    assert DONE.match(text_of(frontend)), text_of(frontend)
+    assert frontend.page.locator("wan-vae-line").first.get_attribute("data-tone") == "good"
+    card = frontend.page.locator(".wan-vae-card").first
+    card.wait_for()
+    assert card.get_attribute("data-tone") == "good"
+    assert card.locator("summary").inner_text().startswith("Wan VAE Decode #3")
+    assert frontend.page.locator(".wan-vae-strip .wan-vae-cell").count() > 30
+    assert frontend.page.locator(".wan-vae-bar").count() >= 1
+    body = card.inner_text()
+    for expected in ("Weights as loaded", "contiguous", "1 × 16 × 3 × 8 × 12", "Kernels"):
+        assert expected in body
+    frontend.shot("panel")
+
+
+def test_line_has_the_height_it_asks_for_and_stays_inside_the_node(frontend):
+    frontend.load(workflow(seed=1, identity=f"run-{frontend.mode}"))
+    box = frontend.page.locator("wan-vae-line button").first.bounding_box()
+    assert 20 <= box["height"] <= 36
+    assert box["width"] > 150
+    frontend.shot("node")
+
+
+def test_report_survives_reload_and_a_cached_run(frontend):
+    frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
+    frontend.queue()
+    frontend.line("9 frames in")
+    before = text_of(frontend)
+    frontend.open()
+    frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
+    frontend.line("9 frames in")
+    assert text_of(frontend) == before
+    with frontend.page.expect_response(re.compile("/wan_vae/reports")) as answer:
+        frontend.queue()
+    kept = answer.value.json()["reports"]
+    assert any(message["workflow"] == f"reload-{frontend.mode}" for message in kept)
+    assert text_of(frontend) == before
+    frontend.open_tab()
+    frontend.page.locator(".wan-vae-card").first.wait_for()
+
+
+def test_another_workflow_with_the_same_node_ids_shows_nothing(frontend):
+    frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
+    frontend.line("9 frames in")
+    frontend.load(workflow(seed=2, identity="somebody-elses"))
+    frontend.line("No report yet")
+
+
+def test_cancel_shows_live_progress_then_where_it_stopped(frontend):
+    identity = f"cancel-{frontend.mode}"
+    frontend.load(workflow(seed=3, frames=60, height=16, width=16, identity=identity))
+    frontend.queue()
+    frontend.line(" of 237 frames ·")
+    running = frontend.page.locator("wan-vae-line").first
+    assert running.get_attribute("data-tone") == "running"
+    frontend.page.evaluate("() => window.app.api.interrupt(null)")
+    frontend.line("cancelled after")
+    done = int(re.search(r"cancelled after (\d+) of 237", text_of(frontend))[1])
+    assert 0 < done < 237
+    frontend.load(workflow(seed=4, identity=identity))
+    frontend.queue()
+    frontend.line("9 frames in")
+
+
+def test_an_error_is_on_the_line_and_in_the_panel(frontend):
+    frontend.load(workflow(seed=5, channels=4, vae=OTHER_VAE, identity=f"bad-{frontend.mode}"))
+    frontend.queue()
+    frontend.line("failed: this is a Stable Diffusion")
+    assert frontend.page.locator("wan-vae-line").first.get_attribute("data-tone") == "bad"
+    frontend.page.keyboard.press("Escape")
+    frontend.open_tab()
+    notes = frontend.page.locator(".wan-vae-card .wan-vae-notes").first
+    assert "VAE nodes" in notes.inner_text()
+
+
+def test_the_layer_strip_works_from_the_keyboard(frontend):
+    frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
+    frontend.line("9 frames in")
+    frontend.open_tab()
+    strip = frontend.page.locator(".wan-vae-strip").first
+    assert strip.get_attribute("role") == "toolbar"
+    cells = strip.locator(".wan-vae-cell")
+    cells.first.focus()
+    readout = frontend.page.locator(".wan-vae-readout").first
+    first = readout.inner_text()
+    frontend.page.keyboard.press("ArrowRight")
+    second = readout.inner_text()
+    assert first != second
+    assert cells.nth(1).get_attribute("aria-label") == second
+    frontend.page.keyboard.press("End")
+    assert cells.last.get_attribute("tabindex") == "0"
+    assert strip.locator("[tabindex='0']").count() == 1
+
+
+def test_copy_report_copies_the_wire_format(frontend):
+    frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
+    frontend.line("9 frames in")
+    frontend.open_tab()
+    frontend.page.get_by_role("button", name="Copy report").first.click()
+    frontend.page.get_by_text("Copied", exact=True).first.wait_for()
+    copied = json.loads(frontend.page.evaluate("() => navigator.clipboard.readText()"))
+    assert copied["schema"] == "wan_vae.report/1"
+
+
+def test_line_button_opens_the_panel(frontend):
+    frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
+    frontend.line("9 frames in")
+    frontend.page.evaluate(
+        """() => {
+          const tabs = window.app.extensionManager.sidebarTab;
+          if (tabs.activeSidebarTabId) tabs.toggleSidebarTab(tabs.activeSidebarTabId);
+        }"""
+    )
+    frontend.page.locator("wan-vae-panel").wait_for(state="detached")
+    frontend.page.locator("wan-vae-line button").first.click()
+    frontend.page.locator("wan-vae-panel").wait_for()
+
+
+def test_line_is_absent_from_saved_workflows_and_prompts(frontend):
+    frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
+    frontend.line("9 frames in")
+    saved, prompt = frontend.page.evaluate(
+        """async () => {
+          const graph = window.app.rootGraph ?? window.app.graph;
+          const { output } = await window.app.graphToPrompt();
+          return [graph.serialize(), output];
+        }"""
+    )
+    node = next(node for node in saved["nodes"] if node["type"] == "WanVAEDecode")
+    assert node["widgets_values"] == ["auto", "auto", 0]
+    assert "wan_vae_line" not in json.dumps([saved, prompt])
+
+
+def test_a_setting_hides_the_line(frontend):
+    frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
+    line = frontend.page.locator("wan-vae-line").first
+    line.wait_for()
+    frontend.setting("WanVAE.NodeLine", False)
+    line.wait_for(state="hidden")
+    frontend.load(workflow(seed=2, identity="hidden-from-the-start"))
+    frontend.page.wait_for_function(
+        "() => (window.app.rootGraph ?? window.app.graph).getNodeById(3) !== null"
+    )
+    assert not line.is_visible()
+    frontend.setting("WanVAE.NodeLine", True)
+    line.wait_for()
+
+
+@pytest.mark.parametrize("palette", ["light", "dark"])
+def test_text_is_readable_in_both_themes(frontend, palette):
+    frontend.setting("Comfy.ColorPalette", palette)
+    frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
+    frontend.line("9 frames in")
+    frontend.open_tab()
+    frontend.page.locator(".wan-vae-card").first.wait_for()
+    worst = frontend.page.evaluate(CONTRAST)
+    frontend.shot(f"theme-{palette}")
+    assert worst["ratio"] >= 4.5, worst
+
+
+def test_panel_speaks_chinese(frontend):
+    if frontend.mode == "nodes2":
+        return  # the words do not depend on how nodes are drawn
+    frontend.setting("Comfy.Locale", "zh")
+    try:
+        frontend.open()
+        frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
+        frontend.line("9 帧,用时")
+        frontend.open_tab()
+        frontend.page.get_by_role("button", name="复制报告").first.wait_for()
+        frontend.page.get_by_text("Wan VAE 解码").first.wait_for()
+    finally:
+        frontend.setting("Comfy.Locale", "en")
+        frontend.open()
+
+
+def test_help_page_is_served(frontend):
+    for name in ("WanVAEDecode", "WanVAEEncode", "WanVAEInspect", "WanVAEDecodeToVideo"):
+        path = urllib.parse.quote(f"/extensions/ComfyUI-WanVAE/docs/{name}.md")
+        answer = frontend.page.request.get(frontend.server.url + path)
+        assert answer.ok
+        assert answer.text().startswith("# Wan VAE")
+
+
+# WCAG contrast of the text of line and panel against the first opaque background behind it.
+CONTRAST = """() => {
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const rgba = (color) => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = color;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const luminance = ([r, g, b]) => {
+    const [R, G, B] = [r, g, b].map((v) => {
+      v /= 255;
+      return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * R + 0.7152 * G + 0.0722 * B;
+  };
+  const behind = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const color = rgba(getComputedStyle(at).backgroundColor);
+      if (color[3] === 255) return color;
+    }
+    return [255, 255, 255, 255];
+  };
+  let worst = { ratio: Infinity };
+  const texts = ".wan-vae-text, .wan-vae-sign, .wan-vae-card :is(p, dt, dd, h4, button, span)";
+  for (const element of document.querySelectorAll(texts)) {
+    if (!element.textContent.trim()) continue;
+    const [a, b] = [rgba(getComputedStyle(element).color), behind(element)].map(luminance);
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < worst.ratio) worst = { ratio, text: element.textContent, tag: element.className };
+  }
+  return worst;
+}"""

@@ -1,0 +1,37 @@
+"""Workflows in the format that the frontend loads."""
+
+from __future__ import annotations
+
+
+def _node(number, kind, position, widgets, inputs=(), outputs=(), size=(300, 140)) -> dict:
+    return {
+        "id": number, "type": kind, "pos": list(position), "size": list(size), "flags": {},
+        "order": number, "mode": 0, "properties": {}, "widgets_values": list(widgets),
+        "inputs": [
+            {"name": name, "type": type_, "link": link} for name, type_, link in inputs
+        ],
+        "outputs": [
+            {"name": name, "type": type_, "links": links} for name, type_, links in outputs
+        ],
+    }  # fmt: skip
+
+
+def workflow(
+    seed=0, frames=3, height=8, width=12, vae="wan21.safetensors", channels=16, identity="w1"
+) -> dict:
+    """Latent and VAE into WanVAEDecode (node 3), and something that wants its image."""
+    nodes = [
+        _node(1, "VAELoader", (40, 80), [vae], outputs=[("VAE", "VAE", [1])], size=(300, 80)),
+        _node(2, "ProbeLatent", (40, 220), [1, channels, frames, height, width, seed, "plain"],
+              outputs=[("LATENT", "LATENT", [2])], size=(300, 260)),
+        _node(3, "WanVAEDecode", (400, 80), ["auto", "auto", 0],
+              inputs=[("samples", "LATENT", 2), ("vae", "VAE", 1)],
+              outputs=[("IMAGE", "IMAGE", [3])], size=(340, 220)),
+        _node(4, "ProbeSink", (800, 80), [], inputs=[("value", "*", 3)], size=(200, 60)),
+    ]  # fmt: skip
+    links = [[1, 1, 0, 3, 1, "VAE"], [2, 2, 0, 3, 0, "LATENT"], [3, 3, 0, 4, 0, "*"]]
+    return {
+        "id": identity, "last_node_id": 4, "last_link_id": 3, "nodes": nodes, "links": links,
+        "groups": [], "config": {}, "extra": {"ds": {"scale": 1, "offset": [0, 0]}},
+        "version": 0.4,
+    }  # fmt: skip
