@@ -1,0 +1,116 @@
+"""The Triton kernels against float32 PyTorch: on the GPU, or on the CPU in Triton's interpreter.
+
+Outputs are poisoned: deterministic mode fills every `torch.empty` with NaN, so an element that a
+kernel does not write fails the comparison.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+if not torch.cuda.is_available():
+    # Triton reads it when its own functions are decorated, so before its first import.
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
+
+from wan_vae.ops import triton_conv3d, triton_head, triton_norm
+from wan_vae.ops.norm import rms_norm_silu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAST = torch.channels_last_3d
+# float16 against float32 on the same float16 inputs: one rounding of the result.
+BOUND = 4e-4
+CONFIGS = [
+    triton_conv3d.Config(4, 4, 8, 32, 16, 16, 4, 3),
+    triton_conv3d.Config(2, 8, 8, 64, 0, 32, 4, 2),
+    triton_conv3d.Config(1, 4, 8, 32, 16, 32, 4, 2),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs():
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(was)
+
+
+def rand(*shape, seed=0, dtype=torch.float16):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize("with_history", [True, False])
+@pytest.mark.parametrize("fmt", [torch.contiguous_format, LAST], ids=["ncdhw", "ndhwc"])
+def test_norm_silu_behind_history(frames, with_history, fmt):
+    x = rand(2, 24, frames, 5, 7).contiguous(memory_format=fmt)
+    history = rand(2, 24, 2, 5, 7).contiguous(memory_format=fmt) if with_history else None
+    gamma = 1 + 0.1 * rand(24, dtype=torch.float32)
+    buffer, kept = triton_norm.norm_silu_join(x, gamma, history, 2, keep=True)
+    past = torch.zeros_like(x[:, :, :1]).repeat(1, 1, 2, 1, 1) if history is None else history
+    expected = torch.cat((past.float(), rms_norm_silu(x.float(), gamma)), 2)
+    assert relative(buffer, expected) < BOUND
+    assert torch.equal(kept, buffer[:, :, -2:])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
+@pytest.mark.parametrize("last_slice", [False, True])
+@pytest.mark.parametrize("extras", [True, False], ids=["bias+residual", "bare"])
+@pytest.mark.parametrize("frames,height,width", [(1, 3, 5), (5, 9, 11)])
+def test_conv3d(config, last_slice, extras, frames, height, width):
+    past = 0 if last_slice else 2
+    x = rand(2, 32, frames + past, height, width).contiguous(memory_format=LAST)
+    weight = (rand(48, 32, 3, 3, 3) / 30).contiguous(memory_format=LAST)
+    bias = rand(48) if extras else None
+    residual = rand(2, 48, frames, height, width).contiguous(memory_format=LAST) if extras else None
+    y = triton_conv3d.conv3d(x, weight, bias, residual, config, last_slice=last_slice)
+    used = weight[:, :, -1:] if last_slice else weight
+    b = None if bias is None else bias.float()
+    expected = F.conv3d(x.float(), used.float(), b, padding=(0, 1, 1))
+    if residual is not None:
+        expected = expected + residual
+    assert relative(y, expected) < BOUND
+    again = triton_conv3d.conv3d(x, weight, bias, residual, config, last_slice=last_slice)
+    assert torch.equal(y, again)
+
+
+def test_conv3d_bits_do_not_depend_on_chunk_or_place():
+    """The same pixel from another chunk length and from a crop of the picture: equal bits."""
+    config = CONFIGS[0]
+    x = rand(1, 32, 7, 12, 19).contiguous(memory_format=LAST)
+    weight = (rand(48, 32, 3, 3, 3) / 30).contiguous(memory_format=LAST)
+    whole = triton_conv3d.conv3d(x, weight, None, None, config)
+    crop = x[:, :, 1:4, 3:11, 2:17].contiguous(memory_format=LAST)
+    part = triton_conv3d.conv3d(crop, weight, None, None, config)
+    assert torch.equal(part[:, :, :, 1:-1, 1:-1], whole[:, :, 1:2, 4:10, 3:16])
+
+
+def test_folded_upsample():
+    x = rand(3, 32, 5, 7).contiguous(memory_format=torch.channels_last)
+    weight, bias = rand(48, 32, 3, 3) / 17, rand(48)
+    folded = triton_conv3d.fold_upsample(weight)
+    y = triton_conv3d.folded_upsample(x, folded, bias, CONFIGS[0])
+    doubled = F.interpolate(x.float(), scale_factor=2.0, mode="nearest-exact")
+    # Summed taps are rounded to float16 once more than the reference's.
+    assert relative(y, F.conv2d(doubled, weight.float(), bias.float(), padding=1)) < 2 * BOUND
+
+
+@pytest.mark.parametrize("channels_out", [3, 12])
+@pytest.mark.parametrize("last_slice", [False, True])
+def test_head(channels_out, last_slice):
+    x = rand(2, 32, 5, 9, 11).contiguous(memory_format=LAST)
+    weight, bias = rand(channels_out, 32, 3, 3, 3) / 30, rand(channels_out)
+    y = triton_head.head_conv(x, weight, bias, last_slice)
+    used = weight[:, :, -1:] if last_slice else weight
+    assert relative(y, F.conv3d(x.float(), used.float(), bias.float(), padding=(0, 1, 1))) < 1e-5

@@ -1,0 +1,93 @@
+"""Triton: the head (norm + SiLU + 3x3x3 convolution to few channels) near memory speed.
+
+Eager twin: `norm.rms_norm_silu` then `conv3d.conv3d`. With few output channels, fetching 27
+shifted inputs a pixel is the cost. Instead every pixel is read once and multiplied with all nine
+spatial taps (a GEMM of 9 * O columns, summed over the three temporal taps in registers); a second
+pass adds the nine shifted partial sums.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _partials(
+    buffer, weight, partial, pixels, frames,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, COLS: tl.constexpr, M: tl.constexpr, KT: tl.constexpr,
+):  # fmt: skip
+    # Grid: (blocks of M pixels, frames, batch). float32 accumulation, float32 partial sums.
+    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    t = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    col = tl.arange(0, COLS)
+    acc = tl.zeros((M, COLS), tl.float32)
+    plane = tl.cast(pixels, tl.int64) * C
+    for kt in tl.static_range(KT):
+        for k0 in tl.static_range(0, C, BLOCK_C):
+            k = k0 + tl.arange(0, BLOCK_C)
+            at = buffer + (b * (frames + KT - 1) + t + kt) * plane
+            mask = (row < pixels)[:, None] & (k < C)[None, :]
+            v = tl.load(at + row[:, None] * C + k[None, :], mask=mask, other=0.0)
+            at = weight + (kt * C + k)[:, None] * COLS + col[None, :]
+            w = tl.load(at, mask=(k < C)[:, None], other=0.0)
+            acc = tl.dot(v, w, acc)
+    at = partial + (b * frames + t) * pixels * COLS + row[:, None] * COLS + col[None, :]
+    tl.store(at, acc, mask=(row < pixels)[:, None])
+
+
+@triton.jit
+def _gather(
+    partial, bias, out, frames, height, width,
+    OUT: tl.constexpr, COLS: tl.constexpr, M: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    # Grid: (blocks of M pixels, frames * OUT, batch). Taps are added in a fixed order, float32.
+    p = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    t = (tl.program_id(1) // OUT).to(tl.int64)
+    o = tl.program_id(1) % OUT
+    b = tl.program_id(2).to(tl.int64)
+    pixels = tl.cast(height, tl.int64) * width
+    y = p // width
+    x = p % width
+    base = partial + (b * frames + t) * pixels * COLS + o * 9
+    acc = tl.zeros((M,), tl.float32)
+    for tap in tl.static_range(9):
+        yy = y + tap // 3 - 1
+        xx = x + tap % 3 - 1
+        ok = (p < pixels) & (yy >= 0) & (yy < height) & (xx >= 0) & (xx < width)
+        acc += tl.load(base + (yy * width + xx) * COLS + tap, mask=ok, other=0.0)
+    if HAS_BIAS:
+        acc += tl.load(bias + o).to(tl.float32)
+    tl.store(out + ((b * OUT + o) * frames + t) * pixels + p, acc, mask=p < pixels)
+
+
+def head_conv(
+    buffer: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, last_slice: bool = False
+) -> torch.Tensor:
+    """[B, C, T + 2, H, W] channels_last_3d (history in front) -> float32 [B, O, T, H, W], NCDHW.
+
+    weight [O, C, 3, 3, 3], O * 9 at most 128. `last_slice`: the buffer has no history, see
+    `triton_conv3d.conv3d`. float32 from the first product to the result.
+    """
+    o, c, kt = weight.shape[:3]
+    if last_slice:
+        weight, kt = weight[:, :, -1:], 1
+    nd = buffer.permute(0, 2, 3, 4, 1)
+    b, frames, h, w, _ = nd.shape
+    t = frames - kt + 1
+    cols = max(16, triton.next_power_of_2(9 * o))
+    packed = torch.zeros((kt * c, cols), dtype=buffer.dtype, device=buffer.device)
+    packed[:, : 9 * o] = weight.permute(2, 1, 0, 3, 4).reshape(kt * c, 9 * o)
+    partial = torch.empty((b, t, h * w, cols), dtype=torch.float32, device=buffer.device)
+    out = torch.empty((b, o, t, h, w), dtype=torch.float32, device=buffer.device)
+    _partials[(triton.cdiv(h * w, 128), t, b)](
+        nd, packed, partial, h * w, t, C=c, BLOCK_C=32 if c % 32 == 0 else 16, COLS=cols, M=128,
+        KT=kt, num_warps=4,
+    )  # fmt: skip
+    _gather[(triton.cdiv(h * w, 1024), t * o, b)](
+        partial, out if bias is None else bias, out, t, h, w, OUT=o, COLS=cols, M=1024,
+        HAS_BIAS=bias is not None, num_warps=4,
+    )  # fmt: skip
+    return out
