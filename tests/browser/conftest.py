@@ -24,9 +24,9 @@ FLAGS = (
 TIMEOUT_MS = 15_000
 
 
-@pytest.fixture(scope="session", params=["pinned"])
+@pytest.fixture(scope="session", params=["pinned", "newest"])
 def server(request, tmp_path_factory) -> Iterator[Comfy]:
-    """ComfyUI with the frontend that it pins. The newest one is to be added."""
+    """ComfyUI with the frontend that it pins. Then with the newest one."""
     environment = provision()
     flags = ("--front-end-root", environment.newest_frontend) if request.param == "newest" else ()
     server = Comfy(environment, tmp_path_factory.mktemp(request.param), *flags)
@@ -104,7 +104,7 @@ class Frontend:
         self.page.locator("wan-vae-panel").wait_for(timeout=TIMEOUT_MS)
 
 
-@pytest.fixture(scope="session", params=["canvas"])
+@pytest.fixture(scope="session", params=["canvas", "nodes2"])
 def frontend(request, server, chromium) -> Iterator[Frontend]:
     """One page for all tests of a frontend and a way to draw nodes; loading it is what costs."""
     context = chromium.new_context(viewport={"width": 1280, "height": 800})

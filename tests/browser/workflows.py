@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
+
 
 def _node(number, kind, position, widgets, inputs=(), outputs=(), size=(300, 140)) -> dict:
     return {
@@ -16,22 +18,35 @@ def _node(number, kind, position, widgets, inputs=(), outputs=(), size=(300, 140
     }  # fmt: skip
 
 
+def workflow_id(name: str) -> str:
+    """The frontend takes only UUIDs."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, name))
+
+
 def workflow(
-    seed=0, frames=3, height=8, width=12, vae="wan21.safetensors", channels=16, identity="w1"
-) -> dict:
+    seed=0,
+    frames=3,
+    height=8,
+    width=12,
+    vae="wan21.safetensors",
+    channels=16,
+    identity="w1",
+    chunk=0,
+) -> dict:  # fmt: skip
     """Latent and VAE into WanVAEDecode (node 3), and something that wants its image."""
     nodes = [
         _node(1, "VAELoader", (40, 80), [vae], outputs=[("VAE", "VAE", [1])], size=(300, 80)),
         _node(2, "ProbeLatent", (40, 220), [1, channels, frames, height, width, seed, "plain"],
               outputs=[("LATENT", "LATENT", [2])], size=(300, 260)),
-        _node(3, "WanVAEDecode", (400, 80), ["auto", "auto", 0],
+        _node(3, "WanVAEDecode", (400, 80), ["auto", "auto", chunk],
               inputs=[("samples", "LATENT", 2), ("vae", "VAE", 1)],
               outputs=[("IMAGE", "IMAGE", [3])], size=(340, 220)),
         _node(4, "ProbeSink", (800, 80), [], inputs=[("value", "*", 3)], size=(200, 60)),
     ]  # fmt: skip
     links = [[1, 1, 0, 3, 1, "VAE"], [2, 2, 0, 3, 0, "LATENT"], [3, 3, 0, 4, 0, "*"]]
     return {
-        "id": identity, "last_node_id": 4, "last_link_id": 3, "nodes": nodes, "links": links,
+        "id": workflow_id(identity), "last_node_id": 4, "last_link_id": 3, "nodes": nodes,
+        "links": links,
         "groups": [], "config": {}, "extra": {"ds": {"scale": 1, "offset": [0, 0]}},
         "version": 0.4,
     }  # fmt: skip
