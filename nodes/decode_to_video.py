@@ -80,7 +80,7 @@ class WanVAEDecodeToVideo(io.ComfyNode):
                     latent,
                     chunk_frames=chunk_frames or planned,
                     memory_format=memory_layout,
-                    sink=VideoFileSink(file.path, fps=fps),
+                    sink=VideoFileSink(file.path, shape[3], shape[4], fps),
                     **hooks,
                 )
                 return file
