@@ -18,6 +18,13 @@ def text_of(frontend):
     return frontend.page.locator("wan-vae-line .wan-vae-text").first.inner_text()
 
 
+def finished(frontend, text="9 frames in"):
+    """A workflow whose node has a report: from this run, or from the cache of an earlier one."""
+    frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
+    frontend.queue()
+    frontend.line(text)
+
+
 def test_line_and_panel_follow_a_run(frontend):
     frontend.load(workflow(seed=1, identity=f"run-{frontend.mode}"))
     frontend.line("No report yet")
@@ -66,8 +73,7 @@ def test_report_survives_reload_and_a_cached_run(frontend):
 
 
 def test_another_workflow_with_the_same_node_ids_shows_nothing(frontend):
-    frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
-    frontend.line("9 frames in")
+    finished(frontend)
     frontend.load(workflow(seed=2, identity="somebody-elses"))
     frontend.line("No report yet")
 
@@ -101,8 +107,7 @@ def test_an_error_is_on_the_line_and_in_the_panel(frontend):
 
 
 def test_the_layer_strip_works_from_the_keyboard(frontend):
-    frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
-    frontend.line("9 frames in")
+    finished(frontend)
     frontend.open_tab()
     strip = frontend.page.locator(".wan-vae-strip").first
     assert strip.get_attribute("role") == "toolbar"
@@ -120,8 +125,7 @@ def test_the_layer_strip_works_from_the_keyboard(frontend):
 
 
 def test_copy_report_copies_the_wire_format(frontend):
-    frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
-    frontend.line("9 frames in")
+    finished(frontend)
     frontend.open_tab()
     frontend.page.get_by_role("button", name="Copy report").first.click()
     frontend.page.get_by_text("Copied", exact=True).first.wait_for()
@@ -130,8 +134,7 @@ def test_copy_report_copies_the_wire_format(frontend):
 
 
 def test_line_button_opens_the_panel(frontend):
-    frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
-    frontend.line("9 frames in")
+    finished(frontend)
     frontend.page.evaluate(
         """() => {
           const tabs = window.app.extensionManager.sidebarTab;
@@ -144,8 +147,7 @@ def test_line_button_opens_the_panel(frontend):
 
 
 def test_line_is_absent_from_saved_workflows_and_prompts(frontend):
-    frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
-    frontend.line("9 frames in")
+    finished(frontend)
     saved, prompt = frontend.page.evaluate(
         """async () => {
           const graph = window.app.rootGraph ?? window.app.graph;
@@ -162,7 +164,7 @@ def test_a_setting_hides_the_line(frontend, request):
     if (frontend.server.frontend, frontend.mode) == ("pinned", "nodes2"):
         reason = "Nodes 2.0 of frontend 1.32.9 shows a hidden line again only after a reload"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
-    frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
+    finished(frontend)
     line = frontend.page.locator("wan-vae-line").first
     line.wait_for()
     frontend.setting("WanVAE.NodeLine", False)
@@ -179,8 +181,7 @@ def test_a_setting_hides_the_line(frontend, request):
 @pytest.mark.parametrize("palette", ["light", "dark"])
 def test_text_is_readable_in_both_themes(frontend, palette):
     frontend.setting("Comfy.ColorPalette", palette)
-    frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
-    frontend.line("9 frames in")
+    finished(frontend)
     frontend.open_tab()
     frontend.page.locator(".wan-vae-card").first.wait_for()
     worst = frontend.page.evaluate(CONTRAST)
@@ -194,8 +195,7 @@ def test_panel_speaks_chinese(frontend):
     frontend.setting("Comfy.Locale", "zh")
     try:
         frontend.open()
-        frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
-        frontend.line("9 帧,用时")
+        finished(frontend, "9 帧,用时")
         frontend.open_tab()
         frontend.page.get_by_role("button", name="复制报告").first.wait_for()
     finally:
