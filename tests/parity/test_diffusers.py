@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from wan_vae.checkpoint import canonical_state_dict
 
 import wan_vae
+from wan_vae.checkpoint import canonical_state_dict
 
 diffusers = pytest.importorskip("diffusers", reason="the parity reference (test extra) is absent")
 

@@ -297,10 +297,7 @@ def test_out_of_memory_at_one_frame_goes_on_in_strips(small_vae, monkeypatch, wh
     z = latent_of(small_vae, frames=3, height=60, width=2)
     expected = small_vae.decode(z, chunk_frames=1)
     plant_out_of_memory(monkeypatch, small_vae, lambda rows, frames: rows > 42)
-    if whole_frames:
-        got = torch.cat(list(small_vae.decode_stream(z)), 2)
-    else:
-        got = small_vae.decode(z)
+    got = torch.cat(list(small_vae.decode_stream(z)), 2) if whole_frames else small_vae.decode(z)
     assert relative_error(got, expected) < BOUND
     report = small_vae.last_report
     assert report.strips == 4 and any("strip" in text for text in report.fallbacks)
