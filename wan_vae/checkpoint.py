@@ -189,10 +189,14 @@ def _check(state: Mapping[str, torch.Tensor], config: WanVAEConfig) -> None:
         problems.append(f"unknown {_some(extra)}")
     if shapes:
         problems.append(f"wrong shape: {_some(shapes)}")
+    sparse = [k for k, v in state.items() if v.layout != torch.strided]
+    if sparse:
+        problems.append(f"sparse tensors: {_some(sparse)}; expected dense ones")
     dtypes = [f"{k} is {v.dtype}" for k, v in state.items() if v.dtype not in FLOAT_DTYPES]
     if dtypes:
         problems.append(f"{_some(dtypes)}; expected float32, float16 or bfloat16")
     if not problems:
+        # Reads every byte once; a memory-mapped file is read here instead of at the copy.
         not_finite = [
             k for k, v in state.items() if not v.is_meta and not bool(torch.isfinite(v).all())
         ]
@@ -249,14 +253,20 @@ def _check_diffusers_config(path: Path) -> None:
 def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
         with path.open("rb") as f:
-            start = f.read(8)
+            start = f.read(9)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror or error}") from error
     if not start:
         raise CheckpointError("the file is empty")
-    if zipfile.is_zipfile(path) or path.suffix in (".pth", ".pt", ".ckpt", ".bin"):
+    # By content first: people rename files. A safetensors header begins with a brace, a pickle
+    # with its protocol byte.
+    if start[8:] != b"{" and (
+        zipfile.is_zipfile(path)
+        or start[:1] == b"\x80"
+        or path.suffix in (".pth", ".pt", ".ckpt", ".bin")
+    ):
         return _read_pth(path)
-    return read_safetensors(path, start)
+    return read_safetensors(path, start[:8])
 
 
 def read_safetensors(path: Path, start: bytes | None = None) -> dict[str, torch.Tensor]:
@@ -286,7 +296,9 @@ def read_safetensors(path: Path, start: bytes | None = None) -> dict[str, torch.
 def _read_pth(path: Path) -> dict[str, torch.Tensor]:
     """A PyTorch file of plain tensors. `weights_only`: unpickling can construct nothing else."""
     try:
-        loaded = torch.load(str(path), map_location="cpu", weights_only=True)
+        # A file object, because torch.load takes a path's suffix for its content.
+        with path.open("rb") as f:
+            loaded = torch.load(f, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             "refused: the pickle holds more than tensors and could run code "

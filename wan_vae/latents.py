@@ -65,6 +65,9 @@ def _load_npy(path: Path) -> torch.Tensor:
     except (ValueError, OSError, EOFError, OverflowError, SyntaxError, MemoryError) as error:
         line = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise LatentError(f"{path}: not a readable .npy array: {line}") from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise LatentError(f"{path}: an .npz archive, not a .npy array: save one array as .npy")
     if array.dtype.kind != "f":
         raise LatentError(f"{path}: the array is {array.dtype}: expected floating numbers")
     return torch.from_numpy(np.array(array, dtype=np.float32))

@@ -19,7 +19,13 @@ from .cache import FeatureCache
 from .checkpoint import canonical_state_dict, load_checkpoint
 from .chunking import Chunk, schedule
 from .config import WanVAEConfig, detect_config
-from .errors import BackendError, DecodeCancelled, DecodeMemoryError, LatentError
+from .errors import (
+    BackendError,
+    CheckpointError,
+    DecodeCancelled,
+    DecodeMemoryError,
+    LatentError,
+)
 from .latents import check_latent, check_pixels
 from .layout import LayoutCounter
 from .model import WanVAEModel, build_model
@@ -606,7 +612,7 @@ def _encode(
     config = vae.config
     out_shape = geometry.latent_shape(tuple(pixels.shape), config)
     if vae.encoder is None:
-        raise LatentError("this checkpoint has no encoder: load a full VAE file to encode")
+        raise CheckpointError("this checkpoint has no encoder: load a full VAE file to encode")
     model, decision = vae._prepare(precision, memory_format, "encoder")
     dtype = model.conv2.weight.dtype
     builder = ReportBuilder("encode", config, vae.device, dtype)

@@ -57,8 +57,10 @@ def open_sink(path: Path, shape: tuple[int, ...], fps: float):
     )
 
 
-def _partial(path: Path) -> Path:
+def _partial(path: Path, *, is_folder: bool = False) -> Path:
     """Where `path` is written until it is whole; beside it, so that the rename is atomic."""
+    if not is_folder and path.is_dir():
+        raise OutputError(f"{path}: is a folder: name a file in it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -75,6 +77,10 @@ class VideoFileSink:
         import av
 
         self.path, self.partial = Path(path), _partial(Path(path))
+        # Containers count frames in 32-bit ticks; nobody watches faster, or slower, than this.
+        if not 0.01 <= fps <= 1000:
+            raise OutputError(f"{path}: {fps} frames a second: expected 0.01 to 1000")
+        rate = Fraction(fps).limit_denominator(1001)
         self.warnings: list[str] = []
         self._pad = (height % 2, width % 2)
         if any(self._pad):
@@ -88,7 +94,6 @@ class VideoFileSink:
             self._file = av.open(str(self.partial), mode="w")
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error}") from error
-        rate = Fraction(fps).limit_denominator(1001)
         options = {"crf": "16", "preset": "medium"} if name == "libx264" else {}
         self._stream = self._file.add_stream(name, rate=rate, options=options)
         self._stream.height, self._stream.width = height + self._pad[0], width + self._pad[1]
@@ -127,7 +132,7 @@ class FrameFolderSink:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.partial = _partial(self.path)
+        self.partial = _partial(self.path, is_folder=True)
         if self.path.exists() and (
             not self.path.is_dir()
             or any(not f.name.startswith("frame_") for f in self.path.iterdir())
