@@ -188,10 +188,11 @@ def _decode(args) -> int:
 
 def _encode(args) -> int:
     from .latents import save_latent
-    from .video import read_pixels
+    from .video import partial_path, read_pixels
 
     if args.output.suffix not in (".latent", ".safetensors"):
         raise OutputError(f"{args.output}: a latent is written as .latent or .safetensors")
+    partial = partial_path(args.output)  # an impossible place is refused before minutes are spent
     pixels = read_pixels(args.video)
     vae, bar = _load(args, args.vae), _Bar(args.output.name)
     try:
@@ -204,7 +205,8 @@ def _encode(args) -> int:
         )
     finally:
         bar.close()
-    save_latent(args.output, latent)
+    save_latent(partial, latent)
+    partial.replace(args.output)
     print(f"{args.output}: latent {list(latent.shape)}")
     return 0
 

@@ -7,11 +7,14 @@ name only when they are whole; a failed or cancelled decode leaves nothing behin
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .errors import LatentError, OutputError
@@ -57,14 +60,24 @@ def open_sink(path: Path, shape: tuple[int, ...], fps: float):
     )
 
 
-def _partial(path: Path, *, is_folder: bool = False) -> Path:
-    """Where `path` is written until it is whole; beside it, so that the rename is atomic."""
-    if not is_folder and path.is_dir():
-        raise OutputError(f"{path}: is a folder: name a file in it")
+@contextmanager
+def _writing(path: Path, *more: type[Exception]) -> Iterator[None]:
+    """Turn what a full disk, a missing right or an impossible name raises into OutputError."""
     try:
+        yield
+    except (OSError, SafetensorError, *more) as error:
+        reason = getattr(error, "strerror", None) or _line(error)
+        raise OutputError(f"{path}: cannot be written: {reason}") from error
+
+
+def partial_path(path: Path, *, is_folder: bool = False) -> Path:
+    """Where `path` is written until it is whole; beside it, so that the rename is atomic."""
+    with _writing(path):
+        if not is_folder and path.is_dir():
+            raise OutputError(f"{path}: is a folder: name a file in it")
+        if path.parent.exists() and not path.parent.is_dir():
+            raise OutputError(f"{path}: {path.parent.name} is a file, not a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path.parent}: cannot be created: {error.strerror}") from error
     return path.with_name(f".{path.stem}.partial{path.suffix}")
 
 
@@ -76,7 +89,7 @@ class VideoFileSink:
     def __init__(self, path: Path, height: int, width: int, fps: float):
         import av
 
-        self.path, self.partial = Path(path), _partial(Path(path))
+        self.path, self.partial = Path(path), partial_path(Path(path))
         # Containers count frames in 32-bit ticks; nobody watches faster, or slower, than this.
         if not 0.01 <= fps <= 1000:
             raise OutputError(f"{path}: {fps} frames a second: expected 0.01 to 1000")
@@ -90,10 +103,8 @@ class VideoFileSink:
             raise OutputError(f"{path}: this PyAV has no H.264 encoder: write a folder of frames")
         if name == "mpeg4":
             self.warnings.append("this PyAV has no H.264 encoder: wrote MPEG-4 part 2")
-        try:
+        with _writing(self.path, av.FFmpegError):
             self._file = av.open(str(self.partial), mode="w")
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written: {error}") from error
         options = {"crf": "16", "preset": "medium"} if name == "libx264" else {}
         self._stream = self._file.add_stream(name, rate=rate, options=options)
         self._stream.height, self._stream.width = height + self._pad[0], width + self._pad[1]
@@ -111,17 +122,24 @@ class VideoFileSink:
                 picture = np.pad(picture, ((0, self._pad[0]), (0, self._pad[1]), (0, 0)), "edge")
             frame = self._av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+            self._put(frame)
+
+    def close(self) -> None:
+        self._put(None)
+        with _writing(self.path, self._av.FFmpegError):
+            self._file.close()
+            self.partial.replace(self.path)
+
+    def _put(self, frame) -> None:
+        """Encode one frame, or what the encoder still holds (None), and write the packets."""
+        with _writing(self.path, self._av.FFmpegError):
             for packet in self._stream.encode(frame):
                 self._file.mux(packet)
 
-    def close(self) -> None:
-        for packet in self._stream.encode():
-            self._file.mux(packet)
-        self._file.close()
-        self.partial.replace(self.path)
-
     def abort(self) -> None:
-        self._file.close()
+        # The trailer of an incomplete file may fail to be written; the file goes away anyway.
+        with suppress(OSError, self._av.FFmpegError):
+            self._file.close()
         self.partial.unlink(missing_ok=True)
 
 
@@ -132,23 +150,25 @@ class FrameFolderSink:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.partial = _partial(self.path, is_folder=True)
-        if self.path.exists() and (
-            not self.path.is_dir()
-            or any(not f.name.startswith("frame_") for f in self.path.iterdir())
-        ):
-            raise OutputError(f"{path}: exists and is not a folder of frames: name another one")
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir()
+        self.partial = partial_path(self.path, is_folder=True)
+        with _writing(self.path):
+            if self.path.exists() and (
+                not self.path.is_dir()
+                or any(not f.name.startswith("frame_") for f in self.path.iterdir())
+            ):
+                raise OutputError(f"{path}: exists and is not a folder of frames: name another one")
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir()
 
     def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
         for i, picture in enumerate(to_uint8(pixels[0])):
             save_png(picture, self.partial / f"frame_{start_frame + i:06d}.png")
 
     def close(self) -> None:
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.partial.replace(self.path)
+        with _writing(self.path):
+            if self.path.exists():
+                shutil.rmtree(self.path)
+            self.partial.replace(self.path)
 
     def abort(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -160,13 +180,14 @@ class ImageFileSink:
     needs_whole_frames = True
 
     def __init__(self, path: Path):
-        self.path, self.partial = Path(path), _partial(Path(path))
+        self.path, self.partial = Path(path), partial_path(Path(path))
 
     def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
         save_png(to_uint8(pixels[0])[0], self.partial)
 
     def close(self) -> None:
-        self.partial.replace(self.path)
+        with _writing(self.path):
+            self.partial.replace(self.path)
 
     def abort(self) -> None:
         self.partial.unlink(missing_ok=True)
@@ -178,7 +199,7 @@ class PixelFileSink:
     needs_whole_frames = False
 
     def __init__(self, path: Path, shape: tuple[int, ...]):
-        self.path, self.partial = Path(path), _partial(Path(path))
+        self.path, self.partial = Path(path), partial_path(Path(path))
         self.pixels = torch.empty(shape)
 
     def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
@@ -186,8 +207,9 @@ class PixelFileSink:
         self.pixels[:, :, start_frame : start_frame + t, first_row : first_row + rows] = pixels
 
     def close(self) -> None:
-        save_file({"pixels": self.pixels}, str(self.partial))
-        self.partial.replace(self.path)
+        with _writing(self.path):
+            save_file({"pixels": self.pixels}, str(self.partial))
+            self.partial.replace(self.path)
 
     def abort(self) -> None:
         self.partial.unlink(missing_ok=True)
@@ -231,7 +253,7 @@ class ContactSheetSink:
                 self._kept.append(to_uint8(pixels[0, :, i : i + 1])[0])
 
     def close(self) -> None:
-        partial = _partial(self.path)
+        partial = partial_path(self.path)
         save_png(np.concatenate(self._kept, axis=1), partial)
         partial.replace(self.path)
 
@@ -243,10 +265,8 @@ def save_png(picture: np.ndarray, path: Path) -> None:
     """Write [H, W, 3] uint8 as PNG. Raises OutputError."""
     from PIL import Image
 
-    try:
+    with _writing(path):
         Image.fromarray(picture).save(path, format="PNG")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error}") from error
 
 
 def read_pixels(path: Path) -> torch.Tensor:

@@ -92,7 +92,7 @@ def check(argv: list[str], expected: type[WanVAEError], words: str, capfd, monke
     assert len(lines) == 1, err
     assert lines[0].startswith("wan-vae: ")
     assert len(lines[0]) < 1200, "an error is a line to read, not a listing"
-    assert words in lines[0], lines[0]
+    assert words.lower() in lines[0].lower(), lines[0]
     assert "Traceback" not in out + err
     monkeypatch.setenv("WAN_VAE_DEBUG", "1")
     with pytest.raises(WanVAEError) as caught:
@@ -536,7 +536,7 @@ def test_encoding_without_an_encoder(tmp_path, good, capfd, monkeypatch):
     check(argv, CheckpointError, "no encoder", capfd, monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["z.mp4", "z", "no/such/folder\0/z.latent"])
+@pytest.mark.parametrize("name", ["z.mp4", "z", "x" * 300 + ".latent"])
 def test_encode_to_an_impossible_file(name, tmp_path, good, capfd, monkeypatch):
     argv = _encode(good / "clip.mp4", good, tmp_path / name)
     check(argv, OutputError, "", capfd, monkeypatch)
@@ -550,9 +550,11 @@ def test_encode_to_an_impossible_file(name, tmp_path, good, capfd, monkeypatch):
     [
         ("out.gif", "unknown kind of output"),
         ("out.png", "do not fit one .png"),
-        ("file/out.mp4", "cannot be created"),
+        ("file/out.mp4", "file is a file, not a folder"),
         ("taken", "not a folder of frames"),
         ("file", "not a folder of frames"),
+        ("x" * 300 + ".mp4", "name too long"),
+        ("x" * 300, "name too long"),
         ("folder.mp4", "folder"),
         ("folder.safetensors", "folder"),
     ],
@@ -621,3 +623,28 @@ def test_the_real_process_prints_one_line_and_no_traceback(tmp_path):
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"wan-vae: {path}: not a readable safetensors file")
+
+
+@pytest.mark.parametrize("output", ["o.mp4", "frames", "o.safetensors", "z.latent"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(output, tmp_path, good):
+    """A limit on file sizes in the process stands in for the disk."""
+    pytest.importorskip("resource", reason="limits of a process need POSIX")
+    if output.endswith(".latent"):
+        argv = _encode(good / "clip.mp4", good, tmp_path / output)
+    else:
+        argv = _decode(good / "z.latent", good, tmp_path / output)
+    code = (
+        "import resource, signal, sys\n"
+        "from wan_vae.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code, *argv], capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("wan-vae: ")
+    assert "cannot be written" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,241 @@
+"""The command line as a user types it: files in, files out, exit codes, one progress bar."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import wan_vae
+from tests.conftest import random_state
+from wan_vae import cli, video
+from wan_vae.cli import main
+from wan_vae.config import wan21
+from wan_vae.latents import load_latent, save_latent
+
+CPU = ("--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """vae.safetensors, clip.latent (9 frames, 48x40), image.latent, and their pixels."""
+    folder = tmp_path_factory.mktemp("files")
+    save_file(random_state(wan21(dim=8)), str(folder / "vae.safetensors"))
+    vae = wan_vae.load(folder / "vae.safetensors", device="cpu")
+    z = torch.randn(1, 16, 3, 6, 5, generator=torch.Generator().manual_seed(1))
+    for name, latent in (("clip", z), ("image", z[:, :, :1])):
+        save_latent(folder / f"{name}.latent", latent)
+        save_file({"pixels": vae.decode(latent)}, str(folder / f"{name}_pixels.safetensors"))
+    np.save(folder / "clip.npy", z.numpy())
+    save_file({"samples": z}, str(folder / "clip.safetensors"))
+    return folder
+
+
+def decode(files: Path, latent: str, output: Path, *options: str) -> int:
+    vae = str(files / "vae.safetensors")
+    return main(["decode", str(files / latent), "--vae", vae, "-o", str(output), *CPU, *options])
+
+
+def pixels_of(files: Path, name: str) -> torch.Tensor:
+    return load_file(files / f"{name}_pixels.safetensors")["pixels"]
+
+
+@pytest.mark.parametrize("latent", ["clip.latent", "clip.npy", "clip.safetensors"])
+def test_decode_to_tensors_is_exact_for_each_kind_of_latent(latent, files, tmp_path):
+    assert decode(files, latent, tmp_path / "new" / "out.safetensors") == 0
+    got = load_file(tmp_path / "new" / "out.safetensors")["pixels"]
+    assert torch.equal(got, pixels_of(files, "clip"))
+
+
+def test_decode_to_a_folder_of_frames_is_exact_to_eight_bits(files, tmp_path):
+    assert decode(files, "clip.latent", tmp_path / "frames") == 0
+    names = sorted(p.name for p in (tmp_path / "frames").iterdir())
+    assert names == [f"frame_{i:06d}.png" for i in range(9)]
+    expected = video.to_uint8(pixels_of(files, "clip")[0])
+    for name, frame in zip(names, expected, strict=True):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "frames" / name)), frame)
+
+
+def test_decode_replaces_an_older_folder_of_frames(files, tmp_path):
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    (frames / "frame_000099.png").write_bytes(b"of an earlier, longer clip")
+    assert decode(files, "clip.latent", frames) == 0
+    assert len(list(frames.iterdir())) == 9
+
+
+def test_decode_to_one_image(files, tmp_path):
+    assert decode(files, "image.latent", tmp_path / "out.png") == 0
+    picture = np.asarray(Image.open(tmp_path / "out.png"))
+    assert np.array_equal(picture, video.to_uint8(pixels_of(files, "image")[0])[0])
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_decode_to_video_and_back(suffix, files, tmp_path):
+    import av
+
+    assert decode(files, "clip.latent", tmp_path / f"out{suffix}", "--fps", "23.976") == 0
+    with av.open(str(tmp_path / f"out{suffix}")) as file:
+        stream = file.streams.video[0]
+        assert (stream.width, stream.height, stream.pix_fmt) == (40, 48, "yuv420p")
+        assert float(stream.average_rate) == pytest.approx(23.976, abs=1e-3)
+        assert stream.codec_context.colorspace == 1, "players must not guess BT.601"
+    read = video.read_pixels(tmp_path / f"out{suffix}")
+    expected = pixels_of(files, "clip")
+    assert read.shape == expected.shape
+    # Random weights give noise, and yuv420p keeps colour at half size: compare brightness.
+    luma = torch.tensor([0.2126, 0.7152, 0.0722]).view(1, 3, 1, 1, 1)
+    difference = ((read - expected) * luma).sum(1)
+    assert difference.abs().mean() < 0.04
+    swapped = ((read.flip(1) - expected) * luma).sum(1)
+    assert swapped.abs().mean() > 2 * difference.abs().mean(), "the bound tells colours apart"
+
+
+def test_strips_chunks_and_formats_of_the_command_line_give_the_same_picture(files, tmp_path):
+    options = ("--strips", "3", "--chunk-frames", "1", "--memory-format", "channels_last_3d")
+    assert decode(files, "clip.latent", tmp_path / "out.safetensors", *options) == 0
+    got = load_file(tmp_path / "out.safetensors")["pixels"]
+    expected = pixels_of(files, "clip")
+    assert (got - expected).norm() / expected.norm() < 1e-5
+
+
+def test_normalized_latents_differ_by_the_models_statistics(files, tmp_path):
+    z = load_latent(files / "clip.latent")
+    config = wan21()
+    mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(config.latents_std).view(1, -1, 1, 1, 1)
+    save_latent(tmp_path / "n.latent", (z - mean) / std)
+    argv = ["decode", str(tmp_path / "n.latent"), "--vae", str(files / "vae.safetensors")]
+    assert main([*argv, "-o", str(tmp_path / "o.safetensors"), "--normalized", *CPU]) == 0
+    got = load_file(tmp_path / "o.safetensors")["pixels"]
+    assert torch.allclose(got, pixels_of(files, "clip"), atol=1e-4)
+
+
+def test_encode_writes_a_latent_that_decode_takes(files, tmp_path):
+    video_file, latent = tmp_path / "v.mp4", tmp_path / "new" / "z.latent"
+    assert decode(files, "clip.latent", video_file) == 0
+    vae = str(files / "vae.safetensors")
+    assert main(["encode", str(video_file), "--vae", vae, "-o", str(latent), *CPU]) == 0
+    expected = wan_vae.load(vae, device="cpu").encode(video.read_pixels(video_file))
+    assert torch.equal(load_latent(latent), expected)
+    assert expected.shape == (1, 16, 3, 6, 5)
+
+
+def test_several_latents_one_bad(files, tmp_path, capsys):
+    bad = tmp_path / "bad.latent"
+    bad.write_bytes(b"nothing")
+    vae = str(files / "vae.safetensors")
+    latents = [str(files / "clip.latent"), str(bad), str(files / "image.latent")]
+    assert main(["decode", *latents, "--vae", vae, "-o", str(tmp_path / "out"), *CPU]) == 3
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["clip.mp4", "image.mp4"]
+    captured = capsys.readouterr()
+    assert "2 of 3 latents decoded" in captured.out
+    assert f"wan-vae: {bad}: " in captured.err
+
+
+def test_progress_counts_frames_on_stderr_and_the_report_goes_to_stdout(files, tmp_path, capfd):
+    assert decode(files, "clip.latent", tmp_path / "o.mp4", "--chunk-frames", "1") == 0
+    captured = capfd.readouterr()
+    assert "9/9" in captured.err
+    for word in ("wan2.1", "layout", "contiguous", "0 mixed calls", "frames/s"):
+        assert word in captured.out
+
+
+@pytest.mark.parametrize("output", ["o.mp4", "o.safetensors", "frames"])
+def test_interrupting_leaves_nothing_behind(output, files, tmp_path, monkeypatch, capsys):
+    def interrupted(self, done, total, report):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli._Bar, "__call__", interrupted)
+    assert decode(files, "clip.latent", tmp_path / output, "--chunk-frames", "1") == 130
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().err.strip().endswith("wan-vae: interrupted")
+
+
+def test_an_odd_sized_video_gains_a_row_and_says_so(tmp_path):
+    sink = video.VideoFileSink(tmp_path / "o.mp4", 5, 7, 16)
+    sink.write(torch.zeros(1, 3, 2, 5, 7), 0, 0)
+    sink.close()
+    assert video.read_pixels(tmp_path / "o.mp4").shape == (1, 3, 2, 6, 8)
+    assert "7x5 is odd" in sink.warnings[0]
+
+
+def test_inspect_as_text_and_as_json(files, capsys):
+    assert main(["inspect", str(files / "vae.safetensors")]) == 0
+    text = capsys.readouterr().out
+    assert "decoder.conv1" in text and "contiguous" in text
+    assert main(["inspect", str(files / "vae.safetensors"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["schema"] == "wan_vae.report/1"
+    assert report["config"]["family"] == "wan2.1"
+    assert len(report["layers"]) > 60
+
+
+def test_doctor_says_what_is_right_here(capsys):
+    assert main(["doctor", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "torch" in out
+    assert out.count("right") >= 4
+    assert "WRONG" not in out
+
+
+def test_doctor_reports_a_wrong_convolution(monkeypatch, capsys):
+    """Planted: a convolution that is wrong for NDHWC input, as MPS had it."""
+    from wan_vae import doctor
+
+    real = doctor.F.conv3d
+
+    def broken(x, weight, **options):
+        y = real(x, weight, **options)
+        wrong = x.dtype == torch.float32 and not x.is_contiguous()
+        return y.roll(1, dims=-1) if wrong else y
+
+    monkeypatch.setattr(doctor.F, "conv3d", broken)
+    assert main(["doctor", "--device", "cpu"]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["decode", "encode", "inspect", "demo", "doctor", "bench"])
+def test_help_shows_an_example(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    assert f"wan-vae {name}" in capsys.readouterr().out.split("example")[-1]
+
+
+def test_demo_writes_what_the_readme_says(tmp_path, capfd):
+    assert main(["demo", "--output", str(tmp_path), "--garble", *CPU]) == 0
+    names = {p.name for p in tmp_path.iterdir()}
+    assert {n.split(".")[-1] for n in names} == {"mp4", "png"}
+    assert "right_and_garbled.png" in names
+    assert sum("contact_sheet" in n for n in names) == 2
+    picture = np.asarray(Image.open(tmp_path / "right_and_garbled.png")).astype(np.float32)
+    right, garbled = np.split(picture, 2, axis=1)
+    height = len(right)
+    assert np.abs(right - garbled)[: height // 3].mean() < 1, "the first rank's rows are right"
+    assert np.abs(right - garbled)[2 * height // 3 :].mean() > 30, "the second rank's are not"
+    captured = capfd.readouterr()
+    assert "layout" in captured.out and "0 mixed calls" in captured.out
+    assert "17/17" in captured.err
+
+
+def test_python_m_wan_vae_and_importing_it_is_quick_and_quiet():
+    """The command starts without ComfyUI, PyAV or Triton being imported."""
+    code = (
+        "import sys, wan_vae; "
+        "print([m for m in ('av', 'PIL', 'triton', 'diffusers', 'comfy') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
+    done = subprocess.run(
+        [sys.executable, "-m", "wan_vae", "--version"], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == f"wan-vae {wan_vae.__version__}"
