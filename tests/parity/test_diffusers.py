@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import wan_vae
 from wan_vae.checkpoint import canonical_state_dict
+from wan_vae.config import wan21, wan22
+from wan_vae.latents import load_latent
+from wan_vae.model import expected_shapes
 
 diffusers = pytest.importorskip("diffusers", reason="the parity reference (test extra) is absent")
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SMALL_21 = dict(base_dim=16, z_dim=16)
 SMALL_22 = dict(
     base_dim=16,
@@ -94,3 +100,50 @@ def test_both_key_layouts_load_to_equal_tensors(pair):
     for key, value in native.items():
         assert torch.equal(from_diffusers[key], value), key
         assert torch.equal(again[key], value), key
+
+
+def load_native(reference, native: dict[str, torch.Tensor]) -> None:
+    """Copy canonical tensors into a diffusers model, over our own mapping of its keys.
+
+    A wrong pair in that mapping cannot go unseen: the decodes are compared afterwards.
+    """
+    theirs = canonical_state_dict(reference.state_dict()).state  # references, not copies
+    assert theirs.keys() == native.keys()
+    with torch.no_grad():
+        for key, tensor in theirs.items():
+            tensor.copy_(native[key])
+
+
+def test_the_miniature_matches_diffusers():
+    vae = wan_vae.load(EXAMPLES / "wan_vae_mini.safetensors", device="cpu")
+    reference = diffusers.AutoencoderKLWan(**SMALL_21).eval()
+    load_native(reference, vae.model.state_dict())
+    z = load_latent(EXAMPLES / "latents" / "shapes_200x136_13f.latent")[:, :, :3, :9, :7]
+    with torch.no_grad():
+        pixels = reference.decode(z).sample
+        latent = reference.encode(pixels).latent_dist.mean
+    assert relative_error(vae.decode(z), pixels) < BOUND
+    assert relative_error(vae.encode(pixels), latent) < BOUND
+
+
+def test_a_folder_that_diffusers_saved(pair, tmp_path):
+    reference, vae = pair
+    reference.save_pretrained(tmp_path)
+    loaded = wan_vae.load(tmp_path, device="cpu").model.state_dict()
+    for key, value in vae.model.state_dict().items():
+        assert torch.equal(loaded[key], value), key
+
+
+FULL_22 = SMALL_22 | {"base_dim": 160, "decoder_base_dim": 256}
+
+
+@pytest.mark.parametrize(("options", "config"), [({}, wan21()), (FULL_22, wan22())])
+def test_full_width_keys_and_shapes(options, config):
+    """The published widths, on the meta device: every tensor has its place and its shape."""
+    with torch.device("meta"):
+        reference = diffusers.AutoencoderKLWan(**options)
+    found = canonical_state_dict(reference.state_dict())
+    assert {k: tuple(v.shape) for k, v in found.state.items()} == expected_shapes(config)
+    assert (found.config.family, found.config.dim, found.config.decoder_dim) == (
+        config.family, config.dim, config.decoder_dim,
+    )  # fmt: skip
