@@ -42,7 +42,14 @@ class BackendError(WanVAEError):
 
 
 class ShardingError(WanVAEError):
-    """Ranks disagree about shape, dtype or format, or one of them failed."""
+    """Ranks disagree about shape, dtype or format, or one of them failed.
+
+    `rank` is the one that is at fault, None where that is not known.
+    """
+
+    def __init__(self, message: str, rank: int | None = None):
+        super().__init__(message)
+        self.rank = rank
 
 
 class OutputError(WanVAEError):

@@ -132,6 +132,13 @@ def _channels_last_strides(shape: torch.Size) -> tuple[int, ...]:
     return (inner[0], inner[-1], *inner[1:-1])
 
 
+def empty_like_format(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Uninitialised memory of `shape`, dense in the memory format of `x` (NCDHW for a view)."""
+    last = detect(x) == "channels_last_3d"
+    fmt = _CHANNELS_LAST[x.ndim] if last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=fmt)
+
+
 class LayoutCounter:
     """Counts what a decode did with formats: conversions done, and mixed calls (0 is normal)."""
 

@@ -1,5 +1,6 @@
-"""One picture over several ranks: the context that blocks receive, and the guarded collectives."""
+"""One picture over several ranks: the context that callers pass, the plan, the guarded messages."""
 
 from .context import SINGLE, ShardContext
+from .plan import ShardPlan, plan_shards
 
-__all__ = ["SINGLE", "ShardContext"]
+__all__ = ["SINGLE", "ShardContext", "ShardPlan", "plan_shards"]

@@ -1,4 +1,4 @@
-"""ShardContext: which part of the picture this process decodes. Passed, never ambient."""
+"""ShardContext: this process's place among the ranks of a picture. Passed, never ambient."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+Axis = Literal["height", "width"]
+AxisRequest = Literal["auto", "height", "width"]
+
 
 @dataclass(frozen=True)
 class ShardContext:
     """One rank's place among the shards of a picture.
 
-    `axis` is the picture axis that is cut. `group` is None exactly when there is one rank.
+    `rank` and `world_size` are those of `group`, which is None for the default group (or where
+    there is one rank). `axis` is the picture axis to cut; "auto" takes the one that leaves less
+    halo. `timeout_s` bounds each wait for another rank on a transport that can be waited for
+    (Gloo); NCCL has the time-out with which its group was made.
     """
 
     rank: int = 0
     world_size: int = 1
-    axis: Literal["height", "width"] = "height"
+    axis: AxisRequest = "auto"
     group: ProcessGroup | None = None
+    timeout_s: float = 30.0
 
     @property
     def is_single(self) -> bool:

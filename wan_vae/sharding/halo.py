@@ -1,0 +1,108 @@
+"""Shard: one rank's live part of a decode. Puts the neighbours' boundary rows around a tensor.
+
+A convolution that looks one row around gets that row from the rank that has it, each time: nothing
+is computed twice, and the history frames that a causal convolution keeps have their rows already.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import layout
+from ..errors import ShardingError
+from .context import ShardContext
+from .plan import ShardPlan
+from .wire import Incoming, Outgoing, Wire
+
+
+class Shard:
+    """What blocks need of their rank: neighbours' rows, and for attention all ranks' rows."""
+
+    is_single = False
+
+    def __init__(self, context: ShardContext, plan: ShardPlan, wire: Wire):
+        self.context, self.plan, self.wire = context, plan, wire
+        self.halo_rows = 0
+        self.halo_bytes = 0
+
+    @property
+    def has_rows(self) -> bool:
+        """False on an idle rank, which runs no layer and sends no rows."""
+        return self.context.rank < self.plan.active
+
+    def surround(self, x: torch.Tensor, site: str, before: int = 1, after: int = 1) -> torch.Tensor:
+        """`x` [..., H, W] with `before` rows above and `after` below, of the ranks that have them.
+
+        Zero rows at the edges of the picture: the convolution's own padding, so that it must not
+        pad this axis again. The result is dense in the memory format of `x`. Every rank with rows
+        must call it at the same `site`.
+        """
+        dim, rank = self.plan.dim, self.context.rank
+        above = rank - 1 if before and rank > 0 else None
+        below = rank + 1 if after and rank < self.plan.active - 1 else None
+        rows = x.shape[dim]
+        out, into = [], []
+        # What a rank sends up is what the rank above needs `after` its own rows, and so on.
+        if after and rank > 0:
+            out.append(Outgoing(rank - 1, x.narrow(dim, 0, after)))
+        if before and rank < self.plan.active - 1:
+            out.append(Outgoing(rank + 1, x.narrow(dim, rows - before, before)))
+        if above is not None:
+            into.append(Incoming(above, _with_rows(x, dim, before)))
+        if below is not None:
+            into.append(Incoming(below, _with_rows(x, dim, after)))
+        received = self.wire.exchange(site, x.dtype, out, into)
+        for part in received:
+            self.halo_rows += part.shape[dim]
+            self.halo_bytes += part.numel() * part.element_size()
+        whole = layout.empty_like_format(x, _with_rows(x, dim, before + rows + after))
+        whole.narrow(dim, before, rows).copy_(x)
+        if before:
+            edge = whole.narrow(dim, 0, before)
+            edge.zero_() if above is None else edge.copy_(received[0])
+        if after:
+            edge = whole.narrow(dim, before + rows, after)
+            edge.zero_() if below is None else edge.copy_(received[-1])
+        return whole
+
+    def padding(self, padding: tuple[int, int]) -> tuple[int, int]:
+        """`padding` (rows, columns) less the axis that `surround` has padded."""
+        return (0, padding[1]) if self.plan.dim == -2 else (padding[0], 0)
+
+    def crop(self, x: torch.Tensor, before: int, after: int) -> torch.Tensor:
+        """`x` without its first and last rows of the cut axis; a view."""
+        dim = self.plan.dim
+        return x.narrow(dim, before, x.shape[dim] - before - after)
+
+    def own_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's part of `x` [..., H, W] of the whole picture at latent resolution; a view."""
+        rows, columns = self.plan.place(self.context.rank)
+        return x[..., rows, columns]
+
+    def gather_rows(self, x: torch.Tensor, site: str) -> torch.Tensor:
+        """`x` [..., H, W] of the whole picture, at latent resolution, from every rank's part.
+
+        For attention: one message to each other rank with rows. All of them must call it.
+        """
+        dim, rank = self.plan.dim, self.context.rank
+        others = [r for r in range(self.plan.active) if r != rank]
+        start, stop = self.plan.rows_of(rank)
+        if x.shape[dim] != stop - start:
+            raise ShardingError(
+                f"rank {rank} holds {x.shape[dim]} rows at {site}, its plan says {stop - start}",
+                rank=rank,
+            )
+        into = [
+            Incoming(r, _with_rows(x, dim, self.plan.bounds[r][1] - self.plan.bounds[r][0]))
+            for r in others
+        ]
+        received = self.wire.exchange(site, x.dtype, [Outgoing(r, x) for r in others], into)
+        parts = dict(zip(others, received, strict=True))
+        parts[rank] = x
+        return torch.cat([parts[r] for r in range(self.plan.active)], dim=dim)
+
+
+def _with_rows(x: torch.Tensor, dim: int, rows: int) -> tuple[int, ...]:
+    shape = list(x.shape)
+    shape[dim] = rows
+    return tuple(shape)

@@ -1,0 +1,245 @@
+"""The only place where tensors leave this process. Every one is made dense NCDHW and both sides
+prove that they speak of the same thing before its bytes are used.
+
+Why: NCCL checks that a tensor is dense, not in which order. A dense NDHWC tensor is sent as it
+lies and read as NCDHW: a silently garbled picture. Gloo copies right, so tests on it see nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+
+from ..errors import ShardingError
+from ..layout import contiguous_for_collective, detect
+from .context import ShardContext
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64)
+_MAGIC = 0x57414E31
+_DENSE_NCDHW = 1
+_HEADER_WORDS = 12
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A tensor for `peer` (a rank of the context), in any memory format."""
+
+    peer: int
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """What `peer` is expected to send."""
+
+    peer: int
+    shape: tuple[int, ...]
+
+
+class Wire:
+    """Messages between the ranks of one decode, with counters for the report.
+
+    Gloo moves host memory only: tensors of a device are staged through it. There, each message is
+    announced by a header that is compared before the data is posted. With NCCL reading a header
+    stops the device, so it is sent once for each (place, shape, dtype); all later messages follow
+    from the same plan. `fresh()` is where a decode starts.
+    """
+
+    def __init__(self, context: ShardContext, device: torch.device):
+        if not dist.is_initialized() and context.group is None:
+            raise ShardingError(
+                f"rank {context.rank} of {context.world_size}: torch.distributed has no process "
+                "group; start the program with torchrun, or pass ShardContext(group=...)",
+                rank=context.rank,
+            )
+        if dist.get_world_size(context.group) != context.world_size:
+            raise ShardingError(
+                f"the context says {context.world_size} ranks, its process group has "
+                f"{dist.get_world_size(context.group)}",
+                rank=context.rank,
+            )
+        self.context = context
+        self.device = device
+        self.host_staged = dist.get_backend(context.group) == "gloo"
+        self._transport = torch.device("cpu") if self.host_staged else device
+        self._agreed: set[tuple] = set()
+        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._wait_s = 0.0
+        self._count = 0
+        self.received_bytes = 0
+
+    # -- point to point ---------------------------------------------------------------------
+
+    def exchange(
+        self, site: str, dtype: torch.dtype, out: Sequence[Outgoing], into: Sequence[Incoming]
+    ) -> list[torch.Tensor]:
+        """Send and receive at once; the tensors received, dense NCDHW on this rank's device.
+
+        Every peer named must name this rank at the same `site` with the same shapes: headers are
+        compared, and a difference raises ShardingError on both sides before any data is used.
+        """
+        if not out and not into:
+            return []
+        self._count += 1
+        packed = [contiguous_for_collective(o.tensor).to(self._transport) for o in out]
+        start = self._mark()
+        self._agree_on_headers(site, dtype, out, into)
+        buffers = [torch.empty(i.shape, dtype=dtype, device=self._transport) for i in into]
+        ops = [self._op(dist.isend, _as_bytes(p), o.peer) for p, o in zip(packed, out, strict=True)]
+        ops += [
+            self._op(dist.irecv, _as_bytes(b), i.peer) for b, i in zip(buffers, into, strict=True)
+        ]
+        self._finish(site, ops, [o.peer for o in out] + [i.peer for i in into])
+        self._add_wait(start)
+        for buffer in buffers:
+            if buffer.ndim in (4, 5) and detect(buffer) not in ("contiguous", "either"):
+                raise ShardingError(
+                    f"rank {self.context.rank}: rows received for {site} are "
+                    f"{detect(buffer)}, expected contiguous",
+                    rank=self.context.rank,
+                )
+            self.received_bytes += buffer.numel() * buffer.element_size()
+        return [b.to(self.device) for b in buffers]
+
+    def _agree_on_headers(self, site, dtype, out, into) -> None:
+        key = (site, dtype, *((o.peer, o.tensor.shape) for o in out), *((i.peer, i.shape) for i in into))  # fmt: skip  # noqa: E501
+        if not self.host_staged and key in self._agreed:
+            return
+        mine = [self._header(site, o.tensor.dtype, tuple(o.tensor.shape)) for o in out]
+        wanted = [self._header(site, dtype, i.shape) for i in into]
+        theirs = [torch.empty(_HEADER_WORDS, dtype=torch.int64, device=self._transport) for _ in into]  # fmt: skip  # noqa: E501
+        ops = [
+            self._op(dist.isend, _as_bytes(h.to(self._transport)), o.peer)
+            for h, o in zip(mine, out, strict=True)
+        ]
+        ops += [
+            self._op(dist.irecv, _as_bytes(h), i.peer) for h, i in zip(theirs, into, strict=True)
+        ]
+        self._finish(site, ops, [o.peer for o in out] + [i.peer for i in into])
+        for header, expected, i in zip(theirs, wanted, into, strict=True):
+            if header.tolist() != expected.tolist():
+                raise ShardingError(
+                    f"rank {self.context.rank} refused what rank {i.peer} sends at {site}: "
+                    f"{_describe(header)}, expected {_describe(expected)}",
+                    rank=i.peer,
+                )
+        self._agreed.add(key)
+
+    def _header(self, site: str, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+        sizes = [*shape, *([0] * (_HEADER_WORDS - 6 - len(shape)))]
+        count = self._count if self.host_staged else 0
+        words = [_MAGIC, count, crc32(site.encode()), len(shape), *sizes]
+        return torch.tensor([*words, DTYPES.index(dtype), _DENSE_NCDHW])
+
+    def _op(self, kind, tensor: torch.Tensor, peer: int) -> dist.P2POp:
+        group = self.context.group
+        if group is not None:
+            peer = dist.get_global_rank(group, peer)
+        return dist.P2POp(kind, tensor, peer, group)
+
+    def _finish(self, site: str, ops: list[dist.P2POp], peers: list[int]) -> None:
+        timeout_s = self.context.timeout_s
+        names = ", ".join(f"rank {p}" for p in sorted(set(peers)))
+        try:
+            works = dist.batch_isend_irecv(ops)
+            for work in works:
+                if self.host_staged:
+                    work.wait(timedelta(seconds=timeout_s))
+                else:
+                    work.wait()
+        except RuntimeError as error:
+            raise ShardingError(
+                f"rank {self.context.rank} has no answer from {names} at {site} (waits at most "
+                f"{timeout_s:g} s): {_first_line(error)}",
+                rank=peers[0] if len(set(peers)) == 1 else None,
+            ) from error
+
+    # -- collectives --------------------------------------------------------------------------
+
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """`x` of every rank, in rank order, dense NCDHW on this device. A collective of the group.
+
+        The one guarded gather: `x` may have any memory format and must have the same shape and
+        dtype on every rank (`agree` first where that is not known).
+        """
+        packed = contiguous_for_collective(x).to(self._transport)
+        flat = _as_bytes(packed)
+        gathered = torch.empty(
+            self.context.world_size * flat.numel(), dtype=torch.uint8, device=self._transport
+        )
+        start = self._mark()
+        try:
+            dist.all_gather_into_tensor(gathered, flat, group=self.context.group)
+        except RuntimeError as error:
+            raise ShardingError(
+                f"rank {self.context.rank} failed in a gather over {self.context.world_size} "
+                f"ranks: {_first_line(error)}"
+            ) from error
+        self._add_wait(start)
+        parts = gathered.view(self.context.world_size, -1).unbind(0)
+        return [p.view(x.dtype).view(x.shape).to(self.device) for p in parts]
+
+    def all_gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
+        """The same count of integers from every rank, in rank order. A collective; waits."""
+        mine = torch.tensor(list(numbers), dtype=torch.int64, device=self._transport)
+        return [part.tolist() for part in self.all_gather(mine)]
+
+    def agree(self, **facts: int) -> None:
+        """Raise ShardingError on every rank unless all hold the same `facts`. A collective."""
+        rows = self.all_gather_numbers(list(facts.values()))
+        for name, values in zip(facts, zip(*rows, strict=True), strict=True):
+            if len(set(values)) > 1:
+                said = ", ".join(f"rank {r} has {v}" for r, v in enumerate(values))
+                raise ShardingError(
+                    f"ranks disagree about {name}: {said}; give every rank the same latent, "
+                    "weights and options"
+                )
+
+    # -- time ---------------------------------------------------------------------------------
+
+    def _mark(self):
+        if self._transport.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _add_wait(self, start) -> None:
+        if isinstance(start, float):
+            self._wait_s += time.perf_counter() - start
+        else:
+            self._marks.append((start, self._mark()))
+
+    def wait_ms(self) -> float:
+        """Milliseconds in exchanges so far, waiting for slower ranks included. Waits for them."""
+        device_ms = 0.0
+        for start, stop in self._marks:
+            stop.synchronize()
+            device_ms += start.elapsed_time(stop)
+        return self._wait_s * 1e3 + device_ms
+
+
+def _as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """The bytes of a dense tensor, flat: no transport needs to know the dtype."""
+    return x.view(-1).view(torch.uint8)
+
+
+def _describe(header: torch.Tensor) -> str:
+    magic, count, site, ndim, *rest = header.tolist()
+    *sizes, dtype, fmt = rest
+    if magic != _MAGIC or not 0 <= ndim <= len(sizes) or not 0 <= dtype < len(DTYPES):
+        return "bytes that are no header"
+    name = str(DTYPES[dtype]).removeprefix("torch.")
+    order = "dense NCDHW" if fmt == _DENSE_NCDHW else f"format {fmt}"
+    return f"{sizes[:ndim]} {name} {order} (message {count}, place {site:08x})"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
