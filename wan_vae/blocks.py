@@ -17,6 +17,7 @@ from .chunking import Chunk
 from .layout import LayoutCounter
 from .ops.dispatch import OpSet, eager_ops
 from .sharding.context import SINGLE, ShardContext
+from .sharding.halo import Shard
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Step:
 
     cache: FeatureCache
     chunk: Chunk
-    shard: ShardContext = SINGLE
+    shard: ShardContext | Shard = SINGLE
     ops: OpSet = field(default_factory=eager_ops)
     counter: LayoutCounter = field(default_factory=LayoutCounter)
 
@@ -72,6 +73,10 @@ class CausalConv3d(nn.Module):
         padding = (self.kernel[1] // 2, self.kernel[2] // 2)
         past = self.kernel[0] - 1
         weight = self.weight
+        if not step.shard.is_single and any(padding):
+            # Before the history is joined: its frames then keep their halo rows.
+            x = step.shard.surround(x, self.slot)
+            padding = step.shard.padding(padding)
         if past and step.chunk.is_only_frame:
             # All history is zero: only the last temporal slice of the kernel meets data.
             weight = layout.to_format(weight[:, :, -1:], _format_of(weight))
@@ -185,8 +190,14 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         b, c, _, h, w = x.shape
         y = step.ops.norm(frames_to_batch(x), self.norm.gamma)
+        if not step.shard.is_single:
+            # Keys and values of all pixels are needed. Their common input is half as large, and
+            # the 1x1 convolution is small beside the attention that is shared out by queries.
+            y = step.shard.gather_rows(y, "attention")
         qkv = step.ops.conv2d(y, self.to_qkv.weight, self.to_qkv.bias, step.counter)
         q, k, v = qkv.flatten(2).transpose(1, 2).split(c, dim=2)
+        if not step.shard.is_single:
+            q = step.shard.own_rows(qkv[:, :c]).flatten(2).transpose(1, 2)
         y = step.ops.attention(q, k, v).transpose(1, 2).unflatten(2, (h, w))
         y = step.ops.conv2d(y, self.proj.weight, self.proj.bias, step.counter)
         return batch_to_frames(y, b) + x
@@ -204,7 +215,13 @@ class Upsample(nn.Module):
         if self.time_conv is not None:
             x = self._double_time(x, step)
         conv = self.resample["1"]
-        y = step.ops.upsample_conv2d(frames_to_batch(x), conv.weight, conv.bias, step.counter)
+        frames = frames_to_batch(x)
+        if not step.shard.is_single:
+            frames = step.shard.surround(frames, "upsample")
+        y = step.ops.upsample_conv2d(frames, conv.weight, conv.bias, step.counter)
+        if not step.shard.is_single:
+            # A halo row became two; the outer one has met the convolution's padding.
+            y = step.shard.crop(y, 2, 2)
         return batch_to_frames(y, x.shape[0])
 
     def _double_time(self, x: torch.Tensor, step: Step) -> torch.Tensor:
@@ -231,7 +248,11 @@ class Downsample(nn.Module):
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         conv = self.resample["1"]
         # Padding on the right and bottom only, as the network was trained.
-        y = nn.functional.pad(frames_to_batch(x), (0, 1, 0, 1))
+        y, bottom, right = frames_to_batch(x), 1, 1
+        if not step.shard.is_single:
+            y = step.shard.surround(y, "downsample", before=0, after=1)
+            bottom, right = step.shard.padding((bottom, right))
+        y = nn.functional.pad(y, (0, right, 0, bottom))
         y = step.ops.conv2d(y, conv.weight, conv.bias, step.counter, stride=2)
         y = batch_to_frames(y, x.shape[0])
         return y if self.time_conv is None else self.time_conv(y, step)

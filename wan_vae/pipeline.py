@@ -24,6 +24,7 @@ from .errors import (
     CheckpointError,
     DecodeCancelled,
     DecodeMemoryError,
+    GeometryError,
     LatentError,
 )
 from .latents import check_latent, check_pixels
@@ -31,6 +32,9 @@ from .layout import LayoutCounter
 from .model import WanVAEModel, build_model
 from .ops.dispatch import OpSet, eager_ops
 from .report import ChunkRecord, DecodeReport, LayerRecord, ReportBuilder
+from .sharding.context import SINGLE, ShardContext
+from .sharding.gather import Gather
+from .sharding.run import decode_shard, encode_shard
 from .sink import Sink, TensorSink, check_out
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -129,6 +133,8 @@ class WanVAE:
         on_progress: OnProgress | None = None,
         should_stop: ShouldStop | None = None,
         strips: int | None = None,
+        shard: ShardContext = SINGLE,
+        gather: Gather = "all",
     ) -> torch.Tensor | None:
         """Decode a latent to pixels.
 
@@ -140,11 +146,22 @@ class WanVAE:
         schedule gives the same pixels. strips: decode the picture in so many exact bands in turn.
         precision: compute dtype, "auto" (that of the weights), "fp32", "bf16" or "fp16".
         on_progress(done_frames, total_frames, report) follows each chunk; should_stop() is asked
-        before each. Not a collective.
+        before each. A collective exactly with a `shard`: every rank of its group must call it
+        with equal arguments, and decodes its rows. `gather` then says who gets the pixels: "all"
+        ranks, "rank0" (the others get None), or each rank its "own" rows.
 
         Raises LatentError, GeometryError, LayoutError, BackendError, OutputError,
-        DecodeCancelled, DecodeMemoryError.
+        DecodeCancelled, DecodeMemoryError,
+        ShardingError.
         """
+        if not shard.is_single:
+            if strips is not None:
+                raise GeometryError("strips divide one device's picture: not possible with a shard")
+            return decode_shard(
+                self, latent, shard, gather, normalized=normalized, chunk_frames=chunk_frames,
+                memory_format=memory_format, precision=precision, out=out, sink=sink,
+                on_progress=on_progress, should_stop=should_stop,
+            )  # fmt: skip
         run = self._start_decode(
             latent, normalized, chunk_frames, memory_format, precision, should_stop, strips
         )
@@ -217,7 +234,9 @@ class WanVAE:
         precision: str = "auto",
         on_progress: OnProgress | None = None,
         should_stop: ShouldStop | None = None,
-    ) -> torch.Tensor:
+        shard: ShardContext = SINGLE,
+        gather: Gather = "all",
+    ) -> torch.Tensor | None:
         """Encode pixels to the mean of the posterior.
 
         pixels: [B, 3, T, H, W] or [3, T, H, W] in [-1, 1]. Frames past 4n + 1 are dropped; rows and
@@ -225,13 +244,14 @@ class WanVAE:
         Returns float32 [B, z, (T-1)//4+1, H//8, W//8] (16 for Wan 2.2) on the VAE's device;
         `normalized=True` gives diffusers' normalised latents.
         chunk_frames: latent frames a call. Any schedule gives the same latent.
+        A collective exactly with a `shard`; `gather` says who gets the latent (see `decode`).
 
         Raises LatentError, GeometryError, LayoutError, BackendError, DecodeCancelled,
         DecodeMemoryError; CheckpointError if the checkpoint had no encoder.
         """
         return _encode(
             self, pixels, normalized, chunk_frames, memory_format, precision, on_progress,
-            should_stop,
+            should_stop, shard, gather,
         )  # fmt: skip
 
     def inspect(self) -> DecodeReport:
@@ -604,7 +624,9 @@ def _encode(
     precision,
     on_progress,
     should_stop,
-) -> torch.Tensor:
+    shard: ShardContext,
+    gather: Gather,
+) -> torch.Tensor | None:
     """`WanVAE.encode`; see there."""
     if pixels.ndim == 4:
         pixels = pixels.unsqueeze(0)
@@ -633,9 +655,19 @@ def _encode(
         builder.chunks = clock.records(wait=False)
         builder.memory["peak_bytes"] = clock.peak_bytes()
 
+    def progress(last: int) -> None:
+        if on_progress is not None:
+            fill()
+            on_progress(last, builder.total_frames, builder.build("running"))
+
     try:
         with torch.inference_mode():
-            for chunk in schedule(out_shape[2], chunk_frames or 1):
+            if not shard.is_single:
+                latent = encode_shard(
+                    vae, pixels, shard, gather, clock, builder, ops, counter, model,
+                    chunk_frames=chunk_frames, on_progress=progress, should_stop=should_stop,
+                )  # fmt: skip
+            for chunk in schedule(out_shape[2], chunk_frames or 1) if shard.is_single else ():
                 if should_stop is not None and should_stop():
                     raise DecodeCancelled(
                         f"cancelled after {builder.done_frames} of {builder.total_frames} frames"
@@ -646,9 +678,7 @@ def _encode(
                     mean, _ = model.encode_chunk(x, Step(cache, chunk, ops=ops, counter=counter))
                 latent[:, :, chunk.start : chunk.stop] = mean
                 builder.done_frames = last
-                if on_progress is not None:
-                    fill()
-                    on_progress(last, builder.total_frames, builder.build("running"))
+                progress(last)
     except torch.OutOfMemoryError as error:
         message = (
             f"out of memory on {vae.device} while encoding {builder.total_frames} frames of "
@@ -667,7 +697,7 @@ def _encode(
         torch.cuda.synchronize(vae.device)
     fill()
     vae.last_report = builder.build("done")
-    if normalized:
+    if normalized and latent is not None:
         mean, std = _statistics(config, latent)
         latent = (latent - mean) / std
     return latent

@@ -11,7 +11,9 @@ import torch
 import wan_vae
 from tests.conftest import SMALL_CONFIGS, random_state
 from wan_vae import WanVAE
+from wan_vae.errors import DecodeCancelled
 from wan_vae.sharding import ShardContext
+from wan_vae.sharding.wire import Incoming, Outgoing, Wire
 
 MINI = Path(__file__).parents[2] / "examples" / "wan_vae_mini.safetensors"
 
@@ -55,3 +57,73 @@ def encode(rank, ranks, group, *, name, shape, axis="auto", gather="all", **opti
     context = ShardContext(rank, ranks, axis, group)
     latent = vae.encode(noise(shape).tanh(), shard=context, gather=gather, **options)
     return _to_numpy(latent), asdict(vae.last_report)
+
+
+def decode_with_a_difference(
+    rank,
+    ranks,
+    group,
+    *,
+    seed_of_rank_1=0,
+    frames_of_rank_1=2,
+    chunks_of_rank_1=1,
+    precision_of_rank_1="fp32",
+):
+    """Rank 1 is given another latent or other options than rank 0."""
+    odd = rank == 1
+    latent = noise((1, 16, frames_of_rank_1 if odd else 2, 4, 4), seed_of_rank_1 if odd else 0)
+    model("wan2.1").decode(
+        latent,
+        shard=ShardContext(rank, ranks, "height", group),
+        chunk_frames=chunks_of_rank_1 if odd else 1,
+        precision=precision_of_rank_1 if odd else "fp32",
+    )
+
+
+def send_something_else(rank, ranks, group, *, kind):
+    """Both ranks exchange rows; rank 1's differ in shape, dtype, place or count."""
+    wire = Wire(ShardContext(rank, ranks, "height", group), torch.device("cpu"))
+    shape, dtype, site = (1, 2, 1, 1, 5), torch.float32, "decoder.conv1"
+    if rank == 1:
+        shape = (1, 2, 1, 1, 6) if kind == "shape" else shape
+        dtype = torch.bfloat16 if kind == "dtype" else dtype
+        site = "decoder.head.2" if kind == "site" else site
+        if kind == "order":
+            wire.exchange(site, dtype, [], [])
+            wire._count += 1  # as if it had skipped a convolution
+    peer = 1 - rank
+    wire.exchange(site, dtype, [Outgoing(peer, torch.zeros(shape, dtype=dtype))], [Incoming(peer, shape)])  # fmt: skip  # noqa: E501
+
+
+def decode_and_cancel(rank, ranks, group, *, stop_rank, after):
+    """One rank is asked to stop after some chunks; what each rank then says."""
+    asked = []
+
+    def should_stop():
+        asked.append(True)
+        return rank == stop_rank and len(asked) > after
+
+    vae = model("wan2.1")
+    try:
+        vae.decode(
+            noise((1, 16, 5, 4, 4)),
+            shard=ShardContext(rank, ranks, "height", group),
+            chunk_frames=1,
+            should_stop=should_stop,
+        )
+    except DecodeCancelled as error:
+        return str(error), vae.last_report.status
+    return "not cancelled", vae.last_report.status
+
+
+def gather_every_format(rank, ranks, group):
+    """Each rank gathers its number in another memory format; all must arrive as NCDHW."""
+    wire = Wire(ShardContext(rank, ranks, "height", group), torch.device("cpu"))
+    steps = torch.arange(2 * 3 * 2 * 4 * 5.0).view(2, 3, 2, 4, 5)
+    x = [
+        steps.contiguous(memory_format=torch.channels_last_3d),
+        steps.contiguous(),
+        steps.transpose(3, 4).contiguous().transpose(3, 4),
+    ][rank]
+    gathered = wire.all_gather(x)
+    return [torch.full((1,), float(r)) if torch.equal(g, steps) else g for r, g in enumerate(gathered)]  # fmt: skip  # noqa: E501

@@ -21,6 +21,8 @@ from ..layout import contiguous_for_collective, detect
 from .context import ShardContext
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64)
+# Renamed in PyTorch 2.13, where the old name warns.
+_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _MAGIC = 0x57414E31
 _DENSE_NCDHW = 1
 _HEADER_WORDS = 12
@@ -175,7 +177,7 @@ class Wire:
         )
         start = self._mark()
         try:
-            dist.all_gather_into_tensor(gathered, flat, group=self.context.group)
+            _all_gather_flat(gathered, flat, group=self.context.group)
         except RuntimeError as error:
             raise ShardingError(
                 f"rank {self.context.rank} failed in a gather over {self.context.world_size} "
