@@ -173,9 +173,43 @@ class ResidualBlock(nn.Module):
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         norm1, conv1, norm2, conv2 = self.residual.values()
         skip = x if self.shortcut is None else self.shortcut(x, step)
-        y = conv1(step.ops.norm_silu(x, norm1.gamma), step)
-        y = conv2(step.ops.norm_silu(y, norm2.gamma), step)
-        return y + skip
+        y = norm_silu_conv(x, norm1, conv1, step)
+        return norm_silu_conv(y, norm2, conv2, step, residual=skip)
+
+    def normed_convolutions(self) -> list[tuple[RMSNorm, CausalConv3d]]:
+        """The convolutions that read the result of a norm, with that norm."""
+        norm1, conv1, norm2, conv2 = self.residual.values()
+        return [(norm1, conv1), (norm2, conv2)]
+
+
+def norm_silu_conv(
+    x: torch.Tensor,
+    norm: RMSNorm,
+    conv: CausalConv3d,
+    step: Step,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`conv(silu(norm(x))) + residual`: in one kernel where there is one, else step by step.
+
+    Shards go step by step: a halo is exchanged between norm and convolution.
+    """
+    fused = step.ops.fused_conv(conv.weight) if step.shard.is_single else None
+    if fused is None:
+        y = conv(step.ops.norm_silu(x, norm.gamma), step)
+        return y if residual is None else y + residual
+    only_frame = step.chunk.is_only_frame
+    y, history = fused(
+        x,
+        norm.gamma,
+        None if only_frame else step.cache.peek(conv.slot),
+        conv.bias,
+        residual,
+        only_frame=only_frame,
+        keep=not step.chunk.is_last,
+    )
+    if history is not None:
+        step.cache.store(conv.slot, history)
+    return y
 
 
 class Attention(nn.Module):

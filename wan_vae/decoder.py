@@ -7,6 +7,7 @@ A strip of the picture can therefore be finished alone, from a trunk crop with e
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -15,12 +16,14 @@ from torch import nn
 from .blocks import (
     Attention,
     CausalConv3d,
+    Conv2d,
     DuplicateShortcut,
     ResidualBlock,
     RMSNorm,
     Step,
     Upsample,
     name_slots,
+    norm_silu_conv,
 )
 from .config import WanVAEConfig
 from .geometry import Strip, strip_halos
@@ -87,6 +90,20 @@ class Decoder(nn.Module):
         )
         name_slots(self, "decoder.")
 
+    def normed_convolutions(self) -> Iterator[tuple[RMSNorm, CausalConv3d]]:
+        """Every 3x3x3 convolution that reads the result of norm and SiLU, with that norm."""
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                yield from module.normed_convolutions()
+        norm, conv = self.head.values()
+        yield norm, conv
+
+    def upsampling_convolutions(self) -> Iterator[Conv2d]:
+        """The 3x3 convolution of every up-sampler."""
+        for module in self.modules():
+            if isinstance(module, Upsample):
+                yield module.resample["1"]
+
     def forward(self, z: torch.Tensor, step: Step) -> torch.Tensor:
         """Latent [B, z, T, H, W] (after conv2) -> pixels [B, 3, T', H', W'], not clamped."""
         return self.stages(self.trunk(z, step), step)
@@ -115,7 +132,7 @@ class Decoder(nn.Module):
             if strip is not None and i + 1 < len(halos):
                 x = strip.crop(x, 2**i, halos[i], 2 ** (i + 1), halos[i + 1])
         norm, conv = self.head.values()
-        x = conv(step.ops.norm_silu(x, norm.gamma), step)
+        x = norm_silu_conv(x, norm, conv, step)
         if strip is not None:
             last = len(halos) - 1
             x = strip.crop(x, 2**last, halos[last], 2**last, 0)

@@ -31,6 +31,8 @@ from .latents import check_latent, check_pixels
 from .layout import LayoutCounter
 from .model import WanVAEModel, build_model
 from .ops.dispatch import OpSet, eager_ops
+from .ops.proof import ProofBook, cache_folder, environment
+from .ops.select import Backend, select_ops
 from .report import ChunkRecord, DecodeReport, LayerRecord, ReportBuilder
 from .sharding.context import SINGLE, ShardContext
 from .sharding.gather import Gather
@@ -84,6 +86,7 @@ class WanVAE:
         self.last_report: DecodeReport | None = None
         self._weights_found = weights_found or _weights_found(model.state_dict())
         self._cast: WanVAEModel | None = None
+        self._proofs: ProofBook | None = None
 
     @classmethod
     def from_state_dict(
@@ -133,6 +136,7 @@ class WanVAE:
         on_progress: OnProgress | None = None,
         should_stop: ShouldStop | None = None,
         strips: int | None = None,
+        backend: Backend = "auto",
         shard: ShardContext = SINGLE,
         gather: Gather = "all",
     ) -> torch.Tensor | None:
@@ -145,6 +149,7 @@ class WanVAE:
         chunk_frames: latent frames a call, or the list of all chunk lengths; None plans it. Any
         schedule gives the same pixels. strips: decode the picture in so many exact bands in turn.
         precision: compute dtype, "auto" (that of the weights), "fp32", "bf16" or "fp16".
+        backend: "auto", "eager" (plain PyTorch) or "triton" (see `ops.select`).
         on_progress(done_frames, total_frames, report) follows each chunk; should_stop() is asked
         before each. A collective exactly with a `shard`: every rank of its group must call it
         with equal arguments, and decodes its rows. `gather` then says who gets the pixels: "all"
@@ -160,11 +165,12 @@ class WanVAE:
             return decode_shard(
                 self, latent, shard, gather, normalized=normalized, chunk_frames=chunk_frames,
                 memory_format=memory_format, precision=precision, out=out, sink=sink,
-                on_progress=on_progress, should_stop=should_stop,
+                on_progress=on_progress, should_stop=should_stop, backend=backend,
             )  # fmt: skip
         run = self._start_decode(
-            latent, normalized, chunk_frames, memory_format, precision, should_stop, strips
-        )
+            latent, normalized, chunk_frames, memory_format, precision, should_stop, strips,
+            backend,
+        )  # fmt: skip
         if sink is None:
             if out is None:
                 out = torch.empty(run.pixel_shape, dtype=torch.float32, device=self.device)
@@ -197,6 +203,7 @@ class WanVAE:
         precision: str = "auto",
         should_stop: ShouldStop | None = None,
         strips: int | None = None,
+        backend: Backend = "auto",
     ) -> Iterator[torch.Tensor]:
         """Yield pixels [B, 3, t, H', W'] float32 in [-1, 1] as soon as frames are final, in order.
 
@@ -204,8 +211,9 @@ class WanVAE:
         before the first chunk is asked for. `last_report` is set when the stream ends.
         """
         run = self._start_decode(
-            latent, normalized, chunk_frames, memory_format, precision, should_stop, strips
-        )
+            latent, normalized, chunk_frames, memory_format, precision, should_stop, strips,
+            backend,
+        )  # fmt: skip
         return self._stream(run)
 
     def _stream(self, run: _DecodeRun) -> Iterator[torch.Tensor]:
@@ -265,15 +273,18 @@ class WanVAE:
     # -- the steps before the first chunk ----------------------------------------------------
 
     def _start_decode(
-        self, latent, normalized, chunk_frames, memory_format, precision, should_stop, strips
-    ) -> _DecodeRun:
+        self, latent, normalized, chunk_frames, memory_format, precision, should_stop, strips,
+        backend,
+    ) -> _DecodeRun:  # fmt: skip
         if latent.ndim == 4:
             latent = latent.unsqueeze(0)
         check_latent(latent, self.config)
         model, decision = self._prepare(precision, memory_format, "decoder")
         dtype = model.conv2.weight.dtype
         builder = ReportBuilder("decode", self.config, self.device, dtype)
-        ops = eager_ops()
+        ops = select_ops(
+            backend, model.decoder, decision.chosen, latent.shape[2] == 1, self._proof_book
+        )
         self._describe(builder, model, ("decoder",), decision, ops)
         builder.layout["latent_format"] = layout.detect(latent)
         builder.values["precision_requested"] = precision
@@ -300,6 +311,13 @@ class WanVAE:
         builder.values["pixel_shape"] = run.pixel_shape
         builder.total_frames = run.total_frames
         return run
+
+    def _proof_book(self) -> ProofBook:
+        """The verdicts on kernels for this device; read once."""
+        wanted = environment(self.device)
+        if self._proofs is None or self._proofs.environment != wanted:
+            self._proofs = ProofBook(wanted, cache_folder())
+        return self._proofs
 
     def _prepare(self, precision: str, memory_format, part: str):
         """The model in the wanted precision, and `part` of it in the wanted memory format."""
@@ -344,7 +362,7 @@ class WanVAE:
         for name, p in weights:
             op = "conv3d" if p.ndim == 5 else "conv2d"
             builder.layers.append(
-                LayerRecord(name, op, tuple(p.shape), layout.detect(p), ops.used[op])
+                LayerRecord(name, op, tuple(p.shape), layout.detect(p), ops.backend_of(p))
             )
         builder.backends_used = dict(ops.used)
         builder.backends_off = list(ops.off)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -16,6 +17,33 @@ from .attention import attention
 from .conv3d import conv2d, conv3d
 from .norm import rms_norm, rms_norm_silu
 from .upsample import upsample_conv2d
+
+
+class FusedConv(Protocol):
+    """SiLU(rms_norm(x)), joined with its history, through one causal convolution.
+
+    `x` [B, C, T, H, W]; `history` [B, C, kT - 1, H, W] of an earlier call of the same kernel, or
+    None for zeros; `residual` [B, O, T, H, W] is added. `only_frame`: all history is zero and
+    only the last temporal slice of the weight is used. Returns the result [B, O, T, H, W] and,
+    if `keep`, the history for the next chunk in memory of its own.
+    """
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        gamma: torch.Tensor,
+        history: torch.Tensor | None,
+        bias: torch.Tensor,
+        residual: torch.Tensor | None,
+        *,
+        only_frame: bool,
+        keep: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+
+
+def no_fused_conv(weight: torch.Tensor) -> FusedConv | None:
+    """The eager reference fuses nothing."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -31,6 +59,10 @@ class OpSet:
     conv2d: Callable[..., torch.Tensor] = conv2d
     upsample_conv2d: Callable[..., torch.Tensor] = upsample_conv2d
     attention: Callable[..., torch.Tensor] = attention
+    # The kernel that runs norm, SiLU and the convolution of this weight in one, if there is one.
+    fused_conv: Callable[[torch.Tensor], FusedConv | None] = no_fused_conv
+    # The backend that runs the layer of this weight, for the report.
+    backend_of: Callable[[torch.Tensor], str] = lambda weight: "eager"
     used: dict[str, str] = field(
         default_factory=lambda: dict.fromkeys(
             ("norm", "norm_silu", "conv3d", "conv2d", "upsample_conv2d", "attention"), "eager"

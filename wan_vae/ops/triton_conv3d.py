@@ -218,13 +218,14 @@ def conv3d(
     config: Config,
     *,
     last_slice: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Convolution of `buffer` [B, C, T + kT - 1, H, W] with history in front, plus `residual`.
 
-    All tensors dense channels_last_3d, float16 or bfloat16; weight [O, C, kT, kH, kW] with kT 1 or
-    3; residual [B, O, T, H, W] or None. `last_slice`: all history is zero and absent from the
-    buffer (one-frame video), use the last temporal slice of the kernel only.
-    Returns [B, O, T, H, W], channels_last_3d.
+    All tensors dense channels_last_3d; buffer and weight float16 or bfloat16; weight
+    [O, C, kT, kH, kW] with kT 1 or 3; residual [B, O, T, H, W] or None. `last_slice`: all history
+    is zero and absent from the buffer (one-frame video), use the last temporal slice of the kernel.
+    Returns [B, O, T, H, W], channels_last_3d, of `out_dtype` (the buffer's if None).
     """
     o, _, kt, kh, kw = weight.shape
     nd = buffer.permute(0, 2, 3, 4, 1)
@@ -233,7 +234,8 @@ def conv3d(
     kt = 1 if last_slice else kt
     b, frames, h, w, _ = nd.shape
     t = frames - kt + 1
-    out = torch.empty((b, t, h, w, o), dtype=buffer.dtype, device=buffer.device)
+    out_dtype = buffer.dtype if out_dtype is None else out_dtype
+    out = torch.empty((b, t, h, w, o), dtype=out_dtype, device=buffer.device)
     res = None
     if residual is not None:
         res = residual.contiguous(memory_format=torch.channels_last_3d)

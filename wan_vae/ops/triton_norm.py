@@ -57,18 +57,20 @@ def norm_silu_join(
     history: torch.Tensor | None,
     past: int,
     keep: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """silu(rms_norm(x)) behind `past` history frames, and the last `past` frames of the result.
 
     x [B, C, T, H, W], history [B, C, past, H, W] or None for zeros; all dense channels_last_3d.
     Returns the buffer [B, C, past + T, H, W] (channels_last_3d) and, if `keep`, the new history in
-    memory of its own. float32 inside, one rounding to x's dtype.
+    memory of its own. float32 inside, one rounding to `dtype` (x's if None).
     """
     b, c, t, h, w = x.shape
     x = x.contiguous(memory_format=torch.channels_last_3d)
-    buffer = torch.empty((b, past + t, h, w, c), dtype=x.dtype, device=x.device)
+    dtype = x.dtype if dtype is None else dtype
+    buffer = torch.empty((b, past + t, h, w, c), dtype=dtype, device=x.device)
     keep = keep and past > 0
-    kept = torch.empty((b, past, h, w, c), dtype=x.dtype, device=x.device) if keep else buffer
+    kept = torch.empty((b, past, h, w, c), dtype=dtype, device=x.device) if keep else buffer
     if history is not None:
         history = history.contiguous(memory_format=torch.channels_last_3d)
     scale = gamma.reshape(-1).float() * c**0.5
