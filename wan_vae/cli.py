@@ -49,6 +49,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    def backend_option(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--backend",
+            default="auto",
+            choices=("auto", "eager", "triton"),
+            help="triton: our own kernels, each proven on this device first",
+        )
+
     def model_options(sub: argparse.ArgumentParser, vae_required: bool = True) -> None:
         if vae_required:
             sub.add_argument("--vae", type=Path, required=True, help="checkpoint file or folder")
@@ -74,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--strips", type=int, help="decode in so many exact bands to save memory")
     sub.add_argument("--normalized", action="store_true", help="latents as diffusers holds them")
     model_options(sub)
+    backend_option(sub)
 
     sub = command(
         "encode", _encode, "Encode a video or an image to a latent.",
@@ -98,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--garble", action="store_true",
                      help="also draw raw NDHWC bytes that are read as NCDHW")  # fmt: skip
     model_options(sub, vae_required=False)
+    backend_option(sub)
 
     sub = command(
         "doctor", _doctor, "Check which layouts are right on this machine, and say why any is off.",
@@ -155,6 +165,7 @@ def _decode_one(vae, latent, output: Path, args, extra=()) -> None:
             memory_format=args.memory_format,
             precision=args.precision,
             strips=getattr(args, "strips", None),
+            backend=args.backend,
             sink=TeeSink(sink, *extra),
             on_progress=bar,
         )
@@ -259,6 +270,7 @@ def report_table(report) -> str:
         f"weights   found: {found}; used: {used}",
     ]
     if report.operation != "inspect":
+        ours = sum(layer.backend != "eager" for layer in report.layers)
         lines += [
             f"latent    {list(report.latent_shape)} {layout.latent_format} "
             f"-> pixels {list(report.pixel_shape)}",
@@ -267,6 +279,9 @@ def report_table(report) -> str:
             f"time      {report.duration_ms / 1e3:.2f} s, {report.frames_per_s or 0:.1f} frames/s, "
             f"{len(report.chunks)} chunks, {report.strips} strip(s)",
         ]
+        if ours:
+            lines.append(f"kernels   {ours} of {len(report.layers)} layers on proven kernels")
+            lines += [f"          {o.op} off: {o.reason}" for o in report.backends_off]
         if report.memory.peak_bytes is not None:
             lines.append(f"memory    peak {report.memory.peak_bytes / 2**30:.2f} GiB on the device")
     lines += [f"fallback  {text}" for text in report.fallbacks]

@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from . import layout
-from .ops.dispatch import eager_ops
+from .config import wan21, wan22
+from .decoder import Decoder
+from .ops.proof import ProofBook, cache_folder, environment
+from .ops.select import select_ops, why_not
 from .pipeline import pick_device
 from .report import device_name, versions
 
@@ -62,6 +65,27 @@ def known_faults() -> list[str]:
     return found
 
 
+def check_kernels(device: torch.device) -> list[str]:
+    """Prove the Triton kernels for the layers of both full-width decoders; one line a finding."""
+    reason = why_not(device, torch.bfloat16, "channels_last_3d")
+    if reason is not None:
+        return [f"triton kernels: off ({reason})"]
+    lines = []
+    book = ProofBook(environment(device), cache_folder())
+    for config in (wan21(), wan22()):
+        for only_frame in (False, True):
+            with torch.device(device):
+                decoder = Decoder(config).to(torch.bfloat16)
+            layout.pack_weights(decoder, "channels_last_3d")
+            ops = select_ops("triton", decoder, "channels_last_3d", only_frame, book=lambda: book)
+            weights = [p for p in decoder.parameters() if p.ndim in (4, 5) and p.shape[-1] == 3]
+            proven = sum(ops.backend_of(p) == "triton" for p in weights)
+            what = f"{config.family}, {'one image' if only_frame else 'video'}"
+            lines.append(f"triton kernels: {what}: {proven} of {len(weights)} layers proven here")
+            lines += [f"  {off.op} off: {off.reason}" for off in ops.off]
+    return [*lines, *book.notes]
+
+
 def run_doctor(wanted: str | None) -> int:
     """Print versions, the layout check of each device and the backends; 1 if a layout is wrong."""
     print("  ".join(f"{k} {v}" for k, v in versions().items() if v))
@@ -80,10 +104,8 @@ def run_doctor(wanted: str | None) -> int:
             print(f"  {dtype:<9} {formats:<36} {'right' if right else 'WRONG'}  {error:.1e}")
         decision = layout.decide("auto", device, torch.bfloat16)
         print(f"  auto in bf16: {decision.chosen} ({decision.reason})")
-    ops = eager_ops()
-    print("\nbackends: " + ", ".join(f"{op} {name}" for op, name in ops.used.items()))
-    for off in ops.off:
-        print(f"  {off.op}: {off.backend} is off: {off.reason}")
+        for line in check_kernels(device):
+            print(f"  {line}")
     for text in known_faults():
         print(f"warning: {text}")
     return 1 if wrong else 0
