@@ -84,7 +84,7 @@ class WanVAE:
         self.model = model
         self.config: WanVAEConfig = model.config
         self.last_report: DecodeReport | None = None
-        self._weights_found = weights_found or _weights_found(model.state_dict())
+        self.weights_found = weights_found or _weights_found(model.state_dict())
         self._cast: WanVAEModel | None = None
         self._proofs: ProofBook | None = None
 
@@ -343,7 +343,7 @@ class WanVAE:
     def _describe(self, builder, model, parts, decision, ops: OpSet) -> None:
         """Put weights, formats and backends into the report."""
         found = {
-            fmt: sum(self._weights_found[p].get(fmt, 0) for p in parts) for fmt in layout.FORMATS
+            fmt: sum(self.weights_found[p].get(fmt, 0) for p in parts) for fmt in layout.FORMATS
         }
         modules = [(p, getattr(model, p)) for p in parts if getattr(model, p) is not None]
         weights = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
@@ -134,6 +135,21 @@ class DecodeReport:
         plain = {"schema": SCHEMA, **asdict(self)}
         plain["backends"] = {"used": plain.pop("backends_used"), "off": plain.pop("backends_off")}
         return _jsonable(plain)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, object]) -> DecodeReport:
+        """The report that `as_dict` made `plain` of, in this process or another."""
+        values = {k: v for k, v in plain.items() if k not in ("schema", "backends")}
+        values["layout"] = LayoutRecord(**values["layout"])
+        values["memory"] = MemoryRecord(**values["memory"])
+        values["backends_used"] = plain["backends"]["used"]
+        values["backends_off"] = [BackendOff(**v) for v in plain["backends"]["off"]]
+        values["layers"] = [
+            LayerRecord(**{**v, "shape": tuple(v["shape"])}) for v in plain["layers"]
+        ]
+        values["chunks"] = [ChunkRecord(**v) for v in plain["chunks"]]
+        values["shards"] = [ShardRecord(**v) for v in plain["shards"]]
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def _jsonable(value):

@@ -151,16 +151,19 @@ class Wire:
         try:
             works = dist.batch_isend_irecv(ops)
             for work in works:
-                if self.host_staged:
-                    work.wait(timedelta(seconds=timeout_s))
-                else:
-                    work.wait()
+                self._wait(work)
         except RuntimeError as error:
             raise ShardingError(
                 f"rank {self.context.rank} has no answer from {names} at {site} (waits at most "
                 f"{timeout_s:g} s): {_first_line(error)}",
                 rank=peers[0] if len(set(peers)) == 1 else None,
             ) from error
+
+    def _wait(self, work: dist.Work) -> None:
+        if self.host_staged:
+            work.wait(timedelta(seconds=self.context.timeout_s))
+        else:
+            work.wait()  # orders the device's stream; its own watchdog knows the time-out
 
     # -- collectives --------------------------------------------------------------------------
 
@@ -177,11 +180,12 @@ class Wire:
         )
         start = self._mark()
         try:
-            _all_gather_flat(gathered, flat, group=self.context.group)
+            work = _all_gather_flat(gathered, flat, group=self.context.group, async_op=True)
+            self._wait(work)
         except RuntimeError as error:
             raise ShardingError(
-                f"rank {self.context.rank} failed in a gather over {self.context.world_size} "
-                f"ranks: {_first_line(error)}"
+                f"rank {self.context.rank} got no gather over {self.context.world_size} ranks "
+                f"(waits at most {self.context.timeout_s:g} s): {_first_line(error)}"
             ) from error
         self._add_wait(start)
         parts = gathered.view(self.context.world_size, -1).unbind(0)

@@ -1,0 +1,88 @@
+"""Host memory that processes of one machine share: a memory-mapped file, unlinked once all have it.
+
+A file and not a named segment, because its room can be claimed before it is written (a full
+/dev/shm otherwise kills the writer with SIGBUS), and because nothing is left after a crash.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..errors import ShardingError
+
+
+def default_folders() -> tuple[Path, ...]:
+    """Where shared memory may live, the fastest first: RAM, then the temporary folder."""
+    return (Path("/dev/shm"), Path(tempfile.gettempdir()))
+
+
+class SharedBuffer:
+    """`raw` [bytes] uint8, mapped by every process that opens `path`.
+
+    The mapping lives as long as a tensor of it does, also after `unlink`.
+    """
+
+    def __init__(self, path: Path, raw: torch.Tensor):
+        self.path, self.raw = path, raw
+
+    @classmethod
+    def create(cls, size: int, folders: Sequence[Path] | None = None) -> SharedBuffer:
+        """Claim `size` bytes in the first of `folders` that has room. Raises ShardingError."""
+        refused = []
+        for folder in folders or default_folders():
+            if not folder.is_dir():
+                continue
+            free = shutil.disk_usage(folder).free
+            if free < size:
+                refused.append(f"{folder} has {free / 2**20:.0f} MiB")
+                continue
+            descriptor, name = tempfile.mkstemp(prefix="wan_vae_", dir=folder)
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(descriptor, 0, size)
+                else:
+                    os.truncate(descriptor, size)
+            except OSError as error:
+                os.unlink(name)
+                refused.append(f"{folder}: {error.strerror}")
+                continue
+            finally:
+                os.close(descriptor)
+            return cls.open(name, size)
+        raise ShardingError(
+            f"no room for {size / 2**20:.0f} MiB of memory shared between the ranks "
+            f"({'; '.join(refused) or 'no folder for it'}): free memory in /dev/shm or space in "
+            "the temporary folder"
+        )
+
+    @classmethod
+    def open(cls, path: str | Path, size: int) -> SharedBuffer:
+        """Map an existing file of `size` bytes."""
+        raw = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+        return cls(Path(path), raw)
+
+    def unlink(self) -> None:
+        """Remove the name: no other process can open it, mappings stay. Twice does no harm."""
+        self.path.unlink(missing_ok=True)
+
+
+_ALIGNMENT = 4096
+
+
+def aligned(size: int) -> int:
+    """`size` rounded up to whole pages, so that any dtype can start there."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def view(raw: torch.Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor of `shape` and `dtype` that starts `offset` bytes into `raw`."""
+    count = dtype.itemsize
+    for n in shape:
+        count *= n
+    return raw[offset : offset + count].view(dtype).view(tuple(shape))

@@ -1,0 +1,205 @@
+"""A worker process: one rank on one device, told what to do by its parent's pipe alone.
+
+Started by `workers` as `python -c "..."`, not by multiprocessing's spawn, which would import the
+main module of the parent again: in ComfyUI that is a second server. Only plain values cross the
+pipe. Ends when the pipe closes (the parent is gone), on "stop", or after `idle_s` without work.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+
+import torch
+
+from ..config import WanVAEConfig
+from ..errors import DecodeCancelled, DecodeMemoryError, WanVAEError
+from ..image import ImageSink
+from ..model import build_model
+from ..pipeline import WanVAE
+from ..sink import TensorSink
+from .context import SINGLE, ShardContext
+from .plan import plan_shards
+from .shared import SharedBuffer, view
+
+# What PyTorch's CPU allocator says; it has no type of its own for it.
+_CPU_OUT_OF_MEMORY = "can't allocate memory"
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """How one worker starts; plain values only.
+
+    timeout_s: of the process group, long enough for all ranks to arrive. wait_s: for other ranks'
+    rows during a decode.
+    """
+
+    rank: int
+    world_size: int
+    device: str
+    backend: str
+    rendezvous: str
+    timeout_s: float
+    wait_s: float
+    idle_s: float
+    threads: int
+
+
+def main(handle: int) -> None:
+    """Serve until told to stop. `handle` is this end of the pipe, inherited from the parent."""
+    pipe = _connect(handle)
+    settings = WorkerSettings(**pipe.recv())
+    commands: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(pipe, commands), daemon=True).start()
+    worker = _Worker(settings, pipe)
+    try:
+        worker.start()
+    except (RuntimeError, WanVAEError) as error:
+        pipe.send(("error", _describe(error, settings)))
+        return
+    pipe.send(("ready", None))
+    while True:
+        try:
+            command, arguments = commands.get(timeout=settings.idle_s)
+        except queue.Empty:
+            break
+        if command == "stop":
+            break
+        try:
+            pipe.send(("done", getattr(worker, command)(**arguments)))
+        except (WanVAEError, RuntimeError, MemoryError, OSError) as error:
+            pipe.send(("error", _describe(error, settings)))
+    worker.close()
+
+
+def _connect(handle: int):
+    if sys.platform == "win32":
+        from multiprocessing.connection import PipeConnection
+
+        return PipeConnection(handle)
+    return Connection(handle)
+
+
+def _listen(pipe, commands: queue.SimpleQueue) -> None:
+    """Read commands; when the parent is gone, end at once, also out of a wait for another rank."""
+    with suppress(EOFError, OSError):
+        while True:
+            commands.put(pipe.recv())
+    os._exit(1)
+
+
+def _describe(error: BaseException, settings: WorkerSettings) -> dict:
+    """An error as plain values: kind, one line of text, the rank at fault."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    kind, rank = type(error).__name__, getattr(error, "rank", None)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _CPU_OUT_OF_MEMORY in text:
+        kind = DecodeMemoryError.__name__
+    if isinstance(error, DecodeMemoryError) or kind == DecodeMemoryError.__name__:
+        rank = settings.rank
+    return {"kind": kind, "text": text, "rank": rank}
+
+
+class _Worker:
+    """One rank: its process group, its VAE, and the commands that the parent may name."""
+
+    def __init__(self, settings: WorkerSettings, pipe):
+        self.settings, self.pipe = settings, pipe
+        self.device = torch.device(settings.device)
+        self.vae: WanVAE | None = None
+
+    def start(self) -> None:
+        """Join the other ranks: through a file, over the loopback interface."""
+        settings = self.settings
+        if self.device.type == "cpu":
+            torch.set_num_threads(settings.threads)
+        else:
+            torch.cuda.set_device(self.device)
+        if settings.world_size == 1:
+            return
+        import torch.distributed as dist
+
+        dist.init_process_group(
+            settings.backend,
+            init_method=settings.rendezvous,
+            # NCCL knows no time-out for one message, only this one.
+            timeout=timedelta(
+                seconds=settings.wait_s if settings.backend == "nccl" else settings.timeout_s
+            ),
+            rank=settings.rank,
+            world_size=settings.world_size,
+        )
+
+    def close(self) -> None:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def load(self, path, size, table, config, dtype, found) -> None:
+        """Build the VAE from the weights in shared memory; nothing keeps the memory afterwards."""
+        raw = SharedBuffer.open(path, size).raw
+        dtype = getattr(torch, dtype)
+        state = {
+            name: view(raw, offset, shape, getattr(torch, kind))
+            for name, offset, shape, kind in table
+        }
+        self.vae = WanVAE(
+            build_model(WanVAEConfig(**config), state, self.device, dtype), weights_found=found
+        )
+
+    def decode(self, path, size, latent, output, form, axis, gather, options) -> dict:
+        """Decode the latent in shared memory; this rank's rows go to the output beside it."""
+        settings = self.settings
+        raw = SharedBuffer.open(path, size).raw
+        self.pipe.send(("mapped", None))
+        latent = view(raw, *latent, torch.float32)
+        out = view(raw, *output, torch.float32)
+        rank, world_size = settings.rank, settings.world_size
+        context = SINGLE
+        if world_size > 1:
+            context = ShardContext(rank, world_size, axis, timeout_s=settings.wait_s)
+        if gather == "shared" and world_size > 1:
+            plan = plan_shards(latent.shape[3], latent.shape[4], world_size, axis)
+            rows, columns = plan.place(rank, self.vae.config.spatial_factor)
+            # [B, T', H', W', 3] or [B, 3, T', H', W']
+            out = out[:, :, rows, columns] if form == "image" else out[..., rows, columns]
+        sink = ImageSink(out) if form == "image" else TensorSink(out)
+        writes = gather == "shared" or rank == 0
+
+        def on_progress(done: int, total: int, report) -> None:
+            plain = report.as_dict() if rank == 0 else None
+            self.pipe.send(("progress", (done, total, plain)))
+
+        try:
+            self.vae.decode(
+                latent.clone() if self.device.type == "cpu" else latent,
+                shard=context,
+                gather="own" if gather == "shared" else gather,
+                sink=sink if writes else _Nowhere(),
+                on_progress=on_progress,
+                should_stop=lambda: bool(raw[0]),
+                **options,
+            )
+        except DecodeCancelled:
+            return {"cancelled": True, "report": self.vae.last_report.as_dict()}
+        return {"cancelled": False, "report": self.vae.last_report.as_dict()}
+
+
+class _Nowhere:
+    """The sink of a rank whose copy of the picture nobody asked for."""
+
+    needs_whole_frames = False
+
+    def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
+        """Drop them."""
+
+    def close(self) -> None:
+        """Nothing to flush."""
+
+    abort = close

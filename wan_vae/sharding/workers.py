@@ -1,0 +1,502 @@
+"""One decode over several devices from one program: worker processes, one a device, kept warm.
+
+The parent is no rank. It plans nothing and moves no pixels: the workers agree among themselves and
+write their rows into one host buffer that all share. It starts them, watches them, and when one
+fails ends them all and says which and why.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from .. import geometry
+from ..errors import BackendError, DecodeCancelled, ShardingError, WanVAEError
+from ..image import ImageSink
+from ..latents import check_latent
+from ..pipeline import WanVAE, pick_device
+from ..report import DecodeReport
+from ..sink import TensorSink
+from .context import AxisRequest
+from .shared import SharedBuffer, aligned, view
+from .worker import WorkerSettings
+
+GatherMode = Literal["shared", "rank0", "all"]
+Form = Literal["pixels", "image"]
+
+# How long the parent looks at its pipes before it asks `should_stop` again.
+_POLL_S = 0.1
+# After a first failure the other ranks fail too, within moments; the cause is chosen among them.
+_GRACE_S = 2.0
+_CONTROL_BYTES = 4096
+
+
+def parse_devices(text: str | Sequence[str | torch.device]) -> list[torch.device]:
+    """Devices from "all", "0,1,3", "cuda:0,cuda:1", "cpu,cpu", or a sequence of them.
+
+    "all" is every CUDA device, or one CPU without any. Raises ShardingError that names the entry
+    that is missing on this machine.
+    """
+    if isinstance(text, str):
+        if text.strip() == "all":
+            count = torch.cuda.device_count()
+            return [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
+        text = [part.strip() for part in text.split(",") if part.strip()]
+    if not text:
+        raise ShardingError("no device was named: expected 'all', '0,1' or 'cpu,cpu'")
+    devices = []
+    for rank, part in enumerate(text):
+        name = f"cuda:{part}" if isinstance(part, str) and part.isdigit() else part
+        try:
+            devices.append(pick_device(name))
+        except BackendError as error:
+            raise ShardingError(f"rank {rank} cannot start: {error}", rank=rank) from None
+    return devices
+
+
+def pick_backend(devices: Sequence[torch.device]) -> str:
+    """NCCL for different CUDA devices where this PyTorch has it, else Gloo (staged by the host)."""
+    different = len(set(devices)) == len(devices)
+    if different and all(d.type == "cuda" for d in devices):
+        import torch.distributed as dist
+
+        if dist.is_nccl_available():
+            return "nccl"
+    return "gloo"
+
+
+@dataclass
+class _Rank:
+    """A worker as its parent sees it."""
+
+    rank: int
+    device: torch.device
+    process: subprocess.Popen
+    pipe: Connection
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} ({self.device})"
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What went wrong on which rank; `blames` is the rank that it waited for in vain."""
+
+    rank: _Rank
+    kind: str
+    text: str
+    blames: int | None = None
+
+
+class WorkerPool:
+    """Worker processes for a list of devices; started on first use and again after a failure.
+
+    timeout_s: how long a rank waits for another. idle_s: without work for so long, workers end.
+    Decodes from several threads queue up. `close` (or `with`) ends the workers; they also end by
+    themselves when this process does, however it ends.
+    """
+
+    def __init__(
+        self,
+        devices: str | Sequence[str | torch.device],
+        *,
+        backend: Literal["auto", "nccl", "gloo"] = "auto",
+        timeout_s: float = 30.0,
+        idle_s: float = 300.0,
+        start_timeout_s: float = 120.0,
+        shared_folders: Sequence[Path] | None = None,
+    ):
+        self.devices = parse_devices(devices)
+        self.backend = pick_backend(self.devices) if backend == "auto" else backend
+        self.timeout_s, self.idle_s = timeout_s, idle_s
+        self.start_timeout_s = start_timeout_s
+        self.shared_folders = shared_folders
+        self._ranks: list[_Rank] = []
+        self._folder: Path | None = None
+        self._loaded: tuple | None = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids by rank; empty before the first use and after `close`."""
+        return [r.process.pid for r in self._ranks]
+
+    def close(self) -> None:
+        """End the workers and wait until they are gone. The next decode starts new ones."""
+        with self._lock:
+            for rank in self._ranks:
+                _try_send(rank.pipe, ("stop", {}))
+            self._end(self.timeout_s)
+
+    # -- a decode -----------------------------------------------------------------------------
+
+    def decode(
+        self,
+        vae: WanVAE,
+        latent: torch.Tensor,
+        *,
+        axis: AxisRequest = "auto",
+        gather: GatherMode = "shared",
+        form: Form = "pixels",
+        on_progress: Callable[[int, int, DecodeReport], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        **options,
+    ) -> torch.Tensor:
+        """Decode on all devices; `vae.last_report` then tells of all ranks.
+
+        Returns host memory: float32 [B, 3, T', H', W'] in [-1, 1], or with form="image"
+        [B, T', H', W', 3] in [0, 1]. gather: each rank writes its rows ("shared"), or rank 0 writes
+        the picture that it alone ("rank0") or every rank ("all") has gathered. `options` are those
+        of `WanVAE.decode`: normalized, chunk_frames, memory_format, precision, backend.
+
+        Raises LatentError, GeometryError, ShardingError (with the rank that failed and why),
+        DecodeCancelled. Not a collective; other threads' decodes wait.
+        """
+        if gather not in ("shared", "rank0", "all"):
+            raise ShardingError(f"gather is {gather!r}: expected 'shared', 'rank0' or 'all'")
+        if form not in ("pixels", "image"):
+            raise ShardingError(f"form is {form!r}: expected 'pixels' or 'image'")
+        latent = latent.unsqueeze(0) if latent.ndim == 4 else latent
+        check_latent(latent, vae.config)
+        with self._lock:
+            try:
+                self._start()
+                self._load(vae)
+                return self._decode(
+                    vae, latent, axis, gather, form, on_progress, should_stop, options
+                )
+            except BaseException:
+                # Ranks may be anywhere in a decode: nothing that they say can be trusted.
+                self._end(0.0)
+                raise
+
+    def _decode(self, vae, latent, axis, gather, form, on_progress, should_stop, options):
+        shape = geometry.pixel_shape(tuple(latent.shape), vae.config)
+        if form == "image":
+            shape = (shape[0], *shape[2:], shape[1])
+        latent_at = _CONTROL_BYTES
+        output_at = latent_at + aligned(latent.numel() * 4)
+        count = torch.Size(shape).numel()
+        buffer = SharedBuffer.create(output_at + aligned(count * 4), self.shared_folders)
+        try:
+            view(buffer.raw, latent_at, latent.shape, torch.float32).copy_(latent)
+            self._send_all(
+                "decode",
+                path=str(buffer.path),
+                size=buffer.raw.numel(),
+                latent=(latent_at, tuple(latent.shape)),
+                output=(output_at, shape),
+                form=form,
+                axis=axis,
+                gather=gather,
+                options=options,
+            )
+            watch = _Watch(self, buffer, on_progress, should_stop)
+            results = watch.until_done()
+        finally:
+            buffer.unlink()
+        report = DecodeReport.from_dict(results[0]["report"])
+        output_bytes = count * 4
+        vae.last_report = replace(report, memory=replace(report.memory, output_bytes=output_bytes))
+        if any(result["cancelled"] for result in results):
+            raise DecodeCancelled(report.error or "cancelled")
+        return view(buffer.raw, output_at, shape, torch.float32)
+
+    # -- workers --------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Have all workers running; those of a pool of which one is gone are replaced."""
+        if self._ranks and all(r.process.poll() is None for r in self._ranks):
+            return
+        self._end(0.0)
+        self._folder = Path(tempfile.mkdtemp(prefix="wan_vae_ranks_"))
+        on_cpu = sum(d.type == "cpu" for d in self.devices) or 1
+        for i, device in enumerate(self.devices):
+            self._ranks.append(
+                _spawn(
+                    WorkerSettings(
+                        rank=i,
+                        world_size=len(self.devices),
+                        device=str(device),
+                        backend=self.backend,
+                        rendezvous=(self._folder / "rendezvous").as_uri(),
+                        timeout_s=max(self.timeout_s, self.start_timeout_s),
+                        idle_s=self.idle_s,
+                        threads=max(1, torch.get_num_threads() // on_cpu),
+                        wait_s=self.timeout_s,
+                    ),
+                    device,
+                )
+            )
+        self._wait_for_all("start", self.start_timeout_s)
+
+    def _load(self, vae: WanVAE) -> None:
+        """Give the weights to the workers through shared memory, unless they have them."""
+        if self._loaded is not None:
+            model, dtype = self._loaded
+            if model() is vae.model and dtype == vae.dtype:
+                return
+        self._loaded = None
+        state = vae.model.state_dict()
+        table, offset = [], 0
+        for name, value in state.items():
+            kind = str(value.dtype).removeprefix("torch.")
+            table.append((name, offset, tuple(value.shape), kind))
+            offset += aligned(value.numel() * value.element_size())
+        buffer = SharedBuffer.create(max(offset, 1), self.shared_folders)
+        try:
+            for (_, start, shape, _), value in zip(table, state.values(), strict=True):
+                view(buffer.raw, start, shape, value.dtype).copy_(value)
+            self._send_all(
+                "load",
+                path=str(buffer.path),
+                size=buffer.raw.numel(),
+                table=table,
+                config=asdict(vae.config),
+                dtype=str(vae.dtype).removeprefix("torch."),
+                found=vae.weights_found,
+            )
+            self._wait_for_all("load the weights", self.start_timeout_s)
+        finally:
+            buffer.unlink()
+        self._loaded = (weakref.ref(vae.model), vae.dtype)
+
+    def _send_all(self, command: str, **arguments) -> None:
+        for rank in self._ranks:
+            _try_send(rank.pipe, (command, arguments))  # one that is gone is found by the watch
+
+    def _wait_for_all(self, what: str, timeout_s: float) -> None:
+        """Wait for one message of each worker. Raises ShardingError."""
+        left, until = {r.pipe: r for r in self._ranks}, time.monotonic() + timeout_s
+        failures: list[_Failure] = []
+        while left and not failures:
+            ready = wait(list(left), max(0.0, until - time.monotonic()))
+            for pipe in ready:
+                rank = left.pop(pipe)
+                kind, value = _receive(rank)
+                if kind == "error":
+                    failures.append(_failure(rank, value))
+            if not ready:
+                names = ", ".join(r.name for r in left.values())
+                first = next(iter(left.values())).rank
+                raise ShardingError(f"{names} did not {what} within {timeout_s:g} s", rank=first)
+        if failures:
+            raise _error(failures, self._ranks, f"could not {what}")
+
+    def _end(self, patience_s: float) -> None:
+        """End every worker: wait `patience_s` for those told to stop, then kill."""
+        until = time.monotonic() + patience_s
+        for rank in self._ranks:
+            try:
+                rank.process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                rank.process.kill()  # not terminate: a stopped process would not hear it
+                rank.process.wait()
+            rank.pipe.close()
+        self._ranks, self._loaded = [], None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+
+class _Watch:
+    """Follows one decode: progress, cancel, failures."""
+
+    def __init__(self, pool: WorkerPool, buffer: SharedBuffer, on_progress, should_stop):
+        self.pool, self.buffer = pool, buffer
+        self.on_progress, self.should_stop = on_progress, should_stop
+        self.done_frames = [0] * len(pool.devices)
+        self.mapped = 0
+
+    def until_done(self) -> list[dict]:
+        """The result of each rank, in order. Raises ShardingError, DecodeCancelled."""
+        ranks = self.pool._ranks
+        left = {r.pipe: r for r in ranks}
+        results: dict[int, dict] = {}
+        failures: list[_Failure] = []
+        until = None
+        while left and (until is None or time.monotonic() < until):
+            if until is None and not self.buffer.raw[0] and self.should_stop and self.should_stop():
+                self.buffer.raw[0] = 1
+            for pipe in wait(list(left), _POLL_S):
+                rank = left[pipe]
+                kind, value = _receive(rank)
+                if kind == "done":
+                    del left[pipe]
+                    results[rank.rank] = value
+                elif kind == "error":
+                    del left[pipe]
+                    failures.append(_failure(rank, value))
+                    until = until or time.monotonic() + _GRACE_S
+                elif kind == "mapped":
+                    self.mapped += 1
+                    if self.mapped == len(ranks):
+                        self.buffer.unlink()  # from here on, nothing is left after a crash
+                else:
+                    self._progress(rank, *value)
+        if failures:
+            raise _error(failures, ranks, "failed while decoding", set(results))
+        return [results[r.rank] for r in ranks]
+
+    def _progress(self, rank: _Rank, done: int, total: int, report: dict | None) -> None:
+        self.done_frames[rank.rank] = done
+        if report is not None and self.on_progress is not None:
+            # Frames are done when every rank has them; ranks without rows keep up by design.
+            done = min(max(self.done_frames), done)
+            self.on_progress(done, total, DecodeReport.from_dict(report))
+
+
+def decode_sharded(
+    vae: WanVAE | Mapping[str, torch.Tensor],
+    latent: torch.Tensor,
+    devices: str | Sequence[str | torch.device] = "all",
+    *,
+    pool: WorkerPool | None = None,
+    fallback: bool = False,
+    form: Form = "pixels",
+    timeout_s: float = 30.0,
+    on_progress: Callable[[int, int, DecodeReport], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    axis: AxisRequest = "auto",
+    gather: GatherMode = "shared",
+    **options,
+) -> torch.Tensor:
+    """Decode `latent` over `devices`; results, options and errors are those of `WorkerPool.decode`.
+
+    vae: a WanVAE or a state dict. pool: workers to use (and keep); without one, workers are started
+    for this decode. fallback: after a ShardingError decode on the VAE's own device instead; the
+    report's `fallbacks` then says why.
+    """
+    if not isinstance(vae, WanVAE):
+        vae = WanVAE.from_state_dict(vae, device="cpu")
+    hooks = {"on_progress": on_progress, "should_stop": should_stop}
+    try:
+        if pool is not None:
+            return pool.decode(vae, latent, axis=axis, gather=gather, form=form, **hooks, **options)
+        with WorkerPool(devices, timeout_s=timeout_s) as own:
+            return own.decode(vae, latent, axis=axis, gather=gather, form=form, **hooks, **options)
+    except ShardingError as error:
+        if not fallback:
+            raise
+        reason = f"decoded on {vae.device} alone, because sharding failed: {error}"
+    latent = latent.unsqueeze(0) if latent.ndim == 4 else latent
+    if form == "image":
+        sink = ImageSink.allocate(tuple(latent.shape), vae.config, torch.device("cpu"))
+        result = sink.image
+    else:
+        result = torch.empty(geometry.pixel_shape(tuple(latent.shape), vae.config))
+        sink = TensorSink(result)
+    vae.decode(latent, sink=sink, **hooks, **options)
+    report = vae.last_report
+    vae.last_report = replace(report, fallbacks=(reason, *report.fallbacks))
+    return result
+
+
+# -- processes and pipes ------------------------------------------------------------------------
+
+
+def _spawn(settings: WorkerSettings, device: torch.device) -> _Rank:
+    """Start one worker with an inherited pipe; raises ShardingError if the system refuses."""
+    ours, theirs = Pipe()
+    handle = theirs.fileno()
+    package = __package__.rpartition(".")[0]
+    library = Path(__file__).parents[1]
+    # The package by its folder's name, from its own parent folder: inside ComfyUI, ours is a
+    # sub-package of a folder whose name is not importable.
+    code = (
+        f"import sys; sys.path.insert(0, {str(library.parent)!r}); "
+        f"from {library.name}.sharding.worker import main; main({handle})"
+    )
+    environment = dict(os.environ)
+    # No port that another machine could reach: ranks meet on the loopback interface only.
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    if sys.platform != "win32":
+        environment.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
+    inherit: dict = {"pass_fds": (handle,)}
+    if sys.platform == "win32":
+        os.set_handle_inheritable(handle, True)
+        startup = subprocess.STARTUPINFO(lpAttributeList={"handle_list": [handle]})
+        inherit = {"startupinfo": startup}
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            **inherit,
+        )
+    except OSError as error:
+        raise ShardingError(
+            f"rank {settings.rank} ({device}) of {package} cannot start: {error}",
+            rank=settings.rank,
+        ) from error
+    finally:
+        theirs.close()
+    _try_send(ours, asdict(settings))
+    return _Rank(settings.rank, device, process, ours)
+
+
+def _try_send(pipe: Connection, message) -> None:
+    """Send; a worker that is gone is noticed where its answer is awaited."""
+    try:
+        pipe.send(message)
+    except (BrokenPipeError, ConnectionResetError):
+        return
+
+
+def _receive(rank: _Rank) -> tuple[str, object]:
+    """One message of a worker; its end is an error message too."""
+    try:
+        return rank.pipe.recv()
+    except (EOFError, ConnectionResetError):
+        code = rank.process.wait()
+        return "error", {"kind": "died", "text": f"exit code {code}", "rank": rank.rank}
+
+
+def _failure(rank: _Rank, value: dict) -> _Failure:
+    return _Failure(rank, value["kind"], value["text"], value["rank"])
+
+
+def _error(
+    failures: list[_Failure], ranks: list[_Rank], what: str, finished: set[int] = frozenset()
+) -> WanVAEError:
+    """The one error that names the cause: a death, then no memory, then what was said first."""
+    for kind in ("died", "DecodeMemoryError"):
+        for f in failures:
+            if f.kind == kind:
+                text = f"died ({f.text})" if kind == "died" else f"is out of memory: {f.text}"
+                return ShardingError(f"{f.rank.name} {text}; it {what}", rank=f.rank.rank)
+    silent = [r for r in ranks if r.rank not in {f.rank.rank for f in failures} | finished]
+    for f in failures:
+        if f.kind == ShardingError.__name__:
+            if silent:
+                stuck = next((r for r in silent if r.rank == f.blames), silent[0])
+                return ShardingError(
+                    f"{stuck.name} does not answer (stuck or overloaded): {f.text}",
+                    rank=stuck.rank,
+                )
+            return ShardingError(f.text, rank=f.blames)
+    first = failures[0]
+    return ShardingError(
+        f"{first.rank.name} {what}: {first.kind}: {first.text}", rank=first.rank.rank
+    )
