@@ -73,7 +73,7 @@ def main(handle: int) -> None:
             break
         try:
             pipe.send(("done", getattr(worker, command)(**arguments)))
-        except (WanVAEError, RuntimeError, MemoryError, OSError) as error:
+        except (WanVAEError, RuntimeError, MemoryError, OSError, TypeError, ValueError) as error:
             pipe.send(("error", _describe(error, settings)))
     worker.close()
 
