@@ -76,7 +76,13 @@ def canonical_state_dict(mapping: Mapping[str, torch.Tensor]) -> Checkpoint:
         raise CheckpointError(
             f"not a state dict of tensors: {_some([str(k) for k in bad])} hold something else"
         )
-    prefix = _prefix_of(mapping)
+    prefixes = _prefixes_of(mapping)
+    if len(prefixes) > 1:
+        raise CheckpointError(
+            f"holds {len(prefixes)} Wan VAEs, under {_some([repr(p) for p in prefixes])}: "
+            "expected one"
+        )
+    prefix = prefixes[0] if prefixes else ""
     state = {k.removeprefix(prefix): v for k, v in mapping.items() if k.startswith(prefix)}
     key_layout: Literal["native", "diffusers"] = "native"
     if "decoder.mid_block.resnets.0.norm1.gamma" in state:
@@ -92,15 +98,16 @@ def canonical_state_dict(mapping: Mapping[str, torch.Tensor]) -> Checkpoint:
 _MARKERS = ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma")
 
 
-def _prefix_of(mapping: Mapping[str, object]) -> str:
-    """The wrapper in front of all VAE keys; "" if there is none (or this is no Wan VAE)."""
-    for key in mapping:
-        for marker in _MARKERS:
-            if key.endswith(marker):
-                prefix = key.removesuffix(marker)
-                if all(f"{part}." in PREFIXES for part in prefix.split(".") if part):
-                    return prefix
-    return ""
+def _prefixes_of(mapping: Mapping[str, object]) -> list[str]:
+    """The wrappers in front of all keys of a Wan VAE: one, or more if there are several VAEs."""
+    found = {
+        key.removesuffix(marker) for key in mapping for marker in _MARKERS if key.endswith(marker)
+    }
+    return sorted(
+        prefix
+        for prefix in found
+        if all(f"{part}." in PREFIXES for part in prefix.split(".") if part)
+    )
 
 
 _RESNET = {

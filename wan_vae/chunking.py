@@ -6,6 +6,7 @@ and speed.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,14 @@ class Chunk:
         return self.is_first and self.is_last and self.frames == 1
 
 
+def whole_number(value: object, what: str) -> int:
+    """`value` as int if it is a whole number of any library. Raises GeometryError."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise GeometryError(f"{what} is {value!r}: expected a whole number") from error
+
+
 def schedule(total_frames: int, chunk_frames: int | Sequence[int]) -> list[Chunk]:
     """Chunks that cover `total_frames` latent frames.
 
@@ -41,14 +50,15 @@ def schedule(total_frames: int, chunk_frames: int | Sequence[int]) -> list[Chunk
     """
     if total_frames < 1:
         raise GeometryError(f"a latent of {total_frames} frames cannot be decoded: need at least 1")
-    if isinstance(chunk_frames, int):
+    if not isinstance(chunk_frames, Sequence):
+        chunk_frames = whole_number(chunk_frames, "chunk_frames")
         if chunk_frames < 1:
             raise GeometryError(f"chunk_frames is {chunk_frames}: expected 1 or more latent frames")
         lengths = [
             min(chunk_frames, total_frames - i) for i in range(0, total_frames, chunk_frames)
         ]
     else:
-        lengths = list(chunk_frames)
+        lengths = [whole_number(n, "a chunk length") for n in chunk_frames]
         if any(n < 1 for n in lengths) or sum(lengths) != total_frames:
             raise GeometryError(
                 f"chunk schedule {lengths} does not cover {total_frames} latent frames exactly"

@@ -30,6 +30,10 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"wan-vae: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # The reader of our output (head, say) has left. Python flushes stdout once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("wan-vae: interrupted", file=sys.stderr)
         return 130
@@ -186,6 +190,13 @@ def _decode(args) -> int:
         return 0
     if args.output.suffix:
         raise OutputError(f"{args.output}: several latents need a folder as output")
+    stems = [path.stem for path in args.latents]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if twice:
+        raise OutputError(
+            f"several latents would be written to {args.output / twice[0]}.mp4: decode them to "
+            "different folders"
+        )
     vae, failed = _load(args, args.vae), []
     for path in args.latents:
         try:
@@ -218,6 +229,8 @@ def _encode(args) -> int:
         bar.close()
     save_latent(partial, latent)
     partial.replace(args.output)
+    for text in vae.last_report.warnings:
+        print(f"wan-vae: warning: {text}", file=sys.stderr)
     print(f"{args.output}: latent {list(latent.shape)}")
     return 0
 

@@ -105,6 +105,8 @@ def strips(rows: int, count: int, config: WanVAEConfig) -> list[Strip]:
 
     Raises GeometryError for more strips than rows or fewer than one.
     """
+    if not isinstance(count, int):
+        raise GeometryError(f"strips is {count!r}: expected a whole number")
     if not 1 <= count <= rows:
         raise GeometryError(
             f"cannot cut {rows} latent rows into {count} strips: expected 1 to {rows}"

@@ -82,14 +82,29 @@ def save_latent(path: str | Path, latent: torch.Tensor) -> None:
         raise OutputError(f"{path}: cannot be written: {error}") from error
 
 
+# What a sampler or a file can hold and arithmetic can read; float8 has no isfinite.
+_READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def as_batch(x: torch.Tensor, what: str) -> torch.Tensor:
+    """`x` with a batch dimension if it has four. Raises LatentError unless it is a dense tensor."""
+    if not isinstance(x, torch.Tensor):
+        raise LatentError(f"the {what} is a {type(x).__name__}: expected a torch.Tensor")
+    if x.layout != torch.strided:
+        raise LatentError(f"the {what} is a sparse tensor ({x.layout}): expected a dense one")
+    return x.unsqueeze(0) if x.ndim == 4 else x
+
+
 def check_latent(latent: torch.Tensor, config: WanVAEConfig) -> None:
     """Raise LatentError unless `latent` is a finite [B, z, T, H, W] of this VAE, sizes above 0."""
     if latent.ndim != 5:
         raise LatentError(f"the latent is {tuple(latent.shape)}: expected [B, z, T, H, W]")
     if 0 in latent.shape:
         raise LatentError(f"the latent is empty: its shape is {tuple(latent.shape)}")
-    if not latent.dtype.is_floating_point:
-        raise LatentError(f"the latent is of {latent.dtype}: expected a floating tensor")
+    if latent.dtype not in _READABLE:
+        raise LatentError(
+            f"the latent is of {latent.dtype}: expected a floating tensor of 16 to 64 bits"
+        )
     if latent.shape[1] != config.z_dim:
         other = {16: "Wan 2.1", 48: "Wan 2.2 (5B)"}.get(latent.shape[1])
         hint = f"; {latent.shape[1]} channels are those of {other}" if other else ""
@@ -106,9 +121,20 @@ def check_pixels(pixels: torch.Tensor, config: WanVAEConfig) -> None:
         raise LatentError(f"the video is {tuple(pixels.shape)}: expected [B, 3, T, H, W]")
     if 0 in pixels.shape:
         raise LatentError(f"the video is empty: its shape is {tuple(pixels.shape)}")
-    if not pixels.dtype.is_floating_point:
+    if pixels.dtype not in _READABLE:
         raise LatentError(f"the video is of {pixels.dtype}: expected floating values in [-1, 1]")
     _check_finite(pixels, "video", "nothing can be encoded from it")
+
+
+def range_warning(pixels: torch.Tensor) -> str | None:
+    """What to say of values far outside [-1, 1], as of a video in [0, 255]; None if there are none.
+
+    A warning, no error: resampling overshoots, and high dynamic range exceeds the range on purpose.
+    """
+    largest = float(pixels.abs().max())
+    if largest <= 2:
+        return None
+    return f"the video's values reach {largest:.0f}: expected [-1, 1] (x / 127.5 - 1 for 8-bit)"
 
 
 def _check_finite(x: torch.Tensor, what: str, consequence: str) -> None:

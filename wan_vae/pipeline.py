@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from . import geometry, layout, memory
+from .arithmetic import own_arithmetic
 from .blocks import Step
 from .cache import FeatureCache
 from .checkpoint import canonical_state_dict, load_checkpoint
@@ -27,7 +28,7 @@ from .errors import (
     GeometryError,
     LatentError,
 )
-from .latents import check_latent, check_pixels
+from .latents import as_batch, check_latent, check_pixels, range_warning
 from .layout import LayoutCounter
 from .model import WanVAEModel, build_model
 from .ops.dispatch import OpSet, eager_ops
@@ -180,7 +181,7 @@ class WanVAE:
             raise ValueError("decode takes out= or sink=, not both")
         run.builder.memory["output_bytes"] = 0 if out is None else out.numel() * out.element_size()
         try:
-            with torch.inference_mode():
+            with own_arithmetic(self.device):
                 for piece in run.pieces(whole_frames=sink.needs_whole_frames):
                     sink.write(piece.pixels, piece.start_frame, piece.first_row)
                     if on_progress is not None:
@@ -222,7 +223,7 @@ class WanVAE:
             while True:
                 # Entered for each chunk anew: a context left open across a yield would leak
                 # inference mode into the caller's code.
-                with torch.inference_mode():
+                with own_arithmetic(self.device):
                     piece = next(pieces, None)
                 if piece is None:
                     break
@@ -276,8 +277,7 @@ class WanVAE:
         self, latent, normalized, chunk_frames, memory_format, precision, should_stop, strips,
         backend,
     ) -> _DecodeRun:  # fmt: skip
-        if latent.ndim == 4:
-            latent = latent.unsqueeze(0)
+        latent = as_batch(latent, "latent")
         check_latent(latent, self.config)
         model, decision = self._prepare(precision, memory_format, "decoder")
         dtype = model.conv2.weight.dtype
@@ -646,8 +646,7 @@ def _encode(
     gather: Gather,
 ) -> torch.Tensor | None:
     """`WanVAE.encode`; see there."""
-    if pixels.ndim == 4:
-        pixels = pixels.unsqueeze(0)
+    pixels = as_batch(pixels, "video")
     check_pixels(pixels, vae.config)
     config = vae.config
     out_shape = geometry.latent_shape(tuple(pixels.shape), config)
@@ -660,6 +659,8 @@ def _encode(
     vae._describe(builder, model, ("encoder",), decision, ops)
     builder.layout["latent_format"] = layout.detect(pixels)
     builder.values.update(precision_requested=precision, latent_shape=out_shape)
+    if warning := range_warning(pixels):
+        builder.warnings.append(warning)
 
     pixels = crop_for_encode(pixels, config)
     builder.values["pixel_shape"] = tuple(pixels.shape)
@@ -679,7 +680,7 @@ def _encode(
             on_progress(last, builder.total_frames, builder.build("running"))
 
     try:
-        with torch.inference_mode():
+        with own_arithmetic(vae.device):
             if not shard.is_single:
                 latent = encode_shard(
                     vae, pixels, shard, gather, clock, builder, ops, counter, model,
@@ -758,6 +759,8 @@ def pick_device(device: str | torch.device | None) -> torch.device:
                 f"{torch.cuda.device_count()} CUDA device(s), counted from 0"
             )
         device = torch.device("cuda", index)
+    if device.type == "meta":
+        raise BackendError("device meta holds no data: nothing can be decoded on it")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise BackendError("device mps was asked for, but PyTorch sees no MPS device here")
     return device

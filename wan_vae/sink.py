@@ -84,6 +84,10 @@ class CallbackSink:
 
 def check_out(out: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raise OutputError unless `out` is a floating tensor of exactly `shape`."""
+    if not isinstance(out, torch.Tensor):
+        raise OutputError(f"out is a {type(out).__name__}: expected a torch.Tensor")
+    if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
+        raise OutputError("out is an expanded view: its elements share memory")
     if tuple(out.shape) != tuple(shape) or not out.dtype.is_floating_point:
         raise OutputError(
             f"out is {tuple(out.shape)} of {out.dtype}: expected floating {tuple(shape)}"

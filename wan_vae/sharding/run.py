@@ -12,6 +12,7 @@ from zlib import crc32
 import torch
 
 from .. import geometry, layout, memory
+from ..arithmetic import own_arithmetic
 from ..blocks import Step
 from ..cache import FeatureCache
 from ..chunking import Chunk, schedule
@@ -178,7 +179,7 @@ def decode_shard(
     cache = FeatureCache()
     told = f"of {run.total_frames} frames"
     try:
-        with torch.inference_mode():
+        with own_arithmetic(device):
             for chunk in chunks(job, should_stop, lambda: f"{run.done_frames} {told}"):
                 first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, config)
                 if shard.has_rows:
