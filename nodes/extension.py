@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .decode import WanVAEDecode
+from .decode_sharded import WanVAEDecodeSharded
 from .decode_to_video import WanVAEDecodeToVideo
 from .encode import WanVAEEncode
 from .inspect_vae import WanVAEInspect
@@ -15,7 +16,13 @@ class WanVAEExtension(ComfyExtension):
     """All nodes of the pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [WanVAEDecode, WanVAEEncode, WanVAEInspect, WanVAEDecodeToVideo]
+        return [
+            WanVAEDecode,
+            WanVAEDecodeSharded,
+            WanVAEEncode,
+            WanVAEInspect,
+            WanVAEDecodeToVideo,
+        ]
 
 
 async def comfy_entrypoint() -> WanVAEExtension:

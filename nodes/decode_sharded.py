@@ -1,0 +1,153 @@
+"""WanVAEDecodeSharded: one decode over several devices, each rank writing its rows of the IMAGE."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import comfy.model_management as model_management
+from comfy_api.latest import io
+
+from ..wan_vae import ShardingError
+from ..wan_vae import memory as wan_memory
+from ..wan_vae.image import ImageSink
+from ..wan_vae.sharding.workers import WorkerPool, parse_devices
+from . import bridge
+from .reports import HIDDEN
+from .schema import (
+    advanced,
+    chunk_input,
+    latent_input,
+    layout_input,
+    precision_input,
+    schema,
+    vae_input,
+)
+
+AXES = ("auto", "height", "width")
+GATHERS = ("shared", "rank0", "all")
+
+
+class Pools:
+    """The worker pool in use. One at a time: workers of other devices give their memory back."""
+
+    def __init__(self) -> None:
+        self._pool: WorkerPool | None = None
+
+    def get(self, devices: str, timeout_s: float) -> WorkerPool:
+        """The warm pool of these devices, or a new one in place of another's."""
+        wanted = parse_devices(devices)
+        if self._pool is not None and self._pool.devices != wanted:
+            self._pool.close()
+            self._pool = None
+        if self._pool is None:
+            self._pool = WorkerPool(wanted)
+        self._pool.timeout_s = timeout_s
+        return self._pool
+
+
+POOLS = Pools()
+
+
+class WanVAEDecodeSharded(io.ComfyNode):
+    """Decodes over worker processes, one a device, or falls back to one device and says why."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="WanVAEDecodeSharded",
+            display_name="Wan VAE Decode (Sharded)",
+            description="Decodes one Wan latent over several GPUs at once: each decodes its rows "
+            "of every frame. The same picture as Wan VAE Decode.",
+            search_aliases=["multi gpu vae", "parallel vae decode", "sharded decode"],
+            inputs=[
+                latent_input(),
+                vae_input(),
+                io.String.Input(
+                    "devices",
+                    default="all",
+                    tooltip="all, a list of GPUs such as 0,1,3, or cpu,cpu to try it without one.",
+                ),
+                io.Combo.Input(
+                    "axis",
+                    options=list(AXES),
+                    default="auto",
+                    tooltip="Which side of the picture is cut. auto takes the one with less "
+                    "to exchange.",
+                ),
+                io.Combo.Input(
+                    "gather",
+                    options=list(GATHERS),
+                    default="shared",
+                    tooltip="shared: every device writes its rows into the image. rank0 and all: "
+                    "the devices exchange pixels first; for comparison.",
+                ),
+                advanced(
+                    io.Boolean.Input,
+                    "allow_fallback",
+                    default=True,
+                    tooltip="When a device fails, decode on one device and say so in the report, "
+                    "instead of stopping with an error.",
+                ),
+                advanced(
+                    io.Float.Input,
+                    "timeout_s",
+                    default=30.0,
+                    min=1.0,
+                    max=3600.0,
+                    tooltip="Seconds that a device waits for another before the decode fails.",
+                ),
+                layout_input(),
+                precision_input(),
+                chunk_input(),
+            ],
+            outputs=[io.Image.Output(display_name="IMAGE", tooltip="The frames, in order.")],
+            hidden=list(HIDDEN),
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        samples,
+        vae,
+        devices="all",
+        axis="auto",
+        gather="shared",
+        allow_fallback=True,
+        timeout_s=30.0,
+        memory_layout="auto",
+        precision="auto",
+        chunk_frames=0,
+    ) -> io.NodeOutput:
+        latent = bridge.latent_5d(samples)
+        shape, dtype = tuple(latent.shape), bridge.output_dtype(vae)
+        options = {"memory_format": memory_layout}
+
+        def decode(packed, hooks):
+            try:
+                pool = POOLS.get(devices, timeout_s)
+                if vae.device in pool.devices:
+                    # The workers' memory is not ComfyUI's to count: have it make room beforehand.
+                    needed = wan_memory.planned_bytes(
+                        packed.wan.config, shape, packed.wan.dtype.itemsize, 1
+                    )
+                    model_management.free_memory(needed // len(pool.devices), vae.device)
+                image = pool.decode(
+                    packed.wan, latent, axis=axis, gather=gather, form="image",
+                    chunk_frames=chunk_frames or None, **options, **hooks,
+                )  # fmt: skip
+                return image.to(device=vae.output_device, dtype=dtype)
+            except ShardingError as error:
+                if not allow_fallback:
+                    raise
+                reason = f"decoded on {packed.device} alone, because sharding failed: {error}"
+            planned = bridge.plan_chunk(packed, shape)
+            sink = ImageSink.allocate(shape, packed.wan.config, vae.output_device, dtype)
+            packed.wan.decode(
+                latent, chunk_frames=chunk_frames or planned, sink=sink, **options, **hooks
+            )
+            report = packed.wan.last_report
+            packed.wan.last_report = replace(report, fallbacks=(reason, *report.fallbacks))
+            return sink.image
+
+        result = bridge.run(cls.hidden, "decode", lambda: bridge.COPIES.get(vae, precision), decode)
+        return io.NodeOutput(result.value.flatten(0, 1), ui={"wan_vae": [result.report]})

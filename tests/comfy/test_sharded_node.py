@@ -1,0 +1,112 @@
+"""WanVAEDecodeSharded in a running ComfyUI with two CPU workers: the picture, cancel, kill."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.comfy.graphs import latent, load_vae, node
+
+pytestmark = pytest.mark.comfy
+
+
+def sharded(samples: dict, **options) -> dict:
+    """The sharded decode (node 3) with something that wants its image (5)."""
+    options = {"devices": "cpu,cpu", "axis": "auto", "gather": "shared", **options}
+    return {
+        "1": load_vae(),
+        "2": samples,
+        "3": node("WanVAEDecodeSharded", vae=["1", 0], samples=["2", 0], **options),
+        "5": node("ProbeSink", value=["3", 0]),
+    }
+
+
+def workers(comfy) -> list[int]:
+    """Process ids of the server's worker processes."""
+    found = []
+    for task in Path(f"/proc/{comfy.pid}/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            if "sharding.worker" in Path(f"/proc/{pid}/cmdline").read_text():
+                found.append(int(pid))
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"axis": "height", "gather": "rank0"}, {"axis": "width", "gather": "all"}],
+)
+def test_the_picture_is_that_of_one_device(comfy, options):
+    prompt = sharded(latent(frames=3, height=6, width=16, seed=31), chunk_frames=1, **options)
+    prompt["4"] = node("WanVAEDecode", vae=["1", 0], samples=["2", 0], chunk_frames=1)
+    prompt["5"] = node("ProbeCompareImages", a=["3", 0], b=["4", 0])
+    run = comfy.run(prompt)
+    assert run.error is None, run.error
+    found = run.outputs["5"]
+    assert found["a"] == found["b"]
+    # Bits are compared in tests/dist; at this size the CPU takes other kernels for half a picture.
+    assert found["difference"][0] < 1e-5
+    assert found["spread"][0] > 0.01
+    report = run.report("3")
+    assert report["fallbacks"] == [] and report["layout"]["mixed_calls"] == 0
+    assert [s["rank"] for s in report["shards"]] == [0, 1]
+    assert all(s["halo_bytes"] > 0 for s in report["shards"])
+    assert report["shards"][0]["axis"] == options.get("axis", "width")
+
+
+def test_workers_stay_warm(comfy):
+    comfy.run(sharded(latent(seed=32)))
+    before = workers(comfy)
+    assert len(before) == 2
+    comfy.run(sharded(latent(seed=33)))
+    assert workers(comfy) == before
+
+
+def test_cancel_within_a_chunk_and_run_again(comfy):
+    sent = []
+
+    def stop(message):
+        if message["type"] == "progress" and message["data"]["value"] >= 9 and not sent:
+            sent.append(message)
+            comfy.post("/interrupt", {})
+
+    run = comfy.run(sharded(latent(frames=60, seed=34), chunk_frames=1), on_message=stop)
+    assert run.interrupted and run.error is None
+    kept = comfy.get("/wan_vae/reports")["reports"][-1]["report"]
+    assert kept["status"] == "cancelled"
+    assert 9 <= kept["done_frames"] < 100
+    assert comfy.run(sharded(latent(seed=35))).report("3")["status"] == "done"
+
+
+def run_and_kill(comfy, **options):
+    killed = []
+
+    def kill(message):
+        if message["type"] == "progress" and message["data"]["value"] >= 9 and not killed:
+            killed.append(workers(comfy)[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    samples = latent(frames=40, **options.pop("samples"))
+    return comfy.run(sharded(samples, chunk_frames=1, **options), on_message=kill)
+
+
+def test_a_killed_worker_is_an_error_that_names_it_and_the_server_lives(comfy):
+    run = run_and_kill(comfy, samples={"seed": 36}, allow_fallback=False)
+    assert run.error["exception_type"].endswith("ShardingError")
+    assert "rank 0 (cpu) died (exit code -9)" in run.error["exception_message"]
+    assert workers(comfy) == []
+    again = comfy.run(sharded(latent(seed=37)))
+    assert again.report("3")["status"] == "done" and len(workers(comfy)) == 2
+
+
+def test_a_killed_worker_falls_back_to_one_device_and_says_so(comfy):
+    run = run_and_kill(comfy, samples={"seed": 38})
+    assert run.error is None, run.error
+    report = run.report("3")
+    assert report["status"] == "done" and report["done_frames"] == 157
+    assert "rank 0 (cpu) died" in report["fallbacks"][0]
+
+
+def test_a_missing_gpu_is_named(comfy):
+    run = comfy.run(sharded(latent(seed=39), devices="cpu,7", allow_fallback=False))
+    assert "rank 1 cannot start: device cuda:7" in run.error["exception_message"]
