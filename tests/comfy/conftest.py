@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pytest
 
 from tests.comfy import graphs
@@ -22,7 +19,6 @@ def comfy(environment, tmp_path_factory):
     """A running server with random Wan VAEs and the probe nodes."""
     server = Comfy(environment, tmp_path_factory.mktemp("comfy"))
     graphs.write_vaes(server.base / "models" / "vae")
-    probe = Path(__file__).with_name("probe_nodes.py")
-    shutil.copyfile(probe, server.base / "custom_nodes" / "wan_vae_probe.py")
+    server.install_probe()
     with server:
         yield server

@@ -112,6 +112,11 @@ class Comfy:
             self._process.kill()
             self._process.wait()
 
+    def install_probe(self) -> None:
+        """Add the probe nodes, as a pack of their own; before the server starts."""
+        probe = Path(__file__).with_name("probe_nodes.py")
+        shutil.copyfile(probe, self.base / "custom_nodes" / "wan_vae_probe.py")
+
     @property
     def pid(self) -> int:
         return self._process.pid

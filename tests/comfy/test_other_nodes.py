@@ -54,6 +54,11 @@ def test_another_vae_is_named(comfy):
 
 
 def test_cancel_at_the_third_chunk_and_run_again(comfy):
+    cancelled_then_right(comfy)
+
+
+def cancelled_then_right(comfy) -> None:
+    """Interrupt a decode at its third chunk: the server says so, and decodes the next one."""
     sent = []
 
     def stop(message):

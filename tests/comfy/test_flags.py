@@ -1,0 +1,44 @@
+"""ComfyUI's own flags for the VAE's number format decide ours."""
+
+import pytest
+
+from tests.comfy import graphs
+from tests.comfy.graphs import decode_and_compare, latent, node
+from tests.comfy.server import Comfy
+from tests.comfy.test_other_nodes import cancelled_then_right
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.mark.parametrize(
+    ("flag", "dtype", "bound"),
+    [("--bf16-vae", "bfloat16", 0.1), ("--fp16-vae", "float16", 0.02)],
+)
+def test_vae_precision_flags(environment, tmp_path, flag, dtype, bound):
+    server = Comfy(environment, tmp_path / "comfy", flag, "--disable-mmap")
+    graphs.write_vaes(server.base / "models" / "vae")
+    server.install_probe()
+    with server as comfy:
+        prompt = decode_and_compare(latent(frames=2, seed=1))
+        prompt["6"] = node("WanVAEDecode", vae=["1", 0], samples=["2", 0], precision="fp32")
+        prompt["7"] = node("ProbeCompareImages", a=["3", 0], b=["6", 0])
+        run = comfy.run(prompt)
+        assert run.error is None, run.error
+        assert run.report("3")["dtype"] == dtype
+        assert run.report("6")["dtype"] == "float32", "what the node asks for wins"
+        assert run.outputs["7"]["difference"][0] > 1e-5, "the two are really different formats"
+        assert run.outputs["5"]["difference"][0] < bound
+        assert run.outputs["5"]["a"] == run.outputs["5"]["b"]
+
+
+def test_a_server_without_a_cache(environment, tmp_path):
+    """--cache-none: every object of a run dies with it; a second run and a cancel are as right."""
+    server = Comfy(environment, tmp_path / "comfy", "--cache-none")
+    graphs.write_vaes(server.base / "models" / "vae")
+    server.install_probe()
+    with server as comfy:
+        for seed in (1, 1, 2):
+            run = comfy.run(decode_and_compare(latent(frames=2, seed=seed)))
+            assert run.error is None, run.error
+            assert run.outputs["5"]["difference"][0] < 1e-4
+        cancelled_then_right(comfy)
