@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from tests.dist import jobs
 from tests.dist.ranks import RankFailed
@@ -41,8 +40,10 @@ def assert_close(found, expected):
     assert error <= 1e-5, f"relative error {error:.2e}"
 
 
-@pytest.mark.parametrize("gather", ["all", "rank0", "own"])
-@pytest.mark.parametrize("axis", ["height", "width"])
+@pytest.mark.parametrize(
+    ("gather", "axis"),
+    [("all", "height"), ("all", "width"), ("rank0", "width"), ("own", "height"), ("own", "width")],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_gather_and_axis_gives_the_bits_of_one_process(ranks, name, axis, gather):
     # 7 over 3 is 3, 2, 2: uneven; the other axis is long enough for oneDNN's usual kernels.
@@ -72,9 +73,15 @@ def test_shards_of_a_few_pixels_are_equal_to_rounding(ranks, name, axis):
     assert_close(whole(results, axis, "all"), expected)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("name", ["wan2.1", "wan2.2"])
-@pytest.mark.parametrize("axis", ["height", "width"])
+@pytest.mark.parametrize(
+    ("name", "axis", "count"),
+    [
+        ("wan2.1", "height", 2),
+        ("wan2.1", "width", 4),
+        ("wan2.2", "height", 4),
+        ("mini", "width", 2),
+    ],
+)
 def test_encode_equals_one_process(ranks, name, axis, count):
     factor = jobs.model(name).config.spatial_factor
     # A few pixels over: cropped as in one process. 5 latent rows: 2, 2, 1 ...
@@ -172,5 +179,4 @@ def test_one_rank_asked_to_stop_stops_all_at_the_next_chunk(ranks):
 
 
 def test_memory_formats_survive_the_wire(ranks):
-    for rank, parts in enumerate(ranks.run("gather_every_format", 3)):
-        assert all(torch.equal(p, torch.full_like(p, r)) for r, p in enumerate(parts)), rank
+    assert ranks.run("gather_every_format", 3) == [[True] * 3] * 3

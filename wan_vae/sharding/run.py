@@ -188,7 +188,8 @@ def decode_shard(
                         pixels = run.model.decode_chunk(z[:, :, chunk.start : chunk.stop], step)
                     run.pixels_finite &= torch.isfinite(pixels).all()
                 else:
-                    pixels = torch.empty((*part_shape[:2], last - first, *part_shape[3:]), device=device)  # fmt: skip  # noqa: E501
+                    empty = (*part_shape[:2], last - first, *part_shape[3:])
+                    pixels = torch.empty(empty, device=device)
                 picture = gather_picture(shard, pixels, gather, factor, "pixels")
                 if picture is not None and picture.numel():
                     sink.write(picture, first, 0)

@@ -110,12 +110,13 @@ class Wire:
         return [b.to(self.device) for b in buffers]
 
     def _agree_on_headers(self, site, dtype, out, into) -> None:
-        key = (site, dtype, *((o.peer, o.tensor.shape) for o in out), *((i.peer, i.shape) for i in into))  # fmt: skip  # noqa: E501
+        sent = tuple((o.peer, o.tensor.shape) for o in out)
+        key = (site, dtype, sent, tuple((i.peer, i.shape) for i in into))
         if not self.host_staged and key in self._agreed:
             return
         mine = [self._header(site, o.tensor.dtype, tuple(o.tensor.shape)) for o in out]
         wanted = [self._header(site, dtype, i.shape) for i in into]
-        theirs = [torch.empty(_HEADER_WORDS, dtype=torch.int64, device=self._transport) for _ in into]  # fmt: skip  # noqa: E501
+        theirs = [h.new_empty(h.shape, device=self._transport) for h in wanted]
         ops = [
             self._op(dist.isend, _as_bytes(h.to(self._transport)), o.peer)
             for h, o in zip(mine, out, strict=True)

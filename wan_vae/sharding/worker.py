@@ -176,7 +176,7 @@ class _Worker:
             plain = report.as_dict() if rank == 0 else None
             self.pipe.send(("progress", (done, total, plain)))
 
-        try:
+        with suppress(DecodeCancelled):  # the report says it
             self.vae.decode(
                 latent.clone() if self.device.type == "cpu" else latent,
                 shard=context,
@@ -186,9 +186,7 @@ class _Worker:
                 should_stop=lambda: bool(raw[0]),
                 **options,
             )
-        except DecodeCancelled:
-            return {"cancelled": True, "report": self.vae.last_report.as_dict()}
-        return {"cancelled": False, "report": self.vae.last_report.as_dict()}
+        return {"report": self.vae.last_report.as_dict()}
 
 
 class _Nowhere:

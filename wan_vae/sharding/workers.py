@@ -183,13 +183,17 @@ class WorkerPool:
             try:
                 self._start()
                 self._load(vae)
-                return self._decode(
+                picture = self._decode(
                     vae, latent, axis, gather, form, on_progress, should_stop, options
                 )
             except BaseException:
                 # Ranks may be anywhere in a decode: nothing that they say can be trusted.
                 self._end(0.0)
                 raise
+        if vae.last_report.status == "cancelled":
+            # Agreed among the ranks, all of which are ready for the next decode.
+            raise DecodeCancelled(vae.last_report.error or "cancelled")
+        return picture
 
     def _decode(self, vae, latent, axis, gather, form, on_progress, should_stop, options):
         shape = geometry.pixel_shape(tuple(latent.shape), vae.config)
@@ -219,8 +223,6 @@ class WorkerPool:
         report = DecodeReport.from_dict(results[0]["report"])
         output_bytes = count * 4
         vae.last_report = replace(report, memory=replace(report.memory, output_bytes=output_bytes))
-        if any(result["cancelled"] for result in results):
-            raise DecodeCancelled(report.error or "cancelled")
         return view(buffer.raw, output_at, shape, torch.float32)
 
     # -- workers --------------------------------------------------------------------------------
