@@ -179,15 +179,10 @@ def _decode_one(vae, latent, output: Path, args, extra=()) -> None:
         print(f"wan-vae: warning: {text}", file=sys.stderr)
 
 
-def _decode(args) -> int:
-    from .latents import load_latent
-
+def _outputs(args) -> list[Path]:
+    """The output of each latent: the one that was named, or a video each in a folder."""
     if len(args.latents) == 1:
-        latent = load_latent(args.latents[0])
-        vae = _load(args, args.vae)
-        _decode_one(vae, latent, args.output, args)
-        print(report_table(vae.last_report))
-        return 0
+        return [args.output]
     if args.output.suffix:
         raise OutputError(f"{args.output}: several latents need a folder as output")
     stems = [path.stem for path in args.latents]
@@ -197,10 +192,29 @@ def _decode(args) -> int:
             f"several latents would be written to {args.output / twice[0]}.mp4: decode them to "
             "different folders"
         )
+    return [args.output / f"{stem}.mp4" for stem in stems]
+
+
+def _decode(args) -> int:
+    from .latents import load_latent
+    from .sharding.torchrun import Place, decode_list
+
+    outputs = _outputs(args)
+    place = Place.of(os.environ)
+    if place is not None:
+        if args.strips is not None:
+            raise OutputError("--strips is for one device: leave it out under torchrun")
+        return decode_list(args, _load, outputs, place, _Bar)
+    if len(args.latents) == 1:
+        latent = load_latent(args.latents[0])
+        vae = _load(args, args.vae)
+        _decode_one(vae, latent, args.output, args)
+        print(report_table(vae.last_report))
+        return 0
     vae, failed = _load(args, args.vae), []
-    for path in args.latents:
+    for path, output in zip(args.latents, outputs, strict=True):
         try:
-            _decode_one(vae, load_latent(path), args.output / f"{path.stem}.mp4", args)
+            _decode_one(vae, load_latent(path), output, args)
         except WanVAEError as error:
             failed.append(path)
             print(f"wan-vae: {error}", file=sys.stderr)
