@@ -59,8 +59,9 @@ function showNode(node) {
 }
 
 function showLine(widget, shown) {
-  widget.hidden = !shown;
-  widget.options.hidden = !shown; // Nodes 2.0 looks here
+  widget.hidden = !shown; // canvas: takes no room
+  // Nodes 2.0: an element that is not displayed takes none either. `options.hidden` would be read
+  // once, when the node is made, and a line hidden then could not be shown again.
   widget.element.hidden = !shown;
 }
 
