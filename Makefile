@@ -1,4 +1,4 @@
-# One command each: demo, test, check, test-gpu, bench. All work from a fresh clone; the virtual
+# One command each: demo, test, check, test-gpu, pictures, bench. All work from a fresh clone; the virtual
 # environment is made on first use and again when pyproject.toml changes.
 
 PYTHON ?= python3
@@ -11,13 +11,14 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 RUN = $(VENV)/bin/python -m
 OUT ?= demo_output
 
-.PHONY: help demo test check test-gpu bench clean
+.PHONY: help demo test check test-gpu pictures bench clean
 
 help:
 	@echo "make demo      decode the sample latents to $(OUT)/ (mp4, contact sheet, layout report)"
 	@echo "make test      run every test that this machine can run"
 	@echo "make check     lint only"
 	@echo "make test-gpu  run the tests that need a CUDA device (PYTHON with its own torch: VENV=...)"
+	@echo "make pictures  take the screenshots of README and example workflows anew"
 	@echo "make bench     compare with diffusers and others, write a results file"
 
 $(VENV)/.demo: pyproject.toml
@@ -43,6 +44,10 @@ test: check
 
 test-gpu:
 	$(PYTHON) -m pytest -m "gpu or nccl"
+
+pictures: $(VENV)/.test
+	$(RUN) pytest tests/browser -k "repository_ships or valid_prompt"
+	$(RUN) tests.browser.pictures
 
 bench: $(VENV)/.test
 	$(RUN) wan_vae bench

@@ -11,15 +11,38 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, Page, sync_playwright
 
+from tests.browser import pictures
 from tests.comfy import graphs
 from tests.comfy.provision import provision
 from tests.comfy.server import Comfy
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+MINI = EXAMPLES / "wan_vae_mini.safetensors"
+CAT = EXAMPLES / "latents" / "cat_416x240_17f.latent"
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
+# What comes and goes by itself, or hides nodes.
+UNDISTURBED = """
+  .p-toast, .p-tooltip, .minimap-main-container { visibility: hidden !important }
+"""
+FIT = """() => {
+  const graph = window.app.rootGraph ?? window.app.graph;
+  const { ds } = window.app.canvas;
+  const boxes = graph.nodes.map(({ pos, size }) =>
+    [pos[0], pos[1] - 30, pos[0] + size[0], pos[1] + size[1]]);
+  const low = (i) => Math.min(...boxes.map((box) => box[i]));
+  const high = (i) => Math.max(...boxes.map((box) => box[i]));
+  const side = document.querySelector("wan-vae-panel")?.getBoundingClientRect().right ?? 60;
+  const [left, top, right, bottom] = [side + 20, 120, innerWidth - 20, innerHeight - 30];
+  ds.scale = Math.min(
+    1, (right - left) / (high(2) - low(0)), (bottom - top) / (high(3) - low(1)));
+  ds.offset[0] = left / ds.scale - low(0);
+  ds.offset[1] = top / ds.scale - low(1);
+  graph.setDirtyCanvas(true, true);
+}"""
 # Everything on a busy machine with two cores, first load of the frontend included.
 TIMEOUT_MS = 15_000
 
@@ -31,8 +54,9 @@ def server(request, tmp_path_factory) -> Iterator[Comfy]:
     flags = ("--front-end-root", environment.newest_frontend) if request.param == "newest" else ()
     server = Comfy(environment, tmp_path_factory.mktemp(request.param), *flags)
     graphs.write_vaes(server.base / "models" / "vae")
-    probe = Path(graphs.__file__).with_name("probe_nodes.py")
-    shutil.copyfile(probe, server.base / "custom_nodes" / "wan_vae_probe.py")
+    server.install_probe()
+    shutil.copyfile(MINI, server.base / "models" / "vae" / MINI.name)
+    shutil.copyfile(CAT, server.base / "input" / CAT.name)
     server.frontend = request.param
     with server:
         yield server
@@ -81,11 +105,15 @@ class Frontend:
         self.page.evaluate("(workflow) => window.app.loadGraphData(workflow)", workflow)
 
     def shot(self, name: str, locator: Locator | None = None) -> None:
-        """A screenshot of the page or one element, for people to look at."""
-        folder = Path(os.environ.get("WAN_VAE_SCREENSHOTS", "test-results/browser"))
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}-{self.server.frontend}-{self.mode}.png"
-        (locator or self.page).screenshot(path=path)
+        """A screenshot of the page or one element, for people to look at (see `pictures`)."""
+        path = pictures.FOLDER / f"{name}-{self.server.frontend}-{self.mode}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (locator or self.page).screenshot(path=path, style=UNDISTURBED)
+
+    def fit(self) -> None:
+        """Zoom and pan so that every node is in the free part of the window, and wait for it."""
+        self.page.evaluate(FIT)
+        self.page.wait_for_timeout(300)  # the canvas draws on its own clock, Nodes 2.0 follow it
 
     def queue(self) -> None:
         self.page.evaluate("() => window.app.queuePrompt(0, 1)")

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import venv
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +37,10 @@ REQUIREMENTS = (
 )  # fmt: skip
 # Their dependencies would bring CUDA builds of torch.
 REQUIREMENTS_ALONE = ("torchvision==0.28.0", "torchsde", "trampoline", "torchaudio==2.11.0")
+
+# What checks and packs a node pack, and what installs it for users. aiohttp and pyyaml are what the
+# Manager finds in a ComfyUI.
+TOOLS = ("comfy-cli==1.23.0", "comfyui-manager==4.3", "aiohttp", "pyyaml", PINNED_FRONTEND)
 
 # torchvision's compiled operators cannot load beside a CPU torch; two fake registrations in its
 # Python code need their schemas to exist.
@@ -76,11 +81,36 @@ def provision() -> ComfyEnvironment:
     return ComfyEnvironment(str(python), str(comfyui), str(_frontend(root, NEWEST_FRONTEND)))
 
 
+def provision_tools() -> Path:
+    """The folder of programs of an environment with comfy-cli and the Manager (`bin`)."""
+    root = cache_root()
+    root.mkdir(parents=True, exist_ok=True)
+
+    def fill(folder: Path, python: Path) -> None:
+        _pip(python, "install", *TOOLS)
+
+    return _environment(root, "tools", TOOLS, fill).parent
+
+
 def _python(root: Path) -> Path:
-    key = hashlib.sha256(
-        "\n".join((*REQUIREMENTS, *REQUIREMENTS_ALONE, TORCHVISION_PATCH, sys.version)).encode()
-    ).hexdigest()[:12]
-    folder = root / f"venv-{key}"
+    def fill(folder: Path, python: Path) -> None:
+        _pip(python, "install", *REQUIREMENTS)
+        _pip(python, "install", "--no-deps", *REQUIREMENTS_ALONE)
+        site = next((folder / "lib").glob("python*/site-packages"))
+        extension = site / "torchvision" / "extension.py"
+        extension.write_text(extension.read_text() + TORCHVISION_PATCH)
+        for library in (site / "torchaudio" / "lib").glob("*.so"):
+            library.unlink()  # linked against CUDA
+
+    return _environment(root, "venv", (*REQUIREMENTS, *REQUIREMENTS_ALONE, TORCHVISION_PATCH), fill)
+
+
+def _environment(
+    root: Path, name: str, content: tuple[str, ...], fill: Callable[[Path, Path], None]
+) -> Path:
+    """The interpreter of a virtual environment with `content`, which `fill` puts in once."""
+    key = hashlib.sha256("\n".join((*content, sys.version)).encode()).hexdigest()[:12]
+    folder = root / f"{name}-{key}"
     python = folder / "bin" / "python"
     done = folder / "provisioned"
     if done.exists():
@@ -88,13 +118,7 @@ def _python(root: Path) -> Path:
     if folder.exists():
         shutil.rmtree(folder)  # an earlier attempt was interrupted
     venv.create(folder, with_pip=True)
-    _pip(python, "install", *REQUIREMENTS)
-    _pip(python, "install", "--no-deps", *REQUIREMENTS_ALONE)
-    site = next((folder / "lib").glob("python*/site-packages"))
-    extension = site / "torchvision" / "extension.py"
-    extension.write_text(extension.read_text() + TORCHVISION_PATCH)
-    for library in (site / "torchaudio" / "lib").glob("*.so"):
-        library.unlink()  # linked against CUDA
+    fill(folder, python)
     done.touch()
     return python
 

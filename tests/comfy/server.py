@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,11 +74,17 @@ class Run:
 class Comfy:
     """Starts a server in `base`; use as a context manager."""
 
-    def __init__(self, environment: ComfyEnvironment, base: Path, *flags: str):
+    def __init__(
+        self,
+        environment: ComfyEnvironment,
+        base: Path,
+        *flags: str,
+        install: Callable[[Path], Path] = install_pack,
+    ):
         self.base = base
         for folder in ("custom_nodes", "models/vae", "input", "output", "user/default"):
             (base / folder).mkdir(parents=True, exist_ok=True)
-        self.pack = install_pack(base / "custom_nodes")
+        self.pack = install(base / "custom_nodes")
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = base / "server.log"
