@@ -35,6 +35,7 @@ class ImageSink:
 
     def __init__(self, image: torch.Tensor):
         self.image = image
+        self.output_bytes = image.numel() * image.element_size()
         self._mover: _Mover | None = None
 
     @classmethod

@@ -38,7 +38,7 @@ from .report import ChunkRecord, DecodeReport, LayerRecord, ReportBuilder
 from .sharding.context import SINGLE, ShardContext
 from .sharding.gather import Gather
 from .sharding.run import decode_shard, encode_shard
-from .sink import Sink, TensorSink, check_out
+from .sink import Sink, TensorSink, check_out, sink_bytes
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -179,7 +179,7 @@ class WanVAE:
             sink = TensorSink(out)
         elif out is not None:
             raise ValueError("decode takes out= or sink=, not both")
-        run.builder.memory["output_bytes"] = 0 if out is None else out.numel() * out.element_size()
+        run.builder.memory["output_bytes"] = sink_bytes(sink)
         try:
             with own_arithmetic(self.device):
                 for piece in run.pieces(whole_frames=sink.needs_whole_frames):

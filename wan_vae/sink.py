@@ -37,6 +37,14 @@ class Sink(Protocol):
         ...
 
 
+def sink_bytes(sink: Sink) -> int:
+    """Bytes of the whole output that `sink` holds in memory: its `output_bytes`, or 0.
+
+    Sinks of callers need not have the attribute: a stream that keeps nothing holds 0.
+    """
+    return getattr(sink, "output_bytes", 0)
+
+
 class TensorSink:
     """Writes into one preallocated tensor, which may live on another device.
 
@@ -47,6 +55,7 @@ class TensorSink:
 
     def __init__(self, out: torch.Tensor):
         self.out = out
+        self.output_bytes = out.numel() * out.element_size()
         self._devices: set[torch.device] = set()
 
     def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .errors import LatentError, OutputError
+from .sink import sink_bytes
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
 # Encoders of H.264 in order of preference; which ones exist depends on how FFmpeg was built.
@@ -201,6 +202,7 @@ class PixelFileSink:
     def __init__(self, path: Path, shape: tuple[int, ...]):
         self.path, self.partial = Path(path), partial_path(Path(path))
         self.pixels = torch.empty(shape)
+        self.output_bytes = self.pixels.numel() * 4
 
     def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
         t, rows = pixels.shape[2], pixels.shape[3]
@@ -221,6 +223,7 @@ class TeeSink:
     def __init__(self, *sinks):
         self.sinks = sinks
         self.needs_whole_frames = any(s.needs_whole_frames for s in sinks)
+        self.output_bytes = sum(sink_bytes(s) for s in sinks)
 
     def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
         for sink in self.sinks:
