@@ -51,7 +51,8 @@ TIMEOUT_MS = 15_000
 def server(request, tmp_path_factory) -> Iterator[Comfy]:
     """ComfyUI with the frontend that it pins. Then with the newest one."""
     environment = provision()
-    flags = ("--front-end-root", environment.newest_frontend) if request.param == "newest" else ()
+    root = {"pinned": environment.pinned_frontend, "newest": environment.newest_frontend}
+    flags = ("--front-end-root", root[request.param])
     server = Comfy(environment, tmp_path_factory.mktemp(request.param), *flags)
     graphs.write_vaes(server.base / "models" / "vae")
     server.install_probe()

