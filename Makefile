@@ -19,7 +19,7 @@ help:
 	@echo "make check     lint only"
 	@echo "make test-gpu  run the tests that need a CUDA device (PYTHON with its own torch: VENV=...)"
 	@echo "make pictures  take the screenshots of README and example workflows anew"
-	@echo "make bench     compare with diffusers and others, write a results file"
+	@echo "make bench     compare with fastvae, diffusers and ComfyUI (BENCH='--output FOLDER' keeps it)"
 
 $(VENV)/.demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -49,8 +49,13 @@ pictures: $(VENV)/.test
 	$(RUN) pytest tests/browser -k "repository_ships or valid_prompt"
 	$(RUN) tests.browser.pictures
 
-bench: $(VENV)/.test
-	$(RUN) wan_vae bench
+# COMFYUI_PATH names a ComfyUI checkout to compare with; BENCH holds options (wan-vae bench --help).
+$(VENV)/.bench: $(VENV)/.demo
+	$(PIP) --editable ".[bench]"
+	touch $@
+
+bench: $(VENV)/.bench
+	$(RUN) wan_vae bench $(BENCH)
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info

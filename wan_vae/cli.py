@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", help="check only this device")
 
     sub = command(
-        "bench", _bench, "Compare with diffusers on random weights; see wan-vae bench --help.",
+        "bench", _bench, "Compare with fastvae, diffusers and ComfyUI; see wan-vae bench --help.",
         "wan-vae bench --repeats 5 --output results", add_help=False,
     )  # fmt: skip
     return parser
