@@ -15,7 +15,7 @@ from . import layout
 from .cache import FeatureCache
 from .chunking import Chunk
 from .layout import LayoutCounter
-from .ops.dispatch import OpSet, eager_ops
+from .ops.dispatch import FusedConv, OpSet, eager_ops
 from .sharding.context import SINGLE, ShardContext
 from .sharding.halo import Shard
 
@@ -70,19 +70,34 @@ class CausalConv3d(nn.Module):
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """[B, C, T, H, W] -> [B, O, T, H, W]; history is zero frames before the first chunk."""
-        padding = (self.kernel[1] // 2, self.kernel[2] // 2)
-        past = self.kernel[0] - 1
-        weight = self.weight
-        if not step.shard.is_single and any(padding):
+        return self.convolve(self.operand(x, step), step)
+
+    def operand(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """`x` as `convolve` reads it: with its halo rows, behind its history.
+
+        Apart from `convolve` so that a caller can let go of `x` before the convolution runs.
+        """
+        if not step.shard.is_single and any(self._padding):
             # Before the history is joined: its frames then keep their halo rows.
             x = step.shard.surround(x, self.slot)
+        past = self.kernel[0] - 1
+        if not past or step.chunk.is_only_frame:
+            return x
+        return with_history(x, self.slot, past, self.weight, step)
+
+    def convolve(self, operand: torch.Tensor, step: Step) -> torch.Tensor:
+        """The convolution of an `operand` [B, C, T + history, H (+ halo), W] -> [B, O, T, H, W]."""
+        weight, padding = self.weight, self._padding
+        if not step.shard.is_single and any(padding):
             padding = step.shard.padding(padding)
-        if past and step.chunk.is_only_frame:
+        if self.kernel[0] > 1 and step.chunk.is_only_frame:
             # All history is zero: only the last temporal slice of the kernel meets data.
             weight = layout.to_format(weight[:, :, -1:], _format_of(weight))
-        elif past:
-            x = with_history(x, self.slot, past, weight, step)
-        return step.ops.conv3d(x, weight, self.bias, step.counter, padding=padding)
+        return step.ops.conv3d(operand, weight, self.bias, step.counter, padding=padding)
+
+    @property
+    def _padding(self) -> tuple[int, int]:
+        return self.kernel[1] // 2, self.kernel[2] // 2
 
 
 class StridedTimeConv3d(CausalConv3d):
@@ -97,7 +112,7 @@ class StridedTimeConv3d(CausalConv3d):
         if first:
             passed, frames = x[:, :, :1], x
         else:
-            history = step.cache.history(self.slot, x, 1)
+            history = step.cache.take(self.slot, x, 1)
             frames = layout.join_frames((history, x), self.weight, step.counter)
         if not step.chunk.is_last:
             step.cache.store(self.slot, x[:, :, -1:].clone())
@@ -125,8 +140,9 @@ def with_history(
     Always `buffer = [history, x]; history = buffer[-past:]`, whatever the chunk length: this is
     what makes every chunk schedule exact.
     """
-    history = step.cache.history(slot, x, past)
+    history = step.cache.take(slot, x, past)
     buffer = layout.join_frames((history, x), weight, step.counter)
+    del history  # freed before the next one is made
     if not step.chunk.is_last:
         # A copy: a view would keep the whole buffer of this chunk alive.
         step.cache.store(slot, buffer[:, :, -past:].clone())
@@ -172,9 +188,17 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         norm1, conv1, norm2, conv2 = self.residual.values()
-        skip = x if self.shortcut is None else self.shortcut(x, step)
         y = norm_silu_conv(x, norm1, conv1, step)
-        return norm_silu_conv(y, norm2, conv2, step, residual=skip)
+        # Not before: the wider first convolution is where memory peaks.
+        skip = x if self.shortcut is None else self.shortcut(x, step)
+        fused = fused_conv(conv2, step)
+        if fused is not None:
+            return run_fused(fused, y, norm2, conv2, step, residual=skip)
+        # One name for all: each result replaces the one that it was made from.
+        y = step.ops.norm_silu(y, norm2.gamma)
+        y = conv2.operand(y, step)
+        y = conv2.convolve(y, step)
+        return add(y, skip)
 
     def normed_convolutions(self) -> list[tuple[RMSNorm, CausalConv3d]]:
         """The convolutions that read the result of a norm, with that norm."""
@@ -182,21 +206,38 @@ class ResidualBlock(nn.Module):
         return [(norm1, conv1), (norm2, conv2)]
 
 
-def norm_silu_conv(
+def add(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """y + x; written over `y`, which nobody else may read, where no gradient needs it."""
+    return y + x if y.requires_grad or x.requires_grad else y.add_(x)
+
+
+def norm_silu_conv(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, step: Step) -> torch.Tensor:
+    """`conv(silu(norm(x)))`: in one kernel where there is one, else step by step."""
+    fused = fused_conv(conv, step)
+    if fused is not None:
+        return run_fused(fused, x, norm, conv, step)
+    y = step.ops.norm_silu(x, norm.gamma)
+    y = conv.operand(y, step)
+    return conv.convolve(y, step)
+
+
+def fused_conv(conv: CausalConv3d, step: Step) -> FusedConv | None:
+    """The kernel for norm, SiLU and `conv` in one, if there is one.
+
+    Shards go step by step: a halo is exchanged between norm and convolution.
+    """
+    return step.ops.fused_conv(conv.weight) if step.shard.is_single else None
+
+
+def run_fused(
+    fused: FusedConv,
     x: torch.Tensor,
     norm: RMSNorm,
     conv: CausalConv3d,
     step: Step,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`conv(silu(norm(x))) + residual`: in one kernel where there is one, else step by step.
-
-    Shards go step by step: a halo is exchanged between norm and convolution.
-    """
-    fused = step.ops.fused_conv(conv.weight) if step.shard.is_single else None
-    if fused is None:
-        y = conv(step.ops.norm_silu(x, norm.gamma), step)
-        return y if residual is None else y + residual
+    """`conv(silu(norm(x))) + residual` by the kernel `fused`."""
     only_frame = step.chunk.is_only_frame
     y, history = fused(
         x,
@@ -229,12 +270,14 @@ class Attention(nn.Module):
             # the 1x1 convolution is small beside the attention that is shared out by queries.
             y = step.shard.gather_rows(y, "attention")
         qkv = step.ops.conv2d(y, self.to_qkv.weight, self.to_qkv.bias, step.counter)
-        q, k, v = qkv.flatten(2).transpose(1, 2).split(c, dim=2)
+        # Channels last also where the features are not: for any other strides CUDA's attention
+        # falls back to one that stores the scores of all pairs of pixels (4 GB at 1080p).
+        q, k, v = qkv.flatten(2).transpose(1, 2).contiguous().split(c, dim=2)
         if not step.shard.is_single:
-            q = step.shard.own_rows(qkv[:, :c]).flatten(2).transpose(1, 2)
+            q = step.shard.own_rows(qkv[:, :c]).flatten(2).transpose(1, 2).contiguous()
         y = step.ops.attention(q, k, v).transpose(1, 2).unflatten(2, (h, w))
         y = step.ops.conv2d(y, self.proj.weight, self.proj.bias, step.counter)
-        return batch_to_frames(y, b) + x
+        return add(batch_to_frames(y, b), x)
 
 
 class Upsample(nn.Module):
@@ -299,12 +342,15 @@ class DuplicateShortcut(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_s: int):
         super().__init__()
         self.out_channels, self.factor_t, self.factor_s = out_channels, factor_t, factor_s
-        self.repeats = out_channels * factor_t * factor_s**2 // in_channels
+        self.groups = in_channels // out_channels
+        self.repeats = factor_t * factor_s**2 // self.groups
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         b, _, t, h, w = x.shape
         ft, fs = self.factor_t, self.factor_s
-        y = x.repeat_interleave(self.repeats, dim=1)
+        # Repeated by strides, so that the one copy is the last reshape.
+        y = x.reshape(b, self.out_channels, self.groups, 1, t, h, w)
+        y = y.expand(-1, -1, -1, self.repeats, -1, -1, -1)
         y = y.reshape(b, self.out_channels, ft, fs, fs, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
         y = y.reshape(b, self.out_channels, t * ft, h * fs, w * fs)
         return y[:, :, ft - 1 :] if step.chunk.is_first else y

@@ -20,12 +20,13 @@ class FeatureCache:
     def __init__(self) -> None:
         self._slots: dict[str, torch.Tensor] = {}
 
-    def history(self, slot: str, x: torch.Tensor, frames: int) -> torch.Tensor:
+    def take(self, slot: str, x: torch.Tensor, frames: int) -> torch.Tensor:
         """The last `frames` input frames of `slot`, [B, C, frames, H, W]; zeros before the first.
 
-        Zeros take dtype and device from `x`, the convolution's input [B, C, T, H, W].
+        Removed from the cache: the caller stores the next ones, and frees these before it makes
+        them. Zeros take dtype and device from `x`, the convolution's input [B, C, T, H, W].
         """
-        kept = self._slots.get(slot)
+        kept = self._slots.pop(slot, None)
         if kept is None:
             b, c, _, h, w = x.shape
             return x.new_zeros((b, c, frames, h, w))

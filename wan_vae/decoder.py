@@ -22,6 +22,7 @@ from .blocks import (
     RMSNorm,
     Step,
     Upsample,
+    add,
     name_slots,
     norm_silu_conv,
 )
@@ -47,7 +48,7 @@ class UpStage(nn.Module):
         y = x
         for layer in self.upsamples:
             y = layer(y, step)
-        return y if self.shortcut is None else y + self.shortcut(x, step)
+        return y if self.shortcut is None else add(y, self.shortcut(x, step))
 
 
 class Decoder(nn.Module):

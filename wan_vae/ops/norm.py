@@ -15,9 +15,12 @@ def rms_norm(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     """
     c = x.shape[1]
     scale = (gamma.reshape(1, c, *([1] * (x.ndim - 2))) * c**0.5).to(x.dtype)
-    return F.normalize(x, dim=1) * scale
+    y = F.normalize(x, dim=1)
+    # In place where no gradient needs the quotient: one feature tensor less at the widest point.
+    return y * scale if y.requires_grad or scale.requires_grad else y.mul_(scale)
 
 
 def rms_norm_silu(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     """SiLU of `rms_norm`; same shapes."""
-    return F.silu(rms_norm(x, gamma))
+    y = rms_norm(x, gamma)
+    return F.silu(y, inplace=not y.requires_grad)
