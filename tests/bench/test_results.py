@@ -139,6 +139,19 @@ def test_a_row_of_this_pack_for_each_backend(monkeypatch, capsys):
     assert "wan_vae (auto)" in text and "wan_vae (eager)" in text and "diffusers |" not in text
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["wan2.1-narrow", "wan2.2-narrow"])
+def test_on_a_gpu_memory_is_counted_and_layers_are_timed(case, tmp_path):
+    arguments = ["--case", case, "--part", "decode", "--part", "layers", "--backend", "eager"]
+    assert command.main([*arguments, "--only", "wan_vae", "--output", str(tmp_path)]) == 0
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert [row["kind"] for row in data["rows"]] == ["result", "result"]
+    assert all(row["peak_bytes"] > 0 and row["dtype"] == "bfloat16" for row in data["rows"])
+    (roofline,) = data["rooflines"]
+    total_ms = sum(layer["total_ms"] for layer in roofline["layers"])
+    assert 0 < total_ms < roofline["decode_ms"]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--only", "nobody"], ["--case", "nothing"], ["--repeats", "0"], ["--backend", "cuda"]],
