@@ -83,7 +83,7 @@ def test_a_fused_kernel_is_one_operation():
     vae = WanVAE.from_state_dict(Weights.random(VIDEO.config).native, device="cpu")
     taken = vae.decoder.head["2"].weight
 
-    def head(x, gamma, history, bias, residual, *, only_frame, keep):
+    def head(x, gamma, history, bias, residual, *, only_frame, keep, **_):
         return x.new_zeros(x.shape[0], 3, *x.shape[2:]), None
 
     ops = replace(eager_ops(), fused_conv=lambda weight: head if weight is taken else None)

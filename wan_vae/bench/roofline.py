@@ -240,9 +240,12 @@ class Recorder:
     def _conv3d(self, x, weight, bias, counter, **options):
         y, marks = self._time(lambda: self._inner.conv3d(x, weight, bias, counter, **options))
         o, c, *kernel = weight.shape
+        used = weight
+        if options.get("last_slice"):
+            kernel[0], used = 1, weight[:, :, -1:]
         layer = Layer("conv3d", c, o, tuple(kernel), *y.shape[2:])
         flops = 2 * y.numel() * c * prod(kernel)
-        self._keep(self._name(weight), layer, flops, _bytes(x, weight, bias, y), marks)
+        self._keep(self._name(weight), layer, flops, _bytes(x, used, bias, y), marks)
         return y
 
     def _conv2d(self, x, weight, bias, counter, **options):
@@ -269,15 +272,16 @@ class Recorder:
         if kernel is None:
             return None
 
-        def run(x, gamma, history, bias, residual, *, only_frame, keep):
+        def run(x, gamma, history, bias, residual, *, only_frame, **options):
             (y, kept), marks = self._time(
-                lambda: kernel(x, gamma, history, bias, residual, only_frame=only_frame, keep=keep)
+                lambda: kernel(x, gamma, history, bias, residual, only_frame=only_frame, **options)
             )
             o, c, kt, kh, kw = weight.shape
-            used = (1 if only_frame else kt, kh, kw)
-            layer = Layer("norm + SiLU + conv3d", c, o, used, *y.shape[2:])
-            flops = 2 * y.numel() * c * prod(used)
-            moved = _bytes(x, weight, bias, history, residual, y, kept)
+            shape = (1 if only_frame else kt, kh, kw)
+            layer = Layer("norm + SiLU + conv3d", c, o, shape, *y.shape[2:])
+            flops = 2 * y.numel() * c * prod(shape)
+            used = weight[:, :, -1:] if only_frame else weight
+            moved = _bytes(x, used, bias, history, residual, y, kept)
             self._keep(self._name(weight), layer, flops, moved, marks)
             return y, kept
 
