@@ -7,19 +7,31 @@ from __future__ import annotations
 
 import os
 import resource
+import select
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.dist import jobs
+from tests.dist.sockets import local_addresses
 from wan_vae.errors import DecodeCancelled, GeometryError, LatentError, ShardingError
 from wan_vae.sharding import WorkerPool, decode_sharded
 from wan_vae.sharding.shared import SharedBuffer
-from wan_vae.sharding.workers import parse_devices
+from wan_vae.sharding.workers import (
+    _error,
+    _Failure,
+    _Rank,
+    _Watch,
+    parse_devices,
+    pick_backend,
+)
 
 SHAPE = (1, 16, 5, 6, 16)
 
@@ -95,9 +107,80 @@ def test_workers_stay_warm_and_take_other_weights(pool, vae, latent, expected):
     assert pool.pids == before
 
 
+def test_a_late_sign_of_life_is_no_answer(pool, vae, latent, expected):
+    decode(pool, vae, latent)
+    for rank in pool._ranks:  # as if asked just before they were done
+        rank.pipe.send(("ping", None))
+    assert decode(pool, jobs.model("wan2.2"), jobs.noise((1, 48, 1, 5, 16))).shape[2] == 1
+    assert torch.equal(decode(pool, vae, latent), expected)
+
+
 def test_a_state_dict_without_a_pool(vae, latent, expected):
     pixels = decode_sharded(vae.model.state_dict(), latent, ["cpu"], chunk_frames=1)
     assert torch.equal(pixels, expected)
+
+
+def test_workers_talk_over_the_loopback_interface_only(pool, vae, latent):
+    decode(pool, vae, latent)
+    for pid in pool.pids:
+        found = local_addresses(pid)
+        assert found, "the ranks of a group have sockets"
+        assert all(address.is_loopback for address in found), found
+
+
+def test_workers_import_nothing_of_comfyui(vae, latent, expected, tmp_path, monkeypatch):
+    marker = tmp_path / "imported"
+    trap = f"from pathlib import Path\nPath({str(marker)!r}).open('a').write(__name__ + ' ')\n"
+    for name in ("comfy", "comfy_api", "comfy_extras", "server", "folder_paths", "execution",
+                 "main", "aiohttp"):  # fmt: skip
+        (tmp_path / f"{name}.py").write_text(trap)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with WorkerPool(["cpu"]) as pool:
+        assert torch.equal(pool.decode(vae, latent, chunk_frames=1), expected)
+    assert not marker.exists(), marker.read_text()
+    subprocess.run([sys.executable, "-c", "import comfy"], check=True)
+    assert marker.read_text() == "comfy ", "the trap works"
+
+
+def test_encode_in_the_workers(pool, vae):
+    video = jobs.noise((1, 3, 5, 50, 130)).tanh()
+    expected = vae.encode(video)
+    # The stride-2 convolution: oneDNN chooses its kernel by size.
+    error = (pool.encode(vae, video, axis="height") - expected).abs().max()
+    assert error <= 1e-5 * expected.abs().max()
+    report = vae.last_report
+    with pytest.raises(DecodeCancelled):
+        pool.encode(vae, video, should_stop=lambda: True)
+    assert report.operation == "encode" and vae.last_report.status == "cancelled"
+
+
+def test_ranks_with_their_own_memory_formats_agree(pool, vae, latent, expected):
+    pixels = decode(pool, vae, latent, memory_formats=["contiguous", "channels_last_3d"])
+    assert (pixels - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert [r.layout.chosen for r in pool.last_reports] == ["contiguous", "channels_last_3d"]
+    assert vae.last_report.layout.mixed_calls == 0
+    with pytest.raises(ShardingError, match="1 memory formats for 2 ranks"):
+        decode(pool, vae, latent, memory_formats=["contiguous"])
+
+
+def test_messages_prove_themselves(pool):
+    for answer in pool.check_wire():
+        assert answer["gather"] and answer["exchange"]
+    with pytest.raises(ShardingError, match="nothing to prove"):
+        WorkerPool(["cpu"]).check_wire()
+
+
+def test_progress_is_what_every_rank_has_done(vae):
+    seen = []
+    ranks = [SimpleNamespace(rank=r) for r in range(3)]
+    watch = _Watch(
+        SimpleNamespace(devices="abc", timeout_s=1.0), None, lambda *a: seen.append(a), None
+    )
+    report = vae.inspect().as_dict()
+    for rank, done in [(1, 1), (0, 1), (0, 5), (2, 1), (1, 5), (1, 9), (2, 5), (2, 9), (0, 9)]:
+        watch._progress(ranks[rank], done, 9, report if rank == 0 else None)
+    assert [(done, total) for done, total, _ in seen] == [(1, 9), (5, 9), (9, 9)]
+    assert [told.done_frames for _, _, told in seen] == [1, 5, 9]
 
 
 def kill_at(pool, rank, frames):
@@ -186,6 +269,56 @@ def test_a_stuck_rank_is_named_after_the_time_out(pool, vae, latent, expected, r
     assert torch.equal(decode(pool, vae, latent), expected)
 
 
+def test_a_worker_that_stops_alone_is_found(vae, latent):
+    with WorkerPool(["cpu"], timeout_s=1.5) as pool:
+        pool.decode(vae, latent)
+        (pid,) = pool.pids
+        with pytest.raises(ShardingError, match=r"rank 0 \(cpu\) does not answer .*sign of life"):
+            decode(pool, vae, latent, on_progress=lambda *_: os.kill(pid, signal.SIGSTOP))
+        assert is_gone(pid) and pool.pids == []
+
+
+class AbsentRank(WorkerPool):
+    """Its last worker is never told to decode: alive, but the others wait for it."""
+
+    def _send_all(self, command, by_rank=None, **arguments):
+        everyone = self._ranks
+        if command == "decode":
+            self._ranks = everyone[:-1]
+        super()._send_all(command, by_rank, **arguments)
+        self._ranks = everyone
+
+
+def test_a_rank_that_never_joins_is_named_after_the_time_out_of_this_decode(vae, latent):
+    with AbsentRank("cpu,cpu", timeout_s=60) as pool:
+        pool.check_wire()
+        pids = pool.pids
+        pool.timeout_s = 1.5  # of workers that are warm already
+        with pytest.raises(ShardingError, match=r"rank 1 \(cpu\) does not .*at most 1.5 s"):
+            decode(pool, vae, latent)
+        assert all(is_gone(pid) for pid in pids)
+
+
+def test_a_process_that_nccl_ended_is_not_the_culprit():
+    def rank(number, code):
+        process = SimpleNamespace(poll=lambda: code)
+        return _Rank(number, torch.device("cuda", number), process, None)
+
+    ranks = [rank(0, -signal.SIGABRT), rank(1, None), rank(2, -signal.SIGABRT)]
+    pool = WorkerPool(["cpu"], backend="nccl")
+    died = {"kind": "died", "text": "exit code -6", "rank": 0}
+    failures = [pool._failure(r, {**died, "rank": r.rank}) for r in (ranks[0], ranks[2])]
+    error = _error(failures, ranks, "failed while decoding")
+    assert error.rank == 1 and "rank 1 (cuda:1) does not answer" in str(error)
+    # A rank that was killed before the others were ended is.
+    killed = _Failure(ranks[1], "died", "exit code -9", 1)
+    error = _error([*failures, killed], ranks, "failed while decoding")
+    assert error.rank == 1 and "died (exit code -9)" in str(error)
+    # With Gloo, SIGABRT is a death like any other.
+    gloo = WorkerPool(["cpu"], backend="gloo")._failure(ranks[0], died)
+    assert _error([gloo], ranks, "failed while decoding").rank == 0
+
+
 def test_cancel_stops_within_a_chunk_and_keeps_the_workers(pool, vae, latent, expected):
     decode(pool, vae, latent)
     before, seen = pool.pids, []
@@ -202,22 +335,21 @@ def test_cancel_stops_within_a_chunk_and_keeps_the_workers(pool, vae, latent, ex
 
 def test_cancel_while_a_rank_waits_for_halo_rows(pool, vae, latent, expected):
     decode(pool, vae, latent)
-    pids, events = pool.pids, []
+    pids = pool.pids
+    held, asked = threading.Event(), threading.Event()
 
     def hold(done, total, report):
-        if not events:  # rank 0 now waits for rows of a rank that does not run
+        if not held.is_set():  # rank 0 now waits for rows of a rank that does not run
             os.kill(pids[1], signal.SIGSTOP)
-            events.append("held")
+            held.set()
 
     def should_stop():
-        if events == ["held"]:
-            events.append("asked")
-            return True
-        return False
+        if held.is_set():
+            asked.set()
+        return held.is_set()
 
     def resume():
-        while "asked" not in events and threading.main_thread().is_alive():
-            threading.Event().wait(0.01)
+        assert asked.wait(60)
         os.kill(pids[1], signal.SIGCONT)
 
     helper = threading.Thread(target=resume)
@@ -283,10 +415,25 @@ def test_a_missing_device_is_named(devices, match):
         WorkerPool(devices)
 
 
-def test_devices_are_read_from_text():
+def test_devices_are_read_from_text(monkeypatch):
     assert parse_devices("cpu, cpu") == [torch.device("cpu")] * 2
-    if not torch.cuda.is_available():
-        assert parse_devices("all") == [torch.device("cpu")]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert parse_devices("all") == [torch.device("cpu")]
+    # A machine with four GPUs.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    assert parse_devices("all") == [torch.device("cuda", i) for i in range(4)]
+    found = parse_devices("0,1, 3")
+    assert found == [torch.device("cuda", i) for i in (0, 1, 3)]
+    assert parse_devices("cuda:2,cpu") == [torch.device("cuda", 2), torch.device("cpu")]
+    with pytest.raises(ShardingError, match="rank 1 cannot start: device cuda:4"):
+        parse_devices("0,4")
+    assert pick_backend(found) == "nccl"
+    assert pick_backend(parse_devices("0,0")) == "gloo", "two ranks of one card: NCCL refuses"
+    assert pick_backend(parse_devices("0,cpu")) == "gloo"
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    assert pick_backend(found) == "gloo", "Windows"
 
 
 def test_fallback_to_one_device_is_in_the_report(vae, latent, expected):
@@ -313,9 +460,6 @@ def test_wrong_arguments_are_refused(pool, vae, latent, change, error):
 
 
 def test_workers_end_when_their_parent_is_killed(tmp_path):
-    import subprocess
-    import sys
-
     script = tmp_path / "parent.py"
     script.write_text(
         "import sys, torch\n"
@@ -333,9 +477,9 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     )  # fmt: skip
     pids = [int(p) for p in parent.stdout.readline().split()]
     assert len(pids) == 2
+    ends = [os.pidfd_open(pid) for pid in pids]
     parent.kill()
     parent.wait()
-    until = time.monotonic() + 20
-    while not all(is_gone(pid) for pid in pids):
-        assert time.monotonic() < until, "workers outlived their parent"
-        threading.Event().wait(0.05)
+    for end in ends:
+        assert select.select([end], [], [], 20)[0], "a worker outlived its parent"
+        os.close(end)

@@ -19,7 +19,8 @@ class ShardContext:
     `rank` and `world_size` are those of `group`, which is None for the default group (or where
     there is one rank). `axis` is the picture axis to cut; "auto" takes the one that leaves less
     halo. `timeout_s` bounds each wait for another rank on a transport that can be waited for
-    (Gloo); NCCL has the time-out with which its group was made.
+    (Gloo); NCCL has the time-out with which its group was made. `same_input` promises that all
+    ranks read their input from one place: then its contents are not compared first.
     """
 
     rank: int = 0
@@ -27,6 +28,7 @@ class ShardContext:
     axis: AxisRequest = "auto"
     group: ProcessGroup | None = None
     timeout_s: float = 30.0
+    same_input: bool = False
 
     @property
     def is_single(self) -> bool:

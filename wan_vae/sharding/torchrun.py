@@ -21,9 +21,10 @@ import torch
 from .. import geometry
 from ..errors import DecodeCancelled, OutputError, ShardingError, WanVAEError
 from ..latents import check_latent, load_latent
+from ..pipeline import pick_device as best_device
 from ..sink import Sink
 from .context import SINGLE, ShardContext
-from .wire import Wire
+from .wire import Wire, group_environment
 
 TIMEOUT_S = 120.0
 
@@ -61,20 +62,20 @@ def pick_device(place: Place, asked: str | None) -> str:
     return f"cuda:{place.rank}"
 
 
-def join(place: Place, own_device: bool) -> ShardContext:
+def join(place: Place, device: torch.device, own_device: bool) -> ShardContext:
     """The group of this node's ranks, on loopback interfaces; a collective of the node.
 
-    NCCL where each rank has a CUDA device of its own, else Gloo.
+    NCCL where each rank has a CUDA device of its own, else Gloo. `device` becomes the current one.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if place.ranks == 1:
         return SINGLE
     import torch.distributed as dist
 
-    if sys.platform != "win32":
-        loopback = "lo0" if sys.platform == "darwin" else "lo"
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
-    nccl = own_device and torch.cuda.is_available() and dist.is_nccl_available()
+    for name, value in group_environment().items():
+        os.environ.setdefault(name, value)
+    nccl = own_device and device.type == "cuda" and dist.is_nccl_available()
     # torchrun's own store brings ranks together; the prefix keeps nodes and restarts apart.
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=TIMEOUT_S)))
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -84,6 +85,8 @@ def join(place: Place, own_device: bool) -> ShardContext:
         rank=place.rank,
         world_size=place.ranks,
         timeout=timedelta(seconds=TIMEOUT_S),
+        # Connects now, where all ranks are, and not at some first message.
+        device_id=device if nccl else None,
     )
     return ShardContext(place.rank, place.ranks, "auto", timeout_s=TIMEOUT_S)
 
@@ -120,7 +123,7 @@ def decode_list(args, load, outputs: list[Path], place: Place, bar) -> int:
     places: it is listed and ends the program; what was not begun is left to the next start.
     """
     args.device, own_device = pick_device(place, args.device), args.device is None
-    context = join(place, own_device)
+    context = join(place, best_device(args.device), own_device)
     vae = load(args, args.vae)
     wire = None if context.is_single else Wire(context, vae.device)
     summary = Summary(place)

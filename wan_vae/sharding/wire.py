@@ -7,6 +7,7 @@ lies and read as NCDHW: a silently garbled picture. Gloo copies right, so tests 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +23,28 @@ from .context import ShardContext
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64)
 # Renamed in PyTorch 2.13, where the old name warns.
-_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _MAGIC = 0x57414E31
 _DENSE_NCDHW = 1
 _HEADER_WORDS = 12
+
+
+def group_environment() -> dict[str, str]:
+    """Environment variables for a process whose ranks are all on one machine.
+
+    Ranks meet on the loopback interface only: no port that another machine could reach (Gloo on
+    Windows has no such setting). A NCCL message that times out ends its process, which the others
+    see. NVLink multicast serves large reductions, of which there are none here.
+    """
+    found = {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+        "NCCL_NVLS_ENABLE": "0",
+    }
+    if sys.platform != "win32":
+        loopback = "lo0" if sys.platform == "darwin" else "lo"
+        found.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
+    return found
 
 
 @dataclass(frozen=True)
@@ -49,8 +68,15 @@ class Wire:
 
     Gloo moves host memory only: tensors of a device are staged through it. There, each message is
     announced by a header that is compared before the data is posted. With NCCL reading a header
-    stops the device, so it is sent once for each (place, shape, dtype); all later messages follow
-    from the same plan. `fresh()` is where a decode starts.
+    stops the device, so it is sent once for each (place, shape, dtype) of a decode; all later
+    messages follow from the same plan, so every rank skips the same headers.
+
+    Order on a CUDA device: NCCL starts behind the work queued on the current stream, and that
+    stream goes on behind NCCL (`Work.wait`). Buffers may therefore be freed when `exchange`
+    returns: whatever takes their memory is queued later on the same stream. All messages of an
+    exchange are one group, so their order among neighbours does not matter, and no pair of ranks
+    has two in one direction. The first call of a decode is a collective of all ranks, idle ones
+    too, as NCCL wants it before messages between some.
     """
 
     def __init__(self, context: ShardContext, device: torch.device):
@@ -66,6 +92,13 @@ class Wire:
                 f"{dist.get_world_size(context.group)}",
                 rank=context.rank,
             )
+        if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+            # NCCL's grouped messages and Triton take the current device, whatever the tensors say.
+            raise ShardingError(
+                f"rank {context.rank} decodes on {device}, the current device of its thread is "
+                f"cuda:{torch.cuda.current_device()}: call torch.cuda.set_device({device.index})",
+                rank=context.rank,
+            )
         self.context = context
         self.device = device
         self.host_staged = dist.get_backend(context.group) == "gloo"
@@ -75,6 +108,7 @@ class Wire:
         self._wait_s = 0.0
         self._count = 0
         self.received_bytes = 0
+        self.received_messages = 0
 
     # -- point to point ---------------------------------------------------------------------
 
@@ -107,6 +141,7 @@ class Wire:
                     rank=self.context.rank,
                 )
             self.received_bytes += buffer.numel() * buffer.element_size()
+            self.received_messages += 1
         return [b.to(self.device) for b in buffers]
 
     def _agree_on_headers(self, site, dtype, out, into) -> None:
@@ -181,7 +216,7 @@ class Wire:
         )
         start = self._mark()
         try:
-            work = _all_gather_flat(gathered, flat, group=self.context.group, async_op=True)
+            work = all_gather_flat(gathered, flat, group=self.context.group, async_op=True)
             self._wait(work)
         except RuntimeError as error:
             raise ShardingError(

@@ -2,7 +2,7 @@
 
 Started by `workers` as `python -c "..."`, not by multiprocessing's spawn, which would import the
 main module of the parent again: in ComfyUI that is a second server. Only plain values cross the
-pipe. Ends when the pipe closes (the parent is gone), on "stop", or after `idle_s` without work.
+pipe. Ends when the pipe closes (the parent is gone) or on "stop".
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ..pipeline import WanVAE
 from ..sink import TensorSink
 from .context import SINGLE, ShardContext
 from .plan import plan_shards
+from .proof import check_wire
 from .shared import SharedBuffer, view
 
 # What PyTorch's CPU allocator says; it has no type of its own for it.
@@ -36,8 +37,8 @@ _CPU_OUT_OF_MEMORY = "can't allocate memory"
 class WorkerSettings:
     """How one worker starts; plain values only.
 
-    timeout_s: of the process group, long enough for all ranks to arrive. wait_s: for other ranks'
-    rows during a decode.
+    start_s: for all ranks to arrive. wait_s: for one NCCL message (Gloo's limit comes with each
+    decode).
     """
 
     rank: int
@@ -45,37 +46,48 @@ class WorkerSettings:
     device: str
     backend: str
     rendezvous: str
-    timeout_s: float
+    start_s: float
     wait_s: float
-    idle_s: float
     threads: int
 
 
 def main(handle: int) -> None:
     """Serve until told to stop. `handle` is this end of the pipe, inherited from the parent."""
-    pipe = _connect(handle)
-    settings = WorkerSettings(**pipe.recv())
+    pipe = _Pipe(_connect(handle))
+    settings = WorkerSettings(**pipe.receive())
     commands: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, commands), daemon=True).start()
     worker = _Worker(settings, pipe)
     try:
         worker.start()
     except (RuntimeError, WanVAEError) as error:
-        pipe.send(("error", _describe(error, settings)))
+        pipe.send("error", _describe(error, settings))
         return
-    pipe.send(("ready", None))
+    pipe.send("ready", None)
     while True:
-        try:
-            command, arguments = commands.get(timeout=settings.idle_s)
-        except queue.Empty:
-            break
+        command, arguments = commands.get()
         if command == "stop":
             break
         try:
-            pipe.send(("done", getattr(worker, command)(**arguments)))
+            pipe.send("done", getattr(worker, command)(**arguments))
         except (WanVAEError, RuntimeError, MemoryError, OSError, TypeError, ValueError) as error:
-            pipe.send(("error", _describe(error, settings)))
+            pipe.send("error", _describe(error, settings))
     worker.close()
+
+
+class _Pipe:
+    """This end of the pipe; two threads send, one at a time."""
+
+    def __init__(self, connection: Connection):
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, kind: str, value) -> None:
+        with self._lock:
+            self._connection.send((kind, value))
+
+    def receive(self):
+        return self._connection.recv()
 
 
 def _connect(handle: int):
@@ -86,11 +98,18 @@ def _connect(handle: int):
     return Connection(handle)
 
 
-def _listen(pipe, commands: queue.SimpleQueue) -> None:
-    """Read commands; when the parent is gone, end at once, also out of a wait for another rank."""
+def _listen(pipe: _Pipe, commands: queue.SimpleQueue) -> None:
+    """Read commands and answer "ping", whatever the main thread is busy with.
+
+    When the parent is gone, end at once, also out of a wait for another rank.
+    """
     with suppress(EOFError, OSError):
         while True:
-            commands.put(pipe.recv())
+            message = pipe.receive()
+            if message[0] == "ping":
+                pipe.send("pong", None)
+            else:
+                commands.put(message)
     os._exit(1)
 
 
@@ -108,7 +127,7 @@ def _describe(error: BaseException, settings: WorkerSettings) -> dict:
 class _Worker:
     """One rank: its process group, its VAE, and the commands that the parent may name."""
 
-    def __init__(self, settings: WorkerSettings, pipe):
+    def __init__(self, settings: WorkerSettings, pipe: _Pipe):
         self.settings, self.pipe = settings, pipe
         self.device = torch.device(settings.device)
         self.vae: WanVAE | None = None
@@ -124,15 +143,21 @@ class _Worker:
             return
         import torch.distributed as dist
 
+        nccl, start = settings.backend == "nccl", timedelta(seconds=settings.start_s)
+        # A store of our own, so that ranks may take longer to arrive than one message may.
+        store, rank, world_size = next(
+            dist.rendezvous(settings.rendezvous, settings.rank, settings.world_size, timeout=start)
+        )
+        store.set_timeout(start)
         dist.init_process_group(
             settings.backend,
-            init_method=settings.rendezvous,
+            store=dist.PrefixStore("wan_vae", store),
+            rank=rank,
+            world_size=world_size,
             # NCCL knows no time-out for one message, only this one.
-            timeout=timedelta(
-                seconds=settings.wait_s if settings.backend == "nccl" else settings.timeout_s
-            ),
-            rank=settings.rank,
-            world_size=settings.world_size,
+            timeout=timedelta(seconds=settings.wait_s) if nccl else start,
+            # Connects now, where the parent waits for it, and not within the first decode.
+            device_id=self.device if nccl else None,
         )
 
     def close(self) -> None:
@@ -153,17 +178,30 @@ class _Worker:
             build_model(WanVAEConfig(**config), state, self.device, dtype), weights_found=found
         )
 
-    def decode(self, path, size, latent, output, form, axis, gather, options) -> dict:
-        """Decode the latent in shared memory; this rank's rows go to the output beside it."""
+    def _context(self, axis, wait_s: float) -> ShardContext:
         settings = self.settings
+        if settings.world_size == 1:
+            return SINGLE
+        return ShardContext(
+            settings.rank, settings.world_size, axis, timeout_s=wait_s, same_input=True
+        )
+
+    def _hooks(self, raw: torch.Tensor) -> dict:
+        """on_progress to the parent, should_stop from the first byte of the shared memory."""
+
+        def on_progress(done: int, total: int, report) -> None:
+            plain = report.as_dict() if self.settings.rank == 0 else None
+            self.pipe.send("progress", (done, total, plain))
+
+        return {"on_progress": on_progress, "should_stop": lambda: bool(raw[0])}
+
+    def decode(self, path, size, input, output, form, axis, gather, wait_s, options) -> dict:
+        """Decode the latent in shared memory; this rank's rows go to the output beside it."""
         raw = SharedBuffer.open(path, size).raw
-        self.pipe.send(("mapped", None))
-        latent = view(raw, *latent, torch.float32)
+        self.pipe.send("mapped", None)
+        latent = view(raw, *input, torch.float32)
         out = view(raw, *output, torch.float32)
-        rank, world_size = settings.rank, settings.world_size
-        context = SINGLE
-        if world_size > 1:
-            context = ShardContext(rank, world_size, axis, timeout_s=settings.wait_s)
+        rank, world_size = self.settings.rank, self.settings.world_size
         if gather == "shared" and world_size > 1:
             plan = plan_shards(latent.shape[3], latent.shape[4], world_size, axis)
             rows, columns = plan.place(rank, self.vae.config.spatial_factor)
@@ -171,22 +209,40 @@ class _Worker:
             out = out[:, :, rows, columns] if form == "image" else out[..., rows, columns]
         sink = ImageSink(out) if form == "image" else TensorSink(out)
         writes = gather == "shared" or rank == 0
-
-        def on_progress(done: int, total: int, report) -> None:
-            plain = report.as_dict() if rank == 0 else None
-            self.pipe.send(("progress", (done, total, plain)))
-
         with suppress(DecodeCancelled):  # the report says it
             self.vae.decode(
                 latent.clone() if self.device.type == "cpu" else latent,
-                shard=context,
+                shard=self._context(axis, wait_s),
                 gather="own" if gather == "shared" else gather,
                 sink=sink if writes else _Nowhere(),
-                on_progress=on_progress,
-                should_stop=lambda: bool(raw[0]),
+                **self._hooks(raw),
                 **options,
             )
         return {"report": self.vae.last_report.as_dict()}
+
+    def encode(self, path, size, input, output, axis, wait_s, options) -> dict:
+        """Encode the pixels in shared memory; rank 0 writes the latent beside them."""
+        raw = SharedBuffer.open(path, size).raw
+        self.pipe.send("mapped", None)
+        with suppress(DecodeCancelled):
+            latent = self.vae.encode(
+                view(raw, *input, torch.float32),
+                shard=self._context(axis, wait_s),
+                gather="rank0",
+                **self._hooks(raw),
+                **options,
+            )
+            if latent is not None:
+                view(raw, *output, torch.float32).copy_(latent)
+        return {"report": self.vae.last_report.as_dict()}
+
+    def check_wire(self, wait_s) -> dict:
+        """Send known numbers around, each rank's in another memory format. A collective.
+
+        Whether they arrived as they should, through our gather, our exchange, and for comparison
+        through an unguarded gather (NCCL garbles dense NDHWC there; Gloo copies right or refuses).
+        """
+        return check_wire(self._context("auto", wait_s), self.device)
 
 
 class _Nowhere:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -25,14 +27,22 @@ from typing import Literal
 import torch
 
 from .. import geometry
-from ..errors import BackendError, DecodeCancelled, ShardingError, WanVAEError
+from ..errors import (
+    BackendError,
+    CheckpointError,
+    DecodeCancelled,
+    DecodeMemoryError,
+    ShardingError,
+    WanVAEError,
+)
 from ..image import ImageSink
-from ..latents import check_latent
-from ..pipeline import WanVAE, pick_device
+from ..latents import as_batch, check_latent, check_pixels
+from ..pipeline import WanVAE, crop_for_encode, pick_device
 from ..report import DecodeReport
 from ..sink import TensorSink
 from .context import AxisRequest
 from .shared import SharedBuffer, aligned, view
+from .wire import group_environment
 from .worker import WorkerSettings
 
 GatherMode = Literal["shared", "rank0", "all"]
@@ -40,6 +50,8 @@ Form = Literal["pixels", "image"]
 
 # How long the parent looks at its pipes before it asks `should_stop` again.
 _POLL_S = 0.1
+# How often it asks busy workers for a sign of life.
+_PING_S = 0.5
 # After a first failure the other ranks fail too, within moments; the cause is chosen among them.
 _GRACE_S = 2.0
 _CONTROL_BYTES = 4096
@@ -95,7 +107,11 @@ class _Rank:
 
 @dataclass(frozen=True)
 class _Failure:
-    """What went wrong on which rank; `blames` is the rank that it waited for in vain."""
+    """What went wrong on which rank; `blames` is the rank that it waited for in vain.
+
+    `kind` is the name of the worker's exception, or "died", "stuck" (gave no sign of life) or
+    "aborted" (NCCL ended the process after a message that never came).
+    """
 
     rank: _Rank
     kind: str
@@ -106,9 +122,10 @@ class _Failure:
 class WorkerPool:
     """Worker processes for a list of devices; started on first use and again after a failure.
 
-    timeout_s: how long a rank waits for another. idle_s: without work for so long, workers end.
-    Decodes from several threads queue up. `close` (or `with`) ends the workers; they also end by
-    themselves when this process does, however it ends.
+    timeout_s: how long a rank waits for another, and a worker may give no sign of life.
+    idle_s: after so long without work the workers are ended. Decodes from several threads queue
+    up. `close` (or `with`) ends the workers; they also end by themselves when this process does,
+    however it ends. `last_reports`: of each rank's own share of the last operation, in rank order.
     """
 
     def __init__(
@@ -130,6 +147,10 @@ class WorkerPool:
         self._folder: Path | None = None
         self._loaded: tuple | None = None
         self._lock = threading.Lock()
+        self._idle: threading.Timer | None = None
+        self._uses = 0
+        self._started_timeout_s = timeout_s
+        self.last_reports: tuple[DecodeReport, ...] = ()
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -145,9 +166,12 @@ class WorkerPool:
     def close(self) -> None:
         """End the workers and wait until they are gone. The next decode starts new ones."""
         with self._lock:
-            for rank in self._ranks:
-                _try_send(rank.pipe, ("stop", {}))
-            self._end(self.timeout_s)
+            self._stop()
+
+    def _stop(self) -> None:
+        for rank in self._ranks:
+            _try_send(rank.pipe, ("stop", {}))
+        self._end(self.timeout_s)
 
     # -- a decode -----------------------------------------------------------------------------
 
@@ -161,6 +185,7 @@ class WorkerPool:
         form: Form = "pixels",
         on_progress: Callable[[int, int, DecodeReport], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
+        memory_formats: Sequence[str] | None = None,
         **options,
     ) -> torch.Tensor:
         """Decode on all devices; `vae.last_report` then tells of all ranks.
@@ -168,7 +193,9 @@ class WorkerPool:
         Returns host memory: float32 [B, 3, T', H', W'] in [-1, 1], or with form="image"
         [B, T', H', W', 3] in [0, 1]. gather: each rank writes its rows ("shared"), or rank 0 writes
         the picture that it alone ("rank0") or every rank ("all") has gathered. `options` are those
-        of `WanVAE.decode`: normalized, chunk_frames, memory_format, precision, backend.
+        of `WanVAE.decode`: normalized, chunk_frames, memory_format, precision, backend;
+        `memory_formats` instead gives each rank its own. `on_progress` counts the frames that
+        every rank has done.
 
         Raises LatentError, GeometryError, ShardingError (with the rank that failed and why),
         DecodeCancelled. Not a collective; other threads' decodes wait.
@@ -179,59 +206,117 @@ class WorkerPool:
             raise ShardingError(f"form is {form!r}: expected 'pixels' or 'image'")
         latent = latent.unsqueeze(0) if latent.ndim == 4 else latent
         check_latent(latent, vae.config)
+        shape = geometry.pixel_shape(tuple(latent.shape), vae.config)
+        if form == "image":
+            shape = (shape[0], *shape[2:], shape[1])
+        arguments = {"form": form, "axis": axis, "gather": gather, "options": options}
+        by_rank = None
+        if memory_formats is not None:
+            if len(memory_formats) != len(self.devices):
+                raise ShardingError(
+                    f"{len(memory_formats)} memory formats for {len(self.devices)} ranks"
+                )
+            by_rank = [{"options": {**options, "memory_format": f}} for f in memory_formats]
+        return self._work(
+            "decode", vae, latent, shape, on_progress, should_stop, arguments, by_rank
+        )
+
+    def encode(
+        self,
+        vae: WanVAE,
+        pixels: torch.Tensor,
+        *,
+        axis: AxisRequest = "auto",
+        on_progress: Callable[[int, int, DecodeReport], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        **options,
+    ) -> torch.Tensor:
+        """Encode on all devices: `WanVAE.encode` with its options, the latent in host memory.
+
+        Raises what `decode` raises, and CheckpointError if the checkpoint had no encoder.
+        """
+        pixels = as_batch(pixels, "video")
+        check_pixels(pixels, vae.config)
+        if vae.encoder is None:
+            raise CheckpointError("this checkpoint has no encoder: load a full VAE file to encode")
+        shape = geometry.latent_shape(tuple(pixels.shape), vae.config)
+        pixels = crop_for_encode(pixels, vae.config)
+        arguments = {"axis": axis, "options": options}
+        return self._work("encode", vae, pixels, shape, on_progress, should_stop, arguments)
+
+    def check_wire(self) -> list[dict]:
+        """Have the ranks prove their messages in every memory format; see `proof.check_wire`.
+
+        One answer for each rank. Raises ShardingError, also for a pool of one.
+        """
+        if len(self.devices) < 2:
+            raise ShardingError("one rank sends nothing: there is nothing to prove")
+        with self._busy():
+            self._send_all("check_wire", wait_s=self.timeout_s)
+            return self._wait_for_all("prove their messages", self.timeout_s + _GRACE_S)
+
+    @contextmanager
+    def _busy(self):
+        """The workers are running and ours alone; whatever goes wrong ends them."""
         with self._lock:
+            self._uses += 1
+            if self._idle is not None:
+                self._idle.cancel()
             try:
                 self._start()
-                self._load(vae)
-                picture = self._decode(
-                    vae, latent, axis, gather, form, on_progress, should_stop, options
-                )
+                yield
             except BaseException:
                 # Ranks may be anywhere in a decode: nothing that they say can be trusted.
                 self._end(0.0)
                 raise
-        if vae.last_report.status == "cancelled":
-            # Agreed among the ranks, all of which are ready for the next decode.
-            raise DecodeCancelled(vae.last_report.error or "cancelled")
-        return picture
+            # By the parent, who alone knows that no command is on its way to them.
+            self._idle = threading.Timer(self.idle_s, _end_idle, (weakref.ref(self), self._uses))
+            self._idle.daemon = True
+            self._idle.start()
 
-    def _decode(self, vae, latent, axis, gather, form, on_progress, should_stop, options):
-        shape = geometry.pixel_shape(tuple(latent.shape), vae.config)
-        if form == "image":
-            shape = (shape[0], *shape[2:], shape[1])
-        latent_at = _CONTROL_BYTES
-        output_at = latent_at + aligned(latent.numel() * 4)
-        count = torch.Size(shape).numel()
-        buffer = SharedBuffer.create(output_at + aligned(count * 4), self.shared_folders)
-        try:
-            view(buffer.raw, latent_at, latent.shape, torch.float32).copy_(latent)
-            self._send_all(
-                "decode",
-                path=str(buffer.path),
-                size=buffer.raw.numel(),
-                latent=(latent_at, tuple(latent.shape)),
-                output=(output_at, shape),
-                form=form,
-                axis=axis,
-                gather=gather,
-                options=options,
-            )
-            watch = _Watch(self, buffer, on_progress, should_stop)
-            results = watch.until_done()
-        finally:
-            buffer.unlink()
-        report = DecodeReport.from_dict(results[0]["report"])
-        output_bytes = count * 4
+    def _work(
+        self, command, vae, tensor, shape, on_progress, should_stop, arguments, by_rank=None
+    ) -> torch.Tensor:
+        """One operation: `tensor` in and a float32 tensor of `shape` out, in shared memory."""
+        with self._busy():
+            self._load(vae)
+            input_at = _CONTROL_BYTES
+            output_at = input_at + aligned(tensor.numel() * 4)
+            output_bytes = torch.Size(shape).numel() * 4
+            buffer = SharedBuffer.create(output_at + aligned(output_bytes), self.shared_folders)
+            try:
+                view(buffer.raw, input_at, tensor.shape, torch.float32).copy_(tensor)
+                self._send_all(
+                    command,
+                    by_rank,
+                    path=str(buffer.path),
+                    size=buffer.raw.numel(),
+                    input=(input_at, tuple(tensor.shape)),
+                    output=(output_at, tuple(shape)),
+                    wait_s=self.timeout_s,
+                    **arguments,
+                )
+                results = _Watch(self, buffer, on_progress, should_stop).until_done()
+            finally:
+                buffer.unlink()
+            self.last_reports = tuple(DecodeReport.from_dict(r["report"]) for r in results)
+        report = self.last_reports[0]
         vae.last_report = replace(report, memory=replace(report.memory, output_bytes=output_bytes))
+        if report.status == "cancelled":
+            # Agreed among the ranks, all of which are ready for the next command.
+            raise DecodeCancelled(report.error or "cancelled")
         return view(buffer.raw, output_at, shape, torch.float32)
 
     # -- workers --------------------------------------------------------------------------------
 
     def _start(self) -> None:
         """Have all workers running; those of a pool of which one is gone are replaced."""
-        if self._ranks and all(r.process.poll() is None for r in self._ranks):
+        running = self._ranks and all(r.process.poll() is None for r in self._ranks)
+        # NCCL takes its time-out when ranks join; Gloo with each message.
+        if running and (self.backend != "nccl" or self._started_timeout_s == self.timeout_s):
             return
         self._end(0.0)
+        self._started_timeout_s = self.timeout_s
         self._folder = Path(tempfile.mkdtemp(prefix="wan_vae_ranks_"))
         on_cpu = sum(d.type == "cpu" for d in self.devices) or 1
         for i, device in enumerate(self.devices):
@@ -243,10 +328,9 @@ class WorkerPool:
                         device=str(device),
                         backend=self.backend,
                         rendezvous=(self._folder / "rendezvous").as_uri(),
-                        timeout_s=max(self.timeout_s, self.start_timeout_s),
-                        idle_s=self.idle_s,
-                        threads=max(1, torch.get_num_threads() // on_cpu),
+                        start_s=max(self.timeout_s, self.start_timeout_s),
                         wait_s=self.timeout_s,
+                        threads=max(1, torch.get_num_threads() // on_cpu),
                     ),
                     device,
                 )
@@ -284,27 +368,43 @@ class WorkerPool:
             buffer.unlink()
         self._loaded = (weakref.ref(vae.model), vae.dtype)
 
-    def _send_all(self, command: str, **arguments) -> None:
+    def _send_all(
+        self, command: str, by_rank: Sequence[Mapping] | None = None, **arguments
+    ) -> None:
         for rank in self._ranks:
-            _try_send(rank.pipe, (command, arguments))  # one that is gone is found by the watch
+            own = {**arguments, **(by_rank[rank.rank] if by_rank else {})}
+            _try_send(rank.pipe, (command, own))  # one that is gone is found by the watch
 
-    def _wait_for_all(self, what: str, timeout_s: float) -> None:
-        """Wait for one message of each worker. Raises ShardingError."""
+    def _wait_for_all(self, what: str, timeout_s: float) -> list:
+        """One message of each worker, waited for; in rank order. Raises ShardingError."""
+        said = {}
         left, until = {r.pipe: r for r in self._ranks}, time.monotonic() + timeout_s
         failures: list[_Failure] = []
         while left and not failures:
             ready = wait(list(left), max(0.0, until - time.monotonic()))
             for pipe in ready:
-                rank = left.pop(pipe)
+                rank = left[pipe]
                 kind, value = _receive(rank)
+                if kind == "pong":  # asked for in an operation that ended before it came
+                    continue
+                del left[pipe]
+                said[rank.rank] = value
                 if kind == "error":
-                    failures.append(_failure(rank, value))
+                    failures.append(self._failure(rank, value))
             if not ready:
                 names = ", ".join(r.name for r in left.values())
                 first = next(iter(left.values())).rank
                 raise ShardingError(f"{names} did not {what} within {timeout_s:g} s", rank=first)
         if failures:
             raise _error(failures, self._ranks, f"could not {what}")
+        return [said[r.rank] for r in self._ranks]
+
+    def _failure(self, rank: _Rank, value: dict) -> _Failure:
+        kind = value["kind"]
+        # Windows has no such exit codes, and no NCCL.
+        if kind == "died" and self.backend == "nccl" and rank.process.poll() == -signal.SIGABRT:
+            kind = "aborted"
+        return _Failure(rank, kind, value["text"], value["rank"])
 
     def _end(self, patience_s: float) -> None:
         """End every worker: wait `patience_s` for those told to stop, then kill."""
@@ -322,14 +422,27 @@ class WorkerPool:
             self._folder = None
 
 
+def _end_idle(pool: weakref.ref[WorkerPool], uses: int) -> None:
+    """End the workers of a pool that nobody has used since `uses`."""
+    found = pool()
+    if found is not None:
+        with found._lock:
+            if found._uses == uses:
+                found._stop()
+
+
 class _Watch:
-    """Follows one decode: progress, cancel, failures."""
+    """Follows one operation: progress, cancel, failures, signs of life."""
 
     def __init__(self, pool: WorkerPool, buffer: SharedBuffer, on_progress, should_stop):
         self.pool, self.buffer = pool, buffer
         self.on_progress, self.should_stop = on_progress, should_stop
         self.done_frames = [0] * len(pool.devices)
+        self.told_frames = 0
+        self.report: dict | None = None
         self.mapped = 0
+        self.asked_at: dict[int, float] = {}  # ranks that have a ping to answer
+        self.next_ping = time.monotonic() + _PING_S
 
     def until_done(self) -> list[dict]:
         """The result of each rank, in order. Raises ShardingError, DecodeCancelled."""
@@ -344,29 +457,59 @@ class _Watch:
             for pipe in wait(list(left), _POLL_S):
                 rank = left[pipe]
                 kind, value = _receive(rank)
+                self.asked_at.pop(rank.rank, None)
                 if kind == "done":
                     del left[pipe]
                     results[rank.rank] = value
                 elif kind == "error":
                     del left[pipe]
-                    failures.append(_failure(rank, value))
+                    failures.append(self.pool._failure(rank, value))
                     until = until or time.monotonic() + _GRACE_S
+                elif kind == "pong":
+                    pass
                 elif kind == "mapped":
                     self.mapped += 1
                     if self.mapped == len(ranks):
                         self.buffer.unlink()  # from here on, nothing is left after a crash
                 else:
                     self._progress(rank, *value)
+            # After what was waiting in the pipes has been read: we may have been away ourselves.
+            if stuck := self._without_a_sign_of_life(left):
+                failures += stuck
+                break
         if failures:
             raise _error(failures, ranks, "failed while decoding", set(results))
         return [results[r.rank] for r in ranks]
 
+    def _without_a_sign_of_life(self, left: Mapping[Connection, _Rank]) -> list[_Failure]:
+        """Ask the workers that are still busy, and return those that have not answered in time.
+
+        Finds a process that was stopped, also where no other rank waits for it, or where the
+        others sit in NCCL and cannot say so.
+        """
+        now, timeout_s = time.monotonic(), self.pool.timeout_s
+        stuck = [
+            _Failure(r, "stuck", f"gave no sign of life for {timeout_s:g} s", r.rank)
+            for r in left.values()
+            if now - self.asked_at.get(r.rank, now) > timeout_s
+        ]
+        if now >= self.next_ping:
+            self.next_ping = now + _PING_S
+            for rank in left.values():
+                if rank.rank not in self.asked_at:
+                    self.asked_at[rank.rank] = now
+                    _try_send(rank.pipe, ("ping", None))
+        return stuck
+
     def _progress(self, rank: _Rank, done: int, total: int, report: dict | None) -> None:
+        """Tell of the frames that every rank has done; ranks without rows keep step."""
         self.done_frames[rank.rank] = done
-        if report is not None and self.on_progress is not None:
-            # Frames are done when every rank has them; ranks without rows keep up by design.
-            done = min(max(self.done_frames), done)
-            self.on_progress(done, total, DecodeReport.from_dict(report))
+        self.report = report or self.report
+        everywhere = min(self.done_frames)
+        if everywhere > self.told_frames and self.report and self.on_progress is not None:
+            self.told_frames = everywhere
+            told = DecodeReport.from_dict(self.report)
+            self.on_progress(everywhere, total, replace(told, done_frames=everywhere))
 
 
 def decode_sharded(
@@ -430,11 +573,7 @@ def _spawn(settings: WorkerSettings, device: torch.device) -> _Rank:
         f"import sys; sys.path.insert(0, {str(library.parent)!r}); "
         f"from {library.name}.sharding.worker import main; main({handle})"
     )
-    environment = dict(os.environ)
-    # No port that another machine could reach: ranks meet on the loopback interface only.
-    loopback = "lo0" if sys.platform == "darwin" else "lo"
-    if sys.platform != "win32":
-        environment.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
+    environment = {**os.environ, **group_environment()}
     inherit: dict = {"pass_fds": (handle,)}
     if sys.platform == "win32":
         os.set_handle_inheritable(handle, True)
@@ -475,22 +614,22 @@ def _receive(rank: _Rank) -> tuple[str, object]:
         return "error", {"kind": "died", "text": f"exit code {code}", "rank": rank.rank}
 
 
-def _failure(rank: _Rank, value: dict) -> _Failure:
-    return _Failure(rank, value["kind"], value["text"], value["rank"])
-
-
 def _error(
     failures: list[_Failure], ranks: list[_Rank], what: str, finished: set[int] = frozenset()
 ) -> WanVAEError:
     """The one error that names the cause: a death, then no memory, then what was said first."""
-    for kind in ("died", "DecodeMemoryError"):
+    causes = {
+        "died": "died ({}); it " + what,
+        DecodeMemoryError.__name__: "is out of memory: {}; it " + what,
+        "stuck": "does not answer (stuck or overloaded): {}",
+    }
+    for kind, text in causes.items():
         for f in failures:
             if f.kind == kind:
-                text = f"died ({f.text})" if kind == "died" else f"is out of memory: {f.text}"
-                return ShardingError(f"{f.rank.name} {text}; it {what}", rank=f.rank.rank)
+                return ShardingError(f"{f.rank.name} {text.format(f.text)}", rank=f.rank.rank)
     silent = [r for r in ranks if r.rank not in {f.rank.rank for f in failures} | finished]
     for f in failures:
-        if f.kind == ShardingError.__name__:
+        if f.kind in (ShardingError.__name__, "aborted"):
             if silent:
                 stuck = next((r for r in silent if r.rank == f.blames), silent[0])
                 return ShardingError(
