@@ -11,8 +11,13 @@ import torch
 import wan_vae
 from tests.conftest import SMALL_CONFIGS, random_state
 from wan_vae import WanVAE
+from wan_vae.blocks import Step
+from wan_vae.cache import FeatureCache
+from wan_vae.chunking import schedule
 from wan_vae.errors import DecodeCancelled
-from wan_vae.sharding import ShardContext
+from wan_vae.sharding import ShardContext, plan_shards
+from wan_vae.sharding.halo import Shard
+from wan_vae.sharding.run import own_part
 from wan_vae.sharding.wire import Incoming, Outgoing, Wire
 
 MINI = Path(__file__).parents[2] / "examples" / "wan_vae_mini.safetensors"
@@ -115,6 +120,23 @@ def decode_and_cancel(rank, ranks, group, *, stop_rank, after):
     except DecodeCancelled as error:
         return str(error), vae.last_report.status
     return "not cancelled", vae.last_report.status
+
+
+def count_messages(rank, ranks, group, *, name, shape, chunk_frames):
+    """Decode with a wire of our own: (messages, bytes) that this rank received in each chunk."""
+    vae = model(name)
+    plan = plan_shards(shape[3], shape[4], ranks)
+    context = ShardContext(rank, ranks, group=group)
+    wire = Wire(context, torch.device("cpu"))
+    shard, cache, counts = Shard(context, plan, wire), FeatureCache(), []
+    z = own_part(noise(shape), plan, rank).contiguous()
+    with torch.inference_mode():
+        for chunk in schedule(shape[2], chunk_frames):
+            before = wire.received_messages, wire.received_bytes
+            vae.model.decode_chunk(z[:, :, chunk.start : chunk.stop], Step(cache, chunk, shard))
+            after = wire.received_messages, wire.received_bytes
+            counts.append((after[0] - before[0], after[1] - before[1]))
+    return counts
 
 
 def gather_every_format(rank, ranks, group):

@@ -64,6 +64,16 @@ def test_even_odd_and_one_row_remainders(ranks, height, count):
     assert np.array_equal(whole(results, "height", "all"), expected)
 
 
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(("name", "axis"), [("wan2.2", "height"), ("mini", "width")])
+def test_two_and_four_ranks_of_the_other_models(ranks, name, axis, count):
+    # 6 over 4 is 2, 2, 1, 1.
+    shape = latent_of(name, 2, *((6, 16) if axis == "height" else (16, 6)))
+    expected = jobs.model(name).decode(jobs.noise(shape), chunk_frames=2).numpy()
+    results = ranks.run("decode", count, name=name, shape=shape, axis=axis, chunk_frames=2)
+    assert np.array_equal(whole(results, axis, "all"), expected)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("axis", ["height", "width"])
 def test_shards_of_a_few_pixels_are_equal_to_rounding(ranks, name, axis):
@@ -74,18 +84,23 @@ def test_shards_of_a_few_pixels_are_equal_to_rounding(ranks, name, axis):
 
 
 @pytest.mark.parametrize(
-    ("name", "axis", "count"),
+    ("name", "axis", "count", "size"),
     [
-        ("wan2.1", "height", 2),
-        ("wan2.1", "width", 4),
-        ("wan2.2", "height", 4),
-        ("mini", "width", 2),
+        ("wan2.1", "height", 2, 4),
+        ("wan2.1", "height", 2, 5),
+        ("wan2.1", "height", 3, 4),
+        ("wan2.1", "height", 3, 7),
+        ("wan2.1", "width", 4, 5),
+        ("wan2.2", "height", 4, 5),
+        ("wan2.2", "width", 3, 4),
+        ("mini", "width", 2, 5),
+        ("mini", "height", 4, 6),
     ],
 )
-def test_encode_equals_one_process(ranks, name, axis, count):
+def test_encode_equals_one_process(ranks, name, axis, count, size):
     factor = jobs.model(name).config.spatial_factor
-    # A few pixels over: cropped as in one process. 5 latent rows: 2, 2, 1 ...
-    rows, columns = (5, 16) if axis == "height" else (16, 5)
+    # A few pixels over: cropped as in one process. 5 over 4 is 2, 1, 1, 1; 4 over 3 is 2, 1, 1.
+    rows, columns = (size, 16) if axis == "height" else (16, size)
     shape = (1, 3, 5, rows * factor + 3, columns * factor + 1)
     expected = jobs.model(name).encode(jobs.noise(shape).tanh()).numpy()
     for gather in ("all", "rank0", "own"):
