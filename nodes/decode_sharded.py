@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import comfy.model_management as model_management
+import comfy.model_patcher
+import torch
 from comfy_api.latest import io
 
 from ..wan_vae import ShardingError
@@ -27,22 +29,66 @@ AXES = ("auto", "height", "width")
 GATHERS = ("shared", "rank0", "all")
 
 
+class WanVAEWorkers(torch.nn.Module):
+    """Stands for the workers among ComfyUI's loaded models; the weights are in their processes."""
+
+    def __init__(self, pool: WorkerPool):
+        super().__init__()
+        self.pool = pool
+
+
+class WorkersPatcher(comfy.model_patcher.ModelPatcher):
+    """Lets ComfyUI give the workers back as it unloads a model: under pressure, or when asked to.
+
+    `size` is what they hold on the device that ComfyUI counts, as far as we know it.
+    """
+
+    def loaded_size(self) -> int:
+        return self.size if self.model.pool.pids else 0
+
+    def partially_unload(self, *_, **__) -> int:
+        """Nothing: workers go together or not at all."""
+        return 0
+
+    def detach(self, unpatch_all: bool = True):
+        if unpatch_all:  # else ComfyUI only reorders its list, or drops the patcher
+            self.model.pool.close()
+        return super().detach(unpatch_all)
+
+
 class Pools:
     """The worker pool in use. One at a time: workers of other devices give their memory back."""
 
     def __init__(self) -> None:
         self._pool: WorkerPool | None = None
+        self._patcher: WorkersPatcher | None = None
 
     def get(self, devices: str, timeout_s: float) -> WorkerPool:
         """The warm pool of these devices, or a new one in place of another's."""
         wanted = parse_devices(devices)
         if self._pool is not None and self._pool.devices != wanted:
             self._pool.close()
-            self._pool = None
+            self._pool = self._patcher = None
         if self._pool is None:
             self._pool = WorkerPool(wanted)
         self._pool.timeout_s = timeout_s
         return self._pool
+
+    def count(self, device: torch.device, weights_bytes: int, needed_bytes: int) -> None:
+        """Put the workers among the models that ComfyUI holds on `device`.
+
+        It makes room there first: for the weights and for `needed_bytes` of a decode, if `device`
+        is one of theirs. The workers' memory is not ComfyUI's to see.
+        """
+        theirs = device in self._pool.devices
+        size = weights_bytes if theirs else 1
+        if self._patcher is None or self._patcher.load_device != device:
+            model = WanVAEWorkers(self._pool)
+            self._patcher = WorkersPatcher(model, device, device, size=size)
+        self._patcher.size = size
+        model_management.load_models_gpu(
+            [self._patcher], memory_required=needed_bytes if theirs else 0, force_full_load=True
+        )
 
 
 POOLS = Pools()
@@ -125,12 +171,11 @@ class WanVAEDecodeSharded(io.ComfyNode):
         def decode(packed, hooks):
             try:
                 pool = POOLS.get(devices, timeout_s)
-                if vae.device in pool.devices:
-                    # The workers' memory is not ComfyUI's to count: have it make room beforehand.
-                    needed = wan_memory.planned_bytes(
-                        packed.wan.config, shape, packed.wan.dtype.itemsize, 1
-                    )
-                    model_management.free_memory(needed // len(pool.devices), vae.device)
+                weights = sum(p.nbytes for p in packed.wan.model.parameters())
+                needed = wan_memory.planned_bytes(
+                    packed.wan.config, shape, packed.wan.dtype.itemsize, 1
+                )
+                POOLS.count(vae.device, weights, needed // len(pool.devices))
                 image = pool.decode(
                     packed.wan, latent, axis=axis, gather=gather, form="image",
                     chunk_frames=chunk_frames or None, **options, **hooks,

@@ -1,12 +1,18 @@
 """WanVAEDecodeSharded in a running ComfyUI with two CPU workers: the picture, cancel, kill."""
 
 import os
+import select
 import signal
+import uuid
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from tests.comfy import graphs
 from tests.comfy.graphs import latent, load_vae, node
+from tests.comfy.server import Comfy, Run
+from tests.dist.sockets import local_addresses
 
 pytestmark = pytest.mark.comfy
 
@@ -60,6 +66,63 @@ def test_workers_stay_warm(comfy):
     assert len(before) == 2
     comfy.run(sharded(latent(seed=33)))
     assert workers(comfy) == before
+
+
+def assert_they_end(pids: list[int]) -> None:
+    """Wait for processes that are not our children."""
+    assert pids
+    ends = [os.pidfd_open(pid) for pid in pids if Path(f"/proc/{pid}").exists()]
+    for end in ends:
+        assert select.select([end], [], [], 30)[0], f"one of {pids} is still there"
+        os.close(end)
+
+
+def test_unloading_models_gives_the_workers_back(comfy):
+    comfy.run(sharded(latent(seed=51)))
+    before = workers(comfy)
+    assert len(before) == 2
+    comfy.post("/free", {"unload_models": True})
+    assert_they_end(before)
+    # Under memory pressure, in the middle of a prompt: the same.
+    prompt = sharded(latent(seed=52))
+    prompt["6"] = node("ProbeUnload", image=["3", 0])
+    run = comfy.run(prompt)
+    assert run.error is None, run.error
+    assert run.outputs["6"].get("left", []) == [] and workers(comfy) == []
+    assert comfy.run(sharded(latent(seed=53))).report("3")["fallbacks"] == []
+    assert len(workers(comfy)) == 2 and not set(before) & set(workers(comfy))
+
+
+def test_workers_load_nothing_of_the_server_and_listen_to_nobody_outside(comfy):
+    comfy.run(sharded(latent(seed=54)))
+    assert "aiohttp" in Path(f"/proc/{comfy.pid}/maps").read_text(), "what to look for"
+    for pid in workers(comfy):
+        assert "aiohttp" not in Path(f"/proc/{pid}/maps").read_text()
+        found = local_addresses(pid)
+        assert found and all(address.is_loopback for address in found), found
+
+
+def test_two_queued_decodes_use_the_same_workers(comfy):
+    client = uuid.uuid4().hex
+    with closing(comfy.listen(client)) as stream:
+        runs = [Run(comfy.queue(sharded(latent(seed=seed)), client)) for seed in (55, 56)]
+        pids = []
+        for run in runs:
+            comfy.follow(stream, run)
+            pids.append(workers(comfy))
+    assert [run.report("3")["status"] for run in runs] == ["done", "done"]
+    assert pids[0] == pids[1] and len(pids[0]) == 2
+
+
+def test_workers_end_with_their_server(environment, tmp_path):
+    server = Comfy(environment, tmp_path)
+    graphs.write_vaes(server.base / "models" / "vae")
+    server.install_probe()
+    with server:
+        assert server.run(sharded(latent(seed=57))).error is None
+        pids = workers(server)
+        assert len(pids) == 2
+    assert_they_end(pids)
 
 
 def test_cancel_within_a_chunk_and_run_again(comfy):
