@@ -10,8 +10,9 @@ TORCH_INDEX ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 RUN = $(VENV)/bin/python -m
 OUT ?= demo_output
+RANKS ?= all
 
-.PHONY: help demo test check test-gpu pictures bench clean
+.PHONY: help demo test check test-gpu pictures bench bench-multi clean
 
 help:
 	@echo "make demo      decode the sample latents to $(OUT)/ (mp4, contact sheet, layout report)"
@@ -19,6 +20,7 @@ help:
 	@echo "make check     lint only"
 	@echo "make test-gpu  run the tests that need a CUDA device (PYTHON with its own torch: VENV=...)"
 	@echo "make pictures  take the screenshots of README and example workflows anew"
+	@echo "make bench-multi  one decode over this machine's GPUs: right, timed, broken (RANKS=1,2)"
 	@echo "make bench     compare with fastvae, diffusers and ComfyUI (BENCH='--output FOLDER' keeps it)"
 
 $(VENV)/.demo: pyproject.toml
@@ -56,6 +58,10 @@ $(VENV)/.bench: $(VENV)/.demo
 
 bench: $(VENV)/.bench
 	$(RUN) wan_vae bench $(BENCH)
+
+# On a machine with several GPUs, with its own Python and torch. RANKS: 1,2,4 or all.
+bench-multi:
+	$(PYTHON) -m wan_vae bench --ranks $(RANKS) --output $(OUT)
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info

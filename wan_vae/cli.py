@@ -279,8 +279,10 @@ def _doctor(args) -> int:
 
 
 def _bench(args) -> int:
-    from .bench import main as bench
-
+    if any(word.partition("=")[0] == "--ranks" for word in args.rest):
+        from .bench.ranks import main as bench
+    else:
+        from .bench import main as bench
     return bench(args.rest)
 
 

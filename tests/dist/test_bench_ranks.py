@@ -1,0 +1,159 @@
+"""`wan-vae bench --ranks` and the emulation: the very code that GPUs run, on the CPU with Gloo."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from wan_vae.bench import ranks as bench
+from wan_vae.bench.ranks_results import Check, Fault, Results, Timing, markdown
+from wan_vae.cli import main as cli
+from wan_vae.config import wan21, wan22
+from wan_vae.errors import ShardingError
+from wan_vae.sharding.emulation import EmulatedWire, emulate
+from wan_vae.sharding.plan import plan_shards
+from wan_vae.sharding.scaling import LINKS, exchanged
+from wan_vae.sharding.wire import Incoming, Outgoing
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+NARROW = wan21(dim=8)
+
+
+def tiny_sizes() -> bench.Sizes:
+    small = bench.Case("tiny", NARROW, (1, 16, 2, 4, 16))
+    return bench.Sizes(
+        (small, bench.Case("tiny odd", NARROW, (1, 16, 1, 5, 17))),
+        (bench.Case("tiny", NARROW, (1, 16, 3, 4, 16)),
+         bench.Case("tiny 2.2", wan22(dim=8, decoder_dim=8), (1, 48, 2, 3, 8))),
+        bench.Case("tiny", NARROW, (1, 16, 4, 4, 16)),
+        2.0,
+    )  # fmt: skip
+
+
+def test_the_whole_bench_on_two_cpu_ranks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "small_sizes", tiny_sizes)
+    code = bench.main(["--ranks", "1,2", "--device", "cpu", "--repeats", "1",
+                       "--output", str(tmp_path)])  # fmt: skip
+    assert code == 0, capsys.readouterr().out
+    found = json.loads((tmp_path / "ranks.json").read_text())
+    assert [(c["ranks"], c["passed"]) for c in found["checks"]] == [(1, True)] * 4 + [(2, True)] * 6
+    names = [c["name"] for c in found["checks"]]
+    assert names[:4] == ["decode tiny fp32", "encode tiny fp32", "decode tiny odd fp32",
+                         "encode tiny odd fp32"]  # fmt: skip
+    assert "0 mixed calls" in found["checks"][-2]["said"]
+    assert [(t["case"], t["ranks"]) for t in found["timings"]] == [
+        ("tiny", 1), ("tiny", 2), ("tiny 2.2", 1), ("tiny 2.2", 2)]  # fmt: skip
+    two = found["timings"][1]
+    assert two["halo_bytes_a_chunk"] > 0 and two["wait_ms_a_chunk"] > 0
+    assert all(two[k] > 0 for k in ("speed_up", "device_speed_up", "model_speed_up",
+                                    "emulated_speed_up"))  # fmt: skip
+    assert [f["passed"] for f in found["faults"]] == [True] * 4
+    assert "died (exit code -9)" in found["faults"][0]["said"]
+    assert found["skipped"] == [] and found["backends"]["2"] == "gloo"
+    text = (tmp_path / "ranks.md").read_text()
+    assert (
+        text in capsys.readouterr().out and "| 2 | a rank is killed within a chunk | right" in text
+    )
+
+
+def test_what_there_is_no_time_for_is_listed():
+    results = bench.run([1, 2], CPU, tiny_sizes(), 1, 0.0)
+    assert results.checks == results.timings == results.faults == []
+    assert results.skipped[:2] == ["1 ranks", "2 ranks"] and "faults on 2 ranks" in results.skipped
+    assert "## Not run" in markdown(results)
+
+
+@pytest.mark.parametrize(("damage", "passed"), [(0.0, True), (2e-6, True), (1e-3, False)])
+def test_a_wrong_picture_is_not_passed(damage, passed):
+    case, reference = tiny_sizes().correct[1], bench.Reference(CPU)
+    found = reference.pixels(case, "fp32").clone()
+    found[0, 0, 0, 7, 9] += damage * found.abs().max()
+    good, said = reference.judge("decode", case, "fp32", found)
+    assert good is passed
+    assert ("bit for bit" in said) == (damage == 0)
+
+
+def test_half_precision_may_be_no_further_from_float32_than_one_device(monkeypatch):
+    case, reference = tiny_sizes().correct[1], bench.Reference(CPU)
+    one = reference.pixels(case, "bf16")
+    exact = reference.pixels(case, "fp32")
+    assert reference.judge("decode", case, "bf16", one)[0]
+    assert reference.judge("decode", case, "bf16", exact - (one - exact))[0]
+    assert not reference.judge("decode", case, "bf16", exact + 1.2 * (one - exact))[0]
+
+
+def test_nothing_is_timed_on_a_count_whose_picture_is_wrong(monkeypatch):
+    monkeypatch.setattr(bench, "check_correct", lambda *_: [Check(1, "planted", False, "")])
+    results = bench.run([1], CPU, tiny_sizes(), 1, 300.0)
+    assert results.timings == [] and not results.all_good
+
+
+def test_a_fault_that_goes_unnoticed_fails():
+    fault = Fault(2, "planted", False, 0.1, "nothing")
+    assert not Results(faults=[fault]).all_good
+    assert Results(faults=[replace(fault, passed=True)]).all_good
+    assert "**wrong**" in markdown(Results(faults=[fault]))
+
+
+def test_speed_ups_are_over_one_rank():
+    case = tiny_sizes().timed[0]
+    one = Timing("tiny", 1, 3, 90.0, 90.0, 90.0, 60.0, 3, 0, 0.0, None)
+    two = replace(one, ranks=2, image_ms=60.0, device_ms=30.0)
+    found = bench.with_predictions(case, [one, two], [])
+    assert [t.speed_up for t in found] == [1.0, 1.5]
+    assert [t.device_speed_up for t in found] == [1.0, 2.0]
+    assert bench.with_predictions(case, [two], []) == [two]
+
+
+def test_rank_counts():
+    assert bench.pick_ranks("all", 6) == [1, 2, 4]
+    assert bench.pick_ranks("4,1", 4) == [1, 4]
+    with pytest.raises(ShardingError, match="from 1 to the 2 devices"):
+        bench.pick_ranks("1,3", 2)
+
+
+def test_the_command_line_knows_ranks(capsys):
+    assert cli(["bench", "--ranks", "1,4096", "--device", "cpu"]) == 1
+    assert "--ranks 1,4096: expected counts from 1 to the" in capsys.readouterr().err
+
+
+def test_an_emulated_wire_gives_what_was_asked_for():
+    wire = EmulatedWire(CPU)
+    x = torch.ones(1, 2, 1, 3, 4)
+    (found,) = wire.exchange("here", x.dtype, [Outgoing(1, x)], [Incoming(1, (1, 2, 1, 1, 4))])
+    assert found.shape == (1, 2, 1, 1, 4) and not found.any()
+
+
+def test_emulation_times_each_shard_and_adds_the_link():
+    vae = bench.random_vae(NARROW, CPU)
+    found = emulate(vae, 3, 5, [2, 4], LINKS, repeats=1)
+    assert [(e.ranks, e.axis, len(e.shard_ms)) for e in found] == [
+        (2, "width", 2), (2, "width", 2), (4, "width", 4), (4, "width", 4)]  # fmt: skip
+    two = found[0]
+    assert two.link_ms == exchanged(NARROW, plan_shards(3, 5, 2), 3, LINKS[0], 4).link_ms > 0.15
+    assert two.chunk_ms == max(two.shard_ms) + two.link_ms
+    assert two.efficiency == two.one_ms / (2 * two.chunk_ms)
+
+
+def test_the_emulation_script(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location(
+        "emulated_scaling", ROOT / "benchmarks" / "emulated_scaling.py"
+    )
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "emulated_scaling", script)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "SMALL", (script.Picture("tiny", 2, 4, (2,)),))
+    assert script.main(["--device", "cpu", "--repeats", "1", "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "emulated.json").read_text())["rows"]
+    assert [(r["picture"], r["ranks"]) for r in rows] == [("tiny", 2)] * len(LINKS)
+    assert (tmp_path / "emulated.md").read_text() in capsys.readouterr().out
+    # On a GPU, a count below its goal is said.
+    slow = replace(emulate(bench.random_vae(NARROW, CPU), 2, 4, [2], LINKS, 1)[0], one_ms=0.1)
+    assert "the goal is 90%" in script.missed({"tiny": [slow]})[0]

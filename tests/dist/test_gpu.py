@@ -1,0 +1,51 @@
+"""What only a CUDA device can show: several ranks on one card, and what NCCL does to NDHWC."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from wan_vae.bench.ranks import Case, Reference
+from wan_vae.config import wan21
+from wan_vae.sharding import ShardContext, WorkerPool
+from wan_vae.sharding.proof import check_wire
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [2, 4])
+def test_ranks_that_share_a_card_make_the_picture_of_one_process(count):
+    """480p, Gloo with halos staged through the host."""
+    case = Case("480p", wan21(), (1, 16, 3, 60, 104))
+    reference = Reference(torch.device("cuda", 0))
+    z = torch.randn(case.latent, generator=torch.Generator().manual_seed(1))
+    with WorkerPool(["cuda:0"] * count) as pool:
+        assert pool.backend == "gloo"
+        for precision in reference.precisions:
+            vae = reference.vae(case.config)
+            found = pool.decode(vae, z, precision=precision)
+            passed, said = reference.judge("decode", case, precision, found)
+            assert passed, f"decode {precision}: {said}"
+            found = pool.encode(vae, reference.video(case), precision=precision)
+            passed, said = reference.judge("encode", case, precision, found)
+            assert passed, f"encode {precision}: {said}"
+        assert all(answer["gather"] and answer["exchange"] for answer in pool.check_wire())
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A NCCL group of this process alone."""
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl", init_method=(tmp_path / "rendezvous").as_uri(), rank=0, world_size=1
+    )
+    yield device
+    dist.destroy_process_group()
+
+
+@pytest.mark.nccl
+def test_nccl_garbles_an_unguarded_gather_and_not_ours(alone):
+    answer = check_wire(ShardContext(0, 1), alone)
+    assert answer["gather"], "the guarded gather"
+    assert answer["unguarded"] == "garbled", "NCCL no longer garbles: is the guard still needed?"
