@@ -9,6 +9,7 @@ import os
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -126,6 +127,11 @@ def test_workers_talk_over_the_loopback_interface_only(pool, vae, latent):
         found = local_addresses(pid)
         assert found, "the ranks of a group have sockets"
         assert all(address.is_loopback for address in found), found
+        # Where the host name means this machine, Gloo would listen there without being told.
+        assert b"GLOO_SOCKET_IFNAME=lo\0" in Path(f"/proc/{pid}/environ").read_bytes()
+    with socket.socket() as outside:
+        outside.bind(("0.0.0.0", 0))
+        assert not all(address.is_loopback for address in local_addresses(os.getpid()))
 
 
 def test_workers_import_nothing_of_comfyui(vae, latent, expected, tmp_path, monkeypatch):
@@ -177,10 +183,14 @@ def test_progress_is_what_every_rank_has_done(vae):
         SimpleNamespace(devices="abc", timeout_s=1.0), None, lambda *a: seen.append(a), None
     )
     report = vae.inspect().as_dict()
-    for rank, done in [(1, 1), (0, 1), (0, 5), (2, 1), (1, 5), (1, 9), (2, 5), (2, 9), (0, 9)]:
+    told_after = []
+    messages = [(1, 1), (0, 1), (0, 5), (2, 1), (1, 5), (1, 9), (2, 5), (2, 9), (0, 9)]
+    for number, (rank, done) in enumerate(messages, 1):
         watch._progress(ranks[rank], done, 9, report if rank == 0 else None)
+        told_after += [number] * (len(seen) - len(told_after))
     assert [(done, total) for done, total, _ in seen] == [(1, 9), (5, 9), (9, 9)]
     assert [told.done_frames for _, _, told in seen] == [1, 5, 9]
+    assert told_after == [4, 7, 9], "when the slowest rank had them"
 
 
 def kill_at(pool, rank, frames):

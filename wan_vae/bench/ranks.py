@@ -102,6 +102,12 @@ def random_vae(config: WanVAEConfig, device: torch.device, dtype: str = "auto") 
     return made
 
 
+def exact_float32() -> None:
+    """No TF32 here and in the workers to come: it would depend on the kernel that a size gets."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+
+
 def latent_of(case: Case) -> torch.Tensor:
     """Seeded noise on the host, where a ComfyUI LATENT is."""
     return torch.randn(case.latent, generator=torch.Generator().manual_seed(1))
@@ -417,6 +423,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="seconds for everything")
     parser.add_argument("--output", type=Path, help="folder for ranks.md and ranks.json")
     args = parser.parse_args(argv)
+    exact_float32()
     device = pick_device(args.device)
     cuda = device.type == "cuda"
     device = torch.device("cuda", 0) if cuda else device

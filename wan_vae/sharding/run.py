@@ -167,6 +167,7 @@ def decode_shard(
     )
     factor = config.spatial_factor
     z = own_part(run.z, plan, rank).contiguous()
+    run.builder.memory["free_bytes"] = memory.free_bytes(device)
     run.builder.memory["planned_bytes"] = memory.planned_bytes(
         config, tuple(z.shape), z.element_size(), max(job.lengths)
     )

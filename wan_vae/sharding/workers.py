@@ -166,6 +166,8 @@ class WorkerPool:
     def close(self) -> None:
         """End the workers and wait until they are gone. The next decode starts new ones."""
         with self._lock:
+            if self._idle is not None:
+                self._idle.cancel()
             self._stop()
 
     def _stop(self) -> None:
