@@ -129,7 +129,7 @@ def test_workers_talk_over_the_loopback_interface_only(pool, vae, latent):
         assert all(address.is_loopback for address in found), found
         # Where the host name means this machine, Gloo would listen there without being told.
         assert b"GLOO_SOCKET_IFNAME=lo\0" in Path(f"/proc/{pid}/environ").read_bytes()
-    with socket.socket() as outside:
+    with socket.socket(type=socket.SOCK_DGRAM) as outside:  # what to look for
         outside.bind(("0.0.0.0", 0))
         assert not all(address.is_loopback for address in local_addresses(os.getpid()))
 
