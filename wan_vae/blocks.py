@@ -87,17 +87,23 @@ class CausalConv3d(nn.Module):
 
     def convolve(self, operand: torch.Tensor, step: Step) -> torch.Tensor:
         """The convolution of an `operand` [B, C, T + history, H (+ halo), W] -> [B, O, T, H, W]."""
-        weight, padding = self.weight, self._padding
-        if not step.shard.is_single and any(padding):
-            padding = step.shard.padding(padding)
-        if self.kernel[0] > 1 and step.chunk.is_only_frame:
-            # All history is zero: only the last temporal slice of the kernel meets data.
-            weight = layout.to_format(weight[:, :, -1:], _format_of(weight))
-        return step.ops.conv3d(operand, weight, self.bias, step.counter, padding=padding)
+        # A video of one frame: all history is zero, only the kernel's last slice meets data.
+        only_frame = step.chunk.is_only_frame and self.kernel[0] > 1
+        return step.ops.conv3d(
+            operand, self.weight, self.bias, step.counter,
+            padding=self.padding(step), last_slice=only_frame,
+        )  # fmt: skip
 
     @property
     def _padding(self) -> tuple[int, int]:
         return self.kernel[1] // 2, self.kernel[2] // 2
+
+    def padding(self, step: Step) -> tuple[int, int]:
+        """Zero rows and columns on each side; none on the axis where halo rows stand instead."""
+        padding = self._padding
+        if step.shard.is_single or not any(padding):
+            return padding
+        return step.shard.padding(padding)
 
 
 class StridedTimeConv3d(CausalConv3d):
@@ -147,11 +153,6 @@ def with_history(
         # A copy: a view would keep the whole buffer of this chunk alive.
         step.cache.store(slot, buffer[:, :, -past:].clone())
     return buffer
-
-
-def _format_of(weight: torch.Tensor) -> str:
-    fmt = layout.detect(weight)
-    return "contiguous" if fmt == "either" else fmt
 
 
 def frames_to_batch(x: torch.Tensor) -> torch.Tensor:
@@ -222,11 +223,8 @@ def norm_silu_conv(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, step: Ste
 
 
 def fused_conv(conv: CausalConv3d, step: Step) -> FusedConv | None:
-    """The kernel for norm, SiLU and `conv` in one, if there is one.
-
-    Shards go step by step: a halo is exchanged between norm and convolution.
-    """
-    return step.ops.fused_conv(conv.weight) if step.shard.is_single else None
+    """The kernel for norm, SiLU and `conv` in one, if there is one."""
+    return step.ops.fused_conv(conv.weight)
 
 
 def run_fused(
@@ -237,7 +235,13 @@ def run_fused(
     step: Step,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`conv(silu(norm(x))) + residual` by the kernel `fused`."""
+    """`conv(silu(norm(x))) + residual` by the kernel `fused`.
+
+    Shards exchange rows of `x`, before the norm: it looks at one pixel at a time, so each rank
+    gets the bits of its neighbour, and zero rows stay zero.
+    """
+    if not step.shard.is_single:
+        x = step.shard.surround(x, conv.slot)
     only_frame = step.chunk.is_only_frame
     y, history = fused(
         x,
@@ -245,6 +249,7 @@ def run_fused(
         None if only_frame else step.cache.peek(conv.slot),
         conv.bias,
         residual,
+        padding=conv.padding(step),
         only_frame=only_frame,
         keep=not step.chunk.is_last,
     )

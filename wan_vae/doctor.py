@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
 from . import layout
 from .config import wan21, wan22
-from .decoder import Decoder
+from .model import WanVAEModel
 from .ops.proof import ProofBook, cache_folder, environment
 from .ops.select import select_ops, why_not
 from .pipeline import pick_device
@@ -75,10 +77,10 @@ def check_kernels(device: torch.device) -> list[str]:
     for config in (wan21(), wan22()):
         for only_frame in (False, True):
             with torch.device(device):
-                decoder = Decoder(config).to(torch.bfloat16)
-            layout.pack_weights(decoder, "channels_last_3d")
-            ops = select_ops("triton", decoder, "channels_last_3d", only_frame, book=lambda: book)
-            weights = [p for p in decoder.parameters() if p.ndim in (4, 5) and p.shape[-1] == 3]
+                model = WanVAEModel(replace(config, has_encoder=False)).to(torch.bfloat16)
+            layout.pack_weights(model, "channels_last_3d")
+            ops = select_ops("triton", model, "channels_last_3d", only_frame, book=lambda: book)
+            weights = [p for name, p in model.named_parameters() if name.endswith("weight")]
             proven = sum(ops.backend_of(p) == "triton" for p in weights)
             what = f"{config.family}, {'one image' if only_frame else 'video'}"
             lines.append(f"triton kernels: {what}: {proven} of {len(weights)} layers proven here")

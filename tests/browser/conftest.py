@@ -44,7 +44,7 @@ FIT = """() => {
   graph.setDirtyCanvas(true, true);
 }"""
 # Everything on a busy machine with two cores, first load of the frontend included.
-TIMEOUT_MS = 15_000
+TIMEOUT_MS = 60_000
 
 
 @pytest.fixture(scope="session", params=["pinned", "newest"])

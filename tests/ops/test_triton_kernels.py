@@ -17,8 +17,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
 
-from wan_vae.ops import triton_conv3d, triton_head, triton_norm
-from wan_vae.ops.norm import rms_norm_silu
+from wan_vae.ops import triton_attention, triton_conv3d, triton_head, triton_norm
+from wan_vae.ops.attention import attention
+from wan_vae.ops.norm import rms_norm, rms_norm_silu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAST = torch.channels_last_3d
@@ -96,6 +97,53 @@ def test_conv3d_bits_do_not_depend_on_chunk_or_place():
     assert torch.equal(part[:, :, :, 1:-1, 1:-1], whole[:, :, 1:2, 4:10, 3:16])
 
 
+@pytest.mark.parametrize("padding", [(0, 1), (1, 0), (0, 0)])
+def test_conv3d_with_halo_rows_gives_the_bits_of_the_whole_picture(padding):
+    """Halo rows (or columns) in the buffer instead of padding, as a shard has them."""
+    x = rand(1, 32, 3, 8, 9).contiguous(memory_format=LAST)
+    weight = (rand(48, 32, 3, 3, 3) / 30).contiguous(memory_format=LAST)
+    residual = rand(1, 48, 1, 8, 9).contiguous(memory_format=LAST)
+    whole = triton_conv3d.conv3d(x, weight, None, residual, CONFIGS[2])
+    rows = slice(2, 6) if padding[0] == 0 else slice(None)
+    columns = slice(1, 7) if padding[1] == 0 else slice(None)
+    halo_rows = slice(1, 7) if padding[0] == 0 else slice(None)
+    halo_columns = slice(0, 8) if padding[1] == 0 else slice(None)
+    part = x[..., halo_rows, halo_columns].contiguous(memory_format=LAST)
+    own = residual[..., rows, columns]
+    y = triton_conv3d.conv3d(part, weight, None, own, CONFIGS[2], padding=padding)
+    assert torch.equal(y, whole[..., rows, columns])
+
+
+@pytest.mark.parametrize("kernel", [(1, 1, 1), (3, 1, 1), (3, 3, 3)], ids=str)
+def test_float32_operands_keep_float32(kernel):
+    kt, kh, kw = kernel
+    x = rand(1, 16, 1 + kt, 5, 6, dtype=torch.float32).contiguous(memory_format=LAST)
+    weight = rand(32, 16, kt, kh, kw, dtype=torch.float32).contiguous(memory_format=LAST) / 8
+    config = triton_conv3d.Config(2, 4, 8, 16, 0, 16, 4, 2)
+    padding = (kh // 2, kw // 2)
+    y = triton_conv3d.conv3d(x, weight, None, None, config, padding=padding)
+    assert relative(y, F.conv3d(x.double(), weight.double(), padding=(0, *padding))) < 1e-5
+
+
+def test_norm_without_silu():
+    x = rand(2, 24, 1, 5, 7).contiguous(memory_format=LAST)
+    gamma = 1 + 0.1 * rand(24, dtype=torch.float32)
+    y, kept = triton_norm.norm_silu_join(x, gamma, None, 0, keep=False, silu=False)
+    assert kept is None
+    assert relative(y, rms_norm(x.float(), gamma)) < BOUND
+
+
+@pytest.mark.parametrize("channels,width,made", [(48, 16, 3), (64, 32, 2), (32, 32, 1)])
+def test_attention_rows_do_not_depend_on_their_neighbours(channels, width, made):
+    config = triton_attention.AttentionConfig(16, 16, width, made, 4, 2)
+    q, k, v = rand(2, 37, 3 * channels).split(channels, dim=2)
+    y = triton_attention.attention(q, k, v, config)
+    expected = attention(q.float(), k.float(), v.float())
+    assert relative(y, expected) < 2e-3
+    part = triton_attention.attention(q[:, 5:30], k, v, config)
+    assert torch.equal(part, y[:, 5:30])
+
+
 def test_folded_upsample():
     x = rand(3, 32, 5, 7).contiguous(memory_format=torch.channels_last)
     weight, bias = rand(48, 32, 3, 3) / 17, rand(48)
@@ -108,9 +156,11 @@ def test_folded_upsample():
 
 @pytest.mark.parametrize("channels_out", [3, 12])
 @pytest.mark.parametrize("last_slice", [False, True])
-def test_head(channels_out, last_slice):
+@pytest.mark.parametrize("padding", [(1, 1), (0, 1), (1, 0)])
+def test_head(channels_out, last_slice, padding):
     x = rand(2, 32, 5, 9, 11).contiguous(memory_format=LAST)
     weight, bias = rand(channels_out, 32, 3, 3, 3) / 30, rand(channels_out)
-    y = triton_head.head_conv(x, weight, bias, last_slice)
+    y = triton_head.head_conv(x, weight, bias, padding=padding, last_slice=last_slice)
     used = weight[:, :, -1:] if last_slice else weight
-    assert relative(y, F.conv3d(x.float(), used.float(), bias.float(), padding=(0, 1, 1))) < 1e-5
+    expected = F.conv3d(x.float(), used.float(), bias.float(), padding=(0, *padding))
+    assert relative(y, expected) < 1e-5

@@ -21,12 +21,18 @@ def conv3d(
     *,
     stride: tuple[int, int, int] = (1, 1, 1),
     padding: tuple[int, int] = (0, 0),
+    last_slice: bool = False,
 ) -> torch.Tensor:
     """Convolution of `x` [B, C, T, H, W] with history frames already in front.
 
     `weight` is [O, C, kT, kH, kW]; the result has T - kT + 1 frames (over `stride`). The input is
-    matched to the weight's memory format here, once.
+    matched to the weight's memory format here, once. `last_slice`: all history is zero and absent
+    from `x`, so only the last temporal slice of the weight is used, and no frame is lost.
     """
+    if last_slice:
+        # A new view: its format is checked again, and its strides made those of the format.
+        fmt = layout.detect(weight)
+        weight = layout.to_format(weight[:, :, -1:], "contiguous" if fmt == "either" else fmt)
     x = layout.match_input(x, weight, counter)
     layout.record_call(x, weight, counter)
     return F.conv3d(x, weight, bias, stride=stride, padding=(0, *padding))

@@ -23,9 +23,10 @@ class FusedConv(Protocol):
     """SiLU(rms_norm(x)), joined with its history, through one causal convolution.
 
     `x` [B, C, T, H, W]; `history` [B, C, kT - 1, H, W] of an earlier call of the same kernel, or
-    None for zeros; `residual` [B, O, T, H, W] is added. `only_frame`: all history is zero and
-    only the last temporal slice of the weight is used. Returns the result [B, O, T, H, W] and,
-    if `keep`, the history for the next chunk in memory of its own.
+    None for zeros; `residual` [B, O, T, H', W'] is added. `padding`: zero rows and columns on each
+    side, 0 where `x` has halo rows. `only_frame`: all history is zero and only the last temporal
+    slice of the weight is used. Returns the result [B, O, T, H', W'] and, if `keep`, the history
+    for the next chunk in memory of its own.
     """
 
     def __call__(
@@ -36,6 +37,7 @@ class FusedConv(Protocol):
         bias: torch.Tensor,
         residual: torch.Tensor | None,
         *,
+        padding: tuple[int, int],
         only_frame: bool,
         keep: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]: ...

@@ -6,17 +6,16 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Literal
 
 import torch
 
-from ..decoder import Decoder
 from ..errors import BackendError
+from ..model import WanVAEModel
 from ..report import BackendOff
 from .dispatch import OpSet, eager_ops
 from .proof import ProofBook
-from .upsample import upsample_conv2d
+from .sites import decoder_sites
 
 Backend = Literal["auto", "eager", "triton"]
 # Tensor descriptors (TMA) came with Hopper.
@@ -25,12 +24,12 @@ _MIN_CAPABILITY = (9, 0)
 
 def select_ops(
     requested: Backend,
-    decoder: Decoder,
+    model: WanVAEModel,
     weights_format: str,
     only_frame: bool,
     book: Callable[[], ProofBook],
 ) -> OpSet:
-    """The operations for a decode with `decoder`, whose weights decide device and dtype.
+    """The operations for a decode with `model`, whose weights decide device and dtype.
 
     "eager": the reference. "triton": our kernels for each layer where one is proven on this
     device, the reference elsewhere, each refusal in `OpSet.off`. "auto": the reference, until the
@@ -40,7 +39,7 @@ def select_ops(
     """
     if requested not in ("auto", "eager", "triton"):
         raise BackendError(f"backend is {requested!r}: expected 'auto', 'eager' or 'triton'")
-    weight = decoder.conv1.weight
+    weight = model.decoder.conv1.weight
     reason = why_not(weight.device, weight.dtype, weights_format)
     if requested == "auto":
         reason = reason or "not yet measured on a GPU: ask for it with backend='triton'"
@@ -51,18 +50,18 @@ def select_ops(
         raise BackendError(f"backend 'triton' cannot run: {reason}")
     from .triton_backend import TritonBackend
 
-    backend = TritonBackend(weight.device, weight.dtype, book())
-    for norm, conv in decoder.normed_convolutions():
-        backend.add_conv(conv.weight, norm.gamma, only_frame)
-    for conv in decoder.upsampling_convolutions():
-        backend.add_upsample(conv.weight)
+    backend = TritonBackend(decoder_sites(model), weight.device, weight.dtype, book(), only_frame)
     eager = eager_ops()
     return replace(
         eager,
+        norm=backend.norm,
+        conv3d=backend.conv3d,
+        conv2d=backend.conv2d,
+        upsample_conv2d=backend.upsample_conv2d,
+        attention=backend.attention,
         fused_conv=backend.fused_conv,
-        upsample_conv2d=partial(backend.upsample_conv2d, eager=upsample_conv2d),
         backend_of=lambda weight: "triton" if backend.runs(weight) else "eager",
-        used=eager.used | {"conv3d": "triton", "norm_silu": "triton", "upsample_conv2d": "triton"},
+        used=eager.used | backend.used,
         off=backend.off,
     )
 

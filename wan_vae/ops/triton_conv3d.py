@@ -20,6 +20,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
+# How float32 operands are multiplied: the operands that a norm does not bound, in small layers.
+FLOAT32_PRECISION = "tf32x3"
+
+
 @dataclass(frozen=True)
 class Config:
     """Tile of one program: F frames, PH x PW pixels, N0 + N1 output channels, BK of the sum."""
@@ -48,10 +52,12 @@ def _conv(
     CIN: tl.constexpr, F: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     N0: tl.constexpr, N1: tl.constexpr,
     BK: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    TAP0: tl.constexpr, UP: tl.constexpr,
+    PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
+    TAP0: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     # Grid: (column blocks * row tiles * col tiles, frame groups * batch, 4 parities or 1).
+    # `height` and `width` are the output's (of one parity). PRECISION is for float32 operands.
     # Rounding: float32 accumulation, bias and residual added in float32, one rounding at the store.
     M: tl.constexpr = PH * PW
     n_blocks = tl.cdiv(cout, N0 + N1)
@@ -66,8 +72,6 @@ def _conv(
     py = parity // 2
     px = parity % 2
     frame0 = batch * frames_in + t0
-    pad_y: tl.constexpr = KH // 2
-    pad_x: tl.constexpr = KW // 2
     wrow = parity * cout + n_start
     a0 = tl.zeros((M, N0), tl.float32)
     a1 = tl.zeros((M, N0), tl.float32)
@@ -82,8 +86,8 @@ def _conv(
     for step in range(KH * KW * k_blocks):
         tap = step // k_blocks
         k = (step % k_blocks) * BK
-        yy = y0 + tap // KW - pad_y + py
-        xx = x0 + tap % KW - pad_x + px
+        yy = y0 + tap // KW - PAD_Y + py
+        xx = x0 + tap % KW - PAD_X + px
         i0 = x.load([frame0, yy, xx, k]).reshape(M, BK)
         if F + KT > 2:
             i1 = x.load([frame0 + 1, yy, xx, k]).reshape(M, BK)
@@ -96,53 +100,53 @@ def _conv(
             i5 = x.load([frame0 + 5, yy, xx, k]).reshape(M, BK)
         kw = (TAP0 + tap) * CIN + k
         w = w0.load([wrow, kw]).T
-        a0 = tl.dot(i0, w, a0)
+        a0 = tl.dot(i0, w, a0, input_precision=PRECISION)
         if F > 1:
-            a1 = tl.dot(i1, w, a1)
+            a1 = tl.dot(i1, w, a1, input_precision=PRECISION)
         if F > 2:
-            a2 = tl.dot(i2, w, a2)
-            a3 = tl.dot(i3, w, a3)
+            a2 = tl.dot(i2, w, a2, input_precision=PRECISION)
+            a3 = tl.dot(i3, w, a3, input_precision=PRECISION)
         if N1 > 0:
             v = w1.load([wrow + N0, kw]).T
-            b0 = tl.dot(i0, v, b0)
+            b0 = tl.dot(i0, v, b0, input_precision=PRECISION)
             if F > 1:
-                b1 = tl.dot(i1, v, b1)
+                b1 = tl.dot(i1, v, b1, input_precision=PRECISION)
             if F > 2:
-                b2 = tl.dot(i2, v, b2)
-                b3 = tl.dot(i3, v, b3)
+                b2 = tl.dot(i2, v, b2, input_precision=PRECISION)
+                b3 = tl.dot(i3, v, b3, input_precision=PRECISION)
         if KT == 3:
             kw = (TAP0 + KH * KW + tap) * CIN + k
             w = w0.load([wrow, kw]).T
-            a0 = tl.dot(i1, w, a0)
+            a0 = tl.dot(i1, w, a0, input_precision=PRECISION)
             if F > 1:
-                a1 = tl.dot(i2, w, a1)
+                a1 = tl.dot(i2, w, a1, input_precision=PRECISION)
             if F > 2:
-                a2 = tl.dot(i3, w, a2)
-                a3 = tl.dot(i4, w, a3)
+                a2 = tl.dot(i3, w, a2, input_precision=PRECISION)
+                a3 = tl.dot(i4, w, a3, input_precision=PRECISION)
             if N1 > 0:
                 v = w1.load([wrow + N0, kw]).T
-                b0 = tl.dot(i1, v, b0)
+                b0 = tl.dot(i1, v, b0, input_precision=PRECISION)
                 if F > 1:
-                    b1 = tl.dot(i2, v, b1)
+                    b1 = tl.dot(i2, v, b1, input_precision=PRECISION)
                 if F > 2:
-                    b2 = tl.dot(i3, v, b2)
-                    b3 = tl.dot(i4, v, b3)
+                    b2 = tl.dot(i3, v, b2, input_precision=PRECISION)
+                    b3 = tl.dot(i4, v, b3, input_precision=PRECISION)
             kw = (TAP0 + 2 * KH * KW + tap) * CIN + k
             w = w0.load([wrow, kw]).T
-            a0 = tl.dot(i2, w, a0)
+            a0 = tl.dot(i2, w, a0, input_precision=PRECISION)
             if F > 1:
-                a1 = tl.dot(i3, w, a1)
+                a1 = tl.dot(i3, w, a1, input_precision=PRECISION)
             if F > 2:
-                a2 = tl.dot(i4, w, a2)
-                a3 = tl.dot(i5, w, a3)
+                a2 = tl.dot(i4, w, a2, input_precision=PRECISION)
+                a3 = tl.dot(i5, w, a3, input_precision=PRECISION)
             if N1 > 0:
                 v = w1.load([wrow + N0, kw]).T
-                b0 = tl.dot(i2, v, b0)
+                b0 = tl.dot(i2, v, b0, input_precision=PRECISION)
                 if F > 1:
-                    b1 = tl.dot(i3, v, b1)
+                    b1 = tl.dot(i3, v, b1, input_precision=PRECISION)
                 if F > 2:
-                    b2 = tl.dot(i4, v, b2)
-                    b3 = tl.dot(i5, v, b3)
+                    b2 = tl.dot(i4, v, b2, input_precision=PRECISION)
+                    b3 = tl.dot(i5, v, b3, input_precision=PRECISION)
     m = tl.arange(0, M)
     oy = y0 + m // PW
     ox = x0 + m % PW
@@ -190,21 +194,30 @@ def _store(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
 
 
-def _launch(buffer, weight2d, bias, residual, out, config, cout, kt, kh, kw, tap0, up, frames_out):
+def _launch(
+    buffer, weight2d, bias, residual, out, config, kernel, tap0, up, padding, frames_out
+) -> None:
+    """Run `_conv`: buffer [B, T', H, W, C]; out [B, T, H', W', O], with `up` [T, 2H, 2W, O].
+
+    `kernel` is (kT, kH, kW), `padding` zero rows above and columns on the left.
+    """
     b, frames_in, h, w, cin = buffer.shape
+    cout = out.shape[-1]
+    height, width = (h, w) if up else out.shape[2:4]
     x = TensorDescriptor.from_tensor(
         buffer.view(b * frames_in, h, w, cin), [1, config.PH, config.PW, config.BK]
     )
     w0 = TensorDescriptor.from_tensor(weight2d, [config.N0, config.BK])
     w1 = TensorDescriptor.from_tensor(weight2d, [config.N1 or config.N0, config.BK])
-    rows, cols = triton.cdiv(h, config.PH), triton.cdiv(w, config.PW)
+    rows, cols = triton.cdiv(height, config.PH), triton.cdiv(width, config.PW)
     groups = triton.cdiv(frames_out, config.F)
     n_blocks = triton.cdiv(cout, config.N0 + config.N1)
     _conv[(n_blocks * rows * cols, groups * b, 4 if up else 1)](
         x, w0, w1, out if bias is None else bias, out if residual is None else residual, out,
-        frames_in, frames_out, h, w, cout, rows, cols, groups, CIN=cin,
+        frames_in, frames_out, height, width, cout, rows, cols, groups, CIN=cin,
         F=config.F, PH=config.PH, PW=config.PW, N0=config.N0, N1=config.N1, BK=config.BK,
-        KT=kt, KH=kh, KW=kw, TAP0=tap0, UP=up,
+        KT=kernel[0], KH=kernel[1], KW=kernel[2], PAD_Y=padding[0], PAD_X=padding[1],
+        TAP0=tap0, UP=up, PRECISION=FLOAT32_PRECISION,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -217,15 +230,19 @@ def conv3d(
     residual: torch.Tensor | None,
     config: Config,
     *,
+    padding: tuple[int, int] = (1, 1),
     last_slice: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Convolution of `buffer` [B, C, T + kT - 1, H, W] with history in front, plus `residual`.
 
-    All tensors dense channels_last_3d; buffer and weight float16 or bfloat16; weight
-    [O, C, kT, kH, kW] with kT 1 or 3; residual [B, O, T, H, W] or None. `last_slice`: all history
-    is zero and absent from the buffer (one-frame video), use the last temporal slice of the kernel.
-    Returns [B, O, T, H, W], channels_last_3d, of `out_dtype` (the buffer's if None).
+    All tensors dense channels_last_3d; buffer and weight of one dtype (float32 is multiplied as
+    three TF32 products: near float32); weight [O, C, kT, kH, kW] with kT 1 or 3 and odd kH, kW.
+    `padding`: zero rows and columns on each side; 0 where halo rows are in the buffer. Residual
+    [B, O, T, H', W'] or None. `last_slice`: all history is zero and absent from the buffer
+    (one-frame video), use the last temporal slice of the kernel.
+    Returns [B, O, T, H', W'], H' = H + 2 * padding - kH + 1, channels_last_3d, of `out_dtype` (the
+    buffer's if None).
     """
     o, _, kt, kh, kw = weight.shape
     nd = buffer.permute(0, 2, 3, 4, 1)
@@ -234,12 +251,13 @@ def conv3d(
     kt = 1 if last_slice else kt
     b, frames, h, w, _ = nd.shape
     t = frames - kt + 1
+    h, w = h + 2 * padding[0] - kh + 1, w + 2 * padding[1] - kw + 1
     out_dtype = buffer.dtype if out_dtype is None else out_dtype
     out = torch.empty((b, t, h, w, o), dtype=out_dtype, device=buffer.device)
     res = None
     if residual is not None:
         res = residual.contiguous(memory_format=torch.channels_last_3d)
-    _launch(nd, weight2d, bias, res, out, config, o, kt, kh, kw, tap0, False, t)
+    _launch(nd, weight2d, bias, res, out, config, (kt, kh, kw), tap0, False, padding, t)
     return out.permute(0, 4, 1, 2, 3)
 
 
@@ -269,5 +287,5 @@ def folded_upsample(
     _, n, h, w, _ = nd.shape
     o = folded.shape[0] // 4
     out = torch.empty((n, 2 * h, 2 * w, o), dtype=x.dtype, device=x.device)
-    _launch(nd, folded, bias, None, out, config, o, 1, 2, 2, 0, True, n)
+    _launch(nd, folded, bias, None, out, config, (1, 2, 2), 0, True, (1, 1), n)
     return out.permute(0, 3, 1, 2)

@@ -41,34 +41,44 @@ def _partials(
 @triton.jit
 def _gather(
     partial, bias, out, frames, height, width,
-    OUT: tl.constexpr, COLS: tl.constexpr, M: tl.constexpr, HAS_BIAS: tl.constexpr,
+    OUT: tl.constexpr, COLS: tl.constexpr, M: tl.constexpr,
+    PAD_Y: tl.constexpr, PAD_X: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    # Grid: (blocks of M pixels, frames * OUT, batch). Taps are added in a fixed order, float32.
+    # Grid: (blocks of M output pixels, frames * OUT, batch). `height` and `width` are those of
+    # `partial`. Taps are added in a fixed order, float32.
+    rows = height + 2 * PAD_Y - 2
+    cols = width + 2 * PAD_X - 2
     p = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     t = (tl.program_id(1) // OUT).to(tl.int64)
     o = tl.program_id(1) % OUT
     b = tl.program_id(2).to(tl.int64)
     pixels = tl.cast(height, tl.int64) * width
-    y = p // width
-    x = p % width
+    made = tl.cast(rows, tl.int64) * cols
+    y = p // cols - PAD_Y
+    x = p % cols - PAD_X
     base = partial + (b * frames + t) * pixels * COLS + o * 9
     acc = tl.zeros((M,), tl.float32)
     for tap in tl.static_range(9):
-        yy = y + tap // 3 - 1
-        xx = x + tap % 3 - 1
-        ok = (p < pixels) & (yy >= 0) & (yy < height) & (xx >= 0) & (xx < width)
+        yy = y + tap // 3
+        xx = x + tap % 3
+        ok = (p < made) & (yy >= 0) & (yy < height) & (xx >= 0) & (xx < width)
         acc += tl.load(base + (yy * width + xx) * COLS + tap, mask=ok, other=0.0)
     if HAS_BIAS:
         acc += tl.load(bias + o).to(tl.float32)
-    tl.store(out + ((b * OUT + o) * frames + t) * pixels + p, acc, mask=p < pixels)
+    tl.store(out + ((b * OUT + o) * frames + t) * made + p, acc, mask=p < made)
 
 
 def head_conv(
-    buffer: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, last_slice: bool = False
+    buffer: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    padding: tuple[int, int] = (1, 1),
+    last_slice: bool = False,
 ) -> torch.Tensor:
-    """[B, C, T + 2, H, W] channels_last_3d (history in front) -> float32 [B, O, T, H, W], NCDHW.
+    """[B, C, T + 2, H, W] channels_last_3d (history in front) -> float32 [B, O, T, H', W'], NCDHW.
 
-    weight [O, C, 3, 3, 3], O * 9 at most 128. `last_slice`: the buffer has no history, see
+    weight [O, C, 3, 3, 3], O * 9 at most 128. `padding` (0 or 1 each) and `last_slice`: see
     `triton_conv3d.conv3d`. float32 from the first product to the result.
     """
     o, c, kt = weight.shape[:3]
@@ -81,13 +91,14 @@ def head_conv(
     packed = torch.zeros((kt * c, cols), dtype=buffer.dtype, device=buffer.device)
     packed[:, : 9 * o] = weight.permute(2, 1, 0, 3, 4).reshape(kt * c, 9 * o)
     partial = torch.empty((b, t, h * w, cols), dtype=torch.float32, device=buffer.device)
-    out = torch.empty((b, o, t, h, w), dtype=torch.float32, device=buffer.device)
+    rows, cols_out = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
+    out = torch.empty((b, o, t, rows, cols_out), dtype=torch.float32, device=buffer.device)
     _partials[(triton.cdiv(h * w, 128), t, b)](
         nd, packed, partial, h * w, t, C=c, BLOCK_C=32 if c % 32 == 0 else 16, COLS=cols, M=128,
         KT=kt, num_warps=4,
     )  # fmt: skip
-    _gather[(triton.cdiv(h * w, 1024), t * o, b)](
+    _gather[(triton.cdiv(rows * cols_out, 1024), t * o, b)](
         partial, out if bias is None else bias, out, t, h, w, OUT=o, COLS=cols, M=1024,
-        HAS_BIAS=bias is not None, num_warps=4,
+        PAD_Y=padding[0], PAD_X=padding[1], HAS_BIAS=bias is not None, num_warps=4,
     )  # fmt: skip
     return out

@@ -19,7 +19,7 @@ _ROWS = 32
 def _norm_silu_join(
     x, gamma, history, buffer, kept, pixels, frames,
     C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    HAS_HISTORY: tl.constexpr, KEEP: tl.constexpr, PAST_FRAMES: tl.constexpr,
+    HAS_HISTORY: tl.constexpr, KEEP: tl.constexpr, PAST_FRAMES: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     # Grid: (blocks of ROWS pixels, frames + PAST_FRAMES, batch). Everything is [.., pixel, C].
     # Rounding: sums, norm and SiLU in float32; one rounding, at the store.
@@ -41,7 +41,7 @@ def _norm_silu_join(
         norm = tl.maximum(tl.sqrt(tl.sum(v * v, axis=1)), 1e-12)
         g = tl.load(gamma + col, mask=col < C, other=0.0).to(tl.float32)
         v = v * (1.0 / norm)[:, None] * g[None, :]
-        y = v * tl.sigmoid(v)
+        y = v * tl.sigmoid(v) if SILU else v
     y = y.to(buffer.dtype.element_ty)
     out = buffer + (batch * (frames + PAST_FRAMES) + frame) * plane
     tl.store(out + inside, y, mask=mask)
@@ -58,12 +58,15 @@ def norm_silu_join(
     past: int,
     keep: bool,
     dtype: torch.dtype | None = None,
+    *,
+    silu: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """silu(rms_norm(x)) behind `past` history frames, and the last `past` frames of the result.
 
     x [B, C, T, H, W], history [B, C, past, H, W] or None for zeros; all dense channels_last_3d.
     Returns the buffer [B, C, past + T, H, W] (channels_last_3d) and, if `keep`, the new history in
-    memory of its own. float32 inside, one rounding to `dtype` (x's if None).
+    memory of its own. float32 inside, one rounding to `dtype` (x's if None). `silu=False`: the
+    norm alone.
     """
     b, c, t, h, w = x.shape
     x = x.contiguous(memory_format=torch.channels_last_3d)
@@ -78,6 +81,7 @@ def norm_silu_join(
     _norm_silu_join[grid](
         x, scale, buffer if history is None else history, buffer, kept, h * w, t,
         C=c, BLOCK_C=triton.next_power_of_2(c), ROWS=_ROWS,
-        HAS_HISTORY=history is not None, KEEP=keep, PAST_FRAMES=past, num_warps=8 if c > 256 else 4,
+        HAS_HISTORY=history is not None, KEEP=keep, PAST_FRAMES=past, SILU=silu,
+        num_warps=8 if c > 256 else 4,
     )  # fmt: skip
     return buffer.permute(0, 4, 1, 2, 3), kept.permute(0, 4, 1, 2, 3) if keep else None

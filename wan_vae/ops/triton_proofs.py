@@ -1,0 +1,182 @@
+"""The proof of each Triton kernel: random inputs as a decode gives them, and the float32 twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import triton
+
+from . import triton_attention, triton_conv3d, triton_norm
+from .norm import rms_norm, rms_norm_silu
+from .proof import Verdict, prove
+from .sites import Site
+from .triton_attention import AttentionConfig
+from .triton_conv3d import Config
+from .triton_layer import OPERAND, Layer, run_fused
+
+# Kernels against float32 on the same inputs, result rounded to this dtype: half a unit in the last
+# place of bfloat16 is 2e-3 at most, of float16 2.4e-4; float32 operands are three TF32 products.
+BOUNDS = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 1e-5}
+# Frames, rows and columns of a proof: odd, more programs than an H200 has multiprocessors, and
+# small enough that all proofs of a model take seconds. The interpreter gets a few programs.
+PROOF_SIZE = {"cuda": (5, 131, 179), "cpu": (2, 5, 7)}
+# A kernel that cannot be built for a card raises one of these; anything else is a bug of ours.
+BUILD_FAILURES: tuple[type[Exception], ...] = (
+    triton.runtime.errors.OutOfResources,
+    triton.runtime.errors.PTXASError,
+    triton.compiler.errors.CompilationError,
+)
+
+Proof = tuple[str, Callable[[], Verdict]]
+
+
+class Proofs:
+    """Makes the proof of a kernel for a layer: its key in the book, and the run that decides."""
+
+    def __init__(self, device: torch.device, stream: torch.dtype, only_frame: bool):
+        self.device, self.stream, self.only_frame = device, stream, only_frame
+
+    def conv(self, site: Site, operand: torch.dtype, config: Config | None) -> Proof:
+        """The convolution of `site`, with norm, SiLU and join in front if it is a "normed" one."""
+        o, c, *kernel = site.weight.shape
+        name = "head" if config is None else config.name
+        form = f"{c}x{o} {'x'.join(map(str, kernel))} {_name(operand)} to {_name(self.stream)}"
+        key = f"conv3d {site.kind} {form}{' one frame' if self.only_frame else ''} {name}"
+        if site.kind == "normed":
+            return key, lambda: self._prove_fused(o, c, config)
+        return key, lambda: self._prove_conv(o, c, tuple(kernel), operand, self.stream, config)
+
+    def conv2d(self, weight: torch.Tensor, out: torch.dtype, config: Config) -> Proof:
+        """A 1x1 convolution of attention, result in `out`."""
+        o, c = weight.shape[:2]
+        key = f"conv2d {c}x{o} {_name(OPERAND)} to {_name(out)} {config.name}"
+        return key, lambda: self._prove_conv(o, c, (1, 1, 1), OPERAND, out, config)
+
+    def upsample(self, site: Site, config: Config) -> Proof:
+        """The folded up-sampler."""
+        o, c = site.weight.shape[:2]
+        key = f"upsample {c}x{o} {_name(self.stream)} {config.name}"
+        return key, lambda: self._prove_upsample(o, c, config)
+
+    def attention(self, channels: int, config: AttentionConfig) -> Proof:
+        """Norm without SiLU, then one head over it."""
+        key = f"attention {channels} {_name(self.stream)} {config.name}"
+        return key, lambda: self._prove_attention(channels, config)
+
+    # -- the runs ------------------------------------------------------------------------------
+
+    def _random(self, *shape: int, seed: int) -> torch.Tensor:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(shape, generator=generator, device=self.device)
+
+    def _features(self, c: int, frames: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+        """[1, C, frames, H, W] in NDHWC."""
+        _, h, w = PROOF_SIZE[self.device.type]
+        return self._random(1, frames, h, w, c, seed=seed).to(dtype).permute(0, 4, 1, 2, 3)
+
+    def _weight(self, o: int, c: int, kernel: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        kt, kh, kw = kernel
+        weight = self._random(o, kt, kh, kw, c, seed=3) / (kt * kh * kw * c) ** 0.5
+        return weight.to(dtype).permute(0, 4, 1, 2, 3)
+
+    def _prove_fused(self, o: int, c: int, config: Config | None) -> Verdict:
+        """Norm, SiLU, join and convolution (or head, without a `config`) as a decode runs them."""
+        frames = PROOF_SIZE[self.device.type][0]
+        x = self._features(c, frames, self.stream, seed=0)
+        gamma = 1 + 0.2 * self._random(c, seed=1)
+        only = self.only_frame
+        history = None if only else self._features(c, 2, OPERAND, seed=2)
+        layer = Layer(self._weight(o, c, (3, 3, 3), OPERAND), config, self.stream)
+        bias = self._random(o, seed=4).to(self.stream)
+        residual = None if config is None else self._features(o, frames, self.stream, seed=5)
+
+        def kernel() -> torch.Tensor:
+            y, _ = run_fused(
+                layer, x, gamma, history, bias, residual,
+                padding=(1, 1), only_frame=only, keep=False,
+            )  # fmt: skip
+            return y
+
+        def reference() -> torch.Tensor:
+            y = rms_norm_silu(x.float(), gamma)
+            y = y if history is None else torch.cat((history.float(), y), 2)
+            used = layer.weight[:, :, -1:] if only else layer.weight
+            y = _exact_conv3d(y, used.float(), bias.float(), (1, 1))
+            return y if residual is None else y + residual.float()
+
+        # The kernel rounds the norm's result to float16, which the reference does not do.
+        bound = BOUNDS[OPERAND] if config is None else BOUNDS[OPERAND] + BOUNDS[self.stream]
+        return prove(kernel, reference, bound, BUILD_FAILURES)
+
+    def _prove_conv(self, o, c, kernel, operand, out, config: Config) -> Verdict:
+        frames = PROOF_SIZE[self.device.type][0]
+        x = self._features(c, frames + kernel[0] - 1, operand, seed=0)
+        weight = self._weight(o, c, kernel, operand)
+        bias = self._random(o, seed=4).to(self.stream)
+        padding, only = (kernel[1] // 2, kernel[2] // 2), self.only_frame
+        used = weight[:, :, -1:] if only else weight
+        layer = Layer(weight, config, out)
+        return prove(
+            lambda: layer.run(x, bias, None, padding, only),
+            lambda: _exact_conv3d(x.float(), used.float(), bias.float(), padding),
+            # float32 operands are split into TF32 parts: their error joins the rounding's.
+            BOUNDS[out] + BOUNDS[torch.float32],
+            BUILD_FAILURES,
+        )
+
+    def _prove_upsample(self, o: int, c: int, config: Config) -> Verdict:
+        frames = PROOF_SIZE[self.device.type][0]
+        x = self._features(c, frames, self.stream, seed=0)[0].transpose(0, 1)
+        weight = (self._random(o, c, 3, 3, seed=1) / (9 * c) ** 0.5).to(self.stream)
+        bias = self._random(o, seed=2).to(self.stream)
+        folded = triton_conv3d.fold_upsample(weight).to(self.stream)
+
+        def reference() -> torch.Tensor:
+            doubled = F.interpolate(x.float(), scale_factor=2.0, mode="nearest-exact")
+            y = _exact_conv3d(doubled[:, :, None], weight.float()[:, :, None], bias.float(), (1, 1))
+            return y[:, :, 0]
+
+        # Summed taps are rounded once more than the reference's.
+        return prove(
+            lambda: triton_conv3d.folded_upsample(x, folded, bias, config),
+            reference,
+            2 * BOUNDS[self.stream],
+            BUILD_FAILURES,
+        )
+
+    def _prove_attention(self, c: int, config: AttentionConfig) -> Verdict:
+        _, h, w = PROOF_SIZE[self.device.type]
+        # More keys than one block holds, and queries that are not all of them, as on a shard.
+        x = self._features(c, 1, self.stream, seed=0)[..., : h // 2 + 1, :]
+        gamma = 1 + 0.2 * self._random(c, seed=1)
+
+        def heads(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            rows = y.flatten(2).transpose(1, 2)
+            return rows[:, 3:], rows, rows.flip(1)
+
+        def kernel() -> torch.Tensor:
+            y, _ = triton_norm.norm_silu_join(x, gamma, None, 0, False, OPERAND, silu=False)
+            q, k, v = heads(y[:, :, 0])
+            return triton_attention.attention(q, k, v.contiguous(), config)
+
+        def reference() -> torch.Tensor:
+            q, k, v = heads(rms_norm(x[:, :, 0].float(), gamma))
+            scores = q @ k.transpose(1, 2) / c**0.5
+            return scores.softmax(dim=2) @ v
+
+        # Rounded inputs move a softmax whose scores reach sqrt(C) by up to sqrt(C) roundings.
+        return prove(kernel, reference, BOUNDS[OPERAND] * max(4.0, c**0.5), BUILD_FAILURES)
+
+
+def _exact_conv3d(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: tuple[int, int]
+) -> torch.Tensor:
+    """float32 convolution without TF32, whose rounding would hide a kernel's fault."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return F.conv3d(x, weight, bias, padding=(0, *padding))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
