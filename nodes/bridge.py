@@ -24,6 +24,7 @@ from ..wan_vae import (
     WanVAEError,
     geometry,
 )
+from ..wan_vae import layout as wan_layout
 from ..wan_vae import memory as wan_memory
 from ..wan_vae.pipeline import PRECISIONS
 from ..wan_vae.report import SCHEMA, DecodeReport
@@ -115,13 +116,26 @@ def output_dtype(vae) -> torch.dtype:
     return torch.float32 if choose is None else choose()
 
 
-def plan_chunk(packed: Packed, latent_shape: tuple[int, ...]) -> int:
-    """Load the weights, have memory freed for a decode, and plan its latent frames a chunk."""
-    itemsize = packed.wan.dtype.itemsize
-    config = packed.wan.config
-    wanted = wan_memory.plan_chunk_frames(config, latent_shape, itemsize, None)
-    packed.load(wan_memory.planned_bytes(config, latent_shape, itemsize, wanted))
-    return wan_memory.plan_chunk_frames(config, latent_shape, itemsize, packed.free_bytes())
+def plan_chunk(
+    packed: Packed,
+    latent_shape: tuple[int, ...],
+    memory_layout: str,
+    chunk_frames: int,
+    whole_frames: bool = False,
+) -> dict[str, int | None]:
+    """Load the weights and have memory freed for a decode; what the library plans with.
+
+    The arguments chunk_frames (None where the node's is 0) and free_bytes of `WanVAE.decode`: it
+    plans chunks and strips in the memory that ComfyUI leaves. whole_frames: of the sink.
+    """
+    wan, wanted = packed.wan, chunk_frames or None
+    fmt = wan_layout.decide(memory_layout, packed.device, wan.dtype).chosen
+    plan = wan_memory.plan_decode(
+        wan.config, latent_shape, wan.dtype, fmt, None,
+        whole_frames=whole_frames, chunk_frames=wanted,
+    )  # fmt: skip
+    packed.load(plan.planned_bytes)
+    return {"chunk_frames": wanted, "free_bytes": packed.free_bytes()}
 
 
 def plan_encode(packed: Packed, image_shape: tuple[int, ...]) -> None:

@@ -40,15 +40,15 @@ class WanVAEDecode(io.ComfyNode):
         latent = bridge.latent_5d(samples)
 
         def decode(packed, hooks):
-            planned = bridge.plan_chunk(packed, tuple(latent.shape))
+            plan = bridge.plan_chunk(packed, tuple(latent.shape), memory_layout, chunk_frames)
             sink = ImageSink.allocate(
                 tuple(latent.shape), packed.wan.config, vae.output_device, bridge.output_dtype(vae)
             )
             packed.wan.decode(
                 latent,
-                chunk_frames=chunk_frames or planned,
                 memory_format=memory_layout,
                 sink=sink,
+                **plan,
                 **hooks,
             )
             return sink.image

@@ -185,11 +185,9 @@ class WanVAEDecodeSharded(io.ComfyNode):
                 if not allow_fallback:
                     raise
                 reason = f"decoded on {packed.device} alone, because sharding failed: {error}"
-            planned = bridge.plan_chunk(packed, shape)
+            plan = bridge.plan_chunk(packed, shape, memory_layout, chunk_frames)
             sink = ImageSink.allocate(shape, packed.wan.config, vae.output_device, dtype)
-            packed.wan.decode(
-                latent, chunk_frames=chunk_frames or planned, sink=sink, **options, **hooks
-            )
+            packed.wan.decode(latent, sink=sink, **plan, **options, **hooks)
             report = packed.wan.last_report
             packed.wan.last_report = replace(report, fallbacks=(reason, *report.fallbacks))
             return sink.image

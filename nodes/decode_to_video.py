@@ -73,14 +73,16 @@ class WanVAEDecodeToVideo(io.ComfyNode):
         for latent in bridge.latent_5d(samples).split(1):
 
             def decode(packed, hooks, latent=latent):
-                planned = bridge.plan_chunk(packed, tuple(latent.shape))
+                plan = bridge.plan_chunk(
+                    packed, tuple(latent.shape), memory_layout, chunk_frames, whole_frames=True
+                )
                 shape = geometry.pixel_shape(tuple(latent.shape), packed.wan.config)
                 file = SavedFile.new(filename_prefix, width=shape[4], height=shape[3])
                 packed.wan.decode(
                     latent,
-                    chunk_frames=chunk_frames or planned,
                     memory_format=memory_layout,
                     sink=VideoFileSink(file.path, shape[3], shape[4], fps),
+                    **plan,
                     **hooks,
                 )
                 return file

@@ -138,6 +138,7 @@ class WanVAE:
         should_stop: ShouldStop | None = None,
         strips: int | None = None,
         backend: Backend = "auto",
+        free_bytes: int | None = None,
         shard: ShardContext = SINGLE,
         gather: Gather = "all",
     ) -> torch.Tensor | None:
@@ -148,7 +149,9 @@ class WanVAE:
         Returns float32 [B, 3, 4T-3, 8H, 8W] (16H, 16W for Wan 2.2) in [-1, 1] on the VAE's device,
         or `out` (preallocated, any device), or None with a `sink`.
         chunk_frames: latent frames a call, or the list of all chunk lengths; None plans it. Any
-        schedule gives the same pixels. strips: decode the picture in so many exact bands in turn.
+        schedule gives the same pixels. strips: decode the picture in so many exact bands in turn;
+        None plans them where not even one latent frame a chunk fits. free_bytes: device memory
+        that the plan may count on, where that is less than the device has free.
         precision: compute dtype, "auto" (that of the weights), "fp32", "bf16" or "fp16".
         backend: "auto", "eager" (plain PyTorch) or "triton" (see `ops.select`).
         on_progress(done_frames, total_frames, report) follows each chunk; should_stop() is asked
@@ -180,9 +183,10 @@ class WanVAE:
         elif out is not None:
             raise ValueError("decode takes out= or sink=, not both")
         run.builder.memory["output_bytes"] = sink_bytes(sink)
+        run.plan(sink.needs_whole_frames, free_bytes)
         try:
             with own_arithmetic(self.device):
-                for piece in run.pieces(whole_frames=sink.needs_whole_frames):
+                for piece in run.pieces():
                     sink.write(piece.pixels, piece.start_frame, piece.first_row)
                     if on_progress is not None:
                         on_progress(run.done_frames, run.total_frames, run.progress_report())
@@ -205,6 +209,7 @@ class WanVAE:
         should_stop: ShouldStop | None = None,
         strips: int | None = None,
         backend: Backend = "auto",
+        free_bytes: int | None = None,
     ) -> Iterator[torch.Tensor]:
         """Yield pixels [B, 3, t, H', W'] float32 in [-1, 1] as soon as frames are final, in order.
 
@@ -215,10 +220,11 @@ class WanVAE:
             latent, normalized, chunk_frames, memory_format, precision, should_stop, strips,
             backend,
         )  # fmt: skip
+        run.plan(whole_frames=True, free_bytes=free_bytes)
         return self._stream(run)
 
     def _stream(self, run: _DecodeRun) -> Iterator[torch.Tensor]:
-        pieces = run.pieces(whole_frames=True)
+        pieces = run.pieces()
         try:
             while True:
                 # Entered for each chunk anew: a context left open across a yield would leak
@@ -293,19 +299,8 @@ class WanVAE:
             z = z * std + mean
         z = z.to(dtype)
 
-        shape = tuple(z.shape)
-        free = memory.free_bytes(self.device)
-        if chunk_frames is None:
-            chunk_frames = memory.plan_chunk_frames(self.config, shape, z.element_size(), free)
-        chunks = schedule(shape[2], chunk_frames)
-        builder.memory["free_bytes"] = free
-        builder.memory["planned_bytes"] = memory.planned_bytes(
-            self.config, shape, z.element_size(), max(c.frames for c in chunks)
-        )
-        counter = LayoutCounter()
-        run = _DecodeRun(model, z, [c.frames for c in chunks], strips, ops, counter, builder,
-                         should_stop)  # fmt: skip
-        builder.values["latent_shape"] = shape
+        run = _DecodeRun(model, z, chunk_frames, strips, decision.chosen, ops, builder, should_stop)
+        builder.values["latent_shape"] = tuple(z.shape)
         builder.values["pixel_shape"] = run.pixel_shape
         builder.total_frames = run.total_frames
         return run
@@ -372,14 +367,15 @@ class WanVAE:
 class _DecodeRun:
     """One decode under way: the chunks still to do, what was done, and the report so far."""
 
-    def __init__(self, model, z, lengths, strips, ops, counter, builder, should_stop):
+    def __init__(self, model, z, chunk_frames, strips, memory_format, ops, builder, should_stop):
         self.model: WanVAEModel = model
         self.config: WanVAEConfig = model.config
         self.z: torch.Tensor = z
-        self.lengths: list[int] = lengths
-        self.strip_count: int | None = strips
+        self.chunk_frames: int | Sequence[int] | None = chunk_frames
+        self.strips: int | None = strips
+        self.memory_format: str = memory_format
         self.ops: OpSet = ops
-        self.counter: LayoutCounter = counter
+        self.counter = LayoutCounter()
         self.builder: ReportBuilder = builder
         self.should_stop: ShouldStop | None = should_stop
         self.pixel_shape = geometry.pixel_shape(tuple(z.shape), self.config)
@@ -387,13 +383,36 @@ class _DecodeRun:
         self.done_frames = 0
         self.clock = _Clock(z.device)
         self.pixels_finite = torch.ones((), dtype=torch.bool, device=z.device)
+        # Refuse what is impossible at the call, before an output is allocated.
+        if chunk_frames is not None:
+            schedule(z.shape[2], chunk_frames)
         if strips is not None:
-            geometry.strips(z.shape[3], strips, self.config)  # refuse a wrong count at the call
-            builder.values["strips"] = strips
+            geometry.strips(z.shape[3], strips, self.config)
 
-    def pieces(self, whole_frames: bool) -> Iterator[_Piece]:
+    def plan(self, whole_frames: bool, free_bytes: int | None = None) -> None:
+        """Fix chunks and strips. Before the first chunk, after everything else was allocated.
+
+        whole_frames: what the sink needs. free_bytes: see `WanVAE.decode`.
+        """
+        device, frames = self.z.device, self.chunk_frames
+        counts = (memory.free_bytes(device), free_bytes)
+        free = min((n for n in counts if n is not None), default=None)
+        plan = memory.plan_decode(
+            self.config, tuple(self.z.shape), self.z.dtype, self.memory_format, free,
+            whole_frames=whole_frames, chunk_frames=frames, strips=self.strips,
+        )  # fmt: skip
+        self.lengths, self.whole_frames = plan.lengths, whole_frames
+        # Strips that were asked for are taken even if there is only one.
+        self.strip_count = plan.strips if plan.strips > 1 or self.strips else None
+        self.builder.memory.update(free_bytes=free, planned_bytes=plan.planned_bytes)
+        self.builder.values["strips"] = plan.strips
+        if plan.note is not None:
+            self.builder.fallbacks.append(plan.note)
+        self.clock = _Clock(device)  # its peak is above what is allocated now
+
+    def pieces(self) -> Iterator[_Piece]:
         """Every piece of the picture once. Memory permitting in whole chunks, else in strips."""
-        failure = None
+        height = self.z.shape[3]
         if self.strip_count is None:
             try:
                 yield from self._chunks()
@@ -402,11 +421,13 @@ class _DecodeRun:
                 failure = str(error)
             # Out of the except block, so that the traceback no longer holds the tensors.
             self._fall_back(failure)
-        counts = [self.strip_count] if self.strip_count else _strip_counts(self.z.shape[3])
+        counts = [self.strip_count] if self.strip_count else []
+        if self.strips is None:  # planned or none: more of them where memory runs out all the same
+            counts += [n for n in _strip_counts(height) if n > (self.strip_count or 0)]
         for count in counts:
             self.builder.values["strips"] = count
             try:
-                if whole_frames:
+                if self.whole_frames:
                     yield from self._strips_in_each_chunk(count)
                 else:
                     yield from self._strips_one_after_another(count)
@@ -468,12 +489,11 @@ class _DecodeRun:
     def _band_pixels(self, features, band, cache, chunk) -> torch.Tensor:
         """Pixels of one strip of one chunk; DecodeMemoryError when it does not fit."""
         rows = features[:, :, :, band.halo_start : band.halo_stop]
-        before, failure = cache.snapshot(), None
+        failure = None
         try:
             return self.model.finish(rows, self._step(cache, chunk), band)
         except torch.OutOfMemoryError as error:
             failure = _first_line(error)
-        cache.restore(before)
         raise DecodeMemoryError(f"strip of {rows.shape[3]} latent rows: {failure}")
 
     def _walk(self, lengths, cache, work) -> Iterator[tuple[Chunk, torch.Tensor]]:
@@ -487,7 +507,9 @@ class _DecodeRun:
             self._ask_to_stop()
             n = pending[0]
             chunk = Chunk(start, start + n, start == 0, start + n == total)
-            before, failure, result = cache.snapshot(), None, None
+            # One frame is never tried again with this cache: its history is not held twice.
+            before = cache.snapshot() if n > 1 else None
+            failure, result = None, None
             try:
                 with self.clock.measure(chunk, self._frames_of(chunk)):
                     result = work(self.z[:, :, start : start + n], self._step(cache, chunk))
@@ -495,9 +517,9 @@ class _DecodeRun:
                 failure = _first_line(error)
             if failure is not None:
                 self.clock.drop_last()
-                cache.restore(before)
                 if n == 1:
                     raise DecodeMemoryError(f"chunk of 1 latent frame: {failure}")
+                cache.restore(before)
                 half = (n + 1) // 2
                 pending = deque(
                     part

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .. import layout
 from ..layout import LayoutCounter
 from .conv3d import conv2d
 
@@ -18,10 +19,8 @@ def upsample_conv2d(
     padding: tuple[int, int] = (1, 1),
 ) -> torch.Tensor:
     """[N, C, H, W] -> [N, O, 2H, 2W]: every pixel doubled, then a 3x3 convolution."""
-    return conv2d(
-        F.interpolate(x, scale_factor=2.0, mode="nearest-exact"),
-        weight,
-        bias,
-        counter,
-        padding=padding,
-    )
+    # Matched before it is four times as large. Also where it matches already: a single frame can
+    # have a stray stride, for which the interpolation would come back in the other format.
+    x = layout.match_input(x, weight, counter)
+    x = F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
+    return conv2d(x, weight, bias, counter, padding=padding)
