@@ -8,7 +8,7 @@ import torch
 from tests.dist.ranks import Ranks
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def one_thread():
     """One thread here too, as the ranks have: the CPU's kernels sum in another order with more."""
     before = torch.get_num_threads()

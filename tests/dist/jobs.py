@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -14,12 +15,15 @@ from wan_vae import WanVAE
 from wan_vae.blocks import Step
 from wan_vae.cache import FeatureCache
 from wan_vae.chunking import schedule
+from wan_vae.config import wan21
 from wan_vae.errors import DecodeCancelled
 from wan_vae.sharding import ShardContext, plan_shards
 from wan_vae.sharding.halo import Shard
 from wan_vae.sharding.run import own_part
 from wan_vae.sharding.wire import Incoming, Outgoing, Wire
 
+# The narrowest for which every layer has a kernel.
+KERNELS = wan21(dim=16)
 MINI = Path(__file__).parents[2] / "examples" / "wan_vae_mini.safetensors"
 
 
@@ -28,7 +32,8 @@ def model(name: str, weight_format: str = "contiguous") -> WanVAE:
     """A small VAE by name, with checkpoint weights in a memory format."""
     if name == "mini":
         return wan_vae.load(MINI, device="cpu")
-    state = random_state(SMALL_CONFIGS[name])
+    config = KERNELS if name == "kernels" else SMALL_CONFIGS[name]
+    state = random_state(config)
     if weight_format == "channels_last_3d":
         state = {
             k: v.contiguous(memory_format=torch.channels_last_3d) if v.ndim == 5 else v
@@ -54,6 +59,12 @@ def decode(rank, ranks, group, *, name, shape, axis="auto", gather="all", format
         options["memory_format"] = wanted
     pixels = vae.decode(noise(shape), shard=context, gather=gather, **options)
     return _to_numpy(pixels), vae.last_report.as_dict()
+
+
+def decode_with_kernels(rank, ranks, group, *, cache, **arguments):
+    """`decode` with verdicts on kernels in the folder `cache`."""
+    os.environ["WAN_VAE_CACHE"] = cache
+    return decode(rank, ranks, group, **arguments)
 
 
 def encode(rank, ranks, group, *, name, shape, axis="auto", gather="all", **options):

@@ -14,7 +14,7 @@ from ..blocks import Attention, ResidualBlock, Upsample
 from ..decoder import UpStage
 from ..model import WanVAEModel
 
-Kind = Literal["latent", "normed", "stream", "upsample", "attention"]
+Kind = Literal["latent", "normed", "head", "stream", "upsample", "attention"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Site:
     """One layer. `frames`: how many it has for each latent frame of a steady chunk.
 
     kind says where its input comes from: "latent" (the latent, or almost), "normed" (norm and
-    SiLU, with `gamma`), "stream" (features as blocks hand them on), "upsample" (features, doubled
+    SiLU, with `gamma`), "head" (the same; its result is the pixels), "stream" (features as blocks hand them on), "upsample" (features, doubled
     in height and width first), "attention" (norm; `weight` makes queries, keys and values and
     `projection` follows).
     """
@@ -55,7 +55,7 @@ def decoder_sites(model: WanVAEModel) -> Iterator[Site]:
                 frames *= 2
             yield Site("upsample", layer.resample["1"].weight, frames)
     norm, conv = decoder.head.values()
-    yield Site("normed", conv.weight, frames, norm.gamma)
+    yield Site("head", conv.weight, frames, norm.gamma)
 
 
 def _flat(layers: nn.ModuleList) -> Iterator[nn.Module]:

@@ -68,13 +68,13 @@ class TritonBackend:
     # -- choosing, before the first chunk ------------------------------------------------------
 
     def _add_conv(self, site: Site, bound: float) -> None:
-        if site.kind == "normed" and not bound < torch.finfo(OPERAND).max:
+        if site.gamma is not None and not bound < torch.finfo(OPERAND).max:
             self._refuse("conv3d", f"its input may reach {bound:.0e}, too large for float16")
             return
-        operand = {"normed": OPERAND, "stream": self.stream, "latent": torch.float32}[site.kind]
+        operand = {"stream": self.stream, "latent": torch.float32}.get(site.kind, OPERAND)
         o, c = site.weight.shape[:2]
-        # Few output channels behind a norm: the head's kernel, which has one form.
-        if site.kind == "normed" and o * 9 <= 128:
+        # Few output channels: a kernel of its own, which has one form.
+        if site.kind == "head" and o * 9 <= 128:
             configs: tuple[Config | None, ...] = (None,)
         else:
             configs = conv_candidates(c, o, 1 if self.only_frame else site.frames)

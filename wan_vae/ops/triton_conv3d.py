@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-
 # How float32 operands are multiplied: the operands that a norm does not bound, in small layers.
 FLOAT32_PRECISION = "tf32x3"
 

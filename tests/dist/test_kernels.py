@@ -1,0 +1,30 @@
+"""Shards on the Triton kernels: the bits of one process. In the interpreter, on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when its own functions are decorated, so before its first import.
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
+
+from tests.dist import jobs
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((1, 16, 2, 2, 1), "height"), ((1, 16, 1, 1, 3), "width")]
+)
+def test_shards_give_the_bits_of_one_process(ranks, tmp_path, monkeypatch, shape, axis):
+    """Halo rows go around the features before the norm; residual and head take their own rows."""
+    monkeypatch.setenv("WAN_VAE_CACHE", str(tmp_path))
+    options = {"backend": "triton", "memory_format": "channels_last_3d"}
+    whole = jobs.model("kernels").decode(jobs.noise(shape), **options)
+    arguments = {"name": "kernels", "shape": shape, "axis": axis, "cache": str(tmp_path), **options}
+    for pixels, report in ranks.run("decode_with_kernels", 2, timeout_s=120.0, **arguments):
+        assert torch.equal(torch.from_numpy(pixels), whole)
+        assert {layer["backend"] for layer in report["layers"]} == {"triton"}
+        assert report["layout"]["mixed_calls"] == 0
