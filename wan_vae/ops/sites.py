@@ -22,9 +22,9 @@ class Site:
     """One layer. `frames`: how many it has for each latent frame of a steady chunk.
 
     kind says where its input comes from: "latent" (the latent, or almost), "normed" (norm and
-    SiLU, with `gamma`), "head" (the same; its result is the pixels), "stream" (features as blocks hand them on), "upsample" (features, doubled
-    in height and width first), "attention" (norm; `weight` makes queries, keys and values and
-    `projection` follows).
+    SiLU, with `gamma`), "head" (the same; its result is the pixels), "stream" (features as blocks
+    hand them on), "upsample" (features, doubled in height and width first), "attention" (norm;
+    `weight` makes queries, keys and values and `projection` follows).
     """
 
     kind: Kind
