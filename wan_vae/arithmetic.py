@@ -10,9 +10,12 @@ import torch
 
 @contextmanager
 def own_arithmetic(device: torch.device) -> Iterator[None]:
-    """No gradients, and no autocast of the caller's: it would round what is promised in float32."""
+    """No gradients, and no autocast of the caller's: it would round what is promised in float32.
+
+    Not inference mode: its tensors could not be changed in place by the caller that gets them.
+    """
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.no_grad())
         if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
         yield

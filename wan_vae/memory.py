@@ -57,6 +57,16 @@ def free_bytes(device: torch.device) -> int | None:
     return max(0, free)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out: PyTorch's own type, or what its CPU allocator says.
+
+    The CPU allocator raises a plain RuntimeError.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a decode goes: latent frames a chunk, strips (1: the whole picture), and what it takes.

@@ -73,10 +73,13 @@ def build_model(
     """
     with torch.device("meta"):
         model = WanVAEModel(config)
-    own = {
-        # A copy always, dense and contiguous whatever the source's strides are.
-        key: torch.empty(value.shape, dtype=dtype, device=device).copy_(value)
-        for key, value in state.items()
-    }
-    model.load_state_dict(own, strict=True, assign=True)
+    # Ordinary tensors also for a caller in inference mode: its own could not be moved or used
+    # outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        own = {
+            # A copy always, dense and contiguous whatever the source's strides are.
+            key: torch.empty(value.shape, dtype=dtype, device=device).copy_(value)
+            for key, value in state.items()
+        }
+        model.load_state_dict(own, strict=True, assign=True)
     return model.eval().requires_grad_(False)

@@ -27,6 +27,7 @@ from .errors import (
     DecodeMemoryError,
     GeometryError,
     LatentError,
+    OutputError,
 )
 from .latents import as_batch, check_latent, check_pixels, range_warning
 from .layout import LayoutCounter
@@ -84,9 +85,10 @@ class WanVAE:
         """
         self.model = model
         self.config: WanVAEConfig = model.config
+        # Of the last operation; None if that was refused before it began.
         self.last_report: DecodeReport | None = None
         self.weights_found = weights_found or _weights_found(model.state_dict())
-        self._cast: WanVAEModel | None = None
+        self._cast: tuple[tuple, WanVAEModel] | None = None
         self._proofs: ProofBook | None = None
 
     @classmethod
@@ -163,6 +165,7 @@ class WanVAE:
         DecodeCancelled, DecodeMemoryError,
         ShardingError.
         """
+        self.last_report = None
         if not shard.is_single:
             if strips is not None:
                 raise GeometryError("strips divide one device's picture: not possible with a shard")
@@ -171,20 +174,21 @@ class WanVAE:
                 memory_format=memory_format, precision=precision, out=out, sink=sink,
                 on_progress=on_progress, should_stop=should_stop, backend=backend,
             )  # fmt: skip
-        run = self._start_decode(
-            latent, normalized, chunk_frames, memory_format, precision, should_stop, strips,
-            backend,
-        )  # fmt: skip
-        if sink is None:
-            if out is None:
-                out = torch.empty(run.pixel_shape, dtype=torch.float32, device=self.device)
-            check_out(out, run.pixel_shape)
-            sink = TensorSink(out)
-        elif out is not None:
-            raise ValueError("decode takes out= or sink=, not both")
-        run.builder.memory["output_bytes"] = sink_bytes(sink)
-        run.plan(sink.needs_whole_frames, free_bytes)
+        run: _DecodeRun | None = None
         try:
+            if sink is not None and out is not None:
+                raise OutputError("decode got both out= and sink=: expected one of them")
+            run = self._start_decode(
+                latent, normalized, chunk_frames, memory_format, precision, should_stop, strips,
+                backend,
+            )  # fmt: skip
+            if sink is None:
+                if out is None:
+                    out = torch.empty(run.pixel_shape, dtype=torch.float32, device=self.device)
+                check_out(out, run.pixel_shape)
+                sink = TensorSink(out)
+            run.builder.memory["output_bytes"] = sink_bytes(sink)
+            run.plan(sink.needs_whole_frames, free_bytes)
             with own_arithmetic(self.device):
                 for piece in run.pieces():
                     sink.write(piece.pixels, piece.start_frame, piece.first_row)
@@ -193,8 +197,10 @@ class WanVAE:
             sink.close()
             self.last_report = run.finish("done")
         except BaseException as error:
-            sink.abort()
-            self.last_report = run.finish_failed(error)
+            if run is not None:
+                self.last_report = run.finish_failed(error)
+            if sink is not None:
+                _abort(sink, error)
             raise
         return out
 
@@ -216,6 +222,7 @@ class WanVAE:
         Arguments, results and errors are those of `decode`; arguments are checked at the call,
         before the first chunk is asked for. `last_report` is set when the stream ends.
         """
+        self.last_report = None
         run = self._start_decode(
             latent, normalized, chunk_frames, memory_format, precision, should_stop, strips,
             backend,
@@ -227,8 +234,8 @@ class WanVAE:
         pieces = run.pieces()
         try:
             while True:
-                # Entered for each chunk anew: a context left open across a yield would leak
-                # inference mode into the caller's code.
+                # Entered for each chunk anew: a context left open across a yield would leak into
+                # the caller's code.
                 with own_arithmetic(self.device):
                     piece = next(pieces, None)
                 if piece is None:
@@ -293,7 +300,8 @@ class WanVAE:
         builder.layout["latent_format"] = layout.detect(latent)
         builder.values["precision_requested"] = precision
 
-        z = latent.to(device=self.device, dtype=torch.float32)
+        # A copy: a stream reads it long after the call, when the caller's may have changed.
+        z = latent.to(device=self.device, dtype=torch.float32, copy=True)
         if normalized:
             mean, std = _statistics(self.config, z)
             z = z * std + mean
@@ -314,24 +322,23 @@ class WanVAE:
 
     def _prepare(self, precision: str, memory_format, part: str):
         """The model in the wanted precision, and `part` of it in the wanted memory format."""
-        if precision != "auto" and precision not in PRECISIONS:
+        if precision != "auto" and (not isinstance(precision, str) or precision not in PRECISIONS):
             raise BackendError(
                 f"precision is {precision!r}: expected 'auto', 'fp32', 'bf16' or 'fp16'"
             )
         dtype = self.dtype if precision == "auto" else PRECISIONS[precision]
         decision = layout.decide(memory_format, self.device, dtype)
-        model = self.model
-        if dtype != self.dtype:
-            cast = self._cast
-            if (
-                cast is None
-                or cast.conv2.weight.dtype != dtype
-                or (cast.conv2.weight.device != self.device)
-            ):
-                self._cast = cast = copy.deepcopy(self.model).to(dtype)
-            model = cast
-        layout.pack_weights(getattr(model, part), decision.chosen)
+        with torch.inference_mode(False), torch.no_grad():
+            model = self.model if dtype == self.dtype else self._in_dtype(dtype)
+            layout.pack_weights(getattr(model, part), decision.chosen)
         return model, decision
+
+    def _in_dtype(self, dtype: torch.dtype) -> WanVAEModel:
+        """A copy of the model in `dtype`; the last one, unless the weights were changed since."""
+        state = (dtype, [(p.data_ptr(), _version(p)) for p in self.model.parameters()])
+        if self._cast is None or self._cast[0] != state:
+            self._cast = state, copy.deepcopy(self.model).to(dtype)
+        return self._cast[1]
 
     def _describe(self, builder, model, parts, decision, ops: OpSet) -> None:
         """Put weights, formats and backends into the report."""
@@ -492,7 +499,9 @@ class _DecodeRun:
         failure = None
         try:
             return self.model.finish(rows, self._step(cache, chunk), band)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
             failure = _first_line(error)
         raise DecodeMemoryError(f"strip of {rows.shape[3]} latent rows: {failure}")
 
@@ -513,7 +522,9 @@ class _DecodeRun:
             try:
                 with self.clock.measure(chunk, self._frames_of(chunk)):
                     result = work(self.z[:, :, start : start + n], self._step(cache, chunk))
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out_of_memory(error):
+                    raise
                 failure = _first_line(error)
             if failure is not None:
                 self.clock.drop_last()
@@ -568,9 +579,12 @@ class _DecodeRun:
         """The final report; waits for the device, so that its times are true."""
         self._fill(wait=True)
         if status == "done" and not bool(self.pixels_finite):
+            advice = "decode with precision='fp32'"
+            if self.builder.dtype == torch.float32:
+                advice = "look at the latent's largest values, and for a damaged checkpoint"
             self.builder.warnings.append(
                 f"the decoded pixels hold NaN or inf (computed in {self.builder.dtype}): weights "
-                "or latent overflow this precision; decode with precision='fp32'"
+                f"or latent overflow this precision; {advice}"
             )
         return self.builder.build(status, error)
 
@@ -666,6 +680,7 @@ def _encode(
     gather: Gather,
 ) -> torch.Tensor | None:
     """`WanVAE.encode`; see there."""
+    vae.last_report = None
     pixels = as_batch(pixels, "video")
     check_pixels(pixels, vae.config)
     config = vae.config
@@ -706,7 +721,11 @@ def _encode(
                     vae, pixels, shard, gather, clock, builder, ops, counter, model,
                     chunk_frames=chunk_frames, on_progress=progress, should_stop=should_stop,
                 )  # fmt: skip
-            for chunk in schedule(out_shape[2], chunk_frames or 1) if shard.is_single else ():
+            for chunk in (
+                schedule(out_shape[2], 1 if chunk_frames is None else chunk_frames)
+                if shard.is_single
+                else ()
+            ):
                 if should_stop is not None and should_stop():
                     raise DecodeCancelled(
                         f"cancelled after {builder.done_frames} of {builder.total_frames} frames"
@@ -718,20 +737,22 @@ def _encode(
                 latent[:, :, chunk.start : chunk.stop] = mean
                 builder.done_frames = last
                 progress(last)
-    except torch.OutOfMemoryError as error:
-        message = (
-            f"out of memory on {vae.device} while encoding {builder.total_frames} frames of "
-            f"{pixels.shape[3]}x{pixels.shape[4]}: {_first_line(error)}; encode a smaller video, "
-            "or encode on the CPU"
-        )
-        fill()
-        vae.last_report = builder.build("failed", message)
-        raise DecodeMemoryError(message) from None
     except BaseException as error:
+        failure = error
+        if memory.is_out_of_memory(error):
+            failure = DecodeMemoryError(
+                f"out of memory on {vae.device} while encoding {builder.total_frames} frames of "
+                f"{pixels.shape[3]}x{pixels.shape[4]}: {_first_line(error)}; encode a smaller "
+                "video, or encode on the CPU"
+            )
         fill()
-        cancelled = isinstance(error, (DecodeCancelled, KeyboardInterrupt))
-        vae.last_report = builder.build("cancelled" if cancelled else "failed", str(error) or None)
-        raise
+        status = (
+            "cancelled" if isinstance(error, (DecodeCancelled, KeyboardInterrupt)) else "failed"
+        )
+        vae.last_report = builder.build(status, str(failure) or None)
+        if failure is error:
+            raise
+        raise failure from None
     if vae.device.type == "cuda":
         torch.cuda.synchronize(vae.device)
     fill()
@@ -765,7 +786,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
             device = "cpu"
     try:
         device = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise BackendError(f"device {device!r} is unknown: {_first_line(error)}") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
@@ -781,8 +802,9 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         device = torch.device("cuda", index)
     if device.type == "meta":
         raise BackendError("device meta holds no data: nothing can be decoded on it")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise BackendError("device mps was asked for, but PyTorch sees no MPS device here")
+    module = torch.backends.mps if device.type == "mps" else getattr(torch, device.type, None)
+    if device.type not in ("cpu", "cuda") and not (module and module.is_available()):
+        raise BackendError(f"device {device} was asked for, but PyTorch sees none of its kind here")
     return device
 
 
@@ -794,6 +816,19 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if found not in PRECISIONS.values():
         raise BackendError(f"dtype is {dtype!r}: expected 'auto', 'fp32', 'bf16' or 'fp16'")
     return found
+
+
+def _abort(sink: Sink, error: BaseException) -> None:
+    """Abort `sink` because of `error`, which is what the caller must see whatever happens here."""
+    try:
+        sink.abort()
+    except Exception as trouble:
+        error.add_note(f"the output could not be cleaned up either: {trouble}")
+
+
+def _version(p: torch.Tensor) -> int:
+    """How often `p` was changed in place; tensors of inference mode do not count it."""
+    return -1 if p.is_inference() else p._version
 
 
 def _statistics(config: WanVAEConfig, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

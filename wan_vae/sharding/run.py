@@ -211,7 +211,7 @@ def decode_shard(
         if sink is not None:
             sink.abort()
         vae.last_report = run.finish_failed(error)
-        if isinstance(error, torch.OutOfMemoryError):
+        if memory.is_out_of_memory(error):
             raise _out_of_memory(context, device, error) from None
         raise
     return out

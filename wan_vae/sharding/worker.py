@@ -21,6 +21,7 @@ import torch
 from ..config import WanVAEConfig
 from ..errors import DecodeCancelled, DecodeMemoryError, WanVAEError
 from ..image import ImageSink
+from ..memory import is_out_of_memory
 from ..model import build_model
 from ..pipeline import WanVAE
 from ..sink import TensorSink
@@ -28,9 +29,6 @@ from .context import SINGLE, ShardContext
 from .plan import plan_shards
 from .proof import check_wire
 from .shared import SharedBuffer, view
-
-# What PyTorch's CPU allocator says; it has no type of its own for it.
-_CPU_OUT_OF_MEMORY = "can't allocate memory"
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def _describe(error: BaseException, settings: WorkerSettings) -> dict:
     """An error as plain values: kind, one line of text, the rank at fault."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     kind, rank = type(error).__name__, getattr(error, "rank", None)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _CPU_OUT_OF_MEMORY in text:
+    if is_out_of_memory(error):
         kind = DecodeMemoryError.__name__
     if isinstance(error, DecodeMemoryError) or kind == DecodeMemoryError.__name__:
         rank = settings.rank
