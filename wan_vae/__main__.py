@@ -2,6 +2,17 @@
 
 import sys
 
-from .cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the command; also while it is still being imported, Ctrl-C is one line."""
+    try:
+        from .cli import main as command
+
+        return command()
+    except KeyboardInterrupt:
+        print("wan-vae: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,6 +7,7 @@ folder. Everything wrong with a file is found here, in one error, before a devic
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import struct
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from .config import WanVAEConfig, detect_config, identify_other_model
 from .errors import CheckpointError, NotAWanVAEError
+from .files import first_line, why_unreadable
 from .model import expected_shapes
 
 # Wrappers that trainers and bundles put in front of every key.
@@ -71,6 +73,10 @@ def canonical_state_dict(mapping: Mapping[str, torch.Tensor]) -> Checkpoint:
     mis-shaped tensors, wrong dtypes, and tensors with NaN or inf; NotAWanVAEError for another
     model.
     """
+    if not isinstance(mapping, Mapping):
+        raise CheckpointError(
+            f"the state dict is a {type(mapping).__name__}: expected a dict of tensors"
+        )
     bad = [k for k, v in mapping.items() if not isinstance(k, str) or not torch.is_tensor(v)]
     if bad:
         raise CheckpointError(
@@ -196,17 +202,15 @@ def _check(state: Mapping[str, torch.Tensor], config: WanVAEConfig) -> None:
         problems.append(f"unknown {_some(extra)}")
     if shapes:
         problems.append(f"wrong shape: {_some(shapes)}")
-    sparse = [k for k, v in state.items() if v.layout != torch.strided]
-    if sparse:
-        problems.append(f"sparse tensors: {_some(sparse)}; expected dense ones")
+    empty = [f"{k} is {kind}" for k, v in state.items() if (kind := without_data(v))]
+    if empty:
+        problems.append(f"{_some(empty)}; expected dense tensors with data")
     dtypes = [f"{k} is {v.dtype}" for k, v in state.items() if v.dtype not in FLOAT_DTYPES]
     if dtypes:
         problems.append(f"{_some(dtypes)}; expected float32, float16 or bfloat16")
     if not problems:
         # Reads every byte once; a memory-mapped file is read here instead of at the copy.
-        not_finite = [
-            k for k, v in state.items() if not v.is_meta and not bool(torch.isfinite(v).all())
-        ]
+        not_finite = [k for k, v in state.items() if not bool(torch.isfinite(v).all())]
         if not_finite:
             problems.append(
                 f"NaN or inf in {_some(not_finite)}: the file is damaged or was badly converted"
@@ -216,6 +220,17 @@ def _check(state: Mapping[str, torch.Tensor], config: WanVAEConfig) -> None:
             f"not a complete {config.family} VAE (z {config.z_dim}, width {config.decoder_dim}): "
             + "; ".join(problems)
         )
+
+
+def without_data(x: torch.Tensor) -> str | None:
+    """What kind of tensor `x` is, if not one whose elements all lie in memory, as ours must."""
+    if x.is_nested:  # first: the other questions are errors to some of them
+        return "nested"
+    if x.layout != torch.strided:
+        return f"sparse ({x.layout})"
+    if any(t.__name__ == "FakeTensor" for t in type(x).__mro__):
+        return "fake"
+    return "meta" if x.is_meta else None
 
 
 def _some(names: list[str]) -> str:
@@ -228,10 +243,11 @@ def _some(names: list[str]) -> str:
 
 
 def _find_file(path: Path) -> Path:
-    if not path.exists():
-        raise CheckpointError("no such file")
-    if path.is_file():
+    reason = why_unreadable(path)
+    if reason is None:
         return path
+    if not os.path.isdir(path):
+        raise CheckpointError(reason)
     for folder in (path, path / "vae"):
         config = folder / "config.json"
         if config.is_file():
@@ -297,7 +313,7 @@ def read_safetensors(path: Path, start: bytes | None = None) -> dict[str, torch.
             return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         # AttributeError / KeyError: a dtype that this torch has no name for.
-        raise CheckpointError(f"not a readable safetensors file: {_line(error)}") from error
+        raise CheckpointError(f"not a readable safetensors file: {first_line(error)}") from error
 
 
 def _read_pth(path: Path) -> dict[str, torch.Tensor]:
@@ -309,13 +325,13 @@ def _read_pth(path: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             "refused: the pickle holds more than tensors and could run code "
-            f"({_line(error)}); convert it to safetensors where you trust it"
+            f"({first_line(error)}); convert it to safetensors where you trust it"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError,
             IndexError, AssertionError, UnicodeDecodeError, struct.error, OverflowError,
             MemoryError, zipfile.BadZipFile) as error:  # fmt: skip
         # What torch.load raises for damaged files depends on where the damage is.
-        raise CheckpointError(f"not a readable PyTorch file: {_line(error)}") from error
+        raise CheckpointError(f"not a readable PyTorch file: {first_line(error)}") from error
     for key in ("state_dict", "model_state_dict"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
@@ -324,15 +340,11 @@ def _read_pth(path: Path) -> dict[str, torch.Tensor]:
     return dict(loaded)
 
 
-def _line(error: BaseException) -> str:
-    text = str(error).strip().split("\n")[0]
-    return text[:200] if text else type(error).__name__
-
-
 __all__ = [
     "Checkpoint",
     "canonical_state_dict",
     "identify_other_model",
     "load_checkpoint",
     "read_safetensors",
+    "without_data",
 ]

@@ -34,8 +34,13 @@ class Chunk:
 
 
 def whole_number(value: object, what: str) -> int:
-    """`value` as int if it is a whole number of any library. Raises GeometryError."""
+    """`value` as int if it is a whole number of any library. Raises GeometryError.
+
+    Truth values are refused: True would silently be 1.
+    """
     try:
+        if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
+            raise TypeError
         return operator.index(value)
     except TypeError as error:
         raise GeometryError(f"{what} is {value!r}: expected a whole number") from error

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .errors import CheckpointError
+from .files import writing
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 MINI_VAE = EXAMPLES / "wan_vae_mini.safetensors"
@@ -19,7 +21,11 @@ def samples() -> list[Path]:
 
 
 def run_demo(args, load, decode_one, report_table) -> int:
-    """Decode each sample to a video (or image) and a contact sheet; print the layout report."""
+    """Decode each sample to a video (or image) and a contact sheet; print the layout report.
+
+    The reports of all samples go to layout_report.json, by name of the sample. Files of an
+    earlier demo are overwritten.
+    """
     from . import geometry
     from .latents import load_latent
     from .video import ContactSheetSink
@@ -30,6 +36,7 @@ def run_demo(args, load, decode_one, report_table) -> int:
             "(pip install -e .)"
         )
     vae = load(args, MINI_VAE)
+    reports = {}
     for path in samples():
         latent = load_latent(path)
         frames = geometry.pixel_frames(latent.shape[2], vae.config)
@@ -42,6 +49,11 @@ def run_demo(args, load, decode_one, report_table) -> int:
             sheet = args.output / f"{path.stem}_contact_sheet.png"
             decode_one(vae, latent, output, args, extra=(ContactSheetSink(sheet, frames),))
             print(f"{output}\n{sheet}")
+        reports[path.stem] = vae.last_report.as_dict()
+    written = args.output / "layout_report.json"
+    with writing(written):
+        written.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
+    print(written)
     if args.garble:
         picture = args.output / "right_and_garbled.png"
         draw_garbled(vae, load_latent(samples()[0]), picture)
@@ -79,5 +91,6 @@ def draw_garbled(vae, latent: torch.Tensor, path: Path) -> None:
         wrong = model.finish(gathered, Step(FeatureCache(), chunk))
     middle = right.shape[2] // 2
     pair = [to_uint8(x[0, :, middle : middle + 1])[0] for x in (right, wrong)]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     save_png(np.concatenate(pair, axis=1), path)

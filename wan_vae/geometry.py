@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .chunking import whole_number
 from .config import WanVAEConfig
 from .errors import GeometryError
 
@@ -105,8 +106,7 @@ def strips(rows: int, count: int, config: WanVAEConfig) -> list[Strip]:
 
     Raises GeometryError for more strips than rows or fewer than one.
     """
-    if not isinstance(count, int):
-        raise GeometryError(f"strips is {count!r}: expected a whole number")
+    count = whole_number(count, "strips")
     if not 1 <= count <= rows:
         raise GeometryError(
             f"cannot cut {rows} latent rows into {count} strips: expected 1 to {rows}"

@@ -9,9 +9,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .checkpoint import read_safetensors
+from .checkpoint import read_safetensors, without_data
 from .config import WanVAEConfig
-from .errors import CheckpointError, LatentError, OutputError
+from .errors import CheckpointError, LatentError
+from .files import first_line, why_unreadable, writing
 
 # Names under which tools store the tensor, most specific first.
 TENSOR_KEYS = ("latent_tensor", "latent", "latents", "samples")
@@ -24,12 +25,14 @@ OLD_SCALE = 1.0 / 0.18215
 def load_latent(path: str | Path) -> torch.Tensor:
     """Read a latent [B, z, T, H, W] in float32 from `.latent`, `.safetensors` or `.npy`.
 
-    [z, T, H, W] files get a batch dimension. Raises LatentError, one line, with the path.
+    Four dimensions are [z, T, H, W], but in a `.latent` they are ComfyUI's [B, z, H, W], images.
+    Raises LatentError, one line, with the path.
     """
     path = Path(path)
-    if not path.is_file():
-        raise LatentError(f"{path}: no such file")
-    if path.suffix == ".npy":
+    if reason := why_unreadable(path):
+        raise LatentError(f"{path}: {reason}")
+    suffix, scale = path.suffix.lower(), 1.0
+    if suffix == ".npy":
         latent = _load_npy(path)
     else:
         try:
@@ -46,16 +49,16 @@ def load_latent(path: str | Path) -> torch.Tensor:
                 f"{', '.join(TENSOR_KEYS)}, or only one"
             )
         latent = tensors[key]
-        if path.suffix == ".latent" and VERSION_KEY not in tensors:
-            latent = latent.float() * OLD_SCALE
+        if suffix == ".latent" and VERSION_KEY not in tensors:
+            scale = OLD_SCALE
     if latent.ndim == 4:
-        latent = latent.unsqueeze(0)
+        latent = latent.unsqueeze(2 if suffix == ".latent" else 0)
     if latent.ndim != 5 or not latent.dtype.is_floating_point:
         raise LatentError(
             f"{path}: the latent is {tuple(latent.shape)} of {latent.dtype}: expected a floating "
             "tensor [B, z, T, H, W]"
         )
-    return latent.float()
+    return latent.float() * scale if scale != 1 else latent.float()
 
 
 def _load_npy(path: Path) -> torch.Tensor:
@@ -63,8 +66,7 @@ def _load_npy(path: Path) -> torch.Tensor:
         # mmap: a header that claims a huge array is held against the file's size, not allocated.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError, OverflowError, SyntaxError, MemoryError) as error:
-        line = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise LatentError(f"{path}: not a readable .npy array: {line}") from error
+        raise LatentError(f"{path}: not a readable .npy array: {first_line(error)}") from error
     if not isinstance(array, np.ndarray):
         array.close()
         raise LatentError(f"{path}: an .npz archive, not a .npy array: save one array as .npy")
@@ -73,13 +75,15 @@ def _load_npy(path: Path) -> torch.Tensor:
     return torch.from_numpy(np.array(array, dtype=np.float32))
 
 
-def save_latent(path: str | Path, latent: torch.Tensor) -> None:
-    """Write `latent` as ComfyUI's SaveLatent does, so that Load Latent takes it."""
-    tensors = {"latent_tensor": latent.detach().cpu().contiguous(), VERSION_KEY: torch.tensor([])}
-    try:
+def save_latent(path: str | Path, latent: torch.Tensor, name: Path | None = None) -> None:
+    """Write `latent` as ComfyUI's SaveLatent does, so that Load Latent takes it.
+
+    `name` is what an OutputError calls the file, where `path` is a passing one.
+    """
+    marker = torch.empty(0, dtype=torch.float32, device="cpu")
+    tensors = {"latent_tensor": latent.detach().cpu().contiguous(), VERSION_KEY: marker}
+    with writing(Path(name or path), SafetensorError):
         save_file(tensors, str(path))
-    except (SafetensorError, OSError) as error:
-        raise OutputError(f"{path}: cannot be written: {error}") from error
 
 
 # What a sampler or a file can hold and arithmetic can read; float8 has no isfinite.
@@ -90,8 +94,8 @@ def as_batch(x: torch.Tensor, what: str) -> torch.Tensor:
     """`x` with a batch dimension if it has four. Raises LatentError unless it is a dense tensor."""
     if not isinstance(x, torch.Tensor):
         raise LatentError(f"the {what} is a {type(x).__name__}: expected a torch.Tensor")
-    if x.layout != torch.strided:
-        raise LatentError(f"the {what} is a sparse tensor ({x.layout}): expected a dense one")
+    if kind := without_data(x):
+        raise LatentError(f"the {what} is a {kind} tensor: expected a dense one, with data")
     return x.unsqueeze(0) if x.ndim == 4 else x
 
 
@@ -131,7 +135,7 @@ def range_warning(pixels: torch.Tensor) -> str | None:
 
     A warning, no error: resampling overshoots, and high dynamic range exceeds the range on purpose.
     """
-    largest = float(pixels.abs().max())
+    largest = float(pixels.detach().abs().max())
     if largest <= 2:
         return None
     return f"the video's values reach {largest:.0f}: expected [-1, 1] (x / 127.5 - 1 for 8-bit)"

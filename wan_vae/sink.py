@@ -11,12 +11,15 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from .checkpoint import without_data
 from .errors import OutputError
 
 
 @runtime_checkable
 class Sink(Protocol):
     """Receives pixels [B, 3, t, rows, W'] float32 in [-1, 1] on the device that made them.
+
+    A decode ends in `close`, or in `abort`, which may come twice and after a failed `close`.
 
     `needs_whole_frames` is true for sinks that cannot take bands of rows (a video file); strips
     are then assembled to frames first.
@@ -91,13 +94,28 @@ class CallbackSink:
         """Nothing to undo."""
 
 
+# What pixels are worth storing in; float8 keeps two or three bits of them.
+_OUT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
 def check_out(out: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Raise OutputError unless `out` is a floating tensor of exactly `shape`."""
+    """Raise OutputError unless `out` is a tensor of exactly `shape`, each element in memory once.
+
+    Of 16 to 64 floating bits, of any strides and device.
+    """
     if not isinstance(out, torch.Tensor):
         raise OutputError(f"out is a {type(out).__name__}: expected a torch.Tensor")
-    if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
-        raise OutputError("out is an expanded view: its elements share memory")
-    if tuple(out.shape) != tuple(shape) or not out.dtype.is_floating_point:
+    if kind := without_data(out):
+        raise OutputError(f"out is a {kind} tensor: expected a dense one, with memory")
+    if tuple(out.shape) != tuple(shape) or out.dtype not in _OUT_DTYPES:
         raise OutputError(
-            f"out is {tuple(out.shape)} of {out.dtype}: expected floating {tuple(shape)}"
+            f"out is {tuple(out.shape)} of {out.dtype}: expected {tuple(shape)} of 16 to 64 "
+            "floating bits"
         )
+    reach = 0  # of the dimensions of smaller strides: what a step must be longer than
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise OutputError(
+                f"out has strides {out.stride()}: an expanded view, or elements that share memory"
+            )
+        reach += (size - 1) * stride

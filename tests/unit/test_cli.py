@@ -67,7 +67,7 @@ def test_decode_replaces_an_older_folder_of_frames(files, tmp_path):
     frames = tmp_path / "frames"
     frames.mkdir()
     (frames / "frame_000099.png").write_bytes(b"of an earlier, longer clip")
-    assert decode(files, "clip.latent", frames) == 0
+    assert decode(files, "clip.latent", frames, "--force") == 0
     assert len(list(frames.iterdir())) == 9
 
 
@@ -168,7 +168,7 @@ def test_an_odd_sized_video_gains_a_row_and_says_so(tmp_path):
 
 
 def test_inspect_as_text_and_as_json(files, capsys):
-    assert main(["inspect", str(files / "vae.safetensors")]) == 0
+    assert main(["inspect", str(files / "vae.safetensors"), "--layers"]) == 0
     text = capsys.readouterr().out
     assert "decoder.conv1" in text and "contiguous" in text
     assert main(["inspect", str(files / "vae.safetensors"), "--json"]) == 0
@@ -213,7 +213,10 @@ def test_help_shows_an_example(name, capsys):
 def test_demo_writes_what_the_readme_says(tmp_path, capfd):
     assert main(["demo", "--output", str(tmp_path), "--garble", *CPU]) == 0
     names = {p.name for p in tmp_path.iterdir()}
-    assert {n.split(".")[-1] for n in names} == {"mp4", "png"}
+    assert {n.split(".")[-1] for n in names} == {"mp4", "png", "json"}
+    reports = json.loads((tmp_path / "layout_report.json").read_text())
+    assert len(reports) == 3
+    assert {r["layout"]["mixed_calls"] for r in reports.values()} == {0}
     assert "right_and_garbled.png" in names
     assert sum("contact_sheet" in n for n in names) == 2
     picture = np.asarray(Image.open(tmp_path / "right_and_garbled.png")).astype(np.float32)

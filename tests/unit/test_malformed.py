@@ -467,10 +467,13 @@ def test_malformed_latent(case, tmp_path, good, capfd, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == [name]
 
 
-@pytest.mark.parametrize("name", ["none.latent", "."])
-def test_missing_latent(name, tmp_path, good, capfd, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("none.latent", "no such file"), (".", "a folder"), ("x" * 300 + ".latent", "too long")],
+)
+def test_missing_latent(name, words, tmp_path, good, capfd, monkeypatch):
     argv = _decode(tmp_path / name, good, tmp_path / "out.mp4")
-    check(argv, LatentError, "no such file", capfd, monkeypatch)
+    check(argv, LatentError, words, capfd, monkeypatch)
 
 
 @settings(

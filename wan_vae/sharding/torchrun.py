@@ -10,7 +10,6 @@ started again after a failure, goes on where it ended.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,7 +18,9 @@ from pathlib import Path
 import torch
 
 from .. import geometry
+from ..console import say
 from ..errors import DecodeCancelled, OutputError, ShardingError, WanVAEError
+from ..files import first_line
 from ..latents import check_latent, load_latent
 from ..pipeline import pick_device as best_device
 from ..sink import Sink
@@ -40,11 +41,24 @@ class Place:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Place | None:
-        """From torchrun's variables; None for a program that it did not start."""
+        """From torchrun's variables; None for a program that it did not start.
+
+        Raises ShardingError where they are incomplete or contradict each other.
+        """
         if "TORCHELASTIC_RUN_ID" not in environment:
             return None
         names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
-        return cls(*(int(environment[name]) for name in names))
+        said = ", ".join(f"{name}={environment.get(name, '(missing)')}" for name in names)
+        try:
+            place = cls(*(int(environment[name]) for name in names))
+        except (KeyError, ValueError):
+            place = None
+        if place is None or not (0 <= place.rank < place.ranks and 0 <= place.node < place.nodes):
+            raise ShardingError(
+                f"TORCHELASTIC_RUN_ID is set, but {said}: expected torchrun's four numbers, so "
+                "start it with torchrun, or unset TORCHELASTIC_RUN_ID"
+            )
+        return place
 
 
 def pick_device(place: Place, asked: str | None) -> str:
@@ -77,7 +91,13 @@ def join(place: Place, device: torch.device, own_device: bool) -> ShardContext:
         os.environ.setdefault(name, value)
     nccl = own_device and device.type == "cuda" and dist.is_nccl_available()
     # torchrun's own store brings ranks together; the prefix keeps nodes and restarts apart.
-    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=TIMEOUT_S)))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=TIMEOUT_S)))
+    except (ValueError, dist.DistError) as error:  # a variable is missing, or its address is wrong
+        raise ShardingError(
+            f"the ranks cannot meet: {first_line(error)}; start them with torchrun",
+            rank=place.rank,
+        ) from error
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "nccl" if nccl else "gloo",
@@ -136,7 +156,7 @@ def decode_list(args, load, outputs: list[Path], place: Place, bar) -> int:
 
     jobs = list(zip(args.latents, outputs, strict=True))[place.node :: place.nodes]
     for i, (path, output) in enumerate(jobs):
-        if of_rank_0(output.exists()):
+        if of_rank_0(os.path.lexists(output)):
             summary.skipped.append(str(output))
             continue
         latent = sink = error = None
@@ -156,11 +176,17 @@ def decode_list(args, load, outputs: list[Path], place: Place, bar) -> int:
         try:
             error = _decode(vae, latent, context, sink, args, progress)
         except WanVAEError as problem:
+            if sink is not None:
+                sink.abort()  # the decode has, unless it refused its arguments
             summary.failed.append(f"{path}: {problem}")
             summary.failed += [f"{p}: not begun" for p, _ in jobs[i + 1 :]]
             if place.rank != 0:  # rank 0 may not be the one that knows why
-                print(f"wan-vae: node {place.node}, rank {place.rank}: {problem}", file=sys.stderr)
+                say(f"wan-vae: node {place.node}, rank {place.rank}: {problem}")
             return summary.show()
+        except BaseException:  # Ctrl-C, or a mistake of ours
+            if sink is not None:
+                sink.abort()
+            raise
         finally:
             if progress is not None:
                 progress.close()
