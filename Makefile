@@ -10,6 +10,7 @@ TORCH_INDEX ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 RUN = $(VENV)/bin/python -m
 OUT ?= demo_output
+JOBS ?= 2
 RANKS ?= all
 
 .PHONY: help demo test check test-gpu pictures bench bench-multi clean
@@ -40,9 +41,11 @@ check: $(VENV)/.test
 	$(RUN) ruff check .
 	$(RUN) ruff format --check wan_vae nodes examples tests benchmarks
 
+# Two processes: most tests keep one core busy. What they share is provisioned before.
 test: check
 	node --test tests/js/
-	$(RUN) pytest
+	$(RUN) tests.comfy.provision
+	$(RUN) pytest -n $(JOBS) --dist loadgroup
 
 test-gpu:
 	$(PYTHON) -m pytest -m "gpu or nccl"

@@ -174,4 +174,4 @@ def _pip(python: Path, command: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(provision()), indent=2))
+    print(json.dumps(asdict(provision()) | {"tools": str(provision_tools())}, indent=2))
