@@ -93,6 +93,21 @@ export function lineText(report, t) {
   return parts.filter(Boolean).join(" · ");
 }
 
+/**
+ * The layers counted by operation and format, [{op: "conv3d", format: "contiguous", count: 32}]:
+ * the layout's own counts are those of conv3d, and must be found again here.
+ */
+export function layerGroups(layers) {
+  const groups = new Map();
+  for (const { op, format } of layers ?? []) {
+    const key = `${op} ${format}`;
+    const group = groups.get(key) ?? { op, format, count: 0 };
+    group.count += 1;
+    groups.set(key, group);
+  }
+  return [...groups.values()];
+}
+
 /** "decoder.conv1 · 384 × 16 × 3 × 3 × 3 · channels_last_3d · eager". */
 export function layerText(layer) {
   return [layer.name, shapeText(layer.shape), layer.format, layer.backend]

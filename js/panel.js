@@ -4,6 +4,7 @@ import {
   countsText,
   durationText,
   dtypeText,
+  layerGroups,
   layerText,
   lineText,
   reportText,
@@ -247,17 +248,15 @@ function layerStrip(report, t) {
     },
     cells,
   );
-  const formats = new Map();
-  for (const { format } of layers) formats.set(format, (formats.get(format) ?? 0) + 1);
   const legend = element(
     "p",
     { class: "wan-vae-legend" },
-    [...formats].map(([format, count]) =>
+    layerGroups(layers).map(({ op, format, count }) =>
       element(
         "span",
         {},
         element("i", { class: "wan-vae-cell", "data-format": format, "aria-hidden": "true" }),
-        `${format} ${count}`,
+        `${count} ${op} ${format}`,
       ),
     ),
   );

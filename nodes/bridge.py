@@ -8,7 +8,8 @@ model is touched: its weights may be mmapped, offloaded or cast on the fly.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import comfy.model_management as model_management
@@ -17,6 +18,7 @@ import comfy.utils
 import torch
 
 from ..wan_vae import (
+    BackendError,
     DecodeCancelled,
     LatentError,
     NotAWanVAEError,
@@ -28,16 +30,21 @@ from ..wan_vae import layout as wan_layout
 from ..wan_vae import memory as wan_memory
 from ..wan_vae.pipeline import PRECISIONS
 from ..wan_vae.report import SCHEMA, DecodeReport
+from .fingerprint import fingerprint
 from .reports import NodeId, Reporter
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Our copy of one VAE in one dtype, and the patcher through which ComfyUI moves it."""
+    """Our copy of one VAE in one dtype, and the patcher through which ComfyUI moves it.
+
+    `source` is the fingerprint of the weights that it is a copy of.
+    """
 
     wan: WanVAE
     patcher: comfy.model_patcher.ModelPatcher
     device: torch.device
+    source: bytes | None
 
     def load(self, memory_bytes: int) -> None:
         """Bring the weights to the device and have ComfyUI free `memory_bytes` beside them."""
@@ -63,51 +70,90 @@ class PackedCopies:
     def get(self, vae, precision: str) -> Packed:
         """Our copy of `vae` (a comfy.sd.VAE) in `precision`; "auto" is ComfyUI's choice for it.
 
-        Raises NotAWanVAEError with the name of the model it is, and CheckpointError.
+        It is made anew when another node has changed the weights since. Raises BackendError for an
+        unknown precision, NotAWanVAEError with the name of the model it is, and CheckpointError.
         """
+        if precision != "auto" and precision not in PRECISIONS:
+            expected = ", ".join(map(repr, ("auto", *PRECISIONS)))
+            raise BackendError(f"precision is {precision!r}: expected one of {expected}")
         if getattr(vae, "first_stage_model", None) is None:
             raise NotAWanVAEError(
                 "this VAE holds no weights (the checkpoint that it was loaded from has no VAE): "
                 "load a Wan VAE file with Load VAE"
             )
         dtype = vae.vae_dtype if precision == "auto" else PRECISIONS[precision]
+        state = vae.get_sd()
+        source = fingerprint(state)
         copies = self._copies.setdefault(vae, {})
+        # Weights that cannot be read (None: not in memory now) cannot be packed anew either.
+        if dtype in copies and source is not None and copies[dtype].source != source:
+            del copies[dtype]  # before the next one is made: two would take twice the memory
         if dtype not in copies:
-            copies[dtype] = _pack(vae, dtype)
+            copies[dtype] = _pack(vae, state, dtype, source)
         return copies[dtype]
 
 
 COPIES = PackedCopies()
 
 
-def _pack(vae, dtype: torch.dtype) -> Packed:
+def _pack(vae, state: dict, dtype: torch.dtype, source: bytes | None) -> Packed:
     offload_device = model_management.vae_offload_device()
     # Nodes run in inference mode; tensors made in it could not be moved outside of it, where
     # ComfyUI loads and unloads models.
     with torch.inference_mode(False), torch.no_grad():
         try:
-            wan = WanVAE.from_state_dict(vae.get_sd(), device=offload_device, dtype=dtype)
+            wan = WanVAE.from_state_dict(state, device=offload_device, dtype=dtype)
         except NotAWanVAEError as error:
             raise NotAWanVAEError(f"{error}; for this one use ComfyUI's own VAE nodes") from None
     patcher = comfy.model_patcher.ModelPatcher(
         wan.model, load_device=vae.device, offload_device=offload_device
     )
-    return Packed(wan, patcher, vae.device)
+    return Packed(wan, patcher, vae.device, source)
+
+
+def weight_dtypes(vae) -> dict[str, int]:
+    """How many tensors of the VAE, as ComfyUI holds it, are of each dtype: {"float32": 194}."""
+    return dict(Counter(str(t.dtype).removeprefix("torch.") for t in vae.get_sd().values()))
 
 
 def latent_5d(samples: dict) -> torch.Tensor:
-    """The tensor of a LATENT as [B, C, T, H, W]: unbinds a nested one, an image gets T = 1."""
+    """The tensor of a LATENT as [B, C, T, H, W]: unbinds a nested one, an image gets T = 1.
+
+    Raises LatentError for what is no latent, or an empty one.
+    """
+    if not isinstance(samples, Mapping) or "samples" not in samples:
+        keys = f"keys {sorted(map(str, samples))}" if isinstance(samples, Mapping) else None
+        raise LatentError(
+            f"the latent is no LATENT ({keys or type(samples).__name__}): expected a dictionary with a tensor 'samples', "
+            "as samplers and Load Latent give"
+        )
     latent = samples["samples"]
     if getattr(latent, "is_nested", False):
         latent = latent.unbind()[0]
+    if not isinstance(latent, torch.Tensor):
+        raise LatentError(f"the latent's 'samples' is a {type(latent).__name__}: expected a tensor")
+    shape = tuple(latent.shape)
     if latent.ndim == 4:
         latent = latent.unsqueeze(2)
     if latent.ndim != 5:
         raise LatentError(
-            f"the latent has shape {tuple(latent.shape)}: expected [B, C, T, H, W] of a video or "
-            "[B, C, H, W] of an image"
+            f"the latent has shape {shape}: expected [B, C, T, H, W] of a video or [B, C, H, W] "
+            "of an image"
+        )
+    if 0 in shape:
+        raise LatentError(
+            f"the latent is empty, its shape is {shape}: expected every size to be above 0"
         )
     return latent
+
+
+def frames(image: torch.Tensor) -> torch.Tensor:
+    """An IMAGE [T, H, W, C >= 3]. Raises LatentError for what is none, or an empty one."""
+    shape = tuple(image.shape) if isinstance(image, torch.Tensor) else None
+    if shape is None or len(shape) != 4 or 0 in shape or shape[3] < 3:
+        what = type(image).__name__ if shape is None else f"of shape {shape}"
+        raise LatentError(f"the image is {what}: expected frames [T, H, W, 3 or more]")
+    return image
 
 
 def output_dtype(vae) -> torch.dtype:
@@ -161,7 +207,8 @@ def run(
     """Do `work(packed, hooks)` with progress, cancel and reports.
 
     `hooks` are the keyword arguments on_progress and should_stop of the library. A cancel raises
-    ComfyUI's own exception; every other error goes through, after its report was sent.
+    ComfyUI's own exception; every other error goes through, after its report was sent: else the
+    panel would go on showing the run before.
     """
     reporter = Reporter(NodeId.of(hidden))
     bar = comfy.utils.ProgressBar(1)
@@ -187,12 +234,23 @@ def run(
         reporter.finish(_final_report(wan, before, operation, "cancelled", str(error)))
         model_management.throw_exception_if_processing_interrupted()
         raise model_management.InterruptProcessingException() from None
-    except WanVAEError as error:
-        reporter.finish(_final_report(wan, before, operation, "failed", str(error)))
+    except model_management.InterruptProcessingException:
+        reporter.finish(_final_report(wan, before, operation, "cancelled", "cancelled"))
+        raise
+    except Exception as error:
+        reporter.finish(_final_report(wan, before, operation, "failed", _one_line(error)))
         raise
     report = wan.last_report.as_dict()
     reporter.finish(report)
     return Result(value, report)
+
+
+def _one_line(error: Exception) -> str:
+    """Our own errors are one readable line; others are named, and may be many lines long."""
+    if isinstance(error, WanVAEError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 def _final_report(wan, before, operation: str, status: str, error: str) -> dict:

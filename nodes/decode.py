@@ -19,7 +19,7 @@ class WanVAEDecode(io.ComfyNode):
             node_id="WanVAEDecode",
             display_name="Wan VAE Decode",
             description="Decodes a Wan 2.1 / 2.2 (or Qwen-Image) latent to images: the same "
-            "picture as VAE Decode, faster, in planned memory, with no tiles and a report of what "
+            "picture as VAE Decode, in planned memory, with no tiles and a report of what "
             "happened.",
             search_aliases=["vae decode", "decode latent", "wan decode", "latent to image"],
             inputs=[
@@ -37,9 +37,8 @@ class WanVAEDecode(io.ComfyNode):
     def execute(
         cls, samples, vae, memory_layout="auto", precision="auto", chunk_frames=0
     ) -> io.NodeOutput:
-        latent = bridge.latent_5d(samples)
-
         def decode(packed, hooks):
+            latent = bridge.latent_5d(samples)
             plan = bridge.plan_chunk(packed, tuple(latent.shape), memory_layout, chunk_frames)
             sink = ImageSink.allocate(
                 tuple(latent.shape), packed.wan.config, vae.output_device, bridge.output_dtype(vae)

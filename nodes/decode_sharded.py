@@ -27,6 +27,7 @@ from .schema import (
 
 AXES = ("auto", "height", "width")
 GATHERS = ("shared", "rank0", "all")
+ONE_DEVICE = "one device: nothing to shard; name more devices, or use Wan VAE Decode"
 
 
 class WanVAEWorkers(torch.nn.Module):
@@ -164,11 +165,11 @@ class WanVAEDecodeSharded(io.ComfyNode):
         precision="auto",
         chunk_frames=0,
     ) -> io.NodeOutput:
-        latent = bridge.latent_5d(samples)
-        shape, dtype = tuple(latent.shape), bridge.output_dtype(vae)
         options = {"memory_format": memory_layout}
 
         def decode(packed, hooks):
+            latent = bridge.latent_5d(samples)
+            shape, dtype = tuple(latent.shape), bridge.output_dtype(vae)
             try:
                 pool = POOLS.get(devices, timeout_s)
                 weights = sum(p.nbytes for p in packed.wan.model.parameters())
@@ -180,6 +181,11 @@ class WanVAEDecodeSharded(io.ComfyNode):
                     packed.wan, latent, axis=axis, gather=gather, form="image",
                     chunk_frames=chunk_frames or None, **options, **hooks,
                 )  # fmt: skip
+                if len(pool.devices) == 1:
+                    report = packed.wan.last_report
+                    packed.wan.last_report = replace(
+                        report, warnings=(*report.warnings, ONE_DEVICE)
+                    )
                 return image.to(device=vae.output_device, dtype=dtype)
             except ShardingError as error:
                 if not allow_fallback:

@@ -68,11 +68,9 @@ class WanVAEDecodeToVideo(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..wan_vae.video import VideoFileSink
 
-        files: list[SavedFile] = []
-        report: dict = {}
-        for latent in bridge.latent_5d(samples).split(1):
-
-            def decode(packed, hooks, latent=latent):
+        def decode(packed, hooks) -> list[SavedFile]:
+            files = []
+            for latent in bridge.latent_5d(samples).split(1):
                 plan = bridge.plan_chunk(
                     packed, tuple(latent.shape), memory_layout, chunk_frames, whole_frames=True
                 )
@@ -85,17 +83,16 @@ class WanVAEDecodeToVideo(io.ComfyNode):
                     **plan,
                     **hooks,
                 )
-                return file
+                files.append(file)
+            return files
 
-            result = bridge.run(
-                cls.hidden, "decode", lambda: bridge.COPIES.get(vae, precision), decode
-            )
-            files.append(result.value)
-            report = result.report
+        result = bridge.run(cls.hidden, "decode", lambda: bridge.COPIES.get(vae, precision), decode)
+        files = result.value
         videos = [InputImpl.VideoFromFile(str(file.path)) for file in files]
         shown = [file.as_ui() for file in files]
         # `images` with `animated` is how ComfyUI's own Save Video has its file shown on the node.
-        return io.NodeOutput(videos, ui={"images": shown, "animated": (True,), "wan_vae": [report]})
+        ui = {"images": shown, "animated": (True,), "wan_vae": [result.report]}
+        return io.NodeOutput(videos, ui=ui)
 
 
 class SavedFile:

@@ -35,9 +35,10 @@ class WanVAEEncode(io.ComfyNode):
     @classmethod
     def execute(cls, pixels, vae, memory_layout="auto", precision="auto") -> io.NodeOutput:
         def encode(packed, hooks):
-            bridge.plan_encode(packed, tuple(pixels.shape))
+            frames = bridge.frames(pixels)
+            bridge.plan_encode(packed, tuple(frames.shape))
             latent = packed.wan.encode(
-                frames_to_pixels(pixels), memory_format=memory_layout, **hooks
+                frames_to_pixels(frames), memory_format=memory_layout, **hooks
             )
             return latent.to(device=vae.output_device, dtype=bridge.output_dtype(vae))
 

@@ -34,5 +34,5 @@ class WanVAEInspect(io.ComfyNode):
             return packed.wan.inspect()
 
         result = bridge.run(cls.hidden, "inspect", lambda: bridge.COPIES.get(vae, "auto"), inspect)
-        text = report_text(result.report)
+        text = report_text(result.report, bridge.weight_dtypes(vae))
         return io.NodeOutput(text, ui={"wan_vae": [result.report], "text": [text]})

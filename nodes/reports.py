@@ -23,7 +23,10 @@ HIDDEN = (io.Hidden.unique_id, io.Hidden.dynprompt, io.Hidden.extra_pnginfo)
 
 @dataclass(frozen=True)
 class NodeId:
-    """Which node of which workflow a report belongs to; `workflow` is None for API prompts."""
+    """Which node of which workflow a report belongs to; `workflow` is None for API prompts.
+
+    What API clients send is theirs to choose: anything but a workflow with an id is none.
+    """
 
     node: str
     workflow: str | None
@@ -34,8 +37,10 @@ class NodeId:
         node = str(hidden.unique_id)
         if hidden.dynprompt is not None:
             node = str(hidden.dynprompt.get_display_node_id(node))
-        workflow = (hidden.extra_pnginfo or {}).get("workflow") or {}
-        return cls(node, workflow.get("id"))
+        found = hidden.extra_pnginfo
+        for key in ("workflow", "id"):
+            found = found.get(key) if isinstance(found, dict) else None
+        return cls(node, found if isinstance(found, str) else None)
 
 
 class ReportStore:

@@ -67,5 +67,5 @@ def chunk_input() -> io.Input:
         min=0,
         max=1024,
         tooltip="Latent frames decoded at a time. 0 plans it from the free memory. Any value "
-        "gives the same picture; smaller ones need less memory.",
+        "gives the same picture. On a GPU smaller ones need less memory; more chunks are slower.",
     )

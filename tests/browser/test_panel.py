@@ -6,7 +6,7 @@ import urllib.parse
 
 import pytest
 
-from tests.browser.workflows import cat_workflow, workflow, workflow_id
+from tests.browser.workflows import cat_workflow, sharded_workflow, workflow, workflow_id
 from tests.comfy.graphs import OTHER_VAE
 
 pytestmark = pytest.mark.browser
@@ -41,9 +41,33 @@ def test_line_and_panel_follow_a_run(frontend):
     assert frontend.page.locator(".wan-vae-strip .wan-vae-cell").count() > 30
     assert frontend.page.locator(".wan-vae-bar").count() >= 1
     body = card.inner_text()
-    for expected in ("Weights as loaded", "contiguous", "1 × 16 × 3 × 8 × 12", "KERNELS"):
+    for expected in ("Conv3d weights as loaded", "contiguous", "1 × 16 × 3 × 8 × 12", "KERNELS"):
         assert expected in body
+    # One meaning, one number: the legend of the strip, the counts above it and the line agree.
+    used = card.locator("dt", has_text="Conv3d weights as used").locator("+ dd").inner_text()
+    legend = card.locator(".wan-vae-legend span").all_inner_texts()
+    conv3d = [text.replace("conv3d ", "") for text in legend if " conv3d " in text]
+    assert sorted(conv3d) == sorted(used.split(", "))
+    assert f"({used.split(' contiguous')[0]}/" in text_of(frontend)
     frontend.shot("panel")
+
+
+def test_the_shards_of_a_run_are_a_table(frontend):
+    if (frontend.server.frontend, frontend.mode) != ("newest", "canvas"):
+        return  # two workers start slowly, and the panel is the same in each
+    frontend.load(sharded_workflow(seed=1, identity="shards"))
+    frontend.open_tab()
+    frontend.queue()
+    frontend.line("9 frames in")
+    table = frontend.page.locator(".wan-vae-card .wan-vae-shards table").first
+    table.wait_for()
+    assert table.locator("th").all_inner_texts() == ["Rank", "Device", "Rows", "Halo", "Waited"]
+    rows = [row.locator("td").all_inner_texts() for row in table.locator("tbody tr").all()]
+    assert [row[:2] for row in rows] == [["0", "cpu"], ["1", "cpu"]]
+    # Twelve columns of the latent, six for each.
+    assert [row[2] for row in rows] == ["width 0–6", "width 6–12"]
+    assert all(re.fullmatch(r"[1-9]\d* \([\d.]+ [KM]iB\)", row[3]) for row in rows), rows
+    frontend.shot("shards")
 
 
 def test_the_sample_that_the_repository_ships(frontend):

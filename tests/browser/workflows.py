@@ -47,6 +47,17 @@ def workflow(
     return _graph(identity, nodes, links)
 
 
+def sharded_workflow(seed: int, identity: str) -> dict:
+    """The workflow above with two CPU workers in WanVAEDecodeSharded as node 3."""
+    made = workflow(seed=seed, identity=identity)
+    made["nodes"][2] |= {
+        "type": "WanVAEDecodeSharded",
+        "widgets_values": ["cpu,cpu", "auto", "shared", True, 30.0, "auto", "auto", 0],
+        "size": [340, 320],
+    }
+    return made
+
+
 def cat_workflow() -> dict:
     """The sample latent and the miniature VAE of the repository, to a preview. Node 3 decodes."""
     nodes = [

@@ -63,7 +63,8 @@ class ProbeSink(_Probe):
 
 
 class ProbeLatent:
-    """A latent of any shape from a seed. `kind`: plain, nested, image (4-D), channels_last."""
+    """A latent of any shape from a seed. `kind`: plain, nested, image (4-D), channels_last, nan;
+    flat (3-D), and what is no latent at all: none, keyless, unfilled."""
 
     RETURN_TYPES = ("LATENT",)
     FUNCTION = "make"
@@ -87,7 +88,26 @@ class ProbeLatent:
             latent = latent.contiguous(memory_format=torch.channels_last_3d)
         elif kind == "nan":
             latent[0, 0, -1, 0, 0] = float("nan")
-        return ({"samples": latent},)
+        elif kind == "flat":
+            latent = latent[0, :, 0]
+        elif kind == "unfilled":
+            latent = None
+        return ({"none": None, "keyless": {}}.get(kind, {"samples": latent}),)
+
+
+class ProbeChoice:
+    """Any word as the value of a combo: a link is not held against the list of choices."""
+
+    RETURN_TYPES = ("COMBO",)
+    FUNCTION = "make"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("STRING", {})}}
+
+    def make(self, value):
+        return (value,)
 
 
 class ProbeFrames:
@@ -108,7 +128,11 @@ class ProbeFrames:
 
 
 class ProbeVAEWeights:
-    """The same VAE object with its weights in another format or dtype, as other packs leave it."""
+    """The same VAE object with its weights changed in place, as other packs leave it.
+
+    `kind`: a memory format, a dtype, or what a merge does: scaled, one_channel. `after` is there
+    to come after.
+    """
 
     RETURN_TYPES = ("VAE",)
     FUNCTION = "change"
@@ -116,15 +140,42 @@ class ProbeVAEWeights:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"vae": ("VAE",), "kind": ("STRING", {})}}
+        return {
+            "required": {"vae": ("VAE",), "kind": ("STRING", {})},
+            "optional": {"after": ("IMAGE",)},
+        }
 
-    def change(self, vae, kind):
+    def change(self, vae, kind, after=None):
+        if kind == "one_channel":
+            vae.first_stage_model.decoder.conv1.weight.data[3].mul_(-3)
         for parameter in vae.first_stage_model.parameters():
             if kind == "channels_last_3d" and parameter.ndim == 5:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
             elif kind in ("float16", "bfloat16"):
                 parameter.data = parameter.data.to(getattr(torch, kind))
+            elif kind == "scaled":
+                parameter.data.mul_(1.1)
         return (vae,)
+
+
+class ProbeBrokenVAE:
+    """A VAE object whose weights cannot be had, with an error that is not ours."""
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"vae": ("VAE",)}}
+
+    def make(self, vae):
+        def get_sd():
+            raise ZeroDivisionError("first line\nsecond line")
+
+        made = copy.copy(vae)
+        made.get_sd = get_sd
+        return (made,)
 
 
 class ProbeWan22VAE:
@@ -197,7 +248,7 @@ class ProbeUnload(_Probe):
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
-        ProbeCompareImages, ProbeCompareLatents, ProbeSink, ProbeLatent, ProbeFrames,
-        ProbeVAEWeights, ProbeWan22VAE, ProbeMemory, ProbeUnload,
+        ProbeCompareImages, ProbeCompareLatents, ProbeSink, ProbeLatent, ProbeChoice,
+        ProbeFrames, ProbeVAEWeights, ProbeBrokenVAE, ProbeWan22VAE, ProbeMemory, ProbeUnload,
     )
 }  # fmt: skip

@@ -159,17 +159,20 @@ class Comfy:
             raise AssertionError(f"{path}: {error.code} {error.read().decode()}") from error
         return json.loads(text) if text else None
 
-    def queue(self, prompt: dict, client_id: str, workflow: str | None = None) -> str:
+    def queue(self, prompt: dict, client_id: str, pnginfo: object = None) -> str:
         body: dict = {"prompt": prompt, "client_id": client_id}
-        if workflow is not None:
-            body["extra_data"] = {"extra_pnginfo": {"workflow": {"id": workflow}}}
+        if pnginfo is not None:
+            body["extra_data"] = {"extra_pnginfo": pnginfo}
         return self.post("/prompt", body)["prompt_id"]
 
-    def run(self, prompt: dict, on_message=None, workflow: str | None = None) -> Run:
-        """Queue an API prompt, listen until it ends; `on_message(message)` sees each message."""
+    def run(self, prompt: dict, on_message=None, pnginfo: object = None) -> Run:
+        """Queue an API prompt, listen until it ends; `on_message(message)` sees each message.
+
+        `pnginfo`: what a page sends as {"workflow": ...}, and an API client as it likes.
+        """
         client = uuid.uuid4().hex
         with closing(self.listen(client)) as stream:
-            run = Run(self.queue(prompt, client, workflow))
+            run = Run(self.queue(prompt, client, pnginfo))
             self.follow(stream, run, on_message)
         return run
 

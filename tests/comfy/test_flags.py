@@ -31,6 +31,24 @@ def test_vae_precision_flags(environment, tmp_path, flag, dtype, bound):
         assert run.outputs["5"]["a"] == run.outputs["5"]["b"]
 
 
+def test_memory_flags(environment, tmp_path):
+    """Models are unloaded when they can be, and the VAE is told where to be and in what numbers.
+
+    --gpu-only, --lowvram and --novram cannot be had here: ComfyUI refuses them beside --cpu.
+    """
+    flags = ("--fp32-vae", "--cpu-vae", "--disable-smart-memory")
+    server = Comfy(environment, tmp_path / "comfy", *flags)
+    graphs.write_vaes(server.base / "models" / "vae")
+    server.install_probe()
+    with server as comfy:
+        for seed in (1, 2):  # the second finds the weights where the first left them
+            run = comfy.run(decode_and_compare(latent(frames=2, height=4, width=6, seed=seed)))
+            assert run.error is None, run.error
+            assert run.report("3")["dtype"] == "float32"
+            assert run.outputs["5"]["a"] == run.outputs["5"]["b"]
+            assert run.outputs["5"]["difference"][0] < 1e-4
+
+
 def test_a_server_without_a_cache(environment, tmp_path):
     """--cache-none: every object of a run dies with it; a second run and a cancel are as right."""
     server = Comfy(environment, tmp_path / "comfy", "--cache-none")

@@ -159,6 +159,26 @@ def test_a_cancelled_decode_gives_its_memory_back(comfy):
     assert_as_core(comfy.run(decode_and_compare(latent(seed=240))))
 
 
+@pytest.mark.parametrize("kind", ["scaled", "one_channel"])
+def test_weights_that_another_node_changes_between_two_decodes(comfy, kind):
+    """Our copy was packed before; a picture of the old weights would be wrong without a word."""
+    name = f"changed_{kind}.safetensors"
+    folder = comfy.base / "models" / "vae"
+    (folder / name).write_bytes((folder / VAES[1]).read_bytes())
+    run = comfy.run({
+        "1": load_vae(name),
+        "2": latent(frames=2, seed=255),
+        "3": node("WanVAEDecode", vae=["1", 0], samples=["2", 0]),
+        "6": node("ProbeVAEWeights", vae=["1", 0], kind=kind, after=["3", 0]),
+        "7": node("WanVAEDecode", vae=["6", 0], samples=["2", 0]),
+        "4": node("VAEDecode", vae=["6", 0], samples=["2", 0]),
+        "5": node("ProbeCompareImages", a=["7", 0], b=["4", 0]),
+        "8": node("ProbeCompareImages", a=["7", 0], b=["3", 0]),
+    })  # fmt: skip
+    assert_as_core(run)
+    assert run.outputs["8"]["difference"][0] > 100 * TOLERANCE, "the change shows in the picture"
+
+
 @pytest.mark.parametrize("kind", ["channels_last_3d", "float16", "bfloat16"])
 def test_weights_as_other_packs_leave_them(comfy, kind):
     """Another node changed format or dtype of the VAE's own weights before ours sees them."""

@@ -1,8 +1,12 @@
 """Encode, Inspect, Decode to Video, errors and cancel in a running ComfyUI."""
 
+import re
+import shutil
+from collections import Counter
+
 import pytest
 
-from tests.comfy.graphs import OTHER_VAE, decode, latent, load_vae, node
+from tests.comfy.graphs import OTHER_VAE, VAES, decode, latent, load_vae, node
 
 pytestmark = pytest.mark.comfy
 
@@ -29,7 +33,109 @@ def test_inspect_reports_without_decoding(comfy):
     assert run.error is None, run.error
     report = run.report("3")
     assert (report["operation"], report["chunks"]) == ("inspect", [])
-    assert "decoder.conv1" in run.outputs["3"]["text"][0]
+    text = run.outputs["3"]["text"][0]
+    assert "decoder.conv1" in text
+    counted = {name: int(n) for n, name in re.findall(r"^layers: (\d+) (.+)$", text, re.MULTILINE)}
+    layers = report["layers"]
+    assert counted == Counter(f"{e['op']} {e['format']} {e['backend']}" for e in layers)
+    assert sum(counted.values()) == len(layers) > 30
+
+
+def test_inspect_tells_the_numbers_of_the_file_from_those_of_the_computation(comfy):
+    folder = comfy.base / "models" / "vae"
+    shutil.copyfile(folder / VAES[0], folder / "halved.safetensors")
+    run = comfy.run({
+        "1": load_vae("halved.safetensors"),
+        "2": node("ProbeVAEWeights", vae=["1", 0], kind="bfloat16"),
+        "3": node("WanVAEInspect", vae=["2", 0]),
+    })  # fmt: skip
+    assert run.error is None, run.error
+    lines = run.outputs["3"]["text"][0].splitlines()
+    assert "would compute in float32 on cpu (CPU)" in lines
+    assert "weights as loaded: 194 bfloat16" in lines
+
+
+def kept_report(comfy) -> dict:
+    """The last report of node 3 in prompts without a workflow, as a page would fetch it."""
+    kept = comfy.get("/wan_vae/reports")["reports"]
+    (found,) = (m["report"] for m in kept if m["node"] == "3" and m["workflow"] is None)
+    return found
+
+
+def failed(comfy, prompt: dict) -> tuple[str, str]:
+    """Type and message of a decode that fails after one that was done; the panel hears of it."""
+    assert comfy.run(decode(latent(frames=1, seed=60))).error is None
+    sent = []
+    run = comfy.run(prompt, on_message=sent.append)
+    report = kept_report(comfy)
+    live = [m["data"]["report"] for m in sent if m["type"] == "wan_vae.report"]
+    assert report["status"] == "failed"
+    assert live[-1] == report
+    assert "\n" not in report["error"]
+    return run.error["exception_type"], report["error"]
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        ({"batch": 0}, r"empty, its shape is \(0, 16, 3, 8, 12\)"),
+        ({"frames": 0}, r"empty, its shape is \(1, 16, 0, 8, 12\)"),
+        ({"kind": "flat"}, r"has shape \(16, 8, 12\): expected \[B, C, T, H, W\]"),
+        ({"kind": "none"}, r"no LATENT \(NoneType\)"),
+        ({"kind": "keyless"}, r"no LATENT \(keys \[\]\)"),
+        ({"kind": "unfilled"}, r"'samples' is a NoneType"),
+    ],
+)
+@pytest.mark.parametrize("decoder", ["WanVAEDecode", "WanVAEDecodeSharded", "WanVAEDecodeToVideo"])
+def test_what_is_no_latent_is_refused_in_words(comfy, decoder, samples, words):
+    prompt = decode(latent(**samples))
+    prompt["3"]["class_type"] = decoder
+    if decoder == "WanVAEDecodeToVideo":
+        prompt["3"]["inputs"] |= {"fps": 16.0, "filename_prefix": "video/refused"}
+    elif decoder == "WanVAEDecodeSharded":
+        prompt["3"]["inputs"] |= {"devices": "cpu,cpu", "axis": "auto", "gather": "shared"}
+    kind, message = failed(comfy, prompt)
+    assert kind.endswith("LatentError")
+    assert re.search(words, message), message
+
+
+def test_no_image_is_refused_in_words(comfy):
+    prompt = {
+        "1": load_vae(),
+        "2": node("ProbeFrames", frames=0, height=64, width=64, channels=3, seed=0),
+        "3": node("WanVAEEncode", vae=["1", 0], pixels=["2", 0]),
+        "5": node("ProbeSink", value=["3", 0]),
+    }
+    kind, message = failed(comfy, prompt)
+    assert kind.endswith("LatentError")
+    assert "(0, 64, 64, 3)" in message
+
+
+def test_an_error_that_is_not_ours_reaches_the_panel_too(comfy):
+    prompt = {**decode(latent(seed=61)), "0": load_vae()}
+    prompt["1"] = node("ProbeBrokenVAE", vae=["0", 0])
+    kind, message = failed(comfy, prompt)
+    assert kind == "ZeroDivisionError"
+    assert message == "ZeroDivisionError: first line"
+
+
+def test_an_unknown_precision_is_refused_in_words(comfy):
+    prompt = {**decode(latent(seed=62), precision=["6", 0]), "6": node("ProbeChoice", value="fp8")}
+    kind, message = failed(comfy, prompt)
+    assert kind.endswith("BackendError")
+    assert "precision is 'fp8'" in message and "'bf16'" in message
+
+
+@pytest.mark.parametrize(
+    "pnginfo",
+    ["text", ["workflow"], {"workflow": "text"}, {"workflow": ["id"]}, {"workflow": {"id": 7}},
+     {"workflow": {"id": ["a"]}}],
+)  # fmt: skip
+def test_any_workflow_that_an_api_client_sends_is_decoded(comfy, pnginfo):
+    seed = 1000 + sum(map(ord, str(pnginfo)))
+    run = comfy.run(decode(latent(frames=1, seed=seed)), pnginfo=pnginfo)
+    assert run.error is None, run.error
+    assert kept_report(comfy) == run.report("3")
 
 
 def test_video_is_streamed_into_the_output_folder(comfy):
@@ -44,6 +150,20 @@ def test_video_is_streamed_into_the_output_folder(comfy):
     path = comfy.base / "output" / shown["subfolder"] / shown["filename"]
     assert path.stat().st_size > 500
     assert run.report("3")["done_frames"] == 9
+
+
+def test_a_batch_becomes_a_file_for_each_latent(comfy):
+    run = comfy.run({
+        "1": load_vae(),
+        "2": latent(frames=2, batch=2, seed=14),
+        "3": node("WanVAEDecodeToVideo", vae=["1", 0], samples=["2", 0], fps=16.0,
+                  filename_prefix="video/batch"),
+    })  # fmt: skip
+    assert run.error is None, run.error
+    names = [shown["filename"] for shown in run.outputs["3"]["images"]]
+    assert len(set(names)) == 2
+    assert all((comfy.base / "output" / "video" / name).stat().st_size > 500 for name in names)
+    assert run.report("3")["status"] == "done"
 
 
 def test_another_vae_is_named(comfy):

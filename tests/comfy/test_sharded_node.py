@@ -173,3 +173,13 @@ def test_a_killed_worker_falls_back_to_one_device_and_says_so(comfy):
 def test_a_missing_gpu_is_named(comfy):
     run = comfy.run(sharded(latent(seed=39), devices="cpu,7", allow_fallback=False))
     assert "rank 1 cannot start: device cuda:7" in run.error["exception_message"]
+
+
+def test_one_device_shards_nothing_and_says_so(comfy):
+    """`all` on a machine without GPUs is one CPU."""
+    run = comfy.run(sharded(latent(seed=41), devices="all"))
+    assert run.error is None, run.error
+    report = run.report("3")
+    assert report["status"] == "done" and report["fallbacks"] == []
+    assert [w for w in report["warnings"] if w.startswith("one device: nothing to shard")]
+    assert comfy.run(sharded(latent(seed=42))).report("3")["warnings"] == []

@@ -81,6 +81,18 @@ test("counts, shapes, layers, dtypes", () => {
   assert.equal(f.dtypeText("float8_e4m3fn"), "float8_e4m3fn");
 });
 
+test("layers by operation and format", () => {
+  const layer = (op, format) => ({ op, format });
+  const layers = [layer("conv3d", "contiguous"), layer("conv2d", "contiguous"),
+    layer("conv3d", "contiguous"), layer("conv3d", "either")];
+  assert.deepEqual(f.layerGroups(layers), [
+    { op: "conv3d", format: "contiguous", count: 2 },
+    { op: "conv2d", format: "contiguous", count: 1 },
+    { op: "conv3d", format: "either", count: 1 },
+  ]);
+  assert.deepEqual(f.layerGroups(undefined), []);
+});
+
 test("the copied report is the report", () => {
   assert.deepEqual(JSON.parse(f.reportText(report)), report);
 });

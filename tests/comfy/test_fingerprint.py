@@ -1,0 +1,80 @@
+"""When the weights of a VAE count as changed."""
+
+import pytest
+import torch
+
+from nodes.fingerprint import fingerprint
+from tests.conftest import random_state
+from wan_vae.config import wan21
+
+
+@pytest.fixture
+def state():
+    return random_state(wan21(dim=16))
+
+
+def test_moving_and_laying_out_changes_nothing(state):
+    moved = {name: tensor.clone() for name, tensor in state.items()}
+    last = torch.channels_last_3d
+    packed = {
+        name: tensor.contiguous(memory_format=last) if tensor.ndim == 5 else tensor
+        for name, tensor in state.items()
+    }
+    assert fingerprint(moved) == fingerprint(packed) == fingerprint(state)
+
+
+def test_a_factor_on_any_one_tensor_is_seen(state):
+    before = fingerprint(state)
+    for name, tensor in state.items():
+        assert fingerprint({**state, name: tensor * 1.01}) != before, name
+
+
+def test_any_one_output_channel_is_seen(state):
+    name = "decoder.middle.0.residual.2.weight"
+    before = fingerprint(state)
+    for channel in range(state[name].shape[0]):
+        changed = state[name].clone()
+        changed[channel] *= -1
+        assert fingerprint({**state, name: changed}) != before, channel
+
+
+def test_a_change_in_inference_mode_is_seen(state):
+    """Tensors made there have no version counter."""
+    with torch.inference_mode():
+        made = {name: tensor.clone() for name, tensor in state.items()}
+        before = fingerprint(made)
+        made["decoder.conv1.weight"].mul_(2)
+        assert fingerprint(made) != before
+
+
+def test_names_dtypes_and_shapes_count(state):
+    name = "conv2.bias"
+    zero = torch.zeros(16)
+    prints = [
+        fingerprint({**state, name: zero}),
+        fingerprint({**state, name: zero.int()}),
+        fingerprint({**state, name: zero.view(4, 4)}),
+        fingerprint({**state, name: zero.bfloat16()}),
+        fingerprint({**{k: v for k, v in state.items() if k != name}, "other": zero}),
+    ]
+    assert len(set(prints)) == len(prints)
+
+
+def test_nan_equals_itself(state):
+    broken = {**state, "conv2.bias": torch.full((16,), torch.nan)}
+    assert fingerprint(broken) == fingerprint(dict(broken)) != fingerprint(state)
+
+
+def test_weights_that_are_nowhere_have_none(state):
+    assert fingerprint({**state, "conv2.bias": torch.empty(16, device="meta")}) is None
+
+
+@pytest.mark.gpu
+def test_a_device_gives_the_print_of_the_host(state):
+    """Also where ComfyUI left a part of the weights behind, and dtypes differ."""
+    state["conv2.bias"] = state["conv2.bias"].bfloat16()
+    there = {name: tensor.cuda() for name, tensor in state.items()}
+    partly = {
+        name: tensor.cuda() if i % 3 else tensor for i, (name, tensor) in enumerate(state.items())
+    }
+    assert fingerprint(there) == fingerprint(partly) == fingerprint(state)
