@@ -124,8 +124,8 @@ def latent_5d(samples: dict) -> torch.Tensor:
     if not isinstance(samples, Mapping) or "samples" not in samples:
         keys = f"keys {sorted(map(str, samples))}" if isinstance(samples, Mapping) else None
         raise LatentError(
-            f"the latent is no LATENT ({keys or type(samples).__name__}): expected a dictionary with a tensor 'samples', "
-            "as samplers and Load Latent give"
+            f"the latent is no LATENT ({keys or type(samples).__name__}): expected a dictionary "
+            "with a tensor 'samples', as samplers and Load Latent give"
         )
     latent = samples["samples"]
     if getattr(latent, "is_nested", False):

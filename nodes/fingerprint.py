@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 # Samples in each row (output channel) of a weight. Wan 2.1's 127 million parameters, float32:
-# 9 ms on two cores; 8 samples a row take 14 ms.
+# 9 ms on a CPU; 8 samples a row take 14 ms.
 PER_ROW = 4
 # Smaller tensors (biases, gammas) are read whole.
 WHOLE = 4096
@@ -44,7 +44,7 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> bytes | None:
                 places[bits.shape] = _places(bits.shape)
             at = places[bits.shape]
         # Both count in logical order in every memory format and copy only the samples. Torch's
-        # `take` would wake all threads for each tensor on the CPU: 30 to 300 ms on busy cores.
+        # `take` would wake all threads for each tensor on the CPU: 30 ms and more on busy cores.
         if bits.device.type == "cpu":
             bits = bits.numpy()
             on_host[name] = bits if at is None else bits[np.unravel_index(at, bits.shape)]
