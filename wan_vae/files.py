@@ -48,9 +48,11 @@ def check_output(path: Path, *, is_folder: bool = False) -> None:
         raise OutputError(f"{path}: not the name of a file: name one, such as out.mp4")
     if name.endswith(".") or (name.startswith(".") and not path.suffix):
         raise OutputError(f"{path}: only half a name: expected such as out.mp4, or a folder")
+    if "\0" in str(path):
+        raise OutputError(f"{str(path)!r}: cannot be written: a name holds no NUL")
     if any(len(os.fsencode(part)) > _NAME_BYTES for part in path.parts):
         raise OutputError(f"{path}: cannot be written: File name too long")
-    with writing(path, ValueError):
+    with writing(path):
         if not is_folder and path.is_dir():
             raise OutputError(f"{path}: is a folder: name a file in it")
         folder = next(p for p in path.absolute().parents if os.path.lexists(p))

@@ -29,8 +29,11 @@ def latents(tmp_path_factory):
     return [folder / f"{i}.latent" for i in range(4)]
 
 
-def start(latents, output, *, ranks=2, nodes=1, node=0, port=0, more=()):
-    """One torchrun; its output is read later, so that several run at once."""
+def start(latents, output, *, ranks=2, nodes=1, node=0, port=0, more=(), before=None):
+    """One torchrun; its output is read later, so that several run at once.
+
+    `before` is called in the new process.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = port or probe.getsockname()[1]
@@ -40,7 +43,7 @@ def start(latents, output, *, ranks=2, nodes=1, node=0, port=0, more=()):
          f"--master-port={port}", "-m", "wan_vae", "decode", *map(str, latents),
          "--vae", str(jobs.MINI), "-o", str(output), "--device", "cpu", *more],
         cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=before,
     )  # fmt: skip
 
 
@@ -81,10 +84,16 @@ def test_a_list_goes_over_two_nodes_past_a_failure_and_resumes(latents, tmp_path
 def test_an_output_that_cannot_be_written_fails_on_all_ranks_and_the_rest_goes_on(
     latents, tmp_path
 ):
-    full = Path("/dev/full")
-    if not full.exists():
-        pytest.skip("no /dev/full here to stand for a full disk")
-    (tmp_path / ".0.partial.mp4").symlink_to(full)
-    text = finish(start(latents[:2], tmp_path))
+    resource = pytest.importorskip("resource", reason="limits of a process need POSIX")
+    # A limit on the size of files stands for a full disk; only the first, longer clip reaches it.
+    save_latent(tmp_path / "0.latent", jobs.noise((1, 16, 12, 5, 16), seed=9))
+    limit = 14_000
+    text = finish(
+        start(
+            [tmp_path / "0.latent", latents[1]],
+            tmp_path,
+            before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )
+    )
     assert "node 0: 1 decoded, 0 skipped (already there), 1 failed" in text, text
-    assert (tmp_path / "1.mp4").exists() and not (tmp_path / "0.mp4").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.latent", "1.mp4"]

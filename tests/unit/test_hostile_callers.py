@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.conftest import SMALL_CONFIGS, random_state
-from wan_vae import WanVAE
+from wan_vae import WanVAE, geometry
 from wan_vae.cli import main
 from wan_vae.errors import (
     BackendError,
@@ -19,6 +20,8 @@ from wan_vae.errors import (
     LatentError,
     OutputError,
 )
+from wan_vae.latents import range_warning
+from wan_vae.sink import TensorSink, check_out
 
 STATE = random_state(SMALL_CONFIGS["wan2.1"])
 
@@ -93,7 +96,11 @@ def test_numbers_of_other_libraries_are_numbers(vae, z, expected):
         (lambda vae, z: vae.decode(z, chunk_frames=1.5), GeometryError, "chunk_frames is 1.5"),
         (lambda vae, z: vae.decode(z, chunk_frames="2"), GeometryError, "whole number"),
         (lambda vae, z: vae.decode(z, chunk_frames=[1, 0.5]), GeometryError, "a chunk length"),
+        (lambda vae, z: vae.decode(z, chunk_frames=True), GeometryError, "chunk_frames is True"),
         (lambda vae, z: vae.decode(z, strips=2.0), GeometryError, "strips is 2.0"),
+        (lambda vae, z: vae.decode(z, strips=True), GeometryError, "strips is True"),
+        (lambda vae, z: vae.decode(z, strips=np.bool_(1)), GeometryError, "whole number"),
+        (lambda vae, z: vae.decode(z, strips=torch.tensor(True)), GeometryError, "whole number"),
         (lambda vae, z: vae.decode(z, out=np.empty((1, 3, 5, 32, 24))), OutputError, "ndarray"),
         (
             lambda vae, z: vae.decode(z, out=torch.empty(1, 3, 5, 1, 1).expand(1, 3, 5, 32, 24)),
@@ -105,6 +112,92 @@ def test_numbers_of_other_libraries_are_numbers(vae, z, expected):
 def test_mistaken_arguments_are_said_in_words(vae, z, call, error, words):
     with pytest.raises(error, match=words):
         call(vae, z)
+
+
+@pytest.mark.parametrize("strips", [np.int64(2), np.uint8(2), torch.tensor(2)], ids=repr)
+def test_strips_of_other_libraries_are_strips(strips):
+    config = SMALL_CONFIGS["wan2.1"]
+    assert geometry.strips(4, strips, config) == geometry.strips(4, 2, config)
+
+
+def test_a_decode_takes_them(vae, z, expected):
+    assert torch.allclose(vae.decode(z, strips=np.int64(2)), expected, atol=1e-5)
+
+
+def hollow(kind: str, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of the shape of `like`, where it can have one, without a plain block of memory."""
+    if kind == "meta":
+        return like.to("meta")
+    if kind == "fake":
+        with FakeTensorMode():
+            return torch.empty(like.shape)
+    if kind == "sparse":
+        return like.to_sparse()
+    layout = torch.jagged if kind == "jagged" else torch.strided
+    return torch.nested.nested_tensor(list(like), layout=layout)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", ["meta", "fake", "sparse", "nested", "jagged"])
+def test_tensors_without_plain_memory_are_refused_by_name(vae, z, expected, kind):
+    """As latent, as video, as output and as weight."""
+    name = "nested" if kind == "jagged" else kind
+    with pytest.raises(LatentError, match=f"the latent is a {name}"):
+        vae.decode(hollow(kind, z))
+    with pytest.raises(LatentError, match=f"the video is a {name}"):
+        vae.encode(hollow(kind, expected))
+    with pytest.raises(OutputError, match=f"out is a {name}"):
+        check_out(hollow(kind, expected), tuple(expected.shape))
+    weight = "decoder.middle.0.residual.2.weight"
+    if kind in ("meta", "fake", "sparse"):  # the others have no shape to be checked
+        with pytest.raises(CheckpointError, match=f"{weight} is {kind}"):
+            WanVAE.from_state_dict(STATE | {weight: hollow(kind, STATE[weight])}, device="cpu")
+
+
+@pytest.mark.parametrize("state", [None, [], "vae.safetensors", {"a": None}, {1: torch.zeros(1)}])
+def test_what_is_no_state_dict_is_refused(state):
+    with pytest.raises(CheckpointError, match="state dict"):
+        WanVAE.from_state_dict(state, device="cpu")
+
+
+SHAPE = (1, 3, 5, 32, 24)
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        (torch.empty(SHAPE, dtype=torch.float8_e4m3fn), "float8_e4m3fn"),
+        (torch.empty(SHAPE, dtype=torch.complex64), "complex64"),
+        (torch.empty(SHAPE, dtype=torch.int32), "int32"),
+        (torch.empty(5 * 32 * 24 * 3).as_strided(SHAPE, (1, 9, 9, 24, 1)), "share memory"),
+        (torch.empty(9000).as_strided(SHAPE, (1, 2000, 400, 12, 1)), "share memory"),
+        (torch.empty(1, 3, 5, 32, 1).expand(SHAPE), "expanded view"),
+    ],
+)
+def test_an_output_that_cannot_hold_the_pixels_is_refused(out, words):
+    with pytest.raises(OutputError, match=words):
+        check_out(out, SHAPE)
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.empty(SHAPE, dtype=torch.bfloat16),
+        torch.empty(SHAPE, dtype=torch.float64),
+        torch.empty(1, 5, 32, 24, 3).permute(0, 4, 1, 2, 3),
+        torch.empty(2, 6, 10, 64, 48)[1:, ::2, ::2, 32:, 5:29],
+    ],
+)
+def test_an_output_of_any_place_in_memory_is_filled(expected, out):
+    check_out(out, SHAPE)
+    TensorSink(out).write(expected, 0, 0)
+    assert torch.equal(out, expected.to(out.dtype))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_video_with_gradients_is_no_matter_for_warnings(vae):
+    vae.encode(torch.zeros(1, 3, 1, 8, 8, requires_grad=True))
+    assert range_warning(torch.full((1,), 9.0, requires_grad=True)).startswith("the video's values")
 
 
 def test_a_device_without_data_is_refused():
