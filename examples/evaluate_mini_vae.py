@@ -32,9 +32,14 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--vae", type=Path, default=HERE / "wan_vae_mini.safetensors")
-    parser.add_argument("--output", type=Path, default=Path("mini_vae_output"))
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--vae", type=Path, default=HERE / "wan_vae_mini.safetensors", help="checkpoint"
+    )
+    parser.add_argument("--output", type=Path, default=Path("mini_vae_output"), help="folder")
     parser.add_argument("--clips", type=int, default=4, help="clips of each category")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

@@ -34,9 +34,14 @@ SAMPLES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--vae", type=Path, default=HERE / "wan_vae_mini.safetensors")
-    parser.add_argument("--output", type=Path, default=HERE)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--vae", type=Path, default=HERE / "wan_vae_mini.safetensors", help="checkpoint"
+    )
+    parser.add_argument("--output", type=Path, default=HERE, help="folder")
     args = parser.parse_args()
     device = torch.device("cpu")
     vae = wan_vae.load(args.vae, device=device, dtype=torch.float32)

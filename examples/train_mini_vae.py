@@ -117,14 +117,17 @@ def draw(pool: torch.Tensor, batch: int, images: bool, host: torch.Generator) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--output", type=Path, default=Path("mini_vae_output"))
-    parser.add_argument("--dim", type=int, default=16)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="of training, after the pool")
+    parser.add_argument("--output", type=Path, default=Path("mini_vae_output"), help="folder")
+    parser.add_argument("--dim", type=int, default=16, help="width of the VAE")
     parser.add_argument("--batch", type=int, default=4, help="clips a step; 8 times as many images")
-    parser.add_argument("--pool", type=int, default=4000)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pool", type=int, default=4000, help="clips made before training")
+    parser.add_argument("--lr", type=float, default=1e-3, help="largest learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="of clips, weights and draws")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,6 +135,8 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     started = time.monotonic()
+    # On a CPU this is minutes, and --minutes counts from its end.
+    print(f"making {args.pool} clips on {device} ...", flush=True)
     pool = make_pool(args.pool, args.seed, device)
     print(f"{args.pool} clips in {time.monotonic() - started:.0f} s", flush=True)
 
