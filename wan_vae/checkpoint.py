@@ -250,10 +250,10 @@ def _find_file(path: Path) -> Path:
         raise CheckpointError(reason)
     for folder in (path, path / "vae"):
         config = folder / "config.json"
-        if config.is_file():
+        if os.path.isfile(config):
             _check_diffusers_config(config)
         for name in DIFFUSERS_FILES:
-            if (folder / name).is_file():
+            if os.path.isfile(folder / name):
                 return folder / name
     raise CheckpointError(
         f"a folder without {DIFFUSERS_FILES[0]}: pass a checkpoint file or a diffusers VAE folder"

@@ -242,10 +242,11 @@ def _decode_one(vae, latent, output: Path, args, extra=()) -> None:
     from .latents import check_latent
     from .video import TeeSink, open_sink
 
-    sinks, bar = list(extra), _Bar(output.name)
+    sinks, bar = list(extra), None
     try:
         check_latent(latent, vae.config)
         shape = geometry.pixel_shape(tuple(latent.shape), vae.config)
+        bar = _Bar(output.name, total=shape[2])
         sinks.insert(0, open_sink(output, shape, getattr(args, "fps", 16.0)))
         vae.decode(
             latent,
@@ -263,7 +264,8 @@ def _decode_one(vae, latent, output: Path, args, extra=()) -> None:
         TeeSink(*sinks).abort()
         raise
     finally:
-        bar.close()
+        if bar is not None:
+            bar.close()
     for text in (*getattr(sinks[0], "warnings", ()), *vae.last_report.warnings):
         say(f"wan-vae: warning: {text}")
 

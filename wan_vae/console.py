@@ -34,8 +34,9 @@ def drop_stdout() -> None:
 class Bar:
     """A progress bar of frames on stderr; none where that is closed or full."""
 
-    def __init__(self, label: str):
-        self._label, self._bar, self._is_off = label, None, sys.stderr is None
+    def __init__(self, label: str, total: int | None = None):
+        self._label, self._total = label, total
+        self._bar, self._is_off = None, sys.stderr is None
 
     def begin(self) -> bool:
         """Show it. As `should_stop` of a decode: asked once the arguments are accepted; False."""
@@ -43,7 +44,9 @@ class Bar:
             from tqdm import tqdm
 
             with self._drawing():
-                self._bar = tqdm(desc=self._label, unit="frame", file=sys.stderr, leave=True)
+                self._bar = tqdm(
+                    desc=self._label, total=self._total, unit="frame", file=sys.stderr, leave=True
+                )
         return False
 
     def __call__(self, done: int, total: int, report) -> None:

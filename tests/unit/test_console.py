@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 
 import wan_vae
 from tests.conftest import random_state
-from wan_vae import cli, console, video
+from wan_vae import WanVAE, cli, console, video
 from wan_vae.config import wan21
-from wan_vae.errors import OutputError, ShardingError
+from wan_vae.errors import GeometryError, OutputError, ShardingError
 from wan_vae.latents import load_latent, save_latent
 from wan_vae.sharding import torchrun
 from wan_vae.sharding.torchrun import Place
@@ -214,6 +214,19 @@ def test_a_refused_argument_leaves_no_file_and_no_folder(output, option, good, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("error", [GeometryError, KeyboardInterrupt, RuntimeError])
+def test_a_decode_that_aborts_nothing_itself_leaves_nothing(error, good, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise error("at once")
+
+    monkeypatch.setattr(WanVAE, "decode", refuse)
+    try:
+        assert decode(good, tmp_path / "new" / "frames") in (1, 130)
+    except RuntimeError as mistake:
+        assert str(mistake) == "at once", "one of ours: a traceback, but no files"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("output", ["o.gif", ".mp4", "out.", ".", "x" * 300 + ".mp4"])
 def test_an_impossible_output_is_refused_before_the_vae_is_loaded(
     output, good, monkeypatch, capsys
@@ -350,13 +363,21 @@ def test_ranks_that_cannot_meet_are_told_in_words(monkeypatch):
         torchrun.join(Place(0, 2, 0, 1), torch.device("cpu"), own_device=False)
 
 
-def test_a_rank_that_refuses_its_arguments_aborts_its_sink(good, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [GeometryError, KeyboardInterrupt])
+def test_a_rank_that_decodes_nothing_aborts_its_sink(error, good, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise error("at once")
+
+    monkeypatch.setattr(WanVAE, "decode", refuse)
     args = cli._parser().parse_args(
         ["decode", str(good / "z.latent"), "--vae", str(good / "v.safetensors"), "--device", "cpu",
-         "-o", str(tmp_path / "new" / "frames"), "--chunk-frames", "0"]
+         "-o", str(tmp_path / "new" / "frames")]
     )  # fmt: skip
     outputs = [tmp_path / "new" / "frames"]
-    code = torchrun.decode_list(args, cli._load, outputs, Place(0, 1, 0, 1), console.Bar)
+    try:
+        code = torchrun.decode_list(args, cli._load, outputs, Place(0, 1, 0, 1), console.Bar)
+    except KeyboardInterrupt:
+        code = 3
     assert code == 3
     assert not list(tmp_path.iterdir())
 
