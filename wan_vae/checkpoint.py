@@ -69,9 +69,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 def canonical_state_dict(mapping: Mapping[str, torch.Tensor]) -> Checkpoint:
     """Rename native, diffusers or prefixed keys to canonical ones and check every tensor.
 
-    Returns references, no copies. Raises one CheckpointError that lists missing, extra and
-    mis-shaped tensors, wrong dtypes, and tensors with NaN or inf; NotAWanVAEError for another
-    model.
+    Returns references, no copies. Tensors on the meta device, which have shapes and no data, are
+    renamed too: no VAE can be made of them, but keys can be looked up. Raises one CheckpointError
+    that lists missing, extra and mis-shaped tensors, wrong dtypes, and tensors with NaN or inf;
+    NotAWanVAEError for another model.
     """
     if not isinstance(mapping, Mapping):
         raise CheckpointError(
@@ -202,7 +203,8 @@ def _check(state: Mapping[str, torch.Tensor], config: WanVAEConfig) -> None:
         problems.append(f"unknown {_some(extra)}")
     if shapes:
         problems.append(f"wrong shape: {_some(shapes)}")
-    empty = [f"{k} is {kind}" for k, v in state.items() if (kind := without_data(v))]
+    kinds = {k: without_data(v) for k, v in state.items()}
+    empty = [f"{k} is {kind}" for k, kind in kinds.items() if kind not in (None, "meta")]
     if empty:
         problems.append(f"{_some(empty)}; expected dense tensors with data")
     dtypes = [f"{k} is {v.dtype}" for k, v in state.items() if v.dtype not in FLOAT_DTYPES]
@@ -210,7 +212,8 @@ def _check(state: Mapping[str, torch.Tensor], config: WanVAEConfig) -> None:
         problems.append(f"{_some(dtypes)}; expected float32, float16 or bfloat16")
     if not problems:
         # Reads every byte once; a memory-mapped file is read here instead of at the copy.
-        not_finite = [k for k, v in state.items() if not bool(torch.isfinite(v).all())]
+        real = {k: v for k, v in state.items() if not v.is_meta}
+        not_finite = [k for k, v in real.items() if not bool(torch.isfinite(v).all())]
         if not_finite:
             problems.append(
                 f"NaN or inf in {_some(not_finite)}: the file is damaged or was badly converted"

@@ -103,6 +103,11 @@ class WanVAE:
         The tensors are copied, never kept. Raises CheckpointError (NotAWanVAEError).
         """
         canonical = canonical_state_dict(state).state
+        hollow = [name for name, value in canonical.items() if value.is_meta]
+        if hollow:
+            raise CheckpointError(
+                f"{hollow[0]} is meta ({len(hollow)} tensors are): expected tensors with data"
+            )
         config = detect_config(canonical)
         device = pick_device(device)
         model = build_model(config, canonical, device, pick_dtype(dtype, device))
