@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 from math import prod
 
 import pytest
 import torch
+
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    # Triton asks when functions are decorated, its own at its first import: so now, before a test
+    # imports something that imports it. What the kernels' tests need besides is in `interpreted`.
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("wan_vae.ops.triton_backend")
+    del os.environ["TRITON_INTERPRET"]
 
 from wan_vae import WanVAE
 from wan_vae.config import WanVAEConfig, wan21, wan22
@@ -30,6 +40,15 @@ def random_state(config: WanVAEConfig, seed: int = 0) -> dict[str, torch.Tensor]
 SMALL_CONFIGS = {"wan2.1": wan21(dim=8), "wan2.2": wan22(dim=8, decoder_dim=16)}
 
 
+@pytest.fixture(scope="module")
+def interpreted():
+    """Kernels may run on the CPU, in Triton's interpreter; does nothing where there is a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setenv("TRITON_INTERPRET", "1")
+        yield
+
+
 @pytest.fixture(scope="session", params=SMALL_CONFIGS, ids=str)
 def small_vae(request) -> WanVAE:
     """A narrow VAE of each family on the CPU in float32, with random weights."""
@@ -45,6 +64,7 @@ def pytest_configure(config):
         torch.set_num_threads(1)  # several test processes share the cores
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     for item in items:
         folder = item.path.parent.name

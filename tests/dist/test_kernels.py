@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    # Triton reads it when its own functions are decorated, so before its first import.
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
 
 from tests.dist import jobs
@@ -18,7 +13,7 @@ from tests.dist import jobs
 @pytest.mark.parametrize(
     ("shape", "axis"), [((1, 16, 2, 2, 1), "height"), ((1, 16, 1, 1, 3), "width")]
 )
-def test_shards_give_the_bits_of_one_process(ranks, tmp_path, monkeypatch, shape, axis):
+def test_shards_give_the_bits_of_one_process(interpreted, ranks, tmp_path, monkeypatch, shape, axis):
     """Halo rows go around the features before the norm; residual and head take their own rows."""
     monkeypatch.setenv("WAN_VAE_CACHE", str(tmp_path))
     options = {"backend": "triton", "memory_format": "channels_last_3d"}

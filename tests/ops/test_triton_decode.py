@@ -5,14 +5,9 @@ Kernels must be proven before they run, and be off, with a reason, where they ar
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    # Triton reads it when its own functions are decorated, so before its first import.
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
 
 from tests.conftest import random_state
@@ -32,7 +27,7 @@ CONFIGS = {"wan2.1": wan21(dim=16), "wan2.2": wan22(dim=16, decoder_dim=16)}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_book(tmp_path_factory):
+def own_book(tmp_path_factory, interpreted):
     """The tests' own verdicts, none of the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WAN_VAE_CACHE", str(tmp_path_factory.mktemp("proofs")))
