@@ -41,11 +41,12 @@ check: $(VENV)/.test
 	$(RUN) ruff check .
 	$(RUN) ruff format --check wan_vae nodes examples tests benchmarks
 
-# Two processes: most tests keep one core busy. What they share is provisioned before.
+# Two processes, most tests keep one core busy; by file, because the tests of a file share servers
+# and browsers. What both need is provisioned before.
 test: check
 	node --test tests/js/
 	$(RUN) tests.comfy.provision
-	$(RUN) pytest -n $(JOBS) --dist loadgroup
+	$(RUN) pytest -n $(JOBS) --dist loadfile
 
 test-gpu:
 	$(PYTHON) -m pytest -m "gpu or nccl"

@@ -55,21 +55,12 @@ def small_vae(request) -> WanVAE:
     return WanVAE.from_state_dict(random_state(SMALL_CONFIGS[request.param]), device="cpu")
 
 
-# Folders whose tests share something that is made once: servers, browsers, ranks, proofs.
-TOGETHER = ("bench", "browser", "comfy", "dist", "ops", "registry")
-
-
 def pytest_configure(config):
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)  # several test processes share the cores
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
-    for item in items:
-        folder = item.path.parent.name
-        group = folder if folder in TOGETHER else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device here; run `make test-gpu` on a machine with one")
