@@ -1,92 +1,166 @@
-"""Time the Triton kernels beside cuDNN on the layers of Wan 2.1 at 720p; gate first.
+"""Time the Triton kernels beside the library's on the layers of Wan 2.1 at 720p; gate first.
 
-`python benchmarks/kernels.py`, one CUDA device. A configuration gets a time only if two runs on
-random data are equal bit for bit and within 5e-4 of a float32 convolution.
+    python benchmarks/kernels.py                                  # one CUDA device
+    TRITON_INTERPRET=1 python benchmarks/kernels.py --tiny        # that it runs at all, on the CPU
+
+A configuration gets a time only if six runs on random data are equal bit for bit and close to a
+float32 result. Configurations are those that a decode proves first, and some that may be better.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 import torch.nn.functional as F
 
-from wan_vae.ops import triton_conv3d as conv
-from wan_vae.ops import triton_head, triton_norm
+from wan_vae.bench.measure import times_ms
+from wan_vae.ops import triton_attention, triton_conv3d, triton_head, triton_norm
+from wan_vae.ops.attention import attention
 from wan_vae.ops.norm import rms_norm_silu
+from wan_vae.ops.triton_configs import attention_candidates, conv_candidates
+from wan_vae.ops.triton_conv3d import Config
+from wan_vae.ops.triton_proofs import BUILD_FAILURES
 
 LAST = torch.channels_last_3d
-C = conv.Config
-LAYERS = [
-    (96, 4, 720, 1280, [C(4, 8, 8, 64, 32, 32, 4, 3), C(4, 8, 8, 64, 32, 32, 4, 2),
-                        C(4, 8, 16, 64, 32, 32, 8, 3), C(4, 8, 16, 64, 32, 32, 8, 2)]),
-    (192, 4, 360, 640, [C(4, 8, 8, 64, 32, 32, 4, 3), C(4, 8, 16, 64, 32, 32, 8, 3),
-                        C(2, 8, 16, 128, 64, 32, 8, 3)]),
-    (384, 2, 180, 320, [C(2, 8, 16, 128, 64, 32, 8, 3), C(2, 8, 16, 64, 32, 32, 8, 3)]),
-]  # fmt: skip
+HALF = torch.float16
+# float16 operands and result against float32 on the same operands.
+BOUND = 5e-4
 
 
-def median_ms(work, repeats: int = 9) -> float:
-    work()
-    marks = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        stop.record()
-        marks.append((start, stop))
-    torch.cuda.synchronize()
-    return sorted(a.elapsed_time(b) for a, b in marks)[repeats // 2]
+@dataclass(frozen=True)
+class Layer:
+    """A 3x3x3 convolution: channels, frames of a steady chunk, rows, columns, what to try too."""
+
+    channels: int
+    frames: int
+    rows: int
+    columns: int
+    also: tuple[Config, ...] = ()
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+C = Config
+LAYERS = (
+    Layer(384, 1, 90, 160, (C(1, 16, 16, 128, 0, 32, 8, 3), C(1, 8, 16, 64, 0, 64, 8, 3))),
+    Layer(384, 2, 180, 320, (C(4, 8, 16, 64, 0, 32, 8, 3),)),
+    Layer(192, 4, 360, 640, (C(4, 8, 8, 64, 0, 32, 4, 3), C(4, 8, 8, 64, 0, 64, 4, 3))),
+    Layer(96, 4, 720, 1280, (C(4, 8, 16, 64, 32, 32, 8, 3), C(4, 8, 8, 64, 32, 32, 4, 2))),
+)
+TINY = (Layer(16, 2, 5, 7, (C(1, 4, 8, 16, 0, 16, 4, 2),)),)
+
+
+class Bench:
+    """Random inputs, gate and clock on one device."""
+
+    def __init__(self, device: torch.device, repeats: int):
+        self.device, self.repeats = device, repeats
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def random(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        noise = torch.randn(shape, generator=self._generator, device=self.device)
+        return (noise * scale).to(HALF)
+
+    def median_ms(self, work: Callable[[], object]) -> float:
+        times_ms(work, self.device, 1)
+        return sorted(times_ms(work, self.device, self.repeats))[self.repeats // 2]
+
+    def candidate(
+        self, name: str, work: Callable[[], torch.Tensor], expected: torch.Tensor, flops: float
+    ) -> bool:
+        """Print the time of `work`, or why it has none; whether it was right."""
+        try:
+            results = [work() for _ in range(6)]
+        except BUILD_FAILURES as error:
+            print(f"  {name}: {str(error).splitlines()[0][:90]}", flush=True)
+            return False
+        different = sum(not torch.equal(r, results[0]) for r in results[1:])
+        error = _relative(results[0], expected)
+        del results
+        if different or not error < BOUND:
+            print(f"  {name}: refused, error {error:.1e}, {different} of 5 differ", flush=True)
+            return False
+        ms = self.median_ms(work)
+        print(f"  {name} {ms:.3f} ms {flops / ms / 1e9:.0f} TFLOP/s error {error:.1e}", flush=True)
+        return True
+
+    def convolution(self, layer: Layer) -> bool:
+        c, t, h, w = layer.channels, layer.frames, layer.rows, layer.columns
+        x = self.random(1, t + 2, h, w, c).permute(0, 4, 1, 2, 3)
+        weight = self.random(c, 3, 3, 3, c, scale=(27 * c) ** -0.5).permute(0, 4, 1, 2, 3)
+        bias = self.random(c)
+        flops = 2.0 * 27 * c * c * t * h * w
+        expected = F.conv3d(x.float(), weight.float(), bias.float(), padding=(0, 1, 1))
+        ms = self.median_ms(lambda: F.conv3d(x, weight, bias, padding=(0, 1, 1)))
+        print(f"{c} {t}x{h}x{w}: library {ms:.3f} ms {flops / ms / 1e9:.0f} TFLOP/s", flush=True)
+        right = [
+            self.candidate(
+                config.name,
+                lambda k=config: triton_conv3d.conv3d(x, weight, bias, None, k),
+                expected,
+                flops,
+            )
+            for config in (*conv_candidates(c, c, t), *layer.also)
+        ]
+        return any(right)
+
+    def attention(self, channels: int, positions: int) -> bool:
+        q, k, v = self.random(1, positions, 3 * channels).split(channels, dim=2)
+        flops = 4.0 * positions**2 * channels
+        expected = attention(q.float(), k.float(), v.float())
+        ms = self.median_ms(lambda: attention(q, k, v))
+        print(f"attention {positions} x {channels}: library {ms:.3f} ms", flush=True)
+        right = [
+            self.candidate(
+                config.name,
+                lambda c=config: triton_attention.attention(q, k, v, c),
+                expected,
+                flops,
+            )
+            for config in attention_candidates(channels)
+        ]
+        return any(right)
+
+    def norm_and_head(self, channels: int, frames: int, rows: int, columns: int) -> None:
+        x = self.random(1, frames, rows, columns, channels).permute(0, 4, 1, 2, 3)
+        gamma = torch.ones(channels, device=self.device)
+        history = x[:, :, :2].contiguous(memory_format=LAST)
+        fused = self.median_ms(lambda: triton_norm.norm_silu_join(x, gamma, history, 2, True)[0])
+        eager = self.median_ms(lambda: rms_norm_silu(x, gamma))
+        print(f"norm + SiLU: {fused:.3f} ms with history, eager {eager:.3f} without", flush=True)
+        buffer, _ = triton_norm.norm_silu_join(x, gamma, history, 2, False)
+        weight = self.random(3, channels, 3, 3, 3, scale=0.02).contiguous(memory_format=LAST)
+        expected = F.conv3d(buffer.float(), weight.float(), padding=(0, 1, 1))
+        ms = self.median_ms(lambda: F.conv3d(buffer, weight, padding=(0, 1, 1)))
+        print(f"head {channels} to 3: library {ms:.3f} ms", flush=True)
+        flops = 2.0 * 81 * channels * frames * rows * columns
+        self.candidate(
+            "narrow", lambda: triton_head.head_conv(buffer, weight, None), expected, flops
+        )
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.float() - b).norm() / b.norm()).item()
 
 
-def main() -> None:
-    torch.backends.cudnn.allow_tf32 = False
-    torch.manual_seed(0)
-    for c, t, h, w, configs in LAYERS:
-        x = torch.randn(1, t + 2, h, w, c, device="cuda").half().permute(0, 4, 1, 2, 3)
-        weight = (torch.randn(c, c, 3, 3, 3, device="cuda") / (27 * c) ** 0.5).half()
-        weight = weight.contiguous(memory_format=LAST)
-        bias = torch.randn(c, device="cuda").half()
-        small = x[..., : h // 4, : w // 4].contiguous(memory_format=LAST)
-        expected = F.conv3d(small.float(), weight.float(), bias.float(), padding=(0, 1, 1))
-        flops = 2 * 27 * c * c * t * h * w
-        ms = median_ms(lambda x=x, k=weight, b=bias: F.conv3d(x, k, b, padding=(0, 1, 1)))
-        print(f"{c} {t}x{h}x{w} cuDNN {ms:.3f} ms {flops / ms / 1e9:.0f} TFLOP/s", flush=True)
-        for config in configs:
-            try:
-                y = conv.conv3d(small, weight, bias, None, config)
-                error = relative(y, expected)
-                full = conv.conv3d(x, weight, bias, None, config)
-                bad = sum(
-                    not torch.equal(full, conv.conv3d(x, weight, bias, None, config))
-                    for _ in range(5)
-                )
-                if bad or not error < 5e-4:
-                    print(f"  {config.name}: refused, error {error:.1e}, {bad} of 5 differ")
-                    continue
-                ms = median_ms(
-                    lambda x=x, k=weight, b=bias, c=config: conv.conv3d(x, k, b, None, c)
-                )
-            except (RuntimeError, conv.triton.runtime.errors.OutOfResources) as error:
-                print(f"  {config.name}: {str(error).splitlines()[0][:90]}", flush=True)
-                continue
-            print(f"  {config.name} {ms:.3f} ms {flops / ms / 1e9:.0f} TFLOP/s error {error:.1e}",
-                  flush=True)  # fmt: skip
-    x = torch.randn(1, 4, 720, 1280, 96, device="cuda").half().permute(0, 4, 1, 2, 3)
-    gamma, history = torch.ones(96, device="cuda"), x[:, :, :2].contiguous(memory_format=LAST)
-    fused = median_ms(lambda: triton_norm.norm_silu_join(x, gamma, history, 2, True))
-    eager = median_ms(lambda: rms_norm_silu(x, gamma))
-    print(f"norm+SiLU 96 4x720x1280: {fused:.3f} ms with history, eager {eager:.3f} without")
-    buffer, _ = triton_norm.norm_silu_join(x, gamma, history, 2, False)
-    weight = (torch.randn(3, 96, 3, 3, 3, device="cuda") / 50).half().contiguous(memory_format=LAST)
-    y = triton_head.head_conv(buffer, weight, None)
-    error = relative(y, F.conv3d(buffer.float(), weight.float(), padding=(0, 1, 1)))
-    ours = median_ms(lambda: triton_head.head_conv(buffer, weight, None))
-    cudnn = median_ms(lambda: F.conv3d(buffer, weight, padding=(0, 1, 1)))
-    print(f"head 96 to 3: {ours:.3f} ms error {error:.1e}, cuDNN {cudnn:.3f} ms")
+def main(argv: Sequence[str] | None = None) -> int:
+    """1 if a layer has no configuration that is right."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
+    args = parser.parse_args(argv)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    bench = Bench(torch.device("cpu" if args.tiny else "cuda"), 3 if args.tiny else 9)
+    with torch.no_grad():
+        right = [bench.convolution(layer) for layer in (TINY if args.tiny else LAYERS)]
+        right.append(bench.attention(*((48, 19) if args.tiny else (384, 14400))))
+        bench.norm_and_head(*((16, 2, 5, 7) if args.tiny else (96, 4, 720, 1280)))
+    return 0 if all(right) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -39,3 +39,16 @@ def test_what_is_tried_first_compiles_fits_and_does_not_spill(tmp_path):
         # Measured fast all the same, see `triton_configs`.
         exception = row["kernel"] == "normed 96x96 3x3x3"
         assert row["stack_bytes"] <= (128 if exception else 0), row
+
+
+def test_the_script_that_times_them_runs():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    script = REPOSITORY / "benchmarks" / "kernels.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--tiny"],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in ("16 2x5x7: library", "attention 19 x 48", "norm + SiLU", "head 16 to 3"):
+        assert part in done.stdout
+    assert "refused" not in done.stdout
