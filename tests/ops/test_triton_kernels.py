@@ -16,6 +16,8 @@ from wan_vae.ops import triton_attention, triton_conv3d, triton_head, triton_nor
 from wan_vae.ops.attention import attention
 from wan_vae.ops.norm import rms_norm, rms_norm_silu
 
+pytestmark = pytest.mark.usefixtures("interpreted")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAST = torch.channels_last_3d
 # float16 against float32 on the same float16 inputs: one rounding of the result.
