@@ -7,7 +7,6 @@ A strip of the picture can therefore be finished alone, from a trunk crop with e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -16,7 +15,6 @@ from torch import nn
 from .blocks import (
     Attention,
     CausalConv3d,
-    Conv2d,
     DuplicateShortcut,
     ResidualBlock,
     RMSNorm,
@@ -90,20 +88,6 @@ class Decoder(nn.Module):
             {"0": RMSNorm(widths[-1]), "2": CausalConv3d(widths[-1], config.image_channels)}
         )
         name_slots(self, "decoder.")
-
-    def normed_convolutions(self) -> Iterator[tuple[RMSNorm, CausalConv3d]]:
-        """Every 3x3x3 convolution that reads the result of norm and SiLU, with that norm."""
-        for module in self.modules():
-            if isinstance(module, ResidualBlock):
-                yield from module.normed_convolutions()
-        norm, conv = self.head.values()
-        yield norm, conv
-
-    def upsampling_convolutions(self) -> Iterator[Conv2d]:
-        """The 3x3 convolution of every up-sampler."""
-        for module in self.modules():
-            if isinstance(module, Upsample):
-                yield module.resample["1"]
 
     def forward(self, z: torch.Tensor, step: Step) -> torch.Tensor:
         """Latent [B, z, T, H, W] (after conv2) -> pixels [B, 3, T', H', W'], not clamped."""

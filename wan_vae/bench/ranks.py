@@ -29,6 +29,7 @@ from ..report import device_name, versions
 from ..sharding.emulation import Emulated, emulate
 from ..sharding.scaling import LINKS, predict
 from ..sharding.workers import WorkerPool
+from .cases import Case
 from .ranks_results import Check, Fault, Results, Timing, markdown
 
 # Float32 against one device, where a library takes other kernels for other sizes: of the largest
@@ -36,15 +37,6 @@ from .ranks_results import Check, Fault, Results, Timing, markdown
 FLOAT32_TOLERANCE = 1e-5
 HALF_SLACK = 1.05
 LIMIT_S = 450.0
-
-
-@dataclass(frozen=True)
-class Case:
-    """A latent of one model, [1, z, T, H, W]."""
-
-    name: str
-    config: WanVAEConfig
-    latent: tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True)
