@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from wan_vae.bench.measure import times_ms
 from wan_vae.ops import triton_attention, triton_conv3d, triton_head, triton_norm
 from wan_vae.ops.attention import attention
+from wan_vae.ops.kernel_proofs import BUILD_FAILURES
 from wan_vae.ops.norm import rms_norm_silu
 from wan_vae.ops.triton_configs import attention_candidates, conv_candidates
 from wan_vae.ops.triton_conv3d import Config
-from wan_vae.ops.triton_proofs import BUILD_FAILURES
 
 LAST = torch.channels_last_3d
 HALF = torch.float16

@@ -117,9 +117,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--backend",
             default="auto",
-            choices=("auto", "eager", "triton"),
-            help="eager: plain PyTorch; triton: our own kernels, each proven on this device first "
-            "(default: auto)",
+            choices=("auto", "eager", "triton", "cuda"),
+            help="eager: plain PyTorch; triton, cuda: our own kernels, each proven on this device "
+            "first; auto (default): the fastest that is known to be right here",
         )
 
     def model_options(sub: argparse.ArgumentParser, vae_required: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,7 @@ from . import layout
 from .config import wan21, wan22
 from .model import WanVAEModel
 from .ops.proof import ProofBook, cache_folder, environment
-from .ops.select import select_ops, why_not
+from .ops.select import select_ops, why_not, why_not_cuda
 from .pipeline import pick_device
 from .report import device_name, versions
 
@@ -68,22 +69,26 @@ def known_faults() -> list[str]:
 
 
 def check_kernels(device: torch.device) -> list[str]:
-    """Prove the Triton kernels for the layers of both full-width decoders; one line a finding."""
+    """Prove our kernels for the layers of both full-width decoders; one line a finding."""
     reason = why_not(device, torch.bfloat16, "channels_last_3d")
     if reason is not None:
-        return [f"triton kernels: off ({reason})"]
-    lines = []
+        return [f"kernels: off ({reason})"]
+    lines, requested = [], "cuda"
+    reason = why_not_cuda(device)
+    if reason is not None:
+        lines, requested = [f"kernels in CUDA C++: off ({reason})"], "triton"
     book = ProofBook(environment(device), cache_folder())
     for config in (wan21(), wan22()):
         for only_frame in (False, True):
             with torch.device(device):
                 model = WanVAEModel(replace(config, has_encoder=False)).to(torch.bfloat16)
             layout.pack_weights(model, "channels_last_3d")
-            ops = select_ops("triton", model, "channels_last_3d", only_frame, book=lambda: book)
+            ops = select_ops(requested, model, "channels_last_3d", only_frame, book=lambda: book)
             weights = [p for name, p in model.named_parameters() if name.endswith("weight")]
-            proven = sum(ops.backend_of(p) == "triton" for p in weights)
+            counts = Counter(ops.backend_of(p) for p in weights)
             what = f"{config.family}, {'one image' if only_frame else 'video'}"
-            lines.append(f"triton kernels: {what}: {proven} of {len(weights)} layers proven here")
+            found = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
+            lines.append(f"kernels: {what}: of {len(weights)} layers {found}")
             lines += [f"  {off.op} off: {off.reason}" for off in ops.off]
     return [*lines, *book.notes]
 

@@ -34,6 +34,17 @@ class WanVAEModel(nn.Module):
         )
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = Decoder(config)
+        # Copies of the weights that backends made for themselves, by what they were made for: see
+        # `ops.select`. Gone when the weights move, so that an offloaded model leaves nothing.
+        self.prepared: dict[tuple, tuple] = {}
+
+    def _apply(self, fn, recurse: bool = True):
+        self.prepared = {}
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        # Copies and pickles start without.
+        return self.__dict__ | {"prepared": {}}
 
     def trunk(self, z: torch.Tensor, step: Step) -> torch.Tensor:
         """Latent chunk [B, z, T, H, W] -> decoder features at latent resolution."""

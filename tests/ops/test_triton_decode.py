@@ -14,7 +14,7 @@ from tests.conftest import random_state
 from wan_vae import WanVAE
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import BackendError
-from wan_vae.ops import triton_layer
+from wan_vae.ops import kernel_layer
 from wan_vae.ops.select import why_not
 
 CUDA = torch.cuda.is_available()
@@ -99,14 +99,14 @@ def test_bits_do_not_depend_on_the_formats_of_latent_and_checkpoint(family):
 def test_a_kernel_that_fails_its_proof_is_off_and_the_picture_is_right(vae, tmp_path, monkeypatch):
     """Planted: a convolution that drops its residual in one tile."""
     monkeypatch.setenv("WAN_VAE_CACHE", str(tmp_path))
-    real = triton_layer.conv3d
+    real = kernel_layer.conv3d
 
     def wrong(*arguments, **options):
         y = real(*arguments, **options)
         y[:, :, :, :2, :2] *= 0.5
         return y
 
-    monkeypatch.setattr(triton_layer, "conv3d", wrong)
+    monkeypatch.setattr(kernel_layer, "conv3d", wrong)
     fresh = WanVAE(vae.model)
     z = latent(vae, 1)
     assert relative(decode(fresh, z), reference(vae, z)) < BOUND
@@ -125,7 +125,7 @@ def test_what_was_proven_is_not_proven_again(vae, monkeypatch):
     def never(*arguments):
         raise AssertionError("proven before, in the cache of an equal environment")
 
-    monkeypatch.setattr("wan_vae.ops.triton_proofs.prove", never)
+    monkeypatch.setattr("wan_vae.ops.kernel_proofs.prove", never)
     assert torch.equal(decode(WanVAE(vae.model), z), first)
 
 
@@ -142,7 +142,7 @@ def test_requests_that_cannot_be_met_are_refused(vae):
     z = latent(vae, 1)
     with pytest.raises(BackendError, match="channels_last_3d"):
         vae.decode(z, backend="triton", memory_format="contiguous")
-    with pytest.raises(BackendError, match="expected 'auto', 'eager' or 'triton'"):
+    with pytest.raises(BackendError, match="expected one of auto, eager, triton, cuda"):
         vae.decode(z, backend="tensorrt")
 
 

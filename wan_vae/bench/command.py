@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
+from ..ops.select import BACKENDS
 from ..pipeline import PRECISIONS, pick_device, pick_dtype
 from . import write_up
 from .cases import CASES, CPU_CASES, GPU_CASES, Case
 from .cold_start import ColdStart, cold_starts
 from .comfyui import ComfyUICore
 from .contender import Contender
-from .contenders import BACKENDS, Ours, contenders
+from .contenders import Ours, contenders
 from .measure import NoNumber, Row, failures, free_memory, measure_case, one_line
 from .plot import draw
 from .results import Results
@@ -23,7 +24,7 @@ from .roofline import Roofline, measure_ceilings, measure_roofline
 from .weights import Weights
 
 PARTS = ("decode", "layers", "cold")
-_DEFAULT_BACKENDS = ("eager", "triton")
+_DEFAULT_BACKENDS = ("eager", "auto")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,13 +9,11 @@ import torch
 
 from .. import layout
 from ..image import ImageSink
-from ..ops.select import Backend, why_not
+from ..ops.select import Backend, why_not, why_not_cuda
 from ..pipeline import WanVAE
 from .comfyui import ComfyUICore
 from .contender import Built, Contender
 from .weights import Weights, diffusers_model
-
-BACKENDS: tuple[Backend, ...] = ("auto", "eager", "triton")
 
 
 def contenders(backends: Sequence[Backend]) -> list[Contender]:
@@ -31,9 +29,10 @@ class Ours:
         self.name = f"wan_vae ({backend})"
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        if self.backend != "triton":
+        if self.backend in ("auto", "eager"):
             return None
-        return why_not(device, dtype, layout.decide("auto", device, dtype).chosen)
+        reason = why_not(device, dtype, layout.decide("auto", device, dtype).chosen)
+        return why_not_cuda(device) if reason is None and self.backend == "cuda" else reason
 
     def build(self, weights: Weights, device: torch.device, dtype: torch.dtype) -> Built:
         vae = WanVAE.from_state_dict(weights.native, device=device, dtype=dtype)

@@ -6,7 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -17,9 +17,12 @@ from .dispatch import OpSet, eager_ops
 from .proof import ProofBook
 from .sites import decoder_sites
 
-Backend = Literal["auto", "eager", "triton"]
+Backend = Literal["auto", "eager", "triton", "cuda"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 # Tensor descriptors (TMA) came with Hopper.
 _MIN_CAPABILITY = (9, 0)
+# wgmma is Hopper's alone.
+_CUDA_CAPABILITY = (9, 0)
 
 
 def select_ops(
@@ -31,26 +34,40 @@ def select_ops(
 ) -> OpSet:
     """The operations for a decode with `model`, whose weights decide device and dtype.
 
-    "eager": the reference. "triton": our kernels for each layer where one is proven on this
-    device, the reference elsewhere, each refusal in `OpSet.off`. "auto": the reference, until the
-    kernels have been measured on a GPU (benchmarks/NOTES.md). `book` opens the verdicts of this
-    device; it is not called when no kernel is asked for.
-    Raises BackendError for an unknown request, or for "triton" where no kernel can run.
+    "eager": the reference. "triton": our kernels in Triton for each layer where one is proven on
+    this device, the reference elsewhere, each refusal in `OpSet.off`. "cuda": as "triton", with
+    kernels in CUDA C++ for the wide 3x3x3 convolutions. "auto": "cuda" on the cards that they were
+    measured on (Hopper), else the reference. `book` opens the verdicts of this device; it is not
+    called when no kernel is asked for. What was prepared stays with `model` for the next decode.
+    Raises BackendError for an unknown request, or for "triton" and "cuda" where they cannot run.
     """
-    if requested not in ("auto", "eager", "triton"):
-        raise BackendError(f"backend is {requested!r}: expected 'auto', 'eager' or 'triton'")
-    weight = model.decoder.conv1.weight
-    reason = why_not(weight.device, weight.dtype, weights_format)
-    if requested == "auto":
-        reason = reason or "not yet measured on a GPU: ask for it with backend='triton'"
-        return replace(eager_ops(), off=(BackendOff("conv3d", "triton", reason),))
+    if requested not in BACKENDS:
+        raise BackendError(f"backend is {requested!r}: expected one of {', '.join(BACKENDS)}")
     if requested == "eager":
         return eager_ops()
+    weight = model.decoder.conv1.weight
+    reason = why_not(weight.device, weight.dtype, weights_format)
+    if reason is None and requested != "triton":
+        reason = why_not_cuda(weight.device)
     if reason is not None:
-        raise BackendError(f"backend 'triton' cannot run: {reason}")
-    from .triton_backend import TritonBackend
+        if requested == "auto":
+            return replace(eager_ops(), off=(BackendOff("conv3d", "cuda", reason),))
+        raise BackendError(f"backend {requested!r} cannot run: {reason}")
+    state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in model.parameters()]
+    key = (requested, only_frame, weights_format)
+    kept = model.prepared.get(key)
+    if kept is None or kept[0] != state:
+        model.prepared[key] = kept = state, _kernels(requested, model, only_frame, book())
+    return kept[1]
 
-    backend = TritonBackend(decoder_sites(model), weight.device, weight.dtype, book(), only_frame)
+
+def _kernels(requested: Backend, model: WanVAEModel, only_frame: bool, book: ProofBook) -> OpSet:
+    from .kernel_backend import KernelBackend
+
+    weight = model.decoder.conv1.weight
+    backend = KernelBackend(
+        decoder_sites(model), weight.device, weight.dtype, book, only_frame, requested != "triton"
+    )
     eager = eager_ops()
     return replace(
         eager,
@@ -60,14 +77,27 @@ def select_ops(
         upsample_conv2d=backend.upsample_conv2d,
         attention=backend.attention,
         fused_conv=backend.fused_conv,
-        backend_of=lambda weight: "triton" if backend.runs(weight) else "eager",
+        backend_of=backend.backend_of,
         used=eager.used | backend.used,
         off=backend.off,
     )
 
 
+def why_not_cuda(device: torch.device) -> str | None:
+    """Why the kernels in CUDA C++ cannot run on `device`, or None if they can."""
+    if device.type != "cuda":
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != _CUDA_CAPABILITY:
+        have = ".".join(map(str, capability))
+        return f"written for compute capability 9.0 (Hopper), this card has {have}"
+    from .cuda.driver import why_not as why_no_compiler
+
+    return why_no_compiler()
+
+
 def why_not(device: torch.device, dtype: torch.dtype, weights_format: str) -> str | None:
-    """Why the Triton kernels cannot run here, or None if they can.
+    """Why our kernels cannot run here, or None if they can.
 
     On the CPU they can only in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
     """

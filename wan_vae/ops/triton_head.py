@@ -16,9 +16,11 @@ import triton.language as tl
 @triton.jit
 def _partials(
     buffer, weight, partial, pixels, frames,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, COLS: tl.constexpr, M: tl.constexpr, KT: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, COLS: tl.constexpr, USED: tl.constexpr,
+    M: tl.constexpr, KT: tl.constexpr,
 ):  # fmt: skip
-    # Grid: (blocks of M pixels, frames, batch). float32 accumulation, float32 partial sums.
+    # Grid: (blocks of M pixels, frames, batch). float32 accumulation; float32 partial sums, a plane
+    # for each column, so that the second pass reads whole rows.
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     t = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -28,44 +30,44 @@ def _partials(
     for kt in tl.static_range(KT):
         for k0 in tl.static_range(0, C, BLOCK_C):
             k = k0 + tl.arange(0, BLOCK_C)
-            at = buffer + (b * (frames + KT - 1) + t + kt) * plane
+            frame = buffer + (b * (frames + KT - 1) + t + kt) * plane
             mask = (row < pixels)[:, None] & (k < C)[None, :]
-            v = tl.load(at + row[:, None] * C + k[None, :], mask=mask, other=0.0)
-            at = weight + (kt * C + k)[:, None] * COLS + col[None, :]
-            w = tl.load(at, mask=(k < C)[:, None], other=0.0)
+            v = tl.load(frame + row[:, None] * C + k[None, :], mask=mask, other=0.0)
+            taps = weight + (kt * C + k)[:, None] * COLS + col[None, :]
+            w = tl.load(taps, mask=(k < C)[:, None], other=0.0)
             acc = tl.dot(v, w, acc)
-    at = partial + (b * frames + t) * pixels * COLS + row[:, None] * COLS + col[None, :]
-    tl.store(at, acc, mask=(row < pixels)[:, None])
+    to = partial + ((b * frames + t) * USED + col[None, :]) * pixels + row[:, None]
+    tl.store(to, acc, mask=(row < pixels)[:, None] & (col < USED)[None, :])
 
 
 @triton.jit
 def _gather(
     partial, bias, out, frames, height, width,
-    OUT: tl.constexpr, COLS: tl.constexpr, M: tl.constexpr,
+    OUT: tl.constexpr, M: tl.constexpr,
     PAD_Y: tl.constexpr, PAD_X: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    # Grid: (blocks of M output pixels, frames * OUT, batch). `height` and `width` are those of
-    # `partial`. Taps are added in a fixed order, float32.
+    # Grid: (blocks of M output pixels, frames, batch). `height` and `width` are those of `partial`.
+    # Taps are added in a fixed order, float32.
     rows = height + 2 * PAD_Y - 2
     cols = width + 2 * PAD_X - 2
     p = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
-    t = (tl.program_id(1) // OUT).to(tl.int64)
-    o = tl.program_id(1) % OUT
+    t = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     pixels = tl.cast(height, tl.int64) * width
     made = tl.cast(rows, tl.int64) * cols
     y = p // cols - PAD_Y
     x = p % cols - PAD_X
-    base = partial + (b * frames + t) * pixels * COLS + o * 9
-    acc = tl.zeros((M,), tl.float32)
-    for tap in tl.static_range(9):
-        yy = y + tap // 3
-        xx = x + tap % 3
-        ok = (p < made) & (yy >= 0) & (yy < height) & (xx >= 0) & (xx < width)
-        acc += tl.load(base + (yy * width + xx) * COLS + tap, mask=ok, other=0.0)
-    if HAS_BIAS:
-        acc += tl.load(bias + o).to(tl.float32)
-    tl.store(out + ((b * OUT + o) * frames + t) * made + p, acc, mask=p < made)
+    for o in tl.static_range(OUT):
+        base = partial + ((b * frames + t) * OUT + o) * 9 * pixels
+        acc = tl.zeros((M,), tl.float32)
+        for tap in tl.static_range(9):
+            yy = y + tap // 3
+            xx = x + tap % 3
+            ok = (p < made) & (yy >= 0) & (yy < height) & (xx >= 0) & (xx < width)
+            acc += tl.load(base + tap * pixels + yy * width + xx, mask=ok, other=0.0)
+        if HAS_BIAS:
+            acc += tl.load(bias + o).to(tl.float32)
+        tl.store(out + ((b * OUT + o) * frames + t) * made + p, acc, mask=p < made)
 
 
 def head_conv(
@@ -90,15 +92,15 @@ def head_conv(
     cols = max(16, triton.next_power_of_2(9 * o))
     packed = torch.zeros((kt * c, cols), dtype=buffer.dtype, device=buffer.device)
     packed[:, : 9 * o] = weight.permute(2, 1, 0, 3, 4).reshape(kt * c, 9 * o)
-    partial = torch.empty((b, t, h * w, cols), dtype=torch.float32, device=buffer.device)
+    partial = torch.empty((b, t, 9 * o, h * w), dtype=torch.float32, device=buffer.device)
     rows, cols_out = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
     out = torch.empty((b, o, t, rows, cols_out), dtype=torch.float32, device=buffer.device)
     _partials[(triton.cdiv(h * w, 128), t, b)](
-        nd, packed, partial, h * w, t, C=c, BLOCK_C=32 if c % 32 == 0 else 16, COLS=cols, M=128,
-        KT=kt, num_warps=4,
+        nd, packed, partial, h * w, t, C=c, BLOCK_C=32 if c % 32 == 0 else 16, COLS=cols,
+        USED=9 * o, M=128, KT=kt, num_warps=4,
     )  # fmt: skip
-    _gather[(triton.cdiv(rows * cols_out, 1024), t * o, b)](
-        partial, out if bias is None else bias, out, t, h, w, OUT=o, COLS=cols, M=1024,
+    _gather[(triton.cdiv(rows * cols_out, 1024), t, b)](
+        partial, out if bias is None else bias, out, t, h, w, OUT=o, M=1024,
         PAD_Y=padding[0], PAD_X=padding[1], HAS_BIAS=bias is not None, num_warps=4,
     )  # fmt: skip
     return out

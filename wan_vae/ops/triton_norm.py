@@ -2,7 +2,7 @@
 
 Eager twin: `norm.rms_norm_silu` followed by `layout.join_frames`. One launch copies the history
 frames, normalises the new ones behind them and keeps the last two frames for the next chunk, so
-there is no pad, no cat and no clone.
+there is no pad, no cat and no clone. `norm_silu_pairs` writes Winograd-transformed frames instead.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def _norm_silu_join(
     if frame < PAST_FRAMES:
         y = tl.zeros((ROWS, BLOCK_C), tl.float32)
         if HAS_HISTORY:
-            at = history + (batch * PAST_FRAMES + frame) * plane
-            y = tl.load(at + inside, mask=mask, other=0.0).to(tl.float32)
+            past = history + (batch * PAST_FRAMES + frame) * plane
+            y = tl.load(past + inside, mask=mask, other=0.0).to(tl.float32)
     else:
-        at = x + (batch * frames + frame - PAST_FRAMES) * plane
-        v = tl.load(at + inside, mask=mask, other=0.0).to(tl.float32)
+        new = x + (batch * frames + frame - PAST_FRAMES) * plane
+        v = tl.load(new + inside, mask=mask, other=0.0).to(tl.float32)
         norm = tl.maximum(tl.sqrt(tl.sum(v * v, axis=1)), 1e-12)
         g = tl.load(gamma + col, mask=col < C, other=0.0).to(tl.float32)
         v = v * (1.0 / norm)[:, None] * g[None, :]
@@ -85,3 +85,88 @@ def norm_silu_join(
         num_warps=8 if c > 256 else 4,
     )  # fmt: skip
     return buffer.permute(0, 4, 1, 2, 3), kept.permute(0, 4, 1, 2, 3) if keep else None
+
+
+@triton.jit
+def _normed(frame, scale, mask, OPERAND: tl.constexpr):
+    # One frame's block: float32 inside, rounded as the untransformed buffer would be.
+    v = tl.load(frame, mask=mask, other=0.0).to(tl.float32)
+    norm = tl.maximum(tl.sqrt(tl.sum(v * v, axis=1)), 1e-12)
+    v = v * (1.0 / norm)[:, None] * scale[None, :]
+    return (v * tl.sigmoid(v)).to(OPERAND).to(tl.float32)
+
+
+@triton.jit
+def _norm_silu_pairs(
+    x, gamma, history, out, kept, pixels, frames,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+    HAS_HISTORY: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    # Grid: (blocks of ROWS pixels, batch). A program goes through all frames of its pixels, so
+    # each is read and normalised once.
+    operand: tl.constexpr = out.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    batch = tl.program_id(1).to(tl.int64)
+    col = tl.arange(0, BLOCK_C)
+    mask = (row < pixels)[:, None] & (col < C)[None, :]
+    inside = row[:, None] * C + col[None, :]
+    plane = tl.cast(pixels, tl.int64) * C
+    scale = tl.load(gamma + col, mask=col < C, other=0.0).to(tl.float32)
+    d0 = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    d1 = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    if HAS_HISTORY:
+        past = history + batch * 2 * plane
+        d0 = tl.load(past + inside, mask=mask, other=0.0).to(tl.float32)
+        d1 = tl.load(past + plane + inside, mask=mask, other=0.0).to(tl.float32)
+    before = d1
+    pairs = (frames + 1) // 2
+    for pair in range(pairs):
+        frame = 2 * pair
+        new = x + (batch * frames + frame) * plane + inside
+        d2 = _normed(new, scale, mask, operand)
+        # A last pair may have one frame: the other counts as zeros.
+        d3 = _normed(new + plane, scale, mask & (frame + 1 < frames), operand)
+        to = out + (batch * pairs + pair) * 4 * plane + inside
+        tl.store(to, (d0 - d2).to(operand), mask=mask)
+        tl.store(to + plane, (d1 + d2).to(operand), mask=mask)
+        tl.store(to + 2 * plane, (d2 - d1).to(operand), mask=mask)
+        tl.store(to + 3 * plane, (d1 - d3).to(operand), mask=mask)
+        before = d1
+        d0 = d2
+        d1 = d3
+    if KEEP:
+        if frames % 2 == 1:
+            d1 = d0
+            d0 = before
+        keep = kept + batch * 2 * plane + inside
+        tl.store(keep, d0.to(operand), mask=mask)
+        tl.store(keep + plane, d1.to(operand), mask=mask)
+
+
+def norm_silu_pairs(
+    x: torch.Tensor,
+    gamma: torch.Tensor,
+    history: torch.Tensor | None,
+    keep: bool,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `norm_silu_join` with two past frames, but transformed for Winograd F(2,3) along time.
+
+    x [B, C, T, H, W]. Returns [B, C, 4 * ceil(T / 2), H, W]: for each two new frames d2, d3 behind
+    d0, d1 the four frames d0 - d2, d1 + d2, d2 - d1, d1 - d3; and, if `keep`, the new history
+    [B, C, 2, H, W], untransformed and rounded as it was used.
+    """
+    b, c, t, h, w = x.shape
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    out = torch.empty((b, (t + 1) // 2 * 4, h, w, c), dtype=dtype, device=x.device)
+    kept = torch.empty((b, PAST, h, w, c), dtype=dtype, device=x.device) if keep else out
+    if history is not None:
+        history = history.contiguous(memory_format=torch.channels_last_3d)
+    scale = gamma.reshape(-1).float() * c**0.5
+    rows = 16 if c <= 128 else 8 if c <= 256 else 4
+    _norm_silu_pairs[(triton.cdiv(h * w, rows), b)](
+        x, scale, out if history is None else history, out, kept, h * w, t,
+        C=c, BLOCK_C=triton.next_power_of_2(c), ROWS=rows,
+        HAS_HISTORY=history is not None, KEEP=keep, num_warps=4,
+    )  # fmt: skip
+    return out.permute(0, 4, 1, 2, 3), kept.permute(0, 4, 1, 2, 3) if keep else None

@@ -1,4 +1,4 @@
-"""The proof of each Triton kernel: random inputs as a decode gives them, and the float32 twin."""
+"""The proof of each of our kernels: random inputs as a decode gives them, and the float32 twin."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch.nn.functional as F
 import triton
 
 from . import triton_attention, triton_conv3d, triton_norm
+from .cuda.conv3x3 import Form
+from .cuda.driver import KernelBuildError
+from .kernel_layer import OPERAND, CudaLayer, Layer
 from .norm import rms_norm, rms_norm_silu
 from .proof import Verdict, prove
 from .sites import Site
 from .triton_attention import AttentionConfig
 from .triton_conv3d import Config
-from .triton_layer import OPERAND, Layer, run_fused
 
 # Kernels against float32 on the same inputs, result rounded to this dtype: half a unit in the last
 # place of bfloat16 is 2e-3 at most, of float16 2.4e-4; float32 operands are three TF32 products.
@@ -27,6 +29,7 @@ BUILD_FAILURES: tuple[type[Exception], ...] = (
     triton.runtime.errors.OutOfResources,
     triton.runtime.errors.PTXASError,
     triton.compiler.errors.CompilationError,
+    KernelBuildError,
 )
 
 Proof = tuple[str, Callable[[], Verdict]]
@@ -45,8 +48,19 @@ class Proofs:
         form = f"{c}x{o} {'x'.join(map(str, kernel))} {_name(operand)} to {_name(self.stream)}"
         key = f"conv3d {site.kind} {form}{' one frame' if self.only_frame else ''} {name}"
         if site.gamma is not None:
-            return key, lambda: self._prove_fused(o, c, config)
+            return key, lambda: self._prove_triton(o, c, config)
         return key, lambda: self._prove_conv(o, c, tuple(kernel), operand, self.stream, config)
+
+    def cuda(self, form: Form) -> Proof:
+        """A 3x3x3 convolution in CUDA C++, with norm, SiLU and join in front."""
+        sizes = f"{form.cin}x{form.cout} {_name(OPERAND)} to {_name(form.out)}"
+        key = f"conv3d normed {sizes} cuda {form.name}"
+
+        def run() -> Verdict:
+            weight = self._weight(form.cout, form.cin, (3, 3, 3), OPERAND)
+            return self._prove_fused(CudaLayer.of(weight, form), weight, BOUNDS[self.stream])
+
+        return key, run
 
     def conv2d(self, weight: torch.Tensor, out: torch.dtype, config: Config) -> Proof:
         """A 1x1 convolution of attention, result in `out`."""
@@ -81,20 +95,33 @@ class Proofs:
         weight = self._random(o, kt, kh, kw, c, seed=3) / (kt * kh * kw * c) ** 0.5
         return weight.to(dtype).permute(0, 4, 1, 2, 3)
 
-    def _prove_fused(self, o: int, c: int, config: Config | None) -> Verdict:
-        """Norm, SiLU, join and convolution (or head, without a `config`) as a decode runs them."""
+    def _prove_triton(self, o: int, c: int, config: Config | None) -> Verdict:
+        """A Triton layer behind a norm; the head's result, without a `config`, is float32."""
+        weight = self._weight(o, c, (3, 3, 3), OPERAND)
+        layer = Layer(weight, config, self.stream)
+        rounding = BOUNDS[torch.float32] if config is None else BOUNDS[self.stream]
+        return self._prove_fused(layer, weight, rounding, with_residual=config is not None)
+
+    def _prove_fused(
+        self,
+        layer: Layer | CudaLayer,
+        weight: torch.Tensor,
+        rounding: float,
+        with_residual: bool = True,
+    ) -> Verdict:
+        """Norm, SiLU, join and convolution with `weight` as a decode runs them."""
+        o, c = weight.shape[:2]
         frames = PROOF_SIZE[self.device.type][0]
         x = self._features(c, frames, self.stream, seed=0)
         gamma = 1 + 0.2 * self._random(c, seed=1)
         only = self.only_frame
         history = None if only else self._features(c, 2, OPERAND, seed=2)
-        layer = Layer(self._weight(o, c, (3, 3, 3), OPERAND), config, self.stream)
         bias = self._random(o, seed=4).to(self.stream)
-        residual = None if config is None else self._features(o, frames, self.stream, seed=5)
+        residual = self._features(o, frames, self.stream, seed=5) if with_residual else None
 
         def kernel() -> torch.Tensor:
-            y, _ = run_fused(
-                layer, x, gamma, history, bias, residual,
+            y, _ = layer.fused(
+                x, gamma, history, bias, residual,
                 padding=(1, 1), only_frame=only, keep=False,
             )  # fmt: skip
             return y
@@ -102,13 +129,12 @@ class Proofs:
         def reference() -> torch.Tensor:
             y = rms_norm_silu(x.float(), gamma)
             y = y if history is None else torch.cat((history.float(), y), 2)
-            used = layer.weight[:, :, -1:] if only else layer.weight
+            used = weight[:, :, -1:] if only else weight
             y = _exact_conv3d(y, used.float(), bias.float(), (1, 1))
             return y if residual is None else y + residual.float()
 
         # The kernel rounds the norm's result to float16, which the reference does not do.
-        bound = BOUNDS[OPERAND] if config is None else BOUNDS[OPERAND] + BOUNDS[self.stream]
-        return prove(kernel, reference, bound, BUILD_FAILURES)
+        return prove(kernel, reference, BOUNDS[OPERAND] + rounding, BUILD_FAILURES)
 
     def _prove_conv(self, o, c, kernel, operand, out, config: Config) -> Verdict:
         frames = PROOF_SIZE[self.device.type][0]

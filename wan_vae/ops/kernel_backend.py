@@ -1,7 +1,8 @@
-"""The Triton backend: which kernel, in which configuration, runs each layer of a decode.
+"""The backend of our kernels: which one, in which configuration, runs each layer of a decode.
 
-Built once for a decode from the layers' own shapes: a configuration is taken only after its proof
-on this device (`triton_proofs.py`), and a layer without one stays with the eager reference, with
+Wide 3x3x3 convolutions in CUDA C++ where the card has what they need, the rest in Triton. Built
+once for a model from the layers' own shapes: a configuration is taken only after its proof on this
+device (`kernel_proofs.py`), and a layer without one stays with the eager reference, with
 the reason in the report. Where every layer has a kernel, the pixels' bits depend on neither chunks,
 strips nor shards: each kernel sums in an order of its own, whatever the size of its input.
 
@@ -14,7 +15,6 @@ the stream's dtype.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 
@@ -25,18 +25,19 @@ from . import attention as eager_attention
 from . import conv3d as eager_conv3d
 from . import norm as eager_norm
 from . import upsample as eager_upsample
+from .cuda.conv3x3 import Form, fits
 from .dispatch import FusedConv
+from .kernel_layer import OPERAND, CudaLayer, Layer
+from .kernel_proofs import Proofs
 from .proof import ProofBook, Verdict
 from .sites import Site
 from .triton_attention import AttentionConfig, attention
 from .triton_configs import attention_candidates, conv_candidates
 from .triton_conv3d import Config, fold_upsample, folded_upsample
-from .triton_layer import OPERAND, Layer, run_fused
 from .triton_norm import norm_silu_join
-from .triton_proofs import Proofs
 
 
-class TritonBackend:
+class KernelBackend:
     """Kernels by layer, proven on this device. Holds copies of the weights that they read."""
 
     def __init__(
@@ -46,12 +47,14 @@ class TritonBackend:
         stream: torch.dtype,
         book: ProofBook,
         only_frame: bool,
+        cuda: bool,
     ):
         """`stream`: dtype between layers. `book`: verdicts of this device. `only_frame`: the video
-        has one frame, and only the last temporal slice of a kernel is used."""
-        self.stream, self.only_frame = stream, only_frame
+        has one frame, and only the last temporal slice of a kernel is used. `cuda`: kernels in
+        CUDA C++ may be taken too."""
+        self.stream, self.only_frame, self._cuda = stream, only_frame, cuda
         self._book, self._proofs = book, Proofs(device, stream, only_frame)
-        self._layers: dict[int, Layer] = {}
+        self._layers: dict[int, Layer | CudaLayer] = {}
         self._folded: dict[int, tuple[torch.Tensor, Config]] = {}
         self._norms: set[int] = set()
         self._attention: AttentionConfig | None = None
@@ -71,6 +74,8 @@ class TritonBackend:
         if site.gamma is not None and not bound < torch.finfo(OPERAND).max:
             self._refuse("conv3d", f"its input may reach {bound:.0e}, too large for float16")
             return
+        if self._add_cuda(site):
+            return
         operand = {"stream": self.stream, "latent": torch.float32}.get(site.kind, OPERAND)
         o, c = site.weight.shape[:2]
         # Few output channels: a kernel of its own, which has one form.
@@ -85,6 +90,19 @@ class TritonBackend:
                 return
         if not configs:
             self._refuse("conv3d", f"no configuration for {c} to {o} channels")
+
+    def _add_cuda(self, site: Site) -> bool:
+        """Take a kernel in CUDA C++ for `site` if there is one that is right."""
+        o, c, *kernel = site.weight.shape
+        if not self._cuda or site.kind != "normed" or kernel != [3, 3, 3] or not fits(c, o):
+            return False
+        # Where a latent frame is one frame there are no pairs.
+        winograd = site.frames > 1 and not self.only_frame
+        form = Form(c, o, winograd, 1 if self.only_frame else 3, self.stream)
+        if not self._proven("conv3d", *self._proofs.cuda(form)):
+            return False
+        self._layers[id(site.weight)] = CudaLayer.of(site.weight, form)
+        return True
 
     def _add_upsample(self, site: Site) -> None:
         o, c = site.weight.shape[:2]
@@ -141,18 +159,28 @@ class TritonBackend:
     def off(self) -> tuple[BackendOff, ...]:
         """Every refusal once, with the number of layers that it concerned."""
         return tuple(
-            BackendOff(op, "triton", f"{reason} ({layers} layer{'s' if layers > 1 else ''})")
+            BackendOff(
+                op,
+                "cuda" if " cuda " in reason else "triton",
+                f"{reason} ({layers} layer{'s' if layers > 1 else ''})",
+            )
             for (op, reason), layers in self._off.items()
         )
 
-    def runs(self, weight: torch.Tensor) -> bool:
-        """True if a kernel of this backend runs the layer of `weight`."""
-        return id(weight) in self._layers or id(weight) in self._folded
+    def backend_of(self, weight: torch.Tensor) -> str:
+        """Which backend runs the layer of `weight`: "cuda", "triton" or "eager"."""
+        layer = self._layers.get(id(weight))
+        if isinstance(layer, CudaLayer):
+            return "cuda"
+        return "triton" if layer is not None or id(weight) in self._folded else "eager"
 
     @property
     def used(self) -> dict[str, str]:
         """Backend of each operation of which at least one layer runs here."""
-        conv = {"conv3d": "triton", "norm_silu": "triton"} if self._layers else {}
+        conv = {}
+        if self._layers:
+            cuda = any(isinstance(layer, CudaLayer) for layer in self._layers.values())
+            conv = {"conv3d": "cuda" if cuda else "triton", "norm_silu": "triton"}
         up = {"upsample_conv2d": "triton"} if self._folded else {}
         names = ("norm", "conv2d", "attention") if self._attention is not None else ()
         return conv | up | dict.fromkeys(names, "triton")
@@ -162,7 +190,7 @@ class TritonBackend:
     def fused_conv(self, weight: torch.Tensor) -> FusedConv | None:
         """The kernels for the convolution of `weight` behind norm and SiLU, or None."""
         layer = self._layers.get(id(weight))
-        return None if layer is None else partial(run_fused, layer)
+        return None if layer is None else layer.fused
 
     def norm(self, x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         """As `norm.rms_norm`, of frames [N, C, H, W]; float16 where its reader is ours."""
@@ -183,7 +211,7 @@ class TritonBackend:
     ) -> torch.Tensor:
         """As `conv3d.conv3d`."""
         layer = self._layers.get(id(weight))
-        if layer is None:
+        if not isinstance(layer, Layer):
             return eager_conv3d.conv3d(
                 x, weight, bias, counter, padding=padding, last_slice=last_slice
             )
@@ -200,7 +228,7 @@ class TritonBackend:
     ) -> torch.Tensor:
         """As `conv3d.conv2d`; the 1x1 convolutions of attention are ours."""
         layer = self._layers.get(id(weight))
-        if layer is None:
+        if not isinstance(layer, Layer):
             return eager_conv3d.conv2d(x, weight, bias, counter, **options)
         x = layout.to_format(x.to(layer.weight.dtype), "channels_last_3d")
         return layer.run(x[:, :, None], bias, None, (0, 0), False)[:, :, 0]

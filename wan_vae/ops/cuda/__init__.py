@@ -1,0 +1,1 @@
+"""CUDA C++ kernels, compiled at run time for the card in the machine; no compiler is installed."""

@@ -1,0 +1,427 @@
+// 3x3 convolution over frames for Hopper (sm_90a): warp-specialised, persistent, tensor cores (wgmma).
+//
+// One tile: 16 x 16 output pixels, 96 output channels, two accumulators ("A" and "B"):
+//   WINOGRAD 1: the two output frames of a pair, Winograd F(2,3) along time. The input holds four
+//               transformed frames a pair; A gathers m1, B m2, then (A, B) = (A + B, A - B), then
+//               m0 is added to A and m3 (its weights negated) to B.
+//               Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2015).
+//   WINOGRAD 0: one output frame, KT input frames; A and B are two blocks of 96 channels (NB 2),
+//               or A alone (NB 1).
+// One halo tile of 18 x 18 pixels x 32 channels in shared memory serves all nine taps: a tap moves
+// the start address of the tensor core's operand by whole pixels. Loads beyond the picture's edge
+// give zeros, which is the padding. Weights arrive packed in the order of their use, as shared
+// memory wants them.
+//
+// Warpgroup 0 loads; warpgroups 1 and 2 compute the upper and lower eight rows. The sum of an
+// output pixel runs over (phase, 32 channels, ky, kx, 16 channels) whatever its place in tile and
+// picture: its bits depend on nothing but its inputs.
+//
+// Compiled at run time with these macros: CIN, COUT, WINOGRAD, KT, NB, BF16_OUT.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct alignas(64) TensorMap { char bytes[128]; };
+
+constexpr int kBlockK = 32;                      // channels of one halo tile
+constexpr int kChunks = CIN / kBlockK;
+constexpr int kPhases = WINOGRAD ? 4 : KT;
+constexpr int kHalo = 18;
+constexpr int kPixelBytes = kBlockK * 2;
+constexpr int kRowBytes = kHalo * kPixelBytes;
+constexpr int kInputBytes = kHalo * kRowBytes;   // what a load brings
+constexpr int kInputStage = (kInputBytes + 1023) / 1024 * 1024;
+constexpr int kWeightTap = 96 * kPixelBytes;
+constexpr int kWeightStage = 3 * kWeightTap;     // one row of taps
+constexpr int kInputStages = 3;
+constexpr int kWeightStages = 8;
+constexpr int kOutputBlocks = COUT / (96 * (WINOGRAD ? 1 : NB));
+// Shared memory, from a base aligned to 1024 bytes: inputs, weights, bias, barriers.
+constexpr int kWeightsAt = kInputStages * kInputStage;
+constexpr int kBiasAt = kWeightsAt + kWeightStages * kWeightStage;
+constexpr int kBarriersAt = kBiasAt + COUT * 4;
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+  return static_cast<u32>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n"
+      "}\n" ::"r"(barrier), "r"(parity)
+      : "memory");
+}
+
+__device__ __forceinline__ void load_tile(u32 to, const TensorMap* map, u32 barrier, int channel,
+                                          int x, int y, int frame) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(channel), "r"(x), "r"(y), "r"(frame)
+      : "memory");
+}
+
+__device__ __forceinline__ void load_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// Operand of the tensor cores in shared memory: rows of 64 bytes with the 64-byte swizzle, groups
+// of eight rows `stride` bytes apart.
+__device__ __forceinline__ u64 descriptor(u32 address, u32 stride) {
+  return (static_cast<u64>(2) << 62) | (static_cast<u64>(stride >> 4) << 32) |
+         (static_cast<u64>(1) << 16) | (address >> 4);
+}
+
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int N>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// d += a * b, 64 x 96 x 16; `add` 0 overwrites d.
+__device__ __forceinline__ void wgmma(float (&d)[48], u64 a, u64 b, int add) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %50, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n96k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
+      "%48, %49, p, 1, 1, 0, 0;\n"
+      "}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]),
+        "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
+        "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47])
+      : "l"(a), "l"(b), "r"(add));
+}
+
+struct Ring {  // a place in a ring of stages, and the parity of its barriers
+  int stage;
+  u32 parity;
+  template <int STAGES>
+  __device__ __forceinline__ void next() {
+    if (++stage == STAGES) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+struct Barriers {
+  u32 base;
+  __device__ __forceinline__ u32 input_full(int s) const { return base + 8 * s; }
+  __device__ __forceinline__ u32 input_empty(int s) const { return base + 8 * (kInputStages + s); }
+  __device__ __forceinline__ u32 weight_full(int s) const {
+    return base + 8 * (2 * kInputStages + s);
+  }
+  __device__ __forceinline__ u32 weight_empty(int s) const {
+    return base + 8 * (2 * kInputStages + kWeightStages + s);
+  }
+};
+
+struct Tile {
+  int block, x, y, group;  // block of output channels, first column and row, pair or frame
+  __device__ __forceinline__ Tile(int index, int columns, int rows) {
+    block = index % kOutputBlocks;
+    index /= kOutputBlocks;
+    x = index % columns * 16;
+    index /= columns;
+    y = index % rows * 16;
+    group = index / rows;
+  }
+};
+
+// What a consumer still has to give back once the tensor cores are done with it.
+struct Pending {
+  int weight, input;
+};
+
+__device__ __forceinline__ void give_back(const Barriers& barriers, Pending& pending, bool leader) {
+  if (leader && pending.weight >= 0) barrier_arrive(barriers.weight_empty(pending.weight));
+  if (leader && pending.input >= 0) barrier_arrive(barriers.input_empty(pending.input));
+  pending.weight = pending.input = -1;
+}
+
+struct Consumer {
+  Barriers barriers;
+  u32 inputs, weights;  // addresses; `inputs` at this warpgroup's first row
+  Ring input, weight;
+  Pending pending;
+  bool leader;
+
+  // One row of taps into d: three taps, twice 16 channels, both halves of the tile's columns.
+  __device__ __forceinline__ void row_of_taps(float (&d)[2][48], int ky, int add) {
+    barrier_wait(barriers.weight_full(weight.stage), weight.parity);
+    const u64 a = descriptor(inputs + input.stage * kInputStage + ky * kRowBytes, kRowBytes);
+    const u64 b = descriptor(weights + weight.stage * kWeightStage, 8 * kPixelBytes);
+    wgmma_fence();
+#pragma unroll
+    for (int kx = 0; kx < 3; ++kx) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          wgmma(d[half], a + (kx * kPixelBytes + k * 32 + half * 8 * kPixelBytes) / 16,
+                b + (kx * kWeightTap + k * 32) / 16, (kx | k) ? 1 : add);
+        }
+      }
+    }
+    wgmma_commit();
+    wgmma_wait<1>();  // all but what was just issued
+    give_back(barriers, pending, leader);
+    pending.weight = weight.stage;
+    weight.next<kWeightStages>();
+  }
+
+  __device__ __forceinline__ void drain() {
+    wgmma_wait<0>();
+    give_back(barriers, pending, leader);
+  }
+
+  __device__ __forceinline__ void wait_input() {
+    barrier_wait(barriers.input_full(input.stage), input.parity);
+  }
+  __device__ __forceinline__ void leave_input() {
+    pending.input = input.stage;
+    input.next<kInputStages>();
+  }
+
+  // One phase of Winograd: a transformed frame times its weights.
+  __device__ __forceinline__ void phase(float (&d)[2][48], int add) {
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      wait_input();
+#pragma unroll
+      for (int ky = 0; ky < 3; ++ky) row_of_taps(d, ky, (chunk | ky) ? 1 : add);
+      leave_input();
+    }
+  }
+};
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 word;
+#if BF16_OUT
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+#endif
+  return word;
+}
+
+__device__ __forceinline__ void unpack(u32 word, float& low, float& high) {
+#if BF16_OUT
+  low = __uint_as_float(word << 16);
+  high = __uint_as_float(word & 0xffff0000u);
+#else
+  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n"
+      : "=f"(low), "=f"(high)
+      : "r"(word));
+#endif
+}
+
+// Four lanes hold rows of a 4 x 4 matrix of words by column; afterwards each holds one row.
+__device__ __forceinline__ uint4 transpose_quad(u32 a0, u32 a1, u32 a2, u32 a3, int lane) {
+  const bool odd = lane & 1, high = lane & 2;
+  const u32 x = __shfl_xor_sync(0xffffffffu, odd ? a0 : a1, 1);
+  const u32 y = __shfl_xor_sync(0xffffffffu, odd ? a2 : a3, 1);
+  const u32 b0 = odd ? x : a0, b1 = odd ? a1 : x, b2 = odd ? y : a2, b3 = odd ? a3 : y;
+  const u32 p = __shfl_xor_sync(0xffffffffu, high ? b0 : b2, 2);
+  const u32 q = __shfl_xor_sync(0xffffffffu, high ? b1 : b3, 2);
+  return high ? make_uint4(p, q, b2, b3) : make_uint4(b0, b1, p, q);
+}
+
+// One accumulator (96 channels of 64 pixels) -> out, with bias and residual, rounded once.
+// `pixel`: index of this lane's upper pixel; the lower one is a row below.
+__device__ __forceinline__ void store(const float (&d)[48], u32* out, const u32* residual,
+                                      const float* bias, long long pixel, int width, bool upper,
+                                      bool lower, int channel, int lane) {
+  const int q = lane & 3;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const bool inside = half ? lower : upper;
+    const long long at = ((pixel + half * width) * COUT + channel) / 2;  // in words
+#pragma unroll
+    for (int group = 0; group < 3; ++group) {
+      u32 words[4];
+      u32 before[4] = {0, 0, 0, 0};
+      if (residual && inside) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) before[j] = residual[at + (group * 4 + j) * 4 + q];
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int column = group * 4 + j;
+        float low = d[column * 4 + half * 2], high = d[column * 4 + half * 2 + 1];
+        const float2 b = *reinterpret_cast<const float2*>(bias + channel + column * 8 + q * 2);
+        float r0, r1;
+        unpack(before[j], r0, r1);
+        low += b.x + r0;
+        high += b.y + r1;
+        words[j] = pack(low, high);
+      }
+      const uint4 row = transpose_quad(words[0], words[1], words[2], words[3], lane);
+      if (inside) *reinterpret_cast<uint4*>(out + at + (group * 4 + q) * 4) = row;
+      // No loads of later groups before this point: they would not fit in registers.
+      asm volatile("" ::: "memory");
+    }
+  }
+}
+
+// x: [frames, H, W, CIN] behind `map`. weights: packed, see conv.py. out, residual: [frames, height,
+// width, COUT]. A group is a pair (WINOGRAD) or a frame: `groups` of them in each of the batch,
+// whose input begins `group_stride` frames after each other and `batch_stride` a clip.
+extern "C" __global__ void __launch_bounds__(384, 1)
+conv3x3(const __grid_constant__ TensorMap map, const char* weights, const float* bias,
+        const u32* residual, u32* out, int frames, int height, int width, int groups,
+        int group_stride, int batch_stride, int pad_y, int pad_x, int tiles) {
+  extern __shared__ char raw[];
+  const u32 base = (shared_address(raw) + 1023) & ~1023u;
+  char* shared = raw + (base - shared_address(raw));
+  const Barriers barriers{base + kBarriersAt};
+  float* bias_shared = reinterpret_cast<float*>(shared + kBiasAt);
+  const int columns = (width + 15) / 16, rows = (height + 15) / 16;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kInputStages; ++s) {
+      barrier_init(barriers.input_full(s), 1);
+      barrier_init(barriers.input_empty(s), 8);  // each warp that computes
+    }
+    for (int s = 0; s < kWeightStages; ++s) {
+      barrier_init(barriers.weight_full(s), 1);
+      barrier_init(barriers.weight_empty(s), 8);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  for (int c = threadIdx.x; c < COUT; c += 384) bias_shared[c] = bias[c];
+  __syncthreads();
+
+  if (threadIdx.x < 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (threadIdx.x == 0) {
+      Ring input{0, 1}, weight{0, 1};  // an empty ring needs no waiting in its first round
+      constexpr int kRows = kPhases * kChunks * 3 * (WINOGRAD ? 1 : NB);
+      for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+        const Tile tile(index, columns, rows);
+        const int first = tile.group / groups * batch_stride + tile.group % groups * group_stride;
+        const char* w = weights + static_cast<long long>(tile.block) * kRows * kWeightStage;
+        for (int step = 0; step < kPhases; ++step) {
+          // Winograd's products in the order 1, 2, 0, 3: see the top of the file.
+          const int frame = WINOGRAD ? (step == 0 ? 1 : step == 1 ? 2 : step == 2 ? 0 : 3) : step;
+          for (int chunk = 0; chunk < kChunks; ++chunk) {
+            barrier_wait(barriers.input_empty(input.stage), input.parity);
+            barrier_expect(barriers.input_full(input.stage), kInputBytes);
+            load_tile(base + input.stage * kInputStage, &map, barriers.input_full(input.stage),
+                      chunk * kBlockK, tile.x - pad_x, tile.y - pad_y, first + frame);
+            input.next<kInputStages>();
+            for (int r = 0; r < 3 * (WINOGRAD ? 1 : NB); ++r) {
+              barrier_wait(barriers.weight_empty(weight.stage), weight.parity);
+              barrier_expect(barriers.weight_full(weight.stage), kWeightStage);
+              load_bytes(base + kWeightsAt + weight.stage * kWeightStage, w, kWeightStage,
+                         barriers.weight_full(weight.stage));
+              w += kWeightStage;
+              weight.next<kWeightStages>();
+            }
+          }
+        }
+      }
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    Consumer consumer{barriers, base + group * 8 * kRowBytes, base + kWeightsAt,
+                      Ring{0, 0}, Ring{0, 0}, Pending{-1, -1}, lane == 0};
+    float a[2][48], b[2][48];
+    for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+      const Tile tile(index, columns, rows);
+#if WINOGRAD
+      consumer.phase(a, 0);
+      consumer.phase(b, 0);
+      consumer.drain();
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < 48; ++i) {
+          const float m1 = a[half][i], m2 = b[half][i];
+          a[half][i] = m1 + m2;
+          b[half][i] = m1 - m2;
+        }
+      }
+      consumer.phase(a, 1);
+      consumer.phase(b, 1);
+#else
+      for (int step = 0; step < kPhases * kChunks; ++step) {
+        consumer.wait_input();
+#pragma unroll
+        for (int ky = 0; ky < 3; ++ky) {
+          consumer.row_of_taps(a, ky, (step | ky) ? 1 : 0);
+#if NB == 2
+          consumer.row_of_taps(b, ky, (step | ky) ? 1 : 0);
+#endif
+        }
+        consumer.leave_input();
+      }
+#endif
+      consumer.drain();
+      const int clip = tile.group / groups, in_clip = tile.group % groups;
+      const int y = tile.y + group * 8 + warp * 2;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int x = tile.x + half * 8 + lane / 4;
+        const bool upper = x < width && y < height, lower = x < width && y + 1 < height;
+        const long long plane = static_cast<long long>(height) * width;
+        const long long inside = static_cast<long long>(y) * width + x;
+#if WINOGRAD
+        const long long frame = static_cast<long long>(clip) * frames + in_clip * 2;
+        const int channel = tile.block * 96;
+        store(a[half], out, residual, bias_shared, frame * plane + inside, width, upper, lower,
+              channel, lane);
+        const bool second = in_clip * 2 + 1 < frames;
+        store(b[half], out, residual, bias_shared, (frame + 1) * plane + inside, width,
+              upper && second, lower && second, channel, lane);
+#else
+        const long long frame = static_cast<long long>(clip) * frames + in_clip;
+        const int channel = tile.block * 96 * NB;
+        store(a[half], out, residual, bias_shared, frame * plane + inside, width, upper, lower,
+              channel, lane);
+#if NB == 2
+        store(b[half], out, residual, bias_shared, frame * plane + inside, width, upper, lower,
+              channel + 96, lane);
+#endif
+#endif
+      }
+    }
+  }
+}

@@ -1,0 +1,132 @@
+"""3x3x3 convolution behind a norm on Hopper: Winograd along time, or direct. See conv3x3.cu.
+
+Eager twin: `conv3d.conv3d`. Winograd F(2,3) makes two output frames from four products instead of
+six; frames are paired from the first of a chunk on, and a chunk's length is even or it is the
+video's first frame, so which frames are a pair does not depend on the chunk schedule.
+"""
+
+from __future__ import annotations
+
+import functools
+from ctypes import c_int, c_void_p
+from dataclasses import dataclass
+from importlib.resources import files
+
+import torch
+
+from ..proof import cache_folder
+from .driver import Function, compile_cubin, frames_map
+
+ARCHITECTURE = "sm_90a"
+BLOCK = 96  # output channels of one accumulator
+_BLOCK_K, _TILE = 32, 16
+# As in conv3x3.cu: rings of three halo tiles and eight rows of taps, room to align the base.
+_INPUT_STAGE, _WEIGHT_STAGE, _BARRIERS = 21504, 3 * BLOCK * 64, 2 * (3 + 8) * 8
+
+
+@dataclass(frozen=True)
+class Form:
+    """What one compiled kernel is for. `taps`: temporal taps of a direct one (3, or 1)."""
+
+    cin: int
+    cout: int
+    winograd: bool
+    taps: int
+    out: torch.dtype
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 96 output channels that one tile of a direct kernel makes."""
+        return 2 if not self.winograd and self.cout % (2 * BLOCK) == 0 else 1
+
+    @property
+    def name(self) -> str:
+        return "winograd" if self.winograd else f"direct{self.taps}"
+
+
+def fits(cin: int, cout: int) -> bool:
+    """True if there is a kernel for `cin` to `cout` channels."""
+    return cin % _BLOCK_K == 0 and cout % BLOCK == 0
+
+
+def pack(weight: torch.Tensor, form: Form) -> torch.Tensor:
+    """[O, C, 3, 3, 3] -> float16, flat, in the order in which the kernel of `form` reads it.
+
+    By block of output channels, phase (transformed or temporal tap), 32 input channels, row of
+    taps, (block within a tile,) tap, output channel, input channel; each row of 64 bytes swizzled.
+    The Winograd transform is computed in float32 and rounded once.
+    """
+    w = weight.detach().float()
+    o, c = w.shape[:2]
+    g0, g1, g2 = w.unbind(2)
+    if form.winograd:
+        phases = torch.stack([(g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g0, -g2])
+    else:
+        phases = torch.stack([g0, g1, g2][3 - form.taps :])
+    n = form.blocks
+    # [phase, tile block, block, row, chunk, 4 x 8 channels, ky, kx]
+    p = phases.to(torch.float16).view(len(phases), o // (n * BLOCK), n, BLOCK, c // 32, 4, 8, 3, 3)
+    p = p.permute(1, 0, 4, 7, 2, 8, 3, 5, 6)  # tile block, phase, chunk, ky, block, kx, row, 4, 8
+    row = torch.arange(BLOCK, device=w.device)
+    place = torch.arange(4, device=w.device)[None, :] ^ (row[:, None] // 2 % 4)
+    index = place[:, :, None].expand(BLOCK, 4, 8).expand(p.shape)
+    return p.contiguous().gather(-2, index).flatten()
+
+
+def conv3x3(
+    buffer: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None,
+    form: Form,
+    frames: int,
+    padding: tuple[int, int],
+) -> torch.Tensor:
+    """[B, C, T', H, W] float16 channels_last_3d -> [B, O, frames, H', W'], channels_last_3d.
+
+    `buffer`: with `form.winograd` the four transformed frames of each pair one after the other
+    (`triton_norm.norm_silu_pairs`), else frames + taps - 1 frames. `packed`: from `pack`. `bias`
+    [O] float32. `residual`: as the result, which has dtype `form.out`. `padding`: zero rows and
+    columns on each side.
+    """
+    nd = buffer.permute(0, 2, 3, 4, 1)
+    b, frames_in, h, w, c = nd.shape
+    height, width = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
+    out = torch.empty((b, frames, height, width, form.cout), dtype=form.out, device=buffer.device)
+    groups = (frames + 1) // 2 if form.winograd else frames
+    tiles = -(-height // _TILE) * -(-width // _TILE) * groups * b
+    tiles *= form.cout // (BLOCK * form.blocks)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last_3d)
+    with torch.cuda.device(buffer.device):
+        function, processors = _function(form, buffer.device.index)
+        arguments = [
+            frames_map(nd.reshape(b * frames_in, h, w, c), (_TILE + 2, _TILE + 2, _BLOCK_K)),
+            c_void_p(packed.data_ptr()),
+            c_void_p(bias.data_ptr()),
+            c_void_p(None if residual is None else residual.data_ptr()),
+            c_void_p(out.data_ptr()),
+            *(
+                c_int(n)
+                for n in (
+                    frames, height, width, groups, 4 if form.winograd else 1, frames_in,
+                    padding[0], padding[1], tiles,
+                )
+            ),
+        ]  # fmt: skip
+        function.launch(min(tiles, processors), 384, arguments)
+    return out.permute(0, 4, 1, 2, 3)
+
+
+@functools.cache
+def _function(form: Form, device: int) -> tuple[Function, int]:
+    """The compiled kernel of `form` on the current device, and its number of multiprocessors."""
+    defines = {
+        "CIN": form.cin, "COUT": form.cout, "WINOGRAD": int(form.winograd), "KT": form.taps,
+        "NB": form.blocks, "BF16_OUT": int(form.out == torch.bfloat16),
+    }  # fmt: skip
+    source = files(__package__).joinpath("conv3x3.cu").read_text(encoding="utf-8")
+    cubin = compile_cubin(source, defines, ARCHITECTURE, cache_folder() / "kernels")
+    shared = 1024 + 3 * _INPUT_STAGE + 8 * _WEIGHT_STAGE + 4 * form.cout + _BARRIERS
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Function(cubin, "conv3x3", shared), processors

@@ -1,0 +1,210 @@
+"""Compile CUDA C++ with NVRTC, keep the result on disk, launch it through the CUDA driver.
+
+NVRTC comes with PyTorch, the driver with the card: a user needs neither a compiler nor a package.
+Both are called through ctypes, which gives no types: every function's arguments are spelled out
+here, and nothing outside this file touches them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import sys
+import tempfile
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+
+import torch
+
+from ...errors import BackendError
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_FLOAT16, _NO_INTERLEAVE, _SWIZZLE_64, _PROMOTE_L2_128, _ZERO_FILL = 6, 0, 2, 2, 0
+
+
+class KernelBuildError(BackendError):
+    """A kernel cannot be compiled, loaded or launched here; one line, with the library's reason."""
+
+
+class TensorMap(ctypes.Structure):
+    """What the copy engine knows of a tensor (CUtensorMap): 128 bytes, aligned to 64."""
+
+    _fields_ = (("bytes", ctypes.c_ubyte * 128),)
+
+
+class Function:
+    """One compiled kernel, loaded into the context of the device that was current."""
+
+    def __init__(self, cubin: bytes, name: str, shared_bytes: int):
+        self._module, self._function = c_void_p(), c_void_p()
+        driver = _driver()
+        _check(driver.cuModuleLoadData(byref(self._module), cubin), "load a kernel")
+        _check(
+            driver.cuModuleGetFunction(byref(self._function), self._module, name.encode()),
+            f"find {name}",
+        )
+        _check(
+            driver.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared_bytes),
+            f"give {name} {shared_bytes} bytes of shared memory",
+        )
+        self._shared, self._name = shared_bytes, name
+
+    def launch(self, blocks: int, threads: int, arguments: list[ctypes._SimpleCData]) -> None:
+        """Queue it on the current stream. The driver copies the arguments before it returns."""
+        pointers = (c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        stream = c_void_p(torch.cuda.current_stream().cuda_stream)
+        code = _driver().cuLaunchKernel(
+            self._function, blocks, 1, 1, threads, 1, 1, self._shared, stream, pointers, None
+        )
+        _check(code, f"launch {self._name}")
+
+
+def compile_cubin(source: str, defines: dict[str, int], arch: str, folder: Path | None) -> bytes:
+    """Machine code of `source` for `arch` ("sm_90a"), from `folder` if it was compiled before.
+
+    A file in the folder holds a digest of its content in front: a damaged one is compiled anew.
+    Safe under several processes: a file appears whole or not at all; one that cannot be written
+    costs the next process the compilation.
+    Raises KernelBuildError with the compiler's first message.
+    """
+    options = [f"--gpu-architecture={arch}", "-std=c++17"]
+    options += [f"-D{name}={value}" for name, value in sorted(defines.items())]
+    major, minor = nvrtc_version()
+    identity = "\n".join([f"nvrtc {major}.{minor}", *options, source])
+    key = hashlib.sha256(identity.encode()).hexdigest()[:32]
+    path = None if folder is None else folder / f"{key}.cubin"
+    if path is not None:
+        kept = _read_kept(path)
+        if kept is not None:
+            return kept
+    cubin = _compile(source, options)
+    if path is not None:
+        _keep(path, cubin)
+    return cubin
+
+
+def _read_kept(path: Path) -> bytes | None:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, cubin = content[:32], content[32:]
+    return cubin if hashlib.sha256(cubin).digest() == digest else None
+
+
+def _keep(path: Path, cubin: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "wb") as f:
+            f.write(hashlib.sha256(cubin).digest() + cubin)
+        os.replace(name, path)
+    except OSError:
+        return  # a read-only or full disk: compiled again next time, which takes seconds
+
+
+def _compile(source: str, options: list[str]) -> bytes:
+    nvrtc = _nvrtc()
+    program = c_void_p()
+    code = nvrtc.nvrtcCreateProgram(byref(program), source.encode(), b"wan_vae.cu", 0, None, None)
+    if code:
+        raise KernelBuildError(f"NVRTC cannot start: {nvrtc.nvrtcGetErrorString(code).decode()}")
+    try:
+        flags = (c_char_p * len(options))(*(o.encode() for o in options))
+        if nvrtc.nvrtcCompileProgram(program, len(options), flags):
+            size = c_size_t()
+            nvrtc.nvrtcGetProgramLogSize(program, byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            nvrtc.nvrtcGetProgramLog(program, log)
+            lines = [line for line in log.value.decode(errors="replace").splitlines() if line]
+            raise KernelBuildError(f"NVRTC: {lines[0][:200] if lines else 'no message'}")
+        size = c_size_t()
+        nvrtc.nvrtcGetCUBINSize(program, byref(size))
+        cubin = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetCUBIN(program, cubin)
+        return cubin.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(byref(program))
+
+
+def frames_map(frames: torch.Tensor, box: tuple[int, int, int]) -> TensorMap:
+    """Tensor map of float16 `frames` [N, H, W, C], dense, for boxes of (rows, columns, channels).
+
+    Outside the tensor the copy engine reads zeros. 64-byte swizzle: a box has 32 channels.
+    """
+    n, h, w, c = frames.shape
+    sizes = (c_uint64 * 4)(c, w, h, n)
+    strides = (c_uint64 * 3)(2 * c, 2 * c * w, 2 * c * w * h)
+    rows, columns, channels = box
+    boxes = (c_uint32 * 4)(channels, columns, rows, 1)
+    steps = (c_uint32 * 4)(1, 1, 1, 1)
+    # The driver wants 64-byte alignment, which ctypes does not promise.
+    raw = (ctypes.c_ubyte * 192)()
+    at = -ctypes.addressof(raw) % 64
+    code = _driver().cuTensorMapEncodeTiled(
+        byref(raw, at), _FLOAT16, 4, c_void_p(frames.data_ptr()), sizes, strides, boxes, steps,
+        _NO_INTERLEAVE, _SWIZZLE_64, _PROMOTE_L2_128, _ZERO_FILL,
+    )  # fmt: skip
+    _check(code, f"describe a tensor of {tuple(frames.shape)}")
+    return TensorMap.from_buffer_copy(raw, at)
+
+
+def nvrtc_version() -> tuple[int, int]:
+    """Of the library that PyTorch brought; its machine code depends on it."""
+    major, minor = c_int(), c_int()
+    _nvrtc().nvrtcVersion(byref(major), byref(minor))
+    return major.value, minor.value
+
+
+def why_not() -> str | None:
+    """Why kernels cannot be compiled and launched here, or None if they can."""
+    try:
+        _nvrtc()
+        driver = _driver()
+    except OSError as error:
+        return f"cannot be compiled here: {error}"
+    if not hasattr(driver, "cuTensorMapEncodeTiled"):
+        return "needs a driver of CUDA 12 or later"
+    return None
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    """NVRTC of PyTorch's CUDA version: on the loader's path, or among its wheels."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    windows = sys.platform == "win32"
+    name = f"nvrtc64_{major}0_0.dll" if windows else f"libnvrtc.so.{major}"
+    site = Path(torch.__file__).resolve().parents[1]
+    found = sorted([*site.glob(f"nvidia/*/*/{name}"), *site.glob(f"torch/lib/{name}")])
+    library = ctypes.CDLL(str(found[0]) if found else name)
+    library.nvrtcGetErrorString.restype = c_char_p
+    library.nvrtcCreateProgram.argtypes = (
+        POINTER(c_void_p), c_char_p, c_char_p, c_int, c_void_p, c_void_p,
+    )  # fmt: skip
+    library.nvrtcCompileProgram.argtypes = (c_void_p, c_int, c_void_p)
+    for get in ("nvrtcGetProgramLogSize", "nvrtcGetCUBINSize"):
+        getattr(library, get).argtypes = (c_void_p, POINTER(c_size_t))
+    for get in ("nvrtcGetProgramLog", "nvrtcGetCUBIN"):
+        getattr(library, get).argtypes = (c_void_p, c_char_p)
+    return library
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    library.cuGetErrorString.argtypes = (c_int, POINTER(c_char_p))
+    library.cuModuleLoadData.argtypes = (POINTER(c_void_p), c_char_p)
+    library.cuModuleGetFunction.argtypes = (POINTER(c_void_p), c_void_p, c_char_p)
+    library.cuFuncSetAttribute.argtypes = (c_void_p, c_int, c_int)
+    library.cuLaunchKernel.argtypes = (c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p)
+    return library
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        text = c_char_p()
+        _driver().cuGetErrorString(code, byref(text))
+        reason = text.value.decode() if text.value else f"error {code}"
+        raise KernelBuildError(f"cannot {what}: {reason}")
