@@ -194,7 +194,9 @@ class ResidualBlock(nn.Module):
         skip = x if self.shortcut is None else self.shortcut(x, step)
         fused = fused_conv(conv2, step)
         if fused is not None:
-            return run_fused(fused, y, norm2, conv2, step, residual=skip)
+            frames = y.shape[2]
+            y = fused_operand(fused, y, norm2, conv2, step)
+            return fused_convolve(fused, y, frames, conv2, step, skip)
         # One name for all: each result replaces the one that it was made from.
         y = step.ops.norm_silu(y, norm2.gamma)
         y = conv2.operand(y, step)
@@ -216,7 +218,8 @@ def norm_silu_conv(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, step: Ste
     """`conv(silu(norm(x)))`: in one kernel where there is one, else step by step."""
     fused = fused_conv(conv, step)
     if fused is not None:
-        return run_fused(fused, x, norm, conv, step)
+        y = fused_operand(fused, x, norm, conv, step)
+        return fused_convolve(fused, y, x.shape[2], conv, step)
     y = step.ops.norm_silu(x, norm.gamma)
     y = conv.operand(y, step)
     return conv.convolve(y, step)
@@ -227,15 +230,10 @@ def fused_conv(conv: CausalConv3d, step: Step) -> FusedConv | None:
     return step.ops.fused_conv(conv.weight)
 
 
-def run_fused(
-    fused: FusedConv,
-    x: torch.Tensor,
-    norm: RMSNorm,
-    conv: CausalConv3d,
-    step: Step,
-    residual: torch.Tensor | None = None,
+def fused_operand(
+    fused: FusedConv, x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, step: Step
 ) -> torch.Tensor:
-    """`conv(silu(norm(x))) + residual` by the kernel `fused`.
+    """What the kernel of `conv` reads: `silu(norm(x))` behind its history. Keeps the new history.
 
     Shards exchange rows of `x`, before the norm: it looks at one pixel at a time, so each rank
     gets the bits of its neighbour, and zero rows stay zero.
@@ -243,19 +241,31 @@ def run_fused(
     if not step.shard.is_single:
         x = step.shard.surround(x, conv.slot)
     only_frame = step.chunk.is_only_frame
-    y, history = fused(
+    operand, history = fused.operand(
         x,
         norm.gamma,
         None if only_frame else step.cache.peek(conv.slot),
-        conv.bias,
-        residual,
-        padding=conv.padding(step),
         only_frame=only_frame,
         keep=not step.chunk.is_last,
     )
     if history is not None:
         step.cache.store(conv.slot, history)
-    return y
+    return operand
+
+
+def fused_convolve(
+    fused: FusedConv,
+    operand: torch.Tensor,
+    frames: int,
+    conv: CausalConv3d,
+    step: Step,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The convolution of an operand from `fused_operand`, plus `residual`: `frames` frames."""
+    return fused.convolve(
+        operand, frames, conv.bias, residual,
+        padding=conv.padding(step), only_frame=step.chunk.is_only_frame,
+    )  # fmt: skip
 
 
 class Attention(nn.Module):

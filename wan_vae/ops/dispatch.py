@@ -20,27 +20,43 @@ from .upsample import upsample_conv2d
 
 
 class FusedConv(Protocol):
-    """SiLU(rms_norm(x)), joined with its history, through one causal convolution.
+    """SiLU(rms_norm(x)), joined with its history, through one causal convolution: two kernels.
 
-    `x` [B, C, T, H, W]; `history` [B, C, kT - 1, H, W] of an earlier call of the same kernel, or
-    None for zeros; `residual` [B, O, T, H', W'] is added. `padding`: zero rows and columns on each
-    side, 0 where `x` has halo rows. `only_frame`: all history is zero and only the last temporal
-    slice of the weight is used. Returns the result [B, O, T, H', W'] and, if `keep`, the history
-    for the next chunk in memory of its own.
+    Two calls, so that a caller can let go of `x` and of the old history between them.
+    `only_frame`: all history is zero and only the last temporal slice of the weight is used.
     """
 
-    def __call__(
+    def operand(
         self,
         x: torch.Tensor,
         gamma: torch.Tensor,
         history: torch.Tensor | None,
+        *,
+        only_frame: bool,
+        keep: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `convolve` reads, and if `keep` the history for the next chunk, in its own memory.
+
+        `x` [B, C, T, H, W]; `history` [B, C, kT - 1, H, W] of an earlier call of the same kernel,
+        or None for zeros.
+        """
+        ...
+
+    def convolve(
+        self,
+        operand: torch.Tensor,
+        frames: int,
         bias: torch.Tensor,
         residual: torch.Tensor | None,
         *,
         padding: tuple[int, int],
         only_frame: bool,
-        keep: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+    ) -> torch.Tensor:
+        """[B, O, frames, H', W'], with `residual` of the same shape added.
+
+        `padding`: zero rows and columns on each side, 0 where `x` had halo rows.
+        """
+        ...
 
 
 def no_fused_conv(weight: torch.Tensor) -> FusedConv | None:

@@ -15,6 +15,8 @@ the stream's dtype.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 
@@ -25,7 +27,8 @@ from . import attention as eager_attention
 from . import conv3d as eager_conv3d
 from . import norm as eager_norm
 from . import upsample as eager_upsample
-from .cuda.conv3x3 import Form, fits
+from .cuda.conv3x3 import Form, build, fits
+from .cuda.driver import KernelBuildError
 from .dispatch import FusedConv
 from .kernel_layer import OPERAND, CudaLayer, Layer
 from .kernel_proofs import Proofs
@@ -60,6 +63,7 @@ class KernelBackend:
         self._attention: AttentionConfig | None = None
         self._off: dict[tuple[str, str], int] = {}
         sites = list(sites)
+        self._build(sites)
         for site, bound in zip(sites, _input_bounds(sites), strict=True):
             if site.kind == "attention":
                 self._add_attention(site, bound)
@@ -91,15 +95,27 @@ class KernelBackend:
         if not configs:
             self._refuse("conv3d", f"no configuration for {c} to {o} channels")
 
-    def _add_cuda(self, site: Site) -> bool:
-        """Take a kernel in CUDA C++ for `site` if there is one that is right."""
+    def _form(self, site: Site) -> Form | None:
+        """The kernel in CUDA C++ for `site`, if there is one."""
         o, c, *kernel = site.weight.shape
         if not self._cuda or site.kind != "normed" or kernel != [3, 3, 3] or not fits(c, o):
-            return False
+            return None
         # Where a latent frame is one frame there are no pairs.
         winograd = site.frames > 1 and not self.only_frame
-        form = Form(c, o, winograd, 1 if self.only_frame else 3, self.stream)
-        if not self._proven("conv3d", *self._proofs.cuda(form)):
+        return Form(c, o, winograd, 1 if self.only_frame else 3, self.stream)
+
+    def _build(self, sites: list[Site]) -> None:
+        """Compile the kernels in CUDA C++ side by side; what does not compile, its proof tells."""
+        forms = {form for form in map(self._form, sites) if form is not None}
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            for job in [pool.submit(build, form) for form in forms]:
+                with suppress(KernelBuildError):
+                    job.result()
+
+    def _add_cuda(self, site: Site) -> bool:
+        """Take a kernel in CUDA C++ for `site` if there is one that is right."""
+        form = self._form(site)
+        if form is None or not self._proven("conv3d", *self._proofs.cuda(form)):
             return False
         self._layers[id(site.weight)] = CudaLayer.of(site.weight, form)
         return True
@@ -189,8 +205,7 @@ class KernelBackend:
 
     def fused_conv(self, weight: torch.Tensor) -> FusedConv | None:
         """The kernels for the convolution of `weight` behind norm and SiLU, or None."""
-        layer = self._layers.get(id(weight))
-        return None if layer is None else layer.fused
+        return self._layers.get(id(weight))
 
     def norm(self, x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         """As `norm.rms_norm`, of frames [N, C, H, W]; float16 where its reader is ours."""

@@ -43,22 +43,31 @@ class Layer:
             padding=padding, last_slice=last_slice, out_dtype=self.out,
         )  # fmt: skip
 
-    def fused(
+    def operand(
         self,
         x: torch.Tensor,
         gamma: torch.Tensor,
         history: torch.Tensor | None,
+        *,
+        only_frame: bool,
+        keep: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `dispatch.FusedConv`."""
+        past = 0 if only_frame else self.weight.shape[2] - 1
+        return norm_silu_join(x, gamma, history, past, keep, OPERAND)
+
+    def convolve(
+        self,
+        operand: torch.Tensor,
+        frames: int,
         bias: torch.Tensor,
         residual: torch.Tensor | None,
         *,
         padding: tuple[int, int],
         only_frame: bool,
-        keep: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> torch.Tensor:
         """See `dispatch.FusedConv`. The head's result is float32, the others' the stream's."""
-        past = 0 if only_frame else self.weight.shape[2] - 1
-        buffer, kept = norm_silu_join(x, gamma, history, past, keep, OPERAND)
-        return self.run(buffer, bias, residual, padding, only_frame), kept
+        return self.run(operand, bias, residual, padding, only_frame)
 
 
 @dataclass(frozen=True)
@@ -73,24 +82,30 @@ class CudaLayer:
         """From a weight [O, C, 3, 3, 3] of any dtype and format."""
         return CudaLayer(pack(weight, form), form)
 
-    def fused(
+    def operand(
         self,
         x: torch.Tensor,
         gamma: torch.Tensor,
         history: torch.Tensor | None,
+        *,
+        only_frame: bool,
+        keep: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `dispatch.FusedConv`."""
+        if self.form.winograd:
+            return norm_silu_pairs(x, gamma, history, keep, OPERAND)
+        past = 0 if only_frame else self.form.taps - 1
+        return norm_silu_join(x, gamma, history, past, keep, OPERAND)
+
+    def convolve(
+        self,
+        operand: torch.Tensor,
+        frames: int,
         bias: torch.Tensor,
         residual: torch.Tensor | None,
         *,
         padding: tuple[int, int],
         only_frame: bool,
-        keep: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> torch.Tensor:
         """See `dispatch.FusedConv`."""
-        frames = x.shape[2]
-        if self.form.winograd:
-            buffer, kept = norm_silu_pairs(x, gamma, history, keep, OPERAND)
-        else:
-            past = 0 if only_frame else self.form.taps - 1
-            buffer, kept = norm_silu_join(x, gamma, history, past, keep, OPERAND)
-        y = conv3x3(buffer, self.packed, bias.float(), residual, self.form, frames, padding)
-        return y, kept
+        return conv3x3(operand, self.packed, bias.float(), residual, self.form, frames, padding)

@@ -120,11 +120,8 @@ class Proofs:
         residual = self._features(o, frames, self.stream, seed=5) if with_residual else None
 
         def kernel() -> torch.Tensor:
-            y, _ = layer.fused(
-                x, gamma, history, bias, residual,
-                padding=(1, 1), only_frame=only, keep=False,
-            )  # fmt: skip
-            return y
+            operand, _ = layer.operand(x, gamma, history, only_frame=only, keep=False)
+            return layer.convolve(operand, frames, bias, residual, padding=(1, 1), only_frame=only)
 
         def reference() -> torch.Tensor:
             y = rms_norm_silu(x.float(), gamma)

@@ -39,7 +39,7 @@ class AttentionConfig:
         return f"m{self.M}_n{self.BN}_d{self.DC}x{self.NC}_w{self.warps}_s{self.stages}"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys"])
 def _attention(
     q, k, v, out, queries, keys, scale,
     D: tl.constexpr, DC: tl.constexpr, NC: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,

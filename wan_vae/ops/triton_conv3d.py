@@ -44,7 +44,11 @@ class Config:
         )
 
 
-@triton.jit
+# Compiled once for all sizes: a picture's own would cost a user seconds at each new size.
+_SIZES = ["frames_in", "frames_out", "height", "width", "row_tiles", "col_tiles", "groups"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _conv(
     x, w0, w1, bias, residual, out, frames_in, frames_out, height, width, cout,
     row_tiles, col_tiles, groups,

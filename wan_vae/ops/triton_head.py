@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "frames"])
 def _partials(
     buffer, weight, partial, pixels, frames,
     C: tl.constexpr, BLOCK_C: tl.constexpr, COLS: tl.constexpr, USED: tl.constexpr,
@@ -40,7 +40,7 @@ def _partials(
     tl.store(to, acc, mask=(row < pixels)[:, None] & (col < USED)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "height", "width"])
 def _gather(
     partial, bias, out, frames, height, width,
     OUT: tl.constexpr, M: tl.constexpr,

@@ -15,11 +15,11 @@ PAST = 2  # history frames of a convolution of three
 _ROWS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "frames"])
 def _norm_silu_join(
-    x, gamma, history, buffer, kept, pixels, frames,
+    x, gamma, history, buffer, kept, pixels, frames, has_history, keep,
     C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    HAS_HISTORY: tl.constexpr, KEEP: tl.constexpr, PAST_FRAMES: tl.constexpr, SILU: tl.constexpr,
+    PAST_FRAMES: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     # Grid: (blocks of ROWS pixels, frames + PAST_FRAMES, batch). Everything is [.., pixel, C].
     # Rounding: sums, norm and SiLU in float32; one rounding, at the store.
@@ -31,10 +31,8 @@ def _norm_silu_join(
     inside = row[:, None] * C + col[None, :]
     plane = tl.cast(pixels, tl.int64) * C
     if frame < PAST_FRAMES:
-        y = tl.zeros((ROWS, BLOCK_C), tl.float32)
-        if HAS_HISTORY:
-            past = history + (batch * PAST_FRAMES + frame) * plane
-            y = tl.load(past + inside, mask=mask, other=0.0).to(tl.float32)
+        past = history + (batch * PAST_FRAMES + frame) * plane
+        y = tl.load(past + inside, mask=mask & (has_history != 0), other=0.0).to(tl.float32)
     else:
         new = x + (batch * frames + frame - PAST_FRAMES) * plane
         v = tl.load(new + inside, mask=mask, other=0.0).to(tl.float32)
@@ -45,10 +43,9 @@ def _norm_silu_join(
     y = y.to(buffer.dtype.element_ty)
     out = buffer + (batch * (frames + PAST_FRAMES) + frame) * plane
     tl.store(out + inside, y, mask=mask)
-    if KEEP:  # noqa: SIM102 (compile-time, the inner one is not)
-        if frame >= frames:
-            out = kept + (batch * PAST_FRAMES + frame - frames) * plane
-            tl.store(out + inside, y, mask=mask)
+    if (keep != 0) & (frame >= frames):
+        out = kept + (batch * PAST_FRAMES + frame - frames) * plane
+        tl.store(out + inside, y, mask=mask)
 
 
 def norm_silu_join(
@@ -80,8 +77,8 @@ def norm_silu_join(
     grid = (triton.cdiv(h * w, _ROWS), past + t, b)
     _norm_silu_join[grid](
         x, scale, buffer if history is None else history, buffer, kept, h * w, t,
-        C=c, BLOCK_C=triton.next_power_of_2(c), ROWS=_ROWS,
-        HAS_HISTORY=history is not None, KEEP=keep, PAST_FRAMES=past, SILU=silu,
+        _flag(history is not None), _flag(keep),
+        C=c, BLOCK_C=triton.next_power_of_2(c), ROWS=_ROWS, PAST_FRAMES=past, SILU=silu,
         num_warps=8 if c > 256 else 4,
     )  # fmt: skip
     return buffer.permute(0, 4, 1, 2, 3), kept.permute(0, 4, 1, 2, 3) if keep else None
@@ -96,11 +93,10 @@ def _normed(frame, scale, mask, OPERAND: tl.constexpr):
     return (v * tl.sigmoid(v)).to(OPERAND).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "frames"])
 def _norm_silu_pairs(
-    x, gamma, history, out, kept, pixels, frames,
+    x, gamma, history, out, kept, pixels, frames, has_history, keep,
     C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    HAS_HISTORY: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     # Grid: (blocks of ROWS pixels, batch). A program goes through all frames of its pixels, so
     # each is read and normalised once.
@@ -112,35 +108,37 @@ def _norm_silu_pairs(
     inside = row[:, None] * C + col[None, :]
     plane = tl.cast(pixels, tl.int64) * C
     scale = tl.load(gamma + col, mask=col < C, other=0.0).to(tl.float32)
-    d0 = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    d1 = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    if HAS_HISTORY:
-        past = history + batch * 2 * plane
-        d0 = tl.load(past + inside, mask=mask, other=0.0).to(tl.float32)
-        d1 = tl.load(past + plane + inside, mask=mask, other=0.0).to(tl.float32)
-    before = d1
+    past = history + batch * 2 * plane + inside
+    old = mask & (has_history != 0)
+    h0 = tl.load(past, mask=old, other=0.0).to(tl.float32)
+    h1 = tl.load(past + plane, mask=old, other=0.0).to(tl.float32)
+    # An odd number of frames: the first pair is the last frame of the past and the first new one.
+    lead = frames % 2
+    d0 = tl.where(lead == 1, 0.0, h0)
+    d1 = tl.where(lead == 1, h0, h1)
     pairs = (frames + 1) // 2
     for pair in range(pairs):
-        frame = 2 * pair
+        frame = 2 * pair - lead
         new = x + (batch * frames + frame) * plane + inside
-        d2 = _normed(new, scale, mask, operand)
-        # A last pair may have one frame: the other counts as zeros.
-        d3 = _normed(new + plane, scale, mask & (frame + 1 < frames), operand)
+        d2 = _normed(new, scale, mask & (frame >= 0), operand)
+        d2 = tl.where(frame >= 0, d2, h1)
+        d3 = _normed(new + plane, scale, mask, operand)
         to = out + (batch * pairs + pair) * 4 * plane + inside
         tl.store(to, (d0 - d2).to(operand), mask=mask)
         tl.store(to + plane, (d1 + d2).to(operand), mask=mask)
         tl.store(to + 2 * plane, (d2 - d1).to(operand), mask=mask)
         tl.store(to + 3 * plane, (d1 - d3).to(operand), mask=mask)
-        before = d1
         d0 = d2
         d1 = d3
-    if KEEP:
-        if frames % 2 == 1:
-            d1 = d0
-            d0 = before
-        keep = kept + batch * 2 * plane + inside
-        tl.store(keep, d0.to(operand), mask=mask)
-        tl.store(keep + plane, d1.to(operand), mask=mask)
+    if keep != 0:
+        last = kept + batch * 2 * plane + inside
+        tl.store(last, d0.to(operand), mask=mask)
+        tl.store(last + plane, d1.to(operand), mask=mask)
+
+
+def _flag(value: bool) -> float:
+    """A kernel's argument. Not an integer: Triton compiles anew for an integer that is 1."""
+    return float(value)
 
 
 def norm_silu_pairs(
@@ -152,9 +150,11 @@ def norm_silu_pairs(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `norm_silu_join` with two past frames, but transformed for Winograd F(2,3) along time.
 
-    x [B, C, T, H, W]. Returns [B, C, 4 * ceil(T / 2), H, W]: for each two new frames d2, d3 behind
+    x [B, C, T, H, W]. Returns [B, C, 4 * ceil(T / 2), H, W]: for each two frames d2, d3 behind
     d0, d1 the four frames d0 - d2, d1 + d2, d2 - d1, d1 - d3; and, if `keep`, the new history
-    [B, C, 2, H, W], untransformed and rounded as it was used.
+    [B, C, 2, H, W], untransformed and rounded as it was used. Pairs end with the last frame: if T
+    is odd (a chunk with the video's first frame, which stands alone), the first pair's d2 is of
+    the past. So which frames are a pair does not depend on the chunk schedule.
     """
     b, c, t, h, w = x.shape
     x = x.contiguous(memory_format=torch.channels_last_3d)
@@ -166,7 +166,7 @@ def norm_silu_pairs(
     rows = 16 if c <= 128 else 8 if c <= 256 else 4
     _norm_silu_pairs[(triton.cdiv(h * w, rows), b)](
         x, scale, out if history is None else history, out, kept, h * w, t,
-        C=c, BLOCK_C=triton.next_power_of_2(c), ROWS=rows,
-        HAS_HISTORY=history is not None, KEEP=keep, num_warps=4,
+        _flag(history is not None), _flag(keep),
+        C=c, BLOCK_C=triton.next_power_of_2(c), ROWS=rows, num_warps=4,
     )  # fmt: skip
     return out.permute(0, 4, 1, 2, 3), kept.permute(0, 4, 1, 2, 3) if keep else None

@@ -164,6 +164,24 @@ struct Tile {
   }
 };
 
+// Bring the rows of the residual that this tile will read into the L2 cache; a warp's work.
+__device__ __forceinline__ void fetch_residual(const u32* residual, const Tile& tile, int frames,
+                                               int groups, int height, int width) {
+  constexpr int kAccumulators = WINOGRAD ? 2 : 1, kBytes = 192 * (WINOGRAD ? 1 : NB);
+  const int in_clip = tile.group % groups;
+  const int first = WINOGRAD ? in_clip * 2 - (frames & 1) : in_clip;
+  for (int i = threadIdx.x; i < kAccumulators * 256; i += 32) {
+    const int f = first + i / 256, y = tile.y + i % 256 / 16, x = tile.x + i % 16;
+    if (f < 0 || y >= height || x >= width) continue;
+    const long long frame = static_cast<long long>(tile.group / groups) * frames + f;
+    const char* row = reinterpret_cast<const char*>(residual) +
+                      (((frame * height + y) * width + x) * COUT * 2 + tile.block * kBytes);
+#pragma unroll
+    for (int line = 0; line < kBytes; line += 96)
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(row + line));
+  }
+}
+
 // What a consumer still has to give back once the tensor cores are done with it.
 struct Pending {
   int weight, input;
@@ -329,8 +347,9 @@ conv3x3(const __grid_constant__ TensorMap map, const char* weights, const float*
   __syncthreads();
 
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (threadIdx.x == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x < 32) {
+      const bool leader = threadIdx.x == 0;
       Ring input{0, 1}, weight{0, 1};  // an empty ring needs no waiting in its first round
       constexpr int kRows = kPhases * kChunks * 3 * (WINOGRAD ? 1 : NB);
       for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
@@ -340,6 +359,10 @@ conv3x3(const __grid_constant__ TensorMap map, const char* weights, const float*
         for (int step = 0; step < kPhases; ++step) {
           // Winograd's products in the order 1, 2, 0, 3: see the top of the file.
           const int frame = WINOGRAD ? (step == 0 ? 1 : step == 1 ? 2 : step == 2 ? 0 : 3) : step;
+          if (residual && step == kPhases - 1)
+            fetch_residual(residual, tile, frames, groups, height, width);
+          __syncwarp();
+          if (!leader) continue;
           for (int chunk = 0; chunk < kChunks; ++chunk) {
             barrier_wait(barriers.input_empty(input.stage), input.parity);
             barrier_expect(barriers.input_full(input.stage), kInputBytes);
@@ -359,7 +382,7 @@ conv3x3(const __grid_constant__ TensorMap map, const char* weights, const float*
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     Consumer consumer{barriers, base + group * 8 * kRowBytes, base + kWeightsAt,
                       Ring{0, 0}, Ring{0, 0}, Pending{-1, -1}, lane == 0};
@@ -404,13 +427,14 @@ conv3x3(const __grid_constant__ TensorMap map, const char* weights, const float*
         const long long plane = static_cast<long long>(height) * width;
         const long long inside = static_cast<long long>(y) * width + x;
 #if WINOGRAD
-        const long long frame = static_cast<long long>(clip) * frames + in_clip * 2;
+        // Pairs end with the last frame: of an odd number the first pair's first is of the past.
+        const int first = in_clip * 2 - (frames & 1);
+        const long long frame = static_cast<long long>(clip) * frames + first;
         const int channel = tile.block * 96;
-        store(a[half], out, residual, bias_shared, frame * plane + inside, width, upper, lower,
-              channel, lane);
-        const bool second = in_clip * 2 + 1 < frames;
-        store(b[half], out, residual, bias_shared, (frame + 1) * plane + inside, width,
-              upper && second, lower && second, channel, lane);
+        store(a[half], out, residual, bias_shared, frame * plane + inside, width,
+              upper && first >= 0, lower && first >= 0, channel, lane);
+        store(b[half], out, residual, bias_shared, (frame + 1) * plane + inside, width, upper,
+              lower, channel, lane);
 #else
         const long long frame = static_cast<long long>(clip) * frames + in_clip;
         const int channel = tile.block * 96 * NB;

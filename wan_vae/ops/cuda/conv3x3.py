@@ -119,14 +119,19 @@ def conv3x3(
 
 
 @functools.cache
-def _function(form: Form, device: int) -> tuple[Function, int]:
-    """The compiled kernel of `form` on the current device, and its number of multiprocessors."""
+def build(form: Form) -> bytes:
+    """Machine code of the kernel of `form`; seconds, unless it is in the cache folder."""
     defines = {
         "CIN": form.cin, "COUT": form.cout, "WINOGRAD": int(form.winograd), "KT": form.taps,
         "NB": form.blocks, "BF16_OUT": int(form.out == torch.bfloat16),
     }  # fmt: skip
     source = files(__package__).joinpath("conv3x3.cu").read_text(encoding="utf-8")
-    cubin = compile_cubin(source, defines, ARCHITECTURE, cache_folder() / "kernels")
+    return compile_cubin(source, defines, ARCHITECTURE, cache_folder() / "kernels")
+
+
+@functools.cache
+def _function(form: Form, device: int) -> tuple[Function, int]:
+    """The kernel of `form` loaded on the current device, and its number of multiprocessors."""
     shared = 1024 + 3 * _INPUT_STAGE + 8 * _WEIGHT_STAGE + 4 * form.cout + _BARRIERS
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return Function(cubin, "conv3x3", shared), processors
+    return Function(build(form), "conv3x3", shared), processors
