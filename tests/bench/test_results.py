@@ -120,7 +120,11 @@ def test_runs_without_a_gpu_and_writes_results(tmp_path, capsys, monkeypatch):
     if importlib.util.find_spec("matplotlib") is None:
         assert not pictures and "no plots: matplotlib" in text
     else:
-        assert pictures == {"time.png", "roofline-wan2.1-narrow-eager.png"}
+        assert pictures == {
+            "time.png",
+            "roofline-wan2.1-narrow-eager.png",
+            "roofline-wan2.1-narrow-auto.png",
+        }
 
 
 def test_a_wrong_picture_of_ours_fails_the_command_and_gets_no_other_number(monkeypatch, capsys):
@@ -154,7 +158,7 @@ def test_on_a_gpu_memory_is_counted_and_layers_are_timed(case, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--only", "nobody"], ["--case", "nothing"], ["--repeats", "0"], ["--backend", "cuda"]],
+    [["--only", "nobody"], ["--case", "nothing"], ["--repeats", "0"], ["--backend", "tensorrt"]],
     ids=" ".join,
 )
 def test_wrong_usage(arguments):

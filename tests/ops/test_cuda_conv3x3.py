@@ -9,7 +9,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
 
 from wan_vae.ops.cuda import driver
-from wan_vae.ops.cuda.conv3x3 import BLOCK, Form, conv3x3, fits, pack
+from wan_vae.ops.cuda.conv3x3 import Form, conv3x3, fits, pack
 from wan_vae.ops.norm import rms_norm_silu
 from wan_vae.ops.triton_norm import norm_silu_join, norm_silu_pairs
 
@@ -20,6 +20,9 @@ FORMS = [
     Form(32, 96, False, 3, HALF),
     Form(192, 192, False, 3, BF16),
     Form(384, 384, False, 1, BF16),
+    Form(256, 256, True, 3, BF16),
+    Form(64, 128, False, 3, HALF),
+    Form(1024, 512, True, 3, BF16),
 ]
 
 
@@ -31,11 +34,10 @@ def features(*shape: int, dtype=HALF, device="cpu") -> torch.Tensor:
 def unpack(packed: torch.Tensor, form: Form) -> torch.Tensor:
     """The weights [phase, O, C, 3, 3] behind `pack`, as the kernel reads them."""
     phases, n = 4 if form.winograd else form.taps, form.blocks
-    p = packed.view(form.cout // BLOCK // n, phases, form.cin // 32, 3, n, 3, BLOCK, 4, 8)
-    row = torch.arange(BLOCK)
+    p = packed.view(form.cout // form.block // n, phases, form.cin // 32, 3, n, 3, form.block, 4, 8)
     out = torch.empty_like(p)
     for chunk in range(4):  # 16 bytes of a row, swizzled by bits 1 and 2 of the row's number
-        for r in row.tolist():
+        for r in range(form.block):
             out[..., r, chunk, :] = p[..., r, chunk ^ (r // 2 % 4), :]
     # tile block, phase, 32 channels, ky, block, kx, row, 4, 8 -> phase, O, C, ky, kx
     return out.permute(1, 0, 4, 6, 2, 7, 8, 3, 5).reshape(phases, form.cout, form.cin, 3, 3)
@@ -60,20 +62,21 @@ def by_packed_weights(operand: torch.Tensor, packed: torch.Tensor, form: Form, f
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("width", [192, 128])
 @pytest.mark.parametrize("frames", [1, 2, 3, 4])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's part; see below for GPUs")
-def test_operand_and_packed_weights_make_the_convolution(frames):
+def test_operand_and_packed_weights_make_the_convolution(frames, width):
     torch.manual_seed(0)
-    form = Form(32, 192, True, 3, HALF)
+    form = Form(32, width, True, 3, HALF)
     x, history = features(2, frames, 3, 5, 32), features(2, 2, 3, 5, 32)
-    gamma, weight = torch.randn(32), torch.randn(192, 32, 3, 3, 3) / 30
+    gamma, weight = torch.randn(32), torch.randn(width, 32, 3, 3, 3) / 30
     operand, kept = norm_silu_pairs(x, gamma, history, True, HALF)
     joined, also_kept = norm_silu_join(x, gamma, history, 2, True, HALF)
     assert torch.equal(kept, also_kept)
     expected = F.conv3d(joined.float(), weight, padding=(0, 1, 1))
     got = by_packed_weights(operand, pack(weight, form), form, frames)
     assert ((got - expected).norm() / expected.norm()).item() < 1e-3
-    direct = Form(32, 192, False, 3, HALF)
+    direct = Form(32, width, False, 3, HALF)
     got = by_packed_weights(joined, pack(weight, direct), direct, frames)
     assert ((got - expected).norm() / expected.norm()).item() < 1e-3
 
@@ -91,7 +94,7 @@ def test_pairs_do_not_depend_on_the_chunks():
 
 def test_widths_that_have_a_kernel():
     assert fits(96, 96) and fits(192, 384) and fits(32, 96)
-    assert not fits(16, 96) and not fits(96, 3) and not fits(256, 256)
+    assert fits(256, 256) and not fits(16, 96) and not fits(96, 3) and not fits(96, 80)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}")

@@ -5,6 +5,8 @@ Kernels must be proven before they run, and be off, with a reason, where they ar
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from wan_vae import WanVAE
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import BackendError
 from wan_vae.ops import kernel_layer
-from wan_vae.ops.select import why_not
+from wan_vae.ops.select import why_not, why_not_cuda
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -155,9 +157,33 @@ def test_why_not_says_why(monkeypatch):
     assert "this card has 8.6" in why_not(torch.device("cuda"), half, "channels_last_3d")
 
 
+def test_cards_of_other_makes_and_ages_keep_the_reference(monkeypatch):
+    assert why_not_cuda(torch.device("cpu")) == "no CUDA device"
+    for capability in ((8, 9), (10, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert "Hopper" in why_not_cuda(torch.device("cuda"))
+
+
+def test_kernels_are_kept_for_the_next_decode_and_leave_with_the_weights(vae):
+    z = latent(vae, 1)
+    vae.model.prepared.clear()
+    decode(vae, z)
+    kept = next(iter(vae.model.prepared.values()))
+    decode(vae, z)
+    assert next(iter(vae.model.prepared.values())) is kept
+    assert copy.deepcopy(vae.model).prepared == {}
+    with torch.inference_mode(False), torch.no_grad():
+        vae.model.conv2.weight.mul_(1.0)  # changed in place
+    decode(vae, z)
+    assert next(iter(vae.model.prepared.values())) is not kept
+    vae.model.to(DEVICE)
+    assert vae.model.prepared == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_auto_stays_with_the_reference_and_says_so(vae):
     z = latent(vae, 1)
     assert torch.equal(vae.decode(z).cpu(), vae.decode(z, backend="eager").cpu())
     vae.decode(z)
     assert vae.last_report.backends_used["conv3d"] == "eager"
-    assert vae.last_report.backends_off[0].backend == "triton"
+    assert vae.last_report.backends_off[0].backend == "cuda"

@@ -12,8 +12,9 @@ import time
 
 import torch
 
+from ..ops.select import BACKENDS
 from .cases import CASES
-from .contenders import BACKENDS, contenders
+from .contenders import contenders
 from .measure import HALF_GATE, relative_error, times_ms
 from .weights import Weights
 

@@ -2,7 +2,7 @@
 
 A real decode runs with every operation wrapped in a clock, on whatever backend is asked for, so
 the times are those of the layers where they stand. Operations are the units that a backend may
-replace (`ops.dispatch.OpSet`): a fused kernel is one of them, its eager twin is two.
+replace (`ops.dispatch.OpSet`): kernels that join history or add a residual count what they move.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..blocks import Step
 from ..cache import FeatureCache
 from ..chunking import schedule
 from ..model import WanVAEModel
-from ..ops.dispatch import OpSet
+from ..ops.dispatch import FusedConv, OpSet
 from ..ops.proof import ProofBook, cache_folder, environment
 from ..ops.select import Backend, select_ops
 from ..pipeline import WanVAE
@@ -269,23 +269,7 @@ class Recorder:
 
     def _fused_conv(self, weight):
         kernel = self._inner.fused_conv(weight)
-        if kernel is None:
-            return None
-
-        def run(x, gamma, history, bias, residual, *, only_frame, **options):
-            (y, kept), marks = self._time(
-                lambda: kernel(x, gamma, history, bias, residual, only_frame=only_frame, **options)
-            )
-            o, c, kt, kh, kw = weight.shape
-            shape = (1 if only_frame else kt, kh, kw)
-            layer = Layer("norm + SiLU + conv3d", c, o, shape, *y.shape[2:])
-            flops = 2 * y.numel() * c * prod(shape)
-            used = weight[:, :, -1:] if only_frame else weight
-            moved = _bytes(x, used, bias, history, residual, y, kept)
-            self._keep(self._name(weight), layer, flops, moved, marks)
-            return y, kept
-
-        return run
+        return None if kernel is None else _TimedFused(self, kernel, weight)
 
     def _norm_silu(self, x, gamma):
         y, marks = self._time(lambda: self._inner.norm_silu(x, gamma))
@@ -305,6 +289,38 @@ class Recorder:
         layer = Layer("attention", c, c, (), n, 1, length)
         flops = 4 * n * length * k.shape[1] * c
         self._keep("decoder.middle.1", layer, flops, _bytes(q, k, v, y), marks)
+        return y
+
+
+class _TimedFused:
+    """A `dispatch.FusedConv` under the recorder's clock: norm with its join, then convolution."""
+
+    def __init__(self, recorder: Recorder, kernel: FusedConv, weight: torch.Tensor):
+        self._recorder, self._kernel, self._weight = recorder, kernel, weight
+
+    def operand(self, x, gamma, history, **options):
+        (y, kept), marks = self._recorder._time(
+            lambda: self._kernel.operand(x, gamma, history, **options)
+        )
+        layer = Layer("norm + SiLU", x.shape[1], x.shape[1], (), *x.shape[2:])
+        moved = _bytes(x, history, y, kept)
+        self._recorder._keep(self._recorder._name(gamma), layer, 0, moved, marks)
+        return y, kept
+
+    def convolve(self, operand, frames, bias, residual, *, only_frame, **options):
+        y, marks = self._recorder._time(
+            lambda: self._kernel.convolve(
+                operand, frames, bias, residual, only_frame=only_frame, **options
+            )
+        )
+        o, c, kt, kh, kw = self._weight.shape
+        shape = (1 if only_frame else kt, kh, kw)
+        layer = Layer("conv3d", c, o, shape, *y.shape[2:])
+        # Of the direct convolution: Winograd's kernel may be above the ceiling.
+        flops = 2 * y.numel() * c * prod(shape)
+        used = self._weight[:, :, -1:] if only_frame else self._weight
+        moved = _bytes(operand, used, bias, residual, y)
+        self._recorder._keep(self._recorder._name(self._weight), layer, flops, moved, marks)
         return y
 
 

@@ -1,11 +1,11 @@
 // 3x3 convolution over frames for Hopper (sm_90a): warp-specialised, persistent, tensor cores (wgmma).
 //
-// One tile: 16 x 16 output pixels, 96 output channels, two accumulators ("A" and "B"):
+// One tile: 16 x 16 output pixels, BN (96 or 64) output channels, two accumulators ("A" and "B"):
 //   WINOGRAD 1: the two output frames of a pair, Winograd F(2,3) along time. The input holds four
 //               transformed frames a pair; A gathers m1, B m2, then (A, B) = (A + B, A - B), then
 //               m0 is added to A and m3 (its weights negated) to B.
 //               Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2015).
-//   WINOGRAD 0: one output frame, KT input frames; A and B are two blocks of 96 channels (NB 2),
+//   WINOGRAD 0: one output frame, KT input frames; A and B are two blocks of BN channels (NB 2),
 //               or A alone (NB 1).
 // One halo tile of 18 x 18 pixels x 32 channels in shared memory serves all nine taps: a tap moves
 // the start address of the tensor core's operand by whole pixels. Loads beyond the picture's edge
@@ -16,7 +16,8 @@
 // output pixel runs over (phase, 32 channels, ky, kx, 16 channels) whatever its place in tile and
 // picture: its bits depend on nothing but its inputs.
 //
-// Compiled at run time with these macros: CIN, COUT, WINOGRAD, KT, NB, BF16_OUT.
+// Compiled at run time with these macros: CIN, COUT, WINOGRAD, KT, BN, NB,
+// BF16_OUT.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -31,11 +32,12 @@ constexpr int kPixelBytes = kBlockK * 2;
 constexpr int kRowBytes = kHalo * kPixelBytes;
 constexpr int kInputBytes = kHalo * kRowBytes;   // what a load brings
 constexpr int kInputStage = (kInputBytes + 1023) / 1024 * 1024;
-constexpr int kWeightTap = 96 * kPixelBytes;
+constexpr int kWeightTap = BN * kPixelBytes;
+constexpr int kRegisters = BN / 2;              // of one accumulator of 64 pixels, per thread
 constexpr int kWeightStage = 3 * kWeightTap;     // one row of taps
 constexpr int kInputStages = 3;
-constexpr int kWeightStages = 8;
-constexpr int kOutputBlocks = COUT / (96 * (WINOGRAD ? 1 : NB));
+constexpr int kWeightStages = BN == 96 ? 8 : 12;
+constexpr int kOutputBlocks = COUT / (BN * (WINOGRAD ? 1 : NB));
 // Shared memory, from a base aligned to 1024 bytes: inputs, weights, bias, barriers.
 constexpr int kWeightsAt = kInputStages * kInputStage;
 constexpr int kBiasAt = kWeightsAt + kWeightStages * kWeightStage;
@@ -106,8 +108,9 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// d += a * b, 64 x 96 x 16; `add` 0 overwrites d.
-__device__ __forceinline__ void wgmma(float (&d)[48], u64 a, u64 b, int add) {
+// d += a * b, 64 x BN x 16; `add` 0 overwrites d.
+__device__ __forceinline__ void wgmma(float (&d)[kRegisters], u64 a, u64 b, int add) {
+#if BN == 96
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
@@ -118,14 +121,33 @@ __device__ __forceinline__ void wgmma(float (&d)[48], u64 a, u64 b, int add) {
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
       "%48, %49, p, 1, 1, 0, 0;\n"
       "}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
-        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
-        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
-        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]),
-        "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+        "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+        "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
+        "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
+        "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
+        "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
         "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47])
       : "l"(a), "l"(b), "r"(add));
+#else
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, p, 1, 1, 0, 0;\n"
+      "}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+        "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+        "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
+        "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
+        "+f"(d[30]), "+f"(d[31])
+      : "l"(a), "l"(b), "r"(add));
+#endif
 }
 
 struct Ring {  // a place in a ring of stages, and the parity of its barriers
@@ -167,7 +189,7 @@ struct Tile {
 // Bring the rows of the residual that this tile will read into the L2 cache; a warp's work.
 __device__ __forceinline__ void fetch_residual(const u32* residual, const Tile& tile, int frames,
                                                int groups, int height, int width) {
-  constexpr int kAccumulators = WINOGRAD ? 2 : 1, kBytes = 192 * (WINOGRAD ? 1 : NB);
+  constexpr int kAccumulators = WINOGRAD ? 2 : 1, kBytes = 2 * BN * (WINOGRAD ? 1 : NB);
   const int in_clip = tile.group % groups;
   const int first = WINOGRAD ? in_clip * 2 - (frames & 1) : in_clip;
   for (int i = threadIdx.x; i < kAccumulators * 256; i += 32) {
@@ -177,7 +199,7 @@ __device__ __forceinline__ void fetch_residual(const u32* residual, const Tile& 
     const char* row = reinterpret_cast<const char*>(residual) +
                       (((frame * height + y) * width + x) * COUT * 2 + tile.block * kBytes);
 #pragma unroll
-    for (int line = 0; line < kBytes; line += 96)
+    for (int line = 0; line < kBytes; line += 64)
       asm volatile("prefetch.global.L2 [%0];" ::"l"(row + line));
   }
 }
@@ -201,7 +223,7 @@ struct Consumer {
   bool leader;
 
   // One row of taps into d: three taps, twice 16 channels, both halves of the tile's columns.
-  __device__ __forceinline__ void row_of_taps(float (&d)[2][48], int ky, int add) {
+  __device__ __forceinline__ void row_of_taps(float (&d)[2][kRegisters], int ky, int add) {
     barrier_wait(barriers.weight_full(weight.stage), weight.parity);
     const u64 a = descriptor(inputs + input.stage * kInputStage + ky * kRowBytes, kRowBytes);
     const u64 b = descriptor(weights + weight.stage * kWeightStage, 8 * kPixelBytes);
@@ -238,7 +260,7 @@ struct Consumer {
   }
 
   // One phase of Winograd: a transformed frame times its weights.
-  __device__ __forceinline__ void phase(float (&d)[2][48], int add) {
+  __device__ __forceinline__ void phase(float (&d)[2][kRegisters], int add) {
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       wait_input();
 #pragma unroll
@@ -280,9 +302,9 @@ __device__ __forceinline__ uint4 transpose_quad(u32 a0, u32 a1, u32 a2, u32 a3, 
   return high ? make_uint4(p, q, b2, b3) : make_uint4(b0, b1, p, q);
 }
 
-// One accumulator (96 channels of 64 pixels) -> out, with bias and residual, rounded once.
+// One accumulator (BN channels of 64 pixels) -> out, with bias and residual, rounded once.
 // `pixel`: index of this lane's upper pixel; the lower one is a row below.
-__device__ __forceinline__ void store(const float (&d)[48], u32* out, const u32* residual,
+__device__ __forceinline__ void store(const float (&d)[kRegisters], u32* out, const u32* residual,
                                       const float* bias, long long pixel, int width, bool upper,
                                       bool lower, int channel, int lane) {
   const int q = lane & 3;
@@ -291,7 +313,7 @@ __device__ __forceinline__ void store(const float (&d)[48], u32* out, const u32*
     const bool inside = half ? lower : upper;
     const long long at = ((pixel + half * width) * COUT + channel) / 2;  // in words
 #pragma unroll
-    for (int group = 0; group < 3; ++group) {
+    for (int group = 0; group < BN / 32; ++group) {
       u32 words[4];
       u32 before[4] = {0, 0, 0, 0};
       if (residual && inside) {
@@ -386,7 +408,7 @@ conv3x3(const __grid_constant__ TensorMap map, const char* weights, const float*
     const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     Consumer consumer{barriers, base + group * 8 * kRowBytes, base + kWeightsAt,
                       Ring{0, 0}, Ring{0, 0}, Pending{-1, -1}, lane == 0};
-    float a[2][48], b[2][48];
+    float a[2][kRegisters], b[2][kRegisters];
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
       const Tile tile(index, columns, rows);
 #if WINOGRAD
@@ -396,7 +418,7 @@ conv3x3(const __grid_constant__ TensorMap map, const char* weights, const float*
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int i = 0; i < 48; ++i) {
+        for (int i = 0; i < kRegisters; ++i) {
           const float m1 = a[half][i], m2 = b[half][i];
           a[half][i] = m1 + m2;
           b[half][i] = m1 - m2;
@@ -430,19 +452,19 @@ conv3x3(const __grid_constant__ TensorMap map, const char* weights, const float*
         // Pairs end with the last frame: of an odd number the first pair's first is of the past.
         const int first = in_clip * 2 - (frames & 1);
         const long long frame = static_cast<long long>(clip) * frames + first;
-        const int channel = tile.block * 96;
+        const int channel = tile.block * BN;
         store(a[half], out, residual, bias_shared, frame * plane + inside, width,
               upper && first >= 0, lower && first >= 0, channel, lane);
         store(b[half], out, residual, bias_shared, (frame + 1) * plane + inside, width, upper,
               lower, channel, lane);
 #else
         const long long frame = static_cast<long long>(clip) * frames + in_clip;
-        const int channel = tile.block * 96 * NB;
+        const int channel = tile.block * BN * NB;
         store(a[half], out, residual, bias_shared, frame * plane + inside, width, upper, lower,
               channel, lane);
 #if NB == 2
         store(b[half], out, residual, bias_shared, frame * plane + inside, width, upper, lower,
-              channel + 96, lane);
+              channel + BN, lane);
 #endif
 #endif
       }

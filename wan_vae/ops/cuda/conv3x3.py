@@ -18,10 +18,9 @@ from ..proof import cache_folder
 from .driver import Function, compile_cubin, frames_map
 
 ARCHITECTURE = "sm_90a"
-BLOCK = 96  # output channels of one accumulator
 _BLOCK_K, _TILE = 32, 16
-# As in conv3x3.cu: rings of three halo tiles and eight rows of taps, room to align the base.
-_INPUT_STAGE, _WEIGHT_STAGE, _BARRIERS = 21504, 3 * BLOCK * 64, 2 * (3 + 8) * 8
+# As in conv3x3.cu: stages of the rings of halo tiles and, by block, of rows of taps.
+_INPUT_STAGES, _INPUT_STAGE, _WEIGHT_STAGES = 3, 21504, {96: 8, 64: 12}
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,21 @@ class Form:
     out: torch.dtype
 
     @property
+    def block(self) -> int:
+        """Output channels of one accumulator."""
+        return 96 if self.cout % 96 == 0 else 64
+
+    @property
     def blocks(self) -> int:
-        """Blocks of 96 output channels that one tile of a direct kernel makes."""
-        return 2 if not self.winograd and self.cout % (2 * BLOCK) == 0 else 1
+        """Blocks of output channels that one tile of a direct kernel makes."""
+        return 2 if not self.winograd and self.cout % (2 * self.block) == 0 else 1
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a program: rings, bias, barriers, and room to align the base."""
+        stages = _WEIGHT_STAGES[self.block]
+        rings = _INPUT_STAGES * _INPUT_STAGE + stages * 3 * self.block * 64
+        return 1024 + rings + 4 * self.cout + 2 * (_INPUT_STAGES + stages) * 8
 
     @property
     def name(self) -> str:
@@ -46,7 +57,7 @@ class Form:
 
 def fits(cin: int, cout: int) -> bool:
     """True if there is a kernel for `cin` to `cout` channels."""
-    return cin % _BLOCK_K == 0 and cout % BLOCK == 0
+    return cin % _BLOCK_K == 0 and (cout % 96 == 0 or cout % 64 == 0)
 
 
 def pack(weight: torch.Tensor, form: Form) -> torch.Tensor:
@@ -63,13 +74,13 @@ def pack(weight: torch.Tensor, form: Form) -> torch.Tensor:
         phases = torch.stack([(g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g0, -g2])
     else:
         phases = torch.stack([g0, g1, g2][3 - form.taps :])
-    n = form.blocks
+    n, block = form.blocks, form.block
     # [phase, tile block, block, row, chunk, 4 x 8 channels, ky, kx]
-    p = phases.to(torch.float16).view(len(phases), o // (n * BLOCK), n, BLOCK, c // 32, 4, 8, 3, 3)
+    p = phases.to(torch.float16).view(len(phases), o // (n * block), n, block, c // 32, 4, 8, 3, 3)
     p = p.permute(1, 0, 4, 7, 2, 8, 3, 5, 6)  # tile block, phase, chunk, ky, block, kx, row, 4, 8
-    row = torch.arange(BLOCK, device=w.device)
+    row = torch.arange(block, device=w.device)
     place = torch.arange(4, device=w.device)[None, :] ^ (row[:, None] // 2 % 4)
-    index = place[:, :, None].expand(BLOCK, 4, 8).expand(p.shape)
+    index = place[:, :, None].expand(block, 4, 8).expand(p.shape)
     return p.contiguous().gather(-2, index).flatten()
 
 
@@ -95,7 +106,7 @@ def conv3x3(
     out = torch.empty((b, frames, height, width, form.cout), dtype=form.out, device=buffer.device)
     groups = (frames + 1) // 2 if form.winograd else frames
     tiles = -(-height // _TILE) * -(-width // _TILE) * groups * b
-    tiles *= form.cout // (BLOCK * form.blocks)
+    tiles *= form.cout // (form.block * form.blocks)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last_3d)
     with torch.cuda.device(buffer.device):
@@ -123,7 +134,7 @@ def build(form: Form) -> bytes:
     """Machine code of the kernel of `form`; seconds, unless it is in the cache folder."""
     defines = {
         "CIN": form.cin, "COUT": form.cout, "WINOGRAD": int(form.winograd), "KT": form.taps,
-        "NB": form.blocks, "BF16_OUT": int(form.out == torch.bfloat16),
+        "BN": form.block, "NB": form.blocks, "BF16_OUT": int(form.out == torch.bfloat16),
     }  # fmt: skip
     source = files(__package__).joinpath("conv3x3.cu").read_text(encoding="utf-8")
     return compile_cubin(source, defines, ARCHITECTURE, cache_folder() / "kernels")
@@ -132,6 +143,5 @@ def build(form: Form) -> bytes:
 @functools.cache
 def _function(form: Form, device: int) -> tuple[Function, int]:
     """The kernel of `form` loaded on the current device, and its number of multiprocessors."""
-    shared = 1024 + 3 * _INPUT_STAGE + 8 * _WEIGHT_STAGE + 4 * form.cout + _BARRIERS
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return Function(build(form), "conv3x3", shared), processors
+    return Function(build(form), "conv3x3", form.shared_bytes), processors
