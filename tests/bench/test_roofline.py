@@ -99,7 +99,7 @@ def test_a_fused_kernel_is_two_operations_of_its_layer():
     (conv,) = (row for row in rows if row.name == "decoder.head.2")
     assert conv.layer.op == "conv3d" and conv.layer.out_channels == 3
     assert conv.flops == 2 * prod(VIDEO.pixels) * 8 * 27
-    assert any(row.layer.op == "norm + SiLU" and row.name == "decoder.head.0" for row in rows)
+    assert any(row.layer.op == "norm + SiLU" for row in rows)
 
 
 def test_the_floor_is_the_slower_of_arithmetic_and_memory():
