@@ -70,7 +70,7 @@ def known_faults() -> list[str]:
 
 def check_kernels(device: torch.device) -> list[str]:
     """Prove our kernels for the layers of both full-width decoders; one line a finding."""
-    reason = why_not(device, torch.bfloat16, "channels_last_3d")
+    reason = why_not(device, torch.bfloat16)
     if reason is not None:
         return [f"kernels: off ({reason})"]
     lines, requested = [], "cuda"
@@ -83,7 +83,7 @@ def check_kernels(device: torch.device) -> list[str]:
             with torch.device(device):
                 model = WanVAEModel(replace(config, has_encoder=False)).to(torch.bfloat16)
             layout.pack_weights(model, "channels_last_3d")
-            ops = select_ops(requested, model, "channels_last_3d", only_frame, book=lambda: book)
+            ops = select_ops(requested, model, only_frame, book=lambda: book)
             weights = [p for name, p in model.named_parameters() if name.endswith("weight")]
             counts = Counter(ops.backend_of(p) for p in weights)
             what = f"{config.family}, {'one image' if only_frame else 'video'}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 
+import numpy as np
 import torch
 
 from . import geometry
@@ -56,7 +57,8 @@ class ImageSink:
         place = self.image[:, start_frame : start_frame + frames, first_row : first_row + rows]
         # Halved and cast where the pixels are: a device does that in no time.
         picture = pixels.add(1.0).mul_(0.5).movedim(1, -1)
-        if picture.is_cuda and self.image.device.type == "cpu":
+        # One piece that is the whole clip (an image) has nothing to be copied beside.
+        if picture.is_cuda and self.image.device.type == "cpu" and place.shape != self.image.shape:
             if self._mover is None:
                 self._mover = _Mover(picture.device)
             self._mover.move(picture.to(self.image.dtype).contiguous(), place)
@@ -123,7 +125,8 @@ class _Mover:
                 # Inference mode is a thread's own: tensors made in it may be written only in it.
                 with torch.inference_mode():
                     arrived.synchronize()
-                    place.copy_(staged)
+                    # NumPy's copy: PyTorch's would start a pool of threads for this thread.
+                    np.copyto(_bits(place), _bits(staged))
             except RuntimeError as error:  # carried to the caller's thread, raised there
                 self._failure = self._failure or error
             self._free.put(staging)
@@ -131,3 +134,8 @@ class _Mover:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+
+def _bits(x: torch.Tensor) -> np.ndarray:
+    """`x` on the CPU as integers of its width: NumPy has no bfloat16."""
+    return x.view({4: torch.int32, 2: torch.int16}[x.itemsize]).numpy()

@@ -300,7 +300,7 @@ class WanVAE:
         model, decision = self._prepare(precision, memory_format, "decoder")
         dtype = model.conv2.weight.dtype
         builder = ReportBuilder("decode", self.config, self.device, dtype)
-        ops = select_ops(backend, model, decision.chosen, latent.shape[2] == 1, self._proof_book)
+        ops = select_ops(backend, model, latent.shape[2] == 1, self._proof_book)
         self._describe(builder, model, ("decoder",), decision, ops)
         builder.layout["latent_format"] = layout.detect(latent)
         builder.values["precision_requested"] = precision

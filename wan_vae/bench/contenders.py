@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .. import layout
 from ..image import ImageSink
 from ..ops.select import Backend, why_not, why_not_cuda
 from ..pipeline import WanVAE
@@ -31,7 +30,7 @@ class Ours:
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if self.backend in ("auto", "eager"):
             return None
-        reason = why_not(device, dtype, layout.decide("auto", device, dtype).chosen)
+        reason = why_not(device, dtype)
         return why_not_cuda(device) if reason is None and self.backend == "cuda" else reason
 
     def build(self, weights: Weights, device: torch.device, dtype: torch.dtype) -> Built:

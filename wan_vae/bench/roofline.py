@@ -136,7 +136,7 @@ def measure_roofline(
     chosen = layout.decide("auto", device, dtype).chosen
     layout.pack_weights(vae.decoder, chosen)
     ops = select_ops(
-        backend, vae.model, chosen, z.shape[2] == 1,
+        backend, vae.model, z.shape[2] == 1,
         lambda: ProofBook(environment(device), cache_folder()),
     )  # fmt: skip
     _walk(vae, z, ops)

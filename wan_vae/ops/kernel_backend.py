@@ -267,7 +267,7 @@ class KernelBackend:
         if found is None:
             return eager_upsample.upsample_conv2d(x, weight, bias, counter, **options)
         folded, config = found
-        x = layout.match_input(x, weight, counter)
+        x = layout.to_format(x, "channels_last_3d")
         return folded_upsample(x, folded, bias, config)
 
 

@@ -28,7 +28,6 @@ _CUDA_CAPABILITY = (9, 0)
 def select_ops(
     requested: Backend,
     model: WanVAEModel,
-    weights_format: str,
     only_frame: bool,
     book: Callable[[], ProofBook],
 ) -> OpSet:
@@ -38,7 +37,8 @@ def select_ops(
     this device, the reference elsewhere, each refusal in `OpSet.off`. "cuda": as "triton", with
     kernels in CUDA C++ for the wide 3x3x3 convolutions. "auto": "cuda" on the cards that they were
     measured on (Hopper), else the reference. `book` opens the verdicts of this device; it is not
-    called when no kernel is asked for. What was prepared stays with `model` for the next decode.
+    called when no kernel is asked for. The weights' memory format does not matter: kernels read
+    copies of their own. What was prepared stays with `model` for the next decode.
     Raises BackendError for an unknown request, or for "triton" and "cuda" where they cannot run.
     """
     if requested not in BACKENDS:
@@ -46,7 +46,7 @@ def select_ops(
     if requested == "eager":
         return eager_ops()
     weight = model.decoder.conv1.weight
-    reason = why_not(weight.device, weight.dtype, weights_format)
+    reason = why_not(weight.device, weight.dtype)
     if reason is None and requested != "triton":
         reason = why_not_cuda(weight.device)
     if reason is not None:
@@ -54,7 +54,7 @@ def select_ops(
             return replace(eager_ops(), off=(BackendOff("conv3d", "cuda", reason),))
         raise BackendError(f"backend {requested!r} cannot run: {reason}")
     state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in model.parameters()]
-    key = (requested, only_frame, weights_format)
+    key = (requested, only_frame)
     kept = model.prepared.get(key)
     if kept is None or kept[0] != state:
         model.prepared[key] = kept = state, _kernels(requested, model, only_frame, book())
@@ -96,7 +96,7 @@ def why_not_cuda(device: torch.device) -> str | None:
     return why_no_compiler()
 
 
-def why_not(device: torch.device, dtype: torch.dtype, weights_format: str) -> str | None:
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why our kernels cannot run here, or None if they can.
 
     On the CPU they can only in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
@@ -116,6 +116,4 @@ def why_not(device: torch.device, dtype: torch.dtype, weights_format: str) -> st
             return f"needs compute capability 9.0 (TMA), this card has {have}"
         if dtype == torch.float32:
             return "float32 was asked for, the kernels' operands are float16"
-    if weights_format != "channels_last_3d":
-        return f"the weights are {weights_format}, the kernels read channels_last_3d"
     return None
