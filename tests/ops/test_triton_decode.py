@@ -145,7 +145,7 @@ def test_the_format_of_the_weights_does_not_change_a_bit(family):
     vae = WanVAE.from_state_dict(random_state(CONFIGS[family]), device=DEVICE, dtype=DTYPE)
     z = latent(vae, 2)
     other = vae.decode(z, backend="triton", memory_format="contiguous").cpu()
-    assert vae.last_report.layout["chosen"] == "contiguous"
+    assert vae.last_report.layout.chosen == "contiguous"
     assert {layer.backend for layer in vae.last_report.layers} == {"triton"}
     assert torch.equal(decode(vae, z), other)
 
