@@ -33,8 +33,8 @@ from .cases import Case
 from .ranks_results import Check, Fault, Results, Timing, markdown
 
 # Float32 against one device, where a library takes other kernels for other sizes: of the largest
-# value. In half precision a shard may be so much further from float32 than one device is.
-FLOAT32_TOLERANCE = 1e-5
+# value. Two NVIDIA H100 against one, 2026-11-25: 8e-6 and 1.3e-5 in the decoder. In half precision a shard may be so much further from float32 than one device is.
+FLOAT32_TOLERANCE = 5e-5
 HALF_SLACK = 1.05
 LIMIT_S = 450.0
 
