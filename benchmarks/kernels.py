@@ -1,4 +1,4 @@
-"""Time the Triton kernels beside the library's on the layers of Wan 2.1 at 720p; gate first.
+"""Time our kernels beside the library's on the layers of Wan 2.1 at 720p; gate first.
 
     python benchmarks/kernels.py                                  # one CUDA device
     TRITON_INTERPRET=1 python benchmarks/kernels.py --tiny        # that it runs at all, on the CPU
@@ -23,14 +23,16 @@ import torch.nn.functional as F
 from wan_vae.bench.measure import times_ms
 from wan_vae.ops import triton_attention, triton_conv3d, triton_head, triton_norm
 from wan_vae.ops.attention import attention
+from wan_vae.ops.cuda.conv3x3 import Form, conv3x3, pack
 from wan_vae.ops.kernel_proofs import BUILD_FAILURES
 from wan_vae.ops.norm import rms_norm_silu
+from wan_vae.ops.select import why_not_cuda
 from wan_vae.ops.triton_configs import attention_candidates, conv_candidates
 from wan_vae.ops.triton_conv3d import Config
 
 LAST = torch.channels_last_3d
 HALF = torch.float16
-# float16 operands and result against float32 on the same operands.
+# float16 operands and result against float32 on the same operands; Winograd is at 3e-4.
 BOUND = 5e-4
 
 
@@ -107,7 +109,34 @@ class Bench:
             )
             for config in (*conv_candidates(c, c, t), *layer.also)
         ]
+        if self.device.type == "cuda" and why_not_cuda(self.device) is None:
+            right += self.cuda(layer)
         return any(right)
+
+    def cuda(self, layer: Layer) -> list[bool]:
+        """The forms in CUDA C++, with a residual, as the second convolution of a block has."""
+        c, t, h, w = layer.channels, layer.frames, layer.rows, layer.columns
+        x, residual = (self.random(1, t, h, w, c).permute(0, 4, 1, 2, 3) for _ in range(2))
+        gamma, bias = torch.ones(c, device=self.device), torch.randn(c, device=self.device)
+        weight = self.random(c, 3, 3, 3, c, scale=(27 * c) ** -0.5).permute(0, 4, 1, 2, 3)
+        joined, _ = triton_norm.norm_silu_join(x, gamma, None, 2, False)
+        pairs, _ = triton_norm.norm_silu_pairs(x, gamma, None, False, HALF)
+        expected = F.conv3d(joined.float(), weight.float(), bias, padding=(0, 1, 1))
+        expected += residual
+        flops = 2.0 * 27 * c * c * t * h * w
+        right = []
+        for winograd, operand in ((True, pairs), (False, joined)):
+            form = Form(c, c, winograd, 3, HALF)
+            packed = pack(weight, form)
+            right.append(
+                self.candidate(
+                    f"cuda {form.name}",
+                    lambda o=operand, p=packed, f=form: conv3x3(o, p, bias, residual, f, t, (1, 1)),
+                    expected,
+                    flops,
+                )
+            )
+        return right
 
     def attention(self, channels: int, positions: int) -> bool:
         q, k, v = self.random(1, positions, 3 * channels).split(channels, dim=2)

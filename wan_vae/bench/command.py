@@ -19,7 +19,7 @@ from .contender import Contender
 from .contenders import Ours, contenders
 from .measure import NoNumber, Row, failures, free_memory, measure_case, one_line
 from .plot import draw
-from .results import Results
+from .results import Results, repeatable
 from .roofline import Roofline, measure_ceilings, measure_roofline
 from .weights import Weights
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         if not entrants:
             parser.error(f"no decoder has {' or '.join(args.only)} in its name")
     parts = args.part or PARTS
-    results = Results.begin(_repeatable(argv), device)
+    results = Results.begin(repeatable(argv), device)
 
     if importlib.util.find_spec("diffusers") is None:
         results.notes.append("the reference was not held against diffusers: it is not installed")
@@ -116,16 +116,6 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, help="folder for results.md, results.json and the plots"
     )
     return parser
-
-
-def _repeatable(argv: list[str]) -> str:
-    """The command for the results file: without --output, whose folder is one machine's own."""
-    kept = [
-        word
-        for before, word in zip(["", *argv], argv, strict=False)
-        if before != "--output" and word.partition("=")[0] != "--output"
-    ]
-    return " ".join(["wan-vae bench", *kept])
 
 
 def _positive(text: str) -> int:

@@ -31,9 +31,11 @@ from ..sharding.scaling import LINKS, predict
 from ..sharding.workers import WorkerPool
 from .cases import Case
 from .ranks_results import Check, Fault, Results, Timing, markdown
+from .results import repeatable
 
 # Float32 against one device, where a library takes other kernels for other sizes: of the largest
-# value. Two NVIDIA H100 against one, 2026-11-25: 8e-6 and 1.3e-5 in the decoder. In half precision a shard may be so much further from float32 than one device is.
+# value. Two NVIDIA H100 against one, 2026-11-25: 8e-6 and 1.3e-5 in the decoder. In half precision
+# a shard may be so much further from float32 than one device is.
 FLOAT32_TOLERANCE = 5e-5
 HALF_SLACK = 1.05
 LIMIT_S = 450.0
@@ -426,7 +428,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     words = sys.argv[2:] if argv is None else argv
     results.facts = {
-        "command": " ".join(["wan-vae bench", *words]),
+        "command": repeatable(words),
         "device": device_name(device),
         "devices": str(max(counts)),
         "seconds": f"{time.monotonic() - start:.0f}",

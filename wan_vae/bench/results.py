@@ -103,3 +103,13 @@ def times_faster(results: Results, case: str, ours: str, peer: str, route: str) 
 def _plain(row) -> dict[str, object]:
     # A row without a number has a `kind` of its own, which wins.
     return {"kind": "result", **asdict(row)}
+
+
+def repeatable(argv: list[str]) -> str:
+    """The command for the results file: without --output, whose folder is one machine's own."""
+    kept = [
+        word
+        for before, word in zip(["", *argv], argv, strict=False)
+        if before != "--output" and word.partition("=")[0] != "--output"
+    ]
+    return " ".join(["wan-vae bench", *kept])
