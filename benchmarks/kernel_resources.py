@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 
 from wan_vae.config import wan21, wan22
 from wan_vae.model import WanVAEModel
-from wan_vae.ops import triton_attention, triton_conv3d
+from wan_vae.ops import triton_attention, triton_conv3d, triton_head, triton_norm
 from wan_vae.ops.sites import decoder_sites
 from wan_vae.ops.triton_attention import AttentionConfig
 from wan_vae.ops.triton_configs import attention_candidates, conv_candidates
@@ -52,11 +52,20 @@ class Resources:
 
 
 @dataclass(frozen=True)
+class Fixed:
+    """The one configuration of a kernel that has no others."""
+
+    name: str
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
 class Kernel:
     """A kernel to compile: its function, types of its arguments, and compile-time constants."""
 
     name: str
-    config: Config | AttentionConfig
+    config: Config | AttentionConfig | Fixed
     function: triton.JITFunction
     types: dict[str, str]
     constants: dict[str, object]
@@ -75,12 +84,17 @@ def kernels(families: list[str], first: bool) -> Iterator[Kernel]:
         for site in decoder_sites(model):
             o, c = site.weight.shape[:2]
             if site.kind == "head":
-                continue  # one form, no tensor descriptors
-            if site.kind == "attention":
+                found = []
+            elif site.kind == "attention":
                 found = [_attention(c, k) for k in attention_candidates(c)]
             else:
                 found = [_conv(site, o, c, k) for k in conv_candidates(c, o, site.frames)]
-            for kernel in found[:1] if first else found:
+            found = found[:1] if first else found
+            if site.gamma is not None:
+                found += _norms(c, silu=site.kind != "attention")
+            if site.kind == "head":
+                found += _head(c, o)
+            for kernel in found:
                 if (kernel.name, kernel.config) not in seen:
                     seen.add((kernel.name, kernel.config))
                     yield kernel
@@ -114,6 +128,38 @@ def _attention(c: int, config: AttentionConfig) -> Kernel:
         "scale": "fp32",
     }
     return Kernel(f"attention {c}", config, triton_attention._attention, types, constants)
+
+
+def _norms(c: int, silu: bool) -> list[Kernel]:
+    """A bfloat16 stream, float16 operands and history: what a decode in bf16 launches."""
+    types = {
+        "x": "*bf16", "gamma": "*fp32", "has_history": "fp32", "keep": "fp32",
+        **dict.fromkeys(("history", "buffer", "out", "kept"), "*fp16"),
+    }  # fmt: skip
+    block = triton.next_power_of_2(c)
+    joined = dict(C=c, BLOCK_C=block, ROWS=32, PAST_FRAMES=2 if silu else 0, SILU=silu)
+    join = Kernel(
+        f"norm {c}", Fixed(f"join silu={silu}", 8 if c > 256 else 4),
+        triton_norm._norm_silu_join, types, joined,
+    )  # fmt: skip
+    if not silu:
+        return [join]
+    paired = dict(C=c, BLOCK_C=block, ROWS=triton_norm.pair_rows(c))
+    return [join, Kernel(f"norm {c}", Fixed("pairs"), triton_norm._norm_silu_pairs, types, paired)]
+
+
+def _head(c: int, o: int) -> list[Kernel]:
+    types = {
+        "buffer": "*fp16", "weight": "*fp16", "partial": "*fp32", "bias": "*bf16", "out": "*fp32",
+    }  # fmt: skip
+    sums = dict(
+        C=c, BLOCK_C=32, COLS=max(16, triton.next_power_of_2(9 * o)), USED=9 * o, M=128, KT=3
+    )
+    gather = dict(OUT=o, M=1024, PAD_Y=1, PAD_X=1, HAS_BIAS=True)
+    return [
+        Kernel(f"head {c}x{o}", Fixed("partials"), triton_head._partials, types, sums),
+        Kernel(f"head {c}x{o}", Fixed("gather"), triton_head._gather, types, gather),
+    ]
 
 
 def compile_kernel(kernel: Kernel, capability: int) -> Resources:

@@ -136,6 +136,11 @@ def _norm_silu_pairs(
         tl.store(last + plane, d1.to(operand), mask=mask)
 
 
+def pair_rows(channels: int) -> int:
+    """Pixels of one program of `_norm_silu_pairs`: four frames of them are held in registers."""
+    return 16 if channels <= 128 else 8 if channels <= 256 else 4
+
+
 def _flag(value: bool) -> float:
     """A kernel's argument. Not an integer: Triton compiles anew for an integer that is 1."""
     return float(value)
@@ -163,7 +168,7 @@ def norm_silu_pairs(
     if history is not None:
         history = history.contiguous(memory_format=torch.channels_last_3d)
     scale = gamma.reshape(-1).float() * c**0.5
-    rows = 16 if c <= 128 else 8 if c <= 256 else 4
+    rows = pair_rows(c)
     _norm_silu_pairs[(triton.cdiv(h * w, rows), b)](
         x, scale, out if history is None else history, out, kept, h * w, t,
         _flag(history is not None), _flag(keep),
