@@ -98,9 +98,11 @@ def plan_decode(
     whole_frames: bool = False,
     chunk_frames: int | Sequence[int] | None = None,
     strips: int | None = None,
+    backend: str = "eager",
 ) -> Plan:
-    """Choose chunks and strips of an eager decode of latent [B, z, T, H, W] in `free` bytes.
+    """Choose chunks and strips of a decode of latent [B, z, T, H, W] in `free` bytes.
 
+    backend: what runs the 3x3x3 convolutions ("eager", "triton" or "cuda").
     free: see `free_bytes`; None plans as if it all fitted. memory_format: of the weights.
     whole_frames: the sink needs them, so strips are taken in each chunk and the history of all of
     them stays. chunk_frames, strips: what the caller asked for, kept as it is; but where not even
@@ -108,7 +110,7 @@ def plan_decode(
     `chunk_frames` is. Raises GeometryError for an impossible request.
     """
     _, _, t, height, _ = latent_shape
-    model = _Model(config, latent_shape, dtype, memory_format)
+    model = _Model(config, latent_shape, dtype, memory_format, backend)
     usable = None if free is None else int(_USABLE * free)
     if strips is not None:
         lengths = tuple(c.frames for c in schedule(t, 1 if chunk_frames is None else chunk_frames))
@@ -214,11 +216,15 @@ class _Peak:
 class _Model:
     """Peaks of one decode: one latent shape, dtype and memory format."""
 
-    def __init__(self, config, latent_shape, dtype: torch.dtype, memory_format: str):
+    def __init__(
+        self, config, latent_shape, dtype: torch.dtype, memory_format: str, backend: str = "eager"
+    ):
         self.config: WanVAEConfig = config
         self.shape: tuple[int, ...] = tuple(latent_shape)
         self.itemsize = dtype.itemsize
-        self.ndhwc = memory_format == "channels_last_3d"
+        # Our kernels read and write NDHWC, whatever the weights are.
+        self.backend, self.kernels = backend, backend != "eager"
+        self.ndhwc = memory_format == "channels_last_3d" or self.kernels
 
     def in_chunks(self, chunks: Sequence[Chunk]) -> Plan:
         """The whole picture, chunk after chunk; the frames of the one before are still held."""
@@ -288,6 +294,8 @@ class _Pass:
 
     def __init__(self, model: _Model, chunk: Chunk):
         self.config, self.itemsize, self.ndhwc = model.config, model.itemsize, model.ndhwc
+        self.kernels, self.cuda = model.kernels, model.backend == "cuda"
+        self.per_latent = 1  # frames of a latent frame at this stage
         self.batch, _, _, self.height, self.width = model.shape
         self.first, self.last = chunk.is_first, chunk.is_last
         self.only_frame = chunk.is_only_frame
@@ -364,6 +372,9 @@ class _Pass:
                 self.drop(shortcut)
             self.drop(kept)
         h = rows[-1]
+        if self.kernels:
+            self.kernel_head(widths[-1], h, x, cropped)
+            return
         y = self.normed(widths[-1], config.image_channels, h)
         self.drop(x)
         h = h if cropped is None else cropped
@@ -386,10 +397,46 @@ class _Pass:
 
     def normed(self, cin: int, out: int, h: int, owned: int = 0) -> int:
         """Norm and SiLU in one tensor, then the convolution; an `owned` input is freed between."""
+        if self.kernels:
+            operand = self.kernel_operand(cin, h, self.cuda and self.per_latent > 1)
+            self.drop(owned)
+            y = self.size(out, h)
+            self.work += (1 if self.only_frame else 3) * 9 * cin * self.elements(out, h)
+            self.hold(y)
+            self.drop(operand)
+            return y
         y, length = self.size(cin, h), self.size(1, h)
         self.hold(y + length)
         self.drop(length + owned)
         return self.conv(cin, out, h, owned=y)
+
+    def kernel_operand(self, cin: int, h: int, winograd: bool) -> int:
+        """Norm, SiLU and join in one kernel: its result, and the new history beside the old."""
+        if self.only_frame:
+            operand = self.size(cin, h)
+            self.hold(operand)
+            return operand
+        frames = -(-self.t // 2) * 4 if winograd else self.t + 2
+        operand, slot = self.size(cin, h, frames), self.size(cin, h, 2)
+        self.hold(operand)
+        if not self.last:
+            self.hold(slot)
+        if not self.keeps_old and not self.first:
+            self.drop(slot)
+        self.history += slot
+        return operand
+
+    def kernel_head(self, c: int, h: int, x: int, cropped: int | None) -> None:
+        """Norm, partial sums of nine taps in float32, pixels in float32."""
+        operand, o = self.kernel_operand(c, h, False), self.config.image_channels
+        pixels = self.elements(o, h) * 4
+        self.work += (1 if self.only_frame else 3) * 9 * c * self.elements(o, h)
+        self.hold(10 * pixels)
+        self.drop(9 * pixels + operand + x)
+        folded = self.elements(o, h if cropped is None else cropped) * 4
+        copies = folded if self.config.patch_size > 1 else 0
+        self.hold(copies)
+        self.drop(copies + pixels)
 
     def conv(
         self, cin: int, out: int, h: int, kernel: tuple[int, int, int] = (3, 3, 3), owned: int = 0
@@ -431,7 +478,7 @@ class _Pass:
             self.drop(3 * x)
         self.hold(x)
         # A head as wide as this one is summed up in float32 beside the result.
-        self.hidden(x * 4 // self.itemsize if self.itemsize < 4 else 0)
+        self.hidden(x * 4 // self.itemsize if self.itemsize < 4 and not self.kernels else 0)
         self.drop(x)  # the norm's result
         self.hold(x)
         self.drop(4 * x)
@@ -442,6 +489,7 @@ class _Pass:
         passed = 1 if self.first else 0
         rest = self.t - passed
         if rest == 0:
+            self.per_latent *= 2
             return self.up(cin, out, h)
         self.t = rest
         x = self.conv(cin, 2 * cin, h, (3, 1, 1))
@@ -449,6 +497,7 @@ class _Pass:
             self.hold(x)  # frames in their order
             self.drop(x)
         self.t = passed + 2 * rest
+        self.per_latent *= 2
         if passed:
             joined = self.size(cin, h)
             self.hold(joined)
@@ -461,6 +510,11 @@ class _Pass:
     def up(self, cin: int, out: int, h: int) -> int:
         copy = 0 if self.ndhwc or self.batch == 1 or self.t == 1 else self.size(cin, h)
         self.scale *= 2
+        if self.kernels:
+            y = self.size(out, 2 * h)
+            self.hold(y)
+            self.work += 4 * cin * self.elements(out, 2 * h)
+            return y
         doubled, y = self.size(cin, 2 * h), self.size(out, 2 * h)
         self.hold(copy + doubled + y)
         self.hidden(0 if self.ndhwc else doubled + y)

@@ -412,6 +412,7 @@ class _DecodeRun:
         plan = memory.plan_decode(
             self.config, tuple(self.z.shape), self.z.dtype, self.memory_format, free,
             whole_frames=whole_frames, chunk_frames=frames, strips=self.strips,
+            backend=self.ops.used["conv3d"],
         )  # fmt: skip
         self.lengths, self.whole_frames = plan.lengths, whole_frames
         # Strips that were asked for are taken even if there is only one.

@@ -167,6 +167,19 @@ def test_a_full_size_chunk_without_data_takes_what_was_planned(config, latent, m
     within(memory.planned_bytes(config, latent, 2, 1, memory_format), counter.peak, 0.05)
 
 
+# Peaks that an NVIDIA H100 measured with our kernels, above weights and output, in GiB:
+# benchmarks/results/2026-11-25-h100x2-ranks.md (one rank).
+@pytest.mark.parametrize("config, latent, measured", [
+    (wan21(), (1, 16, 21, 60, 104), 5.71),
+    (wan21(), (1, 16, 21, 90, 160), 7.08),
+    (wan22(), (1, 48, 31, 44, 80), 6.05),
+])  # fmt: skip
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last_3d"])
+def test_plans_for_kernels_are_what_a_gpu_measured(config, latent, measured, memory_format):
+    plan = memory.plan_decode(config, latent, torch.bfloat16, memory_format, None, backend="cuda")
+    within(plan.planned_bytes, round(measured * 2**30), 0.03)
+
+
 # Peaks above weights and output of the eager backend on an NVIDIA H200, GiB, in
 # benchmarks/results/2026-11-24-h200-eager.md. Taken before the decode freed the inputs of its
 # operations: what it takes now must be less, and in NDHWC not by more than was freed then.
