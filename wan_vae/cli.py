@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
             default="auto",
             choices=("auto", "eager", "triton", "cuda"),
             help="eager: plain PyTorch; triton, cuda: our own kernels, each proven on this device "
-            "first; auto (default): the fastest that is known to be right here",
+            "first; auto: the fastest that was measured on such a card (default: auto)",
         )
 
     def model_options(sub: argparse.ArgumentParser, vae_required: bool = True) -> None:
