@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..image import ImageSink
-from ..ops.select import Backend, why_not, why_not_cuda
+from ..ops.select import Backend, why_not_backend
 from ..pipeline import WanVAE
 from .comfyui import ComfyUICore
 from .contender import Built, Contender
@@ -30,8 +30,7 @@ class Ours:
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if self.backend in ("auto", "eager"):
             return None
-        reason = why_not(device, dtype)
-        return why_not_cuda(device) if reason is None and self.backend == "cuda" else reason
+        return why_not_backend(self.backend, device, dtype)
 
     def build(self, weights: Weights, device: torch.device, dtype: torch.dtype) -> Built:
         vae = WanVAE.from_state_dict(weights.native, device=device, dtype=dtype)

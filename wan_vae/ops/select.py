@@ -46,9 +46,7 @@ def select_ops(
     if requested == "eager":
         return eager_ops()
     weight = model.decoder.conv1.weight
-    reason = why_not(weight.device, weight.dtype)
-    if reason is None and requested != "triton":
-        reason = why_not_cuda(weight.device)
+    reason = why_not_backend(requested, weight.device, weight.dtype)
     if reason is not None:
         if requested == "auto":
             return replace(eager_ops(), off=(BackendOff("conv3d", "cuda", reason),))
@@ -81,6 +79,12 @@ def _kernels(requested: Backend, model: WanVAEModel, only_frame: bool, book: Pro
         used=eager.used | backend.used,
         off=backend.off,
     )
+
+
+def why_not_backend(requested: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels that `requested` asks for cannot run here, or None if they can."""
+    reason = why_not(device, dtype)
+    return why_not_cuda(device) if reason is None and requested != "triton" else reason
 
 
 def why_not_cuda(device: torch.device) -> str | None:
