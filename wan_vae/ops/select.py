@@ -13,7 +13,7 @@ import torch
 from ..errors import BackendError
 from ..model import WanVAEModel
 from ..report import BackendOff
-from .dispatch import OpSet, eager_ops
+from .dispatch import Cut, OpSet, eager_ops
 from .proof import ProofBook
 from .sites import decoder_sites
 
@@ -30,8 +30,11 @@ def select_ops(
     model: WanVAEModel,
     only_frame: bool,
     book: Callable[[], ProofBook],
+    cut: Cut = "whole",
 ) -> OpSet:
     """The operations for a decode with `model`, whose weights decide device and dtype.
+
+    `cut`: the axis along which the picture is cut into shards, whose kernels take halo rows.
 
     "eager": the reference. "triton": our kernels in Triton for each layer where one is proven on
     this device, the reference elsewhere, each refusal in `OpSet.off`. "cuda": as "triton", with
@@ -52,20 +55,23 @@ def select_ops(
             return replace(eager_ops(), off=(BackendOff("conv3d", "cuda", reason),))
         raise BackendError(f"backend {requested!r} cannot run: {reason}")
     state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in model.parameters()]
-    key = (requested, only_frame)
+    key = (requested, only_frame, cut)
     kept = model.prepared.get(key)
     if kept is None or kept[0] != state:
-        model.prepared[key] = kept = state, _kernels(requested, model, only_frame, book())
+        model.prepared[key] = kept = state, _kernels(requested, model, only_frame, book(), cut)
     return kept[1]
 
 
-def _kernels(requested: Backend, model: WanVAEModel, only_frame: bool, book: ProofBook) -> OpSet:
+def _kernels(
+    requested: Backend, model: WanVAEModel, only_frame: bool, book: ProofBook, cut: Cut
+) -> OpSet:
     from .kernel_backend import KernelBackend
 
     weight = model.decoder.conv1.weight
     backend = KernelBackend(
-        decoder_sites(model), weight.device, weight.dtype, book, only_frame, requested != "triton"
-    )
+        decoder_sites(model), weight.device, weight.dtype, book, only_frame,
+        requested != "triton", cut,
+    )  # fmt: skip
     eager = eager_ops()
     return replace(
         eager,

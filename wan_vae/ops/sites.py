@@ -19,7 +19,8 @@ Kind = Literal["latent", "normed", "head", "stream", "upsample", "attention"]
 
 @dataclass(frozen=True)
 class Site:
-    """One layer. `frames`: how many it has for each latent frame of a steady chunk.
+    """One layer. `frames`: how many it has for each latent frame of a steady chunk. `bias`: of a
+    layer behind a norm.
 
     kind says where its input comes from: "latent" (the latent, or almost), "normed" (norm and
     SiLU, with `gamma`), "head" (the same; its result is the pixels), "stream" (features as blocks
@@ -32,6 +33,7 @@ class Site:
     frames: int
     gamma: torch.Tensor | None = None
     projection: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 def decoder_sites(model: WanVAEModel) -> Iterator[Site]:
@@ -42,7 +44,7 @@ def decoder_sites(model: WanVAEModel) -> Iterator[Site]:
     for layer in (*decoder.middle, *_flat(decoder.upsamples)):
         if isinstance(layer, ResidualBlock):
             for norm, conv in layer.normed_convolutions():
-                yield Site("normed", conv.weight, frames, norm.gamma)
+                yield Site("normed", conv.weight, frames, norm.gamma, bias=conv.bias)
             if layer.shortcut is not None:
                 yield Site("stream", layer.shortcut.weight, frames)
         elif isinstance(layer, Attention):
@@ -55,7 +57,7 @@ def decoder_sites(model: WanVAEModel) -> Iterator[Site]:
                 frames *= 2
             yield Site("upsample", layer.resample["1"].weight, frames)
     norm, conv = decoder.head.values()
-    yield Site("head", conv.weight, frames, norm.gamma)
+    yield Site("head", conv.weight, frames, norm.gamma, bias=conv.bias)
 
 
 def _flat(layers: nn.ModuleList) -> Iterator[nn.Module]:

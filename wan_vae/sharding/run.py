@@ -163,8 +163,9 @@ def decode_shard(
     job = start_job(context, "decode", latent, tuple(latent.shape), device, dtype, gather, lengths)
     shard, plan = job.shard, job.plan
     run = vae._start_decode(
-        latent, normalized, list(job.lengths), memory_format, precision, None, None, **options
-    )
+        latent, normalized, list(job.lengths), memory_format, precision, None, None,
+        cut=plan.axis, **options,
+    )  # fmt: skip
     factor = config.spatial_factor
     z = own_part(run.z, plan, rank).contiguous()
     run.builder.memory["free_bytes"] = memory.free_bytes(device)
