@@ -149,7 +149,7 @@ def measure_roofline(
 def _walk(vae: WanVAE, z: torch.Tensor, ops: OpSet) -> None:
     """The decode of `z` in the chunks that `WanVAE.decode` plans; pixels are dropped."""
     frames = memory.plan_chunk_frames(
-        vae.config, tuple(z.shape), z.element_size(), memory.free_bytes(z.device)
+        vae.config, tuple(z.shape), z.dtype, memory.free_bytes(z.device)
     )
     cache = FeatureCache()
     with own_arithmetic(z.device):
