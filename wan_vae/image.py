@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from math import prod
 
 import numpy as np
@@ -32,8 +33,9 @@ class ImageSink:
 
     From CUDA to ordinary host memory the copy overlaps with decoding: the device fills pinned
     buffers on its own stream and a thread empties them. The page faults of fresh host memory, most
-    of the cost, then happen beside the decode. Host memory beyond `image`: two chunks. `claim` is
-    called with each part of `image` before it is written, by whoever writes it.
+    of the cost, then happen beside the decode: the thread meets those of the next chunk while it
+    waits, so that little is left to do behind the last one. Host memory beyond `image`: two chunks.
+    `claim` is called with each part of `image` before it is written, by whoever writes it.
     """
 
     needs_whole_frames = False
@@ -65,7 +67,10 @@ class ImageSink:
         if picture.is_cuda and self.image.device.type == "cpu" and place.shape != self.image.shape:
             if self._mover is None:
                 self._mover = _Mover(picture.device, self._claim)
-            self._mover.move(picture.to(self.image.dtype).contiguous(), place)
+            # Pieces of the same rows come in the order of their frames.
+            ahead = self.image[:, start_frame + frames :, first_row : first_row + rows]
+            picture = picture.to(self.image.dtype).contiguous()
+            self._mover.move(picture, place, ahead[:, :frames])
             return
         if self._claim is not None:
             self._claim(place)
@@ -98,8 +103,11 @@ class _Mover:
         self._thread = threading.Thread(target=self._empty, name="wan_vae_copy", daemon=True)
         self._thread.start()
 
-    def move(self, source: torch.Tensor, place: torch.Tensor) -> None:
-        """Queue a copy of dense `source` to `place`. Waits while both buffers are in use."""
+    def move(self, source: torch.Tensor, place: torch.Tensor, ahead: torch.Tensor) -> None:
+        """Queue a copy of dense `source` to `place`. Waits while both buffers are in use.
+
+        `ahead`: memory that a later call will fill; until then its contents do not matter.
+        """
         staging = self._free.get()
         self._raise_failure()
         if staging is None or staging.numel() < source.numel() or staging.dtype != source.dtype:
@@ -112,7 +120,7 @@ class _Mover:
             arrived.record(self._stream)
         # Else the allocator could hand its memory to the next chunk while the copy still reads it.
         source.record_stream(self._stream)
-        self._filled.put((arrived, staging, staged, place))
+        self._filled.put((arrived, staging, staged, place, ahead))
 
     def finish(self) -> None:
         """Wait for all copies. Raises the first failure."""
@@ -126,18 +134,31 @@ class _Mover:
 
     def _empty(self) -> None:
         while (item := self._filled.get()) is not None:
-            arrived, staging, staged, place = item
-            try:
-                # Inference mode is a thread's own: tensors made in it may be written only in it.
-                with torch.inference_mode():
-                    if self._claim is not None:
-                        self._claim(place)
-                    arrived.synchronize()
-                    # NumPy's copy: PyTorch's would start a pool of threads for this thread.
-                    np.copyto(_bits(place), _bits(staged))
-            except (RuntimeError, WanVAEError) as error:  # raised in the caller's thread
-                self._failure = self._failure or error
+            arrived, staging, staged, place, ahead = item
+            self._attempt(self._fill, place, arrived, staged)
             self._free.put(staging)
+            self._attempt(self._touch, ahead)
+
+    def _attempt(self, work: Callable[..., None], *arguments) -> None:
+        try:
+            # Inference mode is a thread's own: tensors made in it may be written only in it.
+            with torch.inference_mode():
+                work(*arguments)
+        except (RuntimeError, WanVAEError) as error:  # raised in the caller's thread
+            self._failure = self._failure or error
+
+    def _fill(self, place: torch.Tensor, arrived: torch.cuda.Event, staged: torch.Tensor) -> None:
+        if self._claim is not None:
+            self._claim(place)
+        arrived.synchronize()
+        # NumPy's copy: PyTorch's would start a pool of threads for this thread.
+        np.copyto(_bits(place), _bits(staged))
+
+    def _touch(self, ahead: torch.Tensor) -> None:
+        if ahead.numel():
+            if self._claim is not None:
+                self._claim(ahead)
+            _bits(ahead).fill(0)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

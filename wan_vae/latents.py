@@ -102,6 +102,17 @@ def as_batch(x: torch.Tensor, what: str) -> torch.Tensor:
 
 def check_latent(latent: torch.Tensor, config: WanVAEConfig) -> None:
     """Raise LatentError unless `latent` is a finite [B, z, T, H, W] of this VAE, sizes above 0."""
+    check_latent_shape(latent, config)
+    check_latent_values(latent)
+
+
+def check_latent_values(latent: torch.Tensor) -> None:
+    """Raise LatentError unless every value of `latent` [B, z, T, H, W] is finite."""
+    _check_finite(latent, "latent", "the sampler overflowed, so every decoder would give black")
+
+
+def check_latent_shape(latent: torch.Tensor, config: WanVAEConfig) -> None:
+    """The part of `check_latent` that reads no value."""
     if latent.ndim != 5:
         raise LatentError(f"the latent is {tuple(latent.shape)}: expected [B, z, T, H, W]")
     if 0 in latent.shape:
@@ -117,7 +128,6 @@ def check_latent(latent: torch.Tensor, config: WanVAEConfig) -> None:
             f"the latent has {latent.shape[1]} channels: this {config.family} VAE decodes "
             f"{config.z_dim}{hint}"
         )
-    _check_finite(latent, "latent", "the sampler overflowed, so every decoder would give black")
 
 
 def check_pixels(pixels: torch.Tensor, config: WanVAEConfig) -> None:

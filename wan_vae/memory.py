@@ -36,6 +36,9 @@ _IMAGE_COLUMNS = 9
 # A chunk of about one 720p latent frame keeps an H200 busy; smaller pictures take more frames a
 # chunk so that launches do not dominate.
 _FULL_CHUNK_PIXELS = 4 * 720 * 1280
+# Shards take more: each exchange of rows costs a chunk the same time whatever its length, and at
+# latent resolution a shard's frame is too small for a device.
+_SHARD_CHUNKS = 2
 _STRIP_COUNTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 
 
@@ -178,7 +181,7 @@ def plan_chunk_frames(
         needed = planned_bytes(config, latent_shape, dtype, frames, memory_format, backend)
         return needed <= _USABLE * free
 
-    frames = _full_chunk(config, latent_shape)
+    frames = min(latent_shape[2], _SHARD_CHUNKS * _full_chunk(config, latent_shape))
     while free is not None and frames > 1 and not fits(frames):
         frames -= 1
     return frames

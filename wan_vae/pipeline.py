@@ -29,7 +29,13 @@ from .errors import (
     LatentError,
     OutputError,
 )
-from .latents import as_batch, check_latent, check_pixels, range_warning
+from .latents import (
+    as_batch,
+    check_latent_shape,
+    check_latent_values,
+    check_pixels,
+    range_warning,
+)
 from .layout import LayoutCounter
 from .model import WanVAEModel, build_model
 from .ops.dispatch import Cut, OpSet, eager_ops
@@ -296,7 +302,7 @@ class WanVAE:
         backend, cut: Cut = "whole",
     ) -> _DecodeRun:  # fmt: skip
         latent = as_batch(latent, "latent")
-        check_latent(latent, self.config)
+        check_latent_shape(latent, self.config)
         model, decision = self._prepare(precision, memory_format, "decoder")
         dtype = model.conv2.weight.dtype
         builder = ReportBuilder("decode", self.config, self.device, dtype)
@@ -307,6 +313,7 @@ class WanVAE:
 
         # A copy: a stream reads it long after the call, when the caller's may have changed.
         z = latent.to(device=self.device, dtype=torch.float32, copy=True)
+        check_latent_values(z)  # where that takes no time
         if normalized:
             mean, std = _statistics(self.config, z)
             z = z * std + mean

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -139,21 +139,22 @@ def measure_roofline(
         backend, vae.model, z.shape[2] == 1,
         lambda: ProofBook(environment(device), cache_folder()),
     )  # fmt: skip
-    _walk(vae, z, ops)
+    plan = memory.plan_decode(
+        vae.config, tuple(z.shape), dtype, chosen, memory.free_bytes(device),
+        backend=ops.used["conv3d"],
+    )  # fmt: skip
+    _walk(vae, z, ops, plan.lengths)
     recorder = Recorder(vae.model, ops, device)
-    (decode_ms,) = times_ms(lambda: _walk(vae, z, recorder.ops), device, 1)
+    (decode_ms,) = times_ms(lambda: _walk(vae, z, recorder.ops, plan.lengths), device, 1)
     layers = recorder.layer_times(case.name, backend)
     return Roofline(case.name, backend, str(dtype).removeprefix("torch."), decode_ms, layers)
 
 
-def _walk(vae: WanVAE, z: torch.Tensor, ops: OpSet) -> None:
-    """The decode of `z` in the chunks that `WanVAE.decode` plans; pixels are dropped."""
-    frames = memory.plan_chunk_frames(
-        vae.config, tuple(z.shape), z.dtype, memory.free_bytes(z.device)
-    )
+def _walk(vae: WanVAE, z: torch.Tensor, ops: OpSet, lengths: Sequence[int]) -> None:
+    """The decode of `z` in chunks of `lengths` latent frames; pixels are dropped."""
     cache = FeatureCache()
     with own_arithmetic(z.device):
-        for chunk in schedule(z.shape[2], frames):
+        for chunk in schedule(z.shape[2], lengths):
             vae.model.decode_chunk(z[:, :, chunk.start : chunk.stop], Step(cache, chunk, ops=ops))
 
 

@@ -24,44 +24,47 @@ _ROWS = 32
 
 
 @triton.jit
-def _place(pixel, height, width, HALO: tl.constexpr):
-    # Where a pixel of the result, `height` x `width` with its halo, is read: its pixel among the
-    # rank's own rows and among the halo's, and whether it lies in the halo before or after them.
-    pixel = pixel.to(tl.int32)
+def _is_inner(first, height, width, ROWS: tl.constexpr, HALO: tl.constexpr):
+    # Whether the ROWS pixels from `first` on lie in the rank's own rows (and, where columns are
+    # cut, in one row): almost always. Then they are read as pixels of a whole picture are.
     if HALO == 1:
-        at = pixel // width
-        edge = pixel % width
-        own = pixel - width
-        length = height
-    else:
-        at = pixel % width
-        edge = pixel // width
-        own = edge * (width - 2) + at - 1
-        length = width
-    return own, edge, at == 0, at == length - 1
+        return (first >= width) & (first + ROWS <= tl.cast(height - 1, tl.int64) * width)
+    return (first % width > 0) & (first % width + ROWS < width) & (first < height * width)
 
 
 @triton.jit
 def _load(
-    x, before, after, frame, pixel, col, mask, height, width, has_before, has_after,
-    C: tl.constexpr, HALO: tl.constexpr,
+    x, before, after, frame, first, col, mask, height, width, has_before, has_after, inner,
+    C: tl.constexpr, ROWS: tl.constexpr, HALO: tl.constexpr,
 ):  # fmt: skip
-    # Pixels of one frame as float32 [pixel, col]; zeros beyond the edge of the picture.
+    # ROWS pixels of one frame as float32 [pixel, col]; zeros beyond the edge of the picture.
+    pixel = first + tl.arange(0, ROWS)
     if HALO == 0:
         at = frame * height * width + pixel
         v = tl.load(x + at[:, None] * C + col[None, :], mask=mask, other=0.0)
     else:
-        own, edge, first, last = _place(pixel, height, width, HALO)
         across = width if HALO == 1 else height
         length = height if HALO == 1 else width
-        inside = mask & (~first & ~last)[:, None]
-        at = frame * (length - 2) * across + own
-        v = tl.load(x + at[:, None] * C + col[None, :], mask=inside, other=0.0)
-        at = (frame * across + edge)[:, None] * C + col[None, :]
-        u = tl.load(before + at, mask=mask & first[:, None] & (has_before != 0), other=0.0)
-        v = tl.where(first[:, None], u, v)
-        u = tl.load(after + at, mask=mask & last[:, None] & (has_after != 0), other=0.0)
-        v = tl.where(last[:, None], u, v)
+        plane = tl.cast(length - 2, tl.int64) * across
+        if inner:
+            at = frame * plane + pixel - (width if HALO == 1 else 2 * (first // width) + 1)
+            v = tl.load(x + at[:, None] * C + col[None, :], mask=mask, other=0.0)
+        else:
+            y = pixel // width
+            z = pixel % width
+            edge = z if HALO == 1 else y
+            place = y if HALO == 1 else z
+            own = pixel - width if HALO == 1 else pixel - 2 * y - 1
+            top = place == 0
+            bottom = place == length - 1
+            at = frame * plane + own
+            inside = mask & (~top & ~bottom)[:, None]
+            v = tl.load(x + at[:, None] * C + col[None, :], mask=inside, other=0.0)
+            beside = (frame * across + edge)[:, None] * C + col[None, :]
+            u = tl.load(before + beside, mask=mask & top[:, None] & (has_before != 0), other=0.0)
+            v = tl.where(top[:, None], u, v)
+            u = tl.load(after + beside, mask=mask & bottom[:, None] & (has_after != 0), other=0.0)
+            v = tl.where(bottom[:, None], u, v)
     return v.to(tl.float32)
 
 
@@ -78,7 +81,8 @@ def _norm_silu_join(
     # Grid: (blocks of ROWS pixels, frames + PAST_FRAMES, batch). Everything is [.., pixel, C];
     # `height` and `width` are the result's. Rounding: sums, norm and SiLU in float32; one rounding,
     # at the store.
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    row = start + tl.arange(0, ROWS)
     frame = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     col = tl.arange(0, BLOCK_C)
@@ -91,8 +95,8 @@ def _norm_silu_join(
         y = tl.load(past + inside, mask=mask & (has_history != 0), other=0.0).to(tl.float32)
     else:
         v = _load(
-            x, before, after, batch * frames + frame - PAST_FRAMES, row, col, mask, height, width,
-            has_before, has_after, C, HALO,
+            x, before, after, batch * frames + frame - PAST_FRAMES, start, col, mask, height, width,
+            has_before, has_after, _is_inner(start, height, width, ROWS, HALO), C, ROWS, HALO,
         )  # fmt: skip
         norm = tl.maximum(tl.sqrt(tl.sum(v * v, axis=1)), 1e-12)
         g = tl.load(scale + col, mask=col < C, other=0.0)
@@ -192,7 +196,9 @@ def _norm_silu_pairs(
     # Grid: (blocks of ROWS pixels, batch). A program goes through all frames of its pixels, so
     # each is read and normalised once. `height` and `width` are the result's.
     operand: tl.constexpr = out.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    row = start + tl.arange(0, ROWS)
+    inner = _is_inner(start, height, width, ROWS, HALO)
     batch = tl.program_id(1).to(tl.int64)
     col = tl.arange(0, BLOCK_C)
     pixels = tl.cast(height, tl.int64) * width
@@ -212,11 +218,11 @@ def _norm_silu_pairs(
     for pair in range(pairs):
         frame = 2 * pair - lead
         at = batch * frames + frame
-        v = _load(x, before, after, at, row, col, mask & (frame >= 0), height, width,
-                  has_before, has_after, C, HALO)  # fmt: skip
+        v = _load(x, before, after, at, start, col, mask & (frame >= 0), height, width,
+                  has_before, has_after, inner, C, ROWS, HALO)  # fmt: skip
         d2 = tl.where(frame >= 0, _normed(v, gain, operand), h1)
-        v = _load(x, before, after, at + 1, row, col, mask, height, width,
-                  has_before, has_after, C, HALO)  # fmt: skip
+        v = _load(x, before, after, at + 1, start, col, mask, height, width,
+                  has_before, has_after, inner, C, ROWS, HALO)  # fmt: skip
         d3 = _normed(v, gain, operand)
         to = out + (batch * pairs + pair) * 4 * plane + inside
         tl.store(to, (d0 - d2).to(operand), mask=mask)

@@ -145,12 +145,12 @@ def decode_shard(
     memory_format, precision, out, sink, on_progress, should_stop, **options,
 ) -> torch.Tensor | None:  # fmt: skip
     """`WanVAE.decode` on one rank; see there. A collective."""
-    from ..latents import as_batch, check_latent
+    from ..latents import as_batch, check_latent_shape
     from ..pipeline import PRECISIONS
     from ..sink import TensorSink, check_out
 
     latent = as_batch(latent, "latent")
-    check_latent(latent, vae.config)
+    check_latent_shape(latent, vae.config)
     dtype = vae.dtype if precision == "auto" else PRECISIONS.get(precision, vae.dtype)
     rank, config, device = context.rank, vae.config, vae.device
 

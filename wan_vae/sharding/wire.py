@@ -135,7 +135,8 @@ class Wire:
         ops += [
             self._op(dist.irecv, _as_bytes(b), i.peer) for b, i in zip(buffers, into, strict=True)
         ]
-        self._finish(site, ops, [o.peer for o in out] + [i.peer for i in into])
+        peers = [o.peer for o in out] + [i.peer for i in into]
+        self._finish(site, ops, peers, self._transport)
         self._add_wait(start)
         for buffer in buffers:
             if buffer.ndim in (4, 5) and detect(buffer) not in ("contiguous", "either"):
@@ -155,15 +156,15 @@ class Wire:
             return
         mine = [self._header(site, o.tensor.dtype, tuple(o.tensor.shape)) for o in out]
         wanted = [self._header(site, dtype, i.shape) for i in into]
-        theirs = [h.new_empty(h.shape, device=self._transport) for h in wanted]
+        theirs = [h.new_empty(h.shape, device=self._control) for h in wanted]
         ops = [
-            self._op(dist.isend, _as_bytes(h.to(self._transport)), o.peer)
+            self._op(dist.isend, _as_bytes(h.to(self._control)), o.peer)
             for h, o in zip(mine, out, strict=True)
         ]
         ops += [
             self._op(dist.irecv, _as_bytes(h), i.peer) for h, i in zip(theirs, into, strict=True)
         ]
-        self._finish(site, ops, [o.peer for o in out] + [i.peer for i in into])
+        self._finish(site, ops, [o.peer for o in out] + [i.peer for i in into], self._control)
         for header, expected, i in zip(theirs, wanted, into, strict=True):
             if header.tolist() != expected.tolist():
                 raise ShardingError(
@@ -185,13 +186,15 @@ class Wire:
             peer = dist.get_global_rank(group, peer)
         return dist.P2POp(kind, tensor, peer, group)
 
-    def _finish(self, site: str, ops: list[dist.P2POp], peers: list[int]) -> None:
+    def _finish(
+        self, site: str, ops: list[dist.P2POp], peers: list[int], transport: torch.device
+    ) -> None:
         timeout_s = self.context.timeout_s
         names = ", ".join(f"rank {p}" for p in sorted(set(peers)))
         try:
             works = dist.batch_isend_irecv(ops)
             for work in works:
-                self._wait(work, self._transport)
+                self._wait(work, transport)
         except RuntimeError as error:
             raise ShardingError(
                 f"rank {self.context.rank} has no answer from {names} at {site} (waits at most "

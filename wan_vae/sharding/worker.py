@@ -68,6 +68,8 @@ def main(handle: int) -> None:
             break
         try:
             pipe.send("done", getattr(worker, command)(**arguments))
+            # Not before: to unmap a clip takes tens of milliseconds.
+            worker.mapped = None
         except (WanVAEError, RuntimeError, MemoryError, OSError, TypeError, ValueError) as error:
             pipe.send("error", _describe(error, settings))
     worker.close()
@@ -129,6 +131,7 @@ class _Worker:
         self.settings, self.pipe = settings, pipe
         self.device = torch.device(settings.device)
         self.vae: WanVAE | None = None
+        self.mapped: SharedBuffer | None = None
 
     def start(self) -> None:
         """Join the other ranks: through a file, over the loopback interface."""
@@ -195,7 +198,7 @@ class _Worker:
 
     def decode(self, path, size, input, output, form, axis, gather, wait_s, options) -> dict:
         """Decode the latent in shared memory; this rank's rows go to the output beside it."""
-        buffer = SharedBuffer.open(path, size)
+        buffer = self.mapped = SharedBuffer.open(path, size)
         raw = buffer.raw
         self.pipe.send("mapped", None)
         latent = view(raw, *input, torch.float32)
