@@ -35,13 +35,14 @@ class ImageSink:
     buffers on its own stream and a thread empties them. The page faults of fresh host memory, most
     of the cost, then happen beside the decode: the thread meets those of the next chunk while it
     waits, so that little is left to do behind the last one. Host memory beyond `image`: two chunks.
-    `claim` is called with each part of `image` before it is written, by whoever writes it.
+    `claim` is called with each part of `image` before it is written, by whoever writes it. `fresh`:
+    nobody has written into `image` since it was allocated.
     """
 
     needs_whole_frames = False
 
-    def __init__(self, image: torch.Tensor, claim: Claim | None = None):
-        self.image, self._claim = image, claim
+    def __init__(self, image: torch.Tensor, claim: Claim | None = None, *, fresh: bool = False):
+        self.image, self._claim, self._fresh = image, claim, fresh
         self.output_bytes = image.numel() * image.element_size()
         self._mover: _Mover | None = None
 
@@ -55,7 +56,7 @@ class ImageSink:
     ) -> ImageSink:
         """A sink with room for a decode of `latent_shape`. Raises GeometryError."""
         b, c, t, h, w = geometry.pixel_shape(latent_shape, config)
-        return cls(_empty((b, t, h, w, c), device, dtype))
+        return cls(_empty((b, t, h, w, c), device, dtype), fresh=True)
 
     def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
         """Take pixels [B, 3, t, rows, W'] float32 in [-1, 1]; see `sink.Sink`."""
@@ -66,7 +67,7 @@ class ImageSink:
         # One piece that is the whole clip (an image) has nothing to be copied beside.
         if picture.is_cuda and self.image.device.type == "cpu" and place.shape != self.image.shape:
             if self._mover is None:
-                self._mover = _Mover(picture.device, self._claim)
+                self._mover = _Mover(picture.device, self._claim, self._fresh)
             # Pieces of the same rows come in the order of their frames.
             ahead = self.image[:, start_frame + frames :, first_row : first_row + rows]
             picture = picture.to(self.image.dtype).contiguous()
@@ -92,8 +93,8 @@ class ImageSink:
 class _Mover:
     """Copies tensors from one CUDA device to pageable host memory, in order, in the background."""
 
-    def __init__(self, device: torch.device, claim: Claim | None):
-        self._device, self._claim = device, claim
+    def __init__(self, device: torch.device, claim: Claim | None, fresh: bool):
+        self._device, self._claim, self._fresh = device, claim, fresh
         self._stream = torch.cuda.Stream(device)
         self._free: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()
         for _ in range(_STAGING_BUFFERS):
@@ -155,9 +156,9 @@ class _Mover:
         np.copyto(_bits(place), _bits(staged))
 
     def _touch(self, ahead: torch.Tensor) -> None:
-        if ahead.numel():
-            if self._claim is not None:
-                self._claim(ahead)
+        if self._claim is not None:
+            self._claim(ahead)
+        elif self._fresh:
             _bits(ahead).fill(0)
 
     def _raise_failure(self) -> None:

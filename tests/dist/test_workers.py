@@ -5,6 +5,7 @@ Faults are real: signals to a worker's process, limits of the system on its memo
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import select
@@ -23,8 +24,9 @@ import torch
 from tests.dist import jobs
 from tests.dist.sockets import local_addresses
 from wan_vae.errors import DecodeCancelled, GeometryError, LatentError, ShardingError
+from wan_vae.image import ImageSink
 from wan_vae.sharding import WorkerPool, decode_sharded
-from wan_vae.sharding.shared import SharedBuffer
+from wan_vae.sharding.shared import SharedBuffer, view
 from wan_vae.sharding.workers import (
     _error,
     _Failure,
@@ -33,6 +35,7 @@ from wan_vae.sharding.workers import (
     parse_devices,
     pick_backend,
 )
+from wan_vae.sink import TensorSink
 
 SHAPE = (1, 16, 5, 6, 16)
 
@@ -404,6 +407,53 @@ def test_shared_memory_too_small(pool, vae, latent, expected):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert torch.equal(decode(pool, vae, latent), expected)
+
+
+@pytest.mark.parametrize("sink", [ImageSink, TensorSink])
+def test_no_rank_writes_where_there_is_no_room(sink, tmp_path, monkeypatch):
+    """Memory is claimed part by part; a full folder is an error there, not a killed process."""
+    shape = (1, 5, 4, 6, 3) if sink is ImageSink else (1, 3, 5, 4, 6)
+    buffer = SharedBuffer.create(4096 + 360 * 4, [tmp_path], claimed=4096)
+    out = view(buffer.raw, 4096, shape, torch.float32)
+    claimed = []
+
+    def fallocate(descriptor: int, start: int, length: int) -> None:
+        claimed.append((start - 4096, length))
+        if len(claimed) > 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    pixels = torch.full((1, 3, 2, 2, 6), 0.5)
+    sink(out, buffer.claim).write(pixels, 1, 2)  # frames 1 and 2, rows 2 and 3
+    if sink is ImageSink:  # rows of 18 numbers, frames of 72
+        assert claimed == [(4 * (72 * t + 36), 4 * 36) for t in (1, 2)]
+    else:  # planes of 24 numbers, channels of 120
+        assert claimed == [(4 * (120 * c + 24 + 12), 4 * (24 + 12)) for c in range(3)]
+    written = out.count_nonzero()
+    claimed += [None] * 6
+    with pytest.raises(ShardingError, match=rf"no room for 0 MiB .* in {tmp_path}: No space left"):
+        sink(out, buffer.claim).write(pixels, 3, 0)
+    assert out.count_nonzero() == written == 72
+    buffer.unlink()
+
+
+@pytest.mark.parametrize("form", ["pixels", "image"])
+def test_the_memory_of_a_result_is_used_again_when_nobody_holds_it(pool, vae, latent, form):
+    first = decode(pool, vae, latent, form=form)
+    before, place = first.clone(), first.data_ptr()
+    other = decode(pool, vae, latent * 0.5, form=form)
+    assert other.data_ptr() != place
+    assert torch.equal(first, before), "a result that is held was written over"
+    part = other[0, 0]  # a view holds it as well
+    del other
+    kept = part.clone()
+    again = decode(pool, vae, latent, form=form)
+    assert torch.equal(part, kept)
+    place = again.data_ptr()
+    del again
+    last = decode(pool, vae, latent, form=form)
+    assert last.data_ptr() == place
+    assert torch.equal(last, before)
 
 
 def test_more_than_the_disk_holds_is_refused_with_the_numbers(tmp_path):

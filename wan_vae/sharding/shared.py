@@ -6,6 +6,7 @@ A file and not a named segment, because its room can be claimed before it is wri
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..errors import ShardingError
@@ -28,17 +30,35 @@ _CAN_CLAIM = hasattr(os, "posix_fallocate")
 
 
 class SharedBuffer:
-    """`raw` [bytes] uint8, mapped by every process that opens `path`.
+    """`size` bytes, mapped by every process that opens `path`.
 
-    The mapping lives as long as a tensor of it does, also after `unlink`.
+    The mapping lives as long as this object or a tensor of it does, also after `unlink`.
     """
 
-    def __init__(self, path: Path, raw: torch.Tensor):
-        self.path, self.raw = path, raw
-        self._descriptor: int | None = None
-        if _CAN_CLAIM:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            weakref.finalize(self, os.close, self._descriptor)
+    def __init__(self, path: Path, size: int):
+        self.path, self.size = path, size
+        # The array through which tensors see the mapping, for as long as there are any.
+        self._array: weakref.ref[np.ndarray] | None = None
+        descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+        closing = weakref.finalize(self, os.close, descriptor)
+        self._mapping = mmap.mmap(descriptor, size)
+        self._descriptor = descriptor if _CAN_CLAIM else None
+        if not _CAN_CLAIM:
+            closing()
+
+    @property
+    def raw(self) -> torch.Tensor:
+        """The bytes, uint8 [size]."""
+        array = None if self._array is None else self._array()
+        if array is None:
+            array = np.frombuffer(self._mapping, np.uint8)
+            self._array = weakref.ref(array)
+        return torch.from_numpy(array)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether this process has a tensor of it."""
+        return self._array is not None and self._array() is not None
 
     @classmethod
     def create(
@@ -78,8 +98,7 @@ class SharedBuffer:
     @classmethod
     def open(cls, path: str | Path, size: int) -> SharedBuffer:
         """Map an existing file of `size` bytes."""
-        raw = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-        return cls(Path(path), raw)
+        return cls(Path(path), size)
 
     def claim(self, part: torch.Tensor) -> None:
         """Make room for `part`, a view of `raw` of three dimensions or more, before it is written.
@@ -97,7 +116,7 @@ class SharedBuffer:
                 os.posix_fallocate(self._descriptor, start, length)
             except OSError as error:
                 raise ShardingError(
-                    f"no room for {self.raw.numel() / 2**20:.0f} MiB of memory shared between the "
+                    f"no room for {self.size / 2**20:.0f} MiB of memory shared between the "
                     f"ranks in {self.path.parent}: {error.strerror}"
                 ) from error
 

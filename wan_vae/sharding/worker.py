@@ -69,7 +69,7 @@ def main(handle: int) -> None:
         try:
             pipe.send("done", getattr(worker, command)(**arguments))
             # Not before: to unmap a clip takes tens of milliseconds.
-            worker.mapped = None
+            worker.stale = None
         except (WanVAEError, RuntimeError, MemoryError, OSError, TypeError, ValueError) as error:
             pipe.send("error", _describe(error, settings))
     worker.close()
@@ -131,7 +131,9 @@ class _Worker:
         self.settings, self.pipe = settings, pipe
         self.device = torch.device(settings.device)
         self.vae: WanVAE | None = None
+        # The memory of the last decode, which the next one may be given again.
         self.mapped: SharedBuffer | None = None
+        self.stale: SharedBuffer | None = None
 
     def start(self) -> None:
         """Join the other ranks: through a file, over the loopback interface."""
@@ -196,9 +198,14 @@ class _Worker:
 
         return {"on_progress": on_progress, "should_stop": lambda: bool(raw[0])}
 
-    def decode(self, path, size, input, output, form, axis, gather, wait_s, options) -> dict:
-        """Decode the latent in shared memory; this rank's rows go to the output beside it."""
-        buffer = self.mapped = SharedBuffer.open(path, size)
+    def decode(self, path, size, fresh, input, output, form, axis, gather, wait_s, options) -> dict:
+        """Decode the latent in shared memory; this rank's rows go to the output beside it.
+
+        Memory that is not `fresh` is that of the last decode, and all of it was claimed.
+        """
+        if fresh:
+            self.stale, self.mapped = self.mapped, SharedBuffer.open(path, size)
+        buffer = self.mapped
         raw = buffer.raw
         self.pipe.send("mapped", None)
         latent = view(raw, *input, torch.float32)
@@ -209,7 +216,7 @@ class _Worker:
             rows, columns = plan.place(rank, self.vae.config.spatial_factor)
             # [B, T', H', W', 3] or [B, 3, T', H', W']
             out = out[:, :, rows, columns] if form == "image" else out[..., rows, columns]
-        sink = (ImageSink if form == "image" else TensorSink)(out, buffer.claim)
+        sink = (ImageSink if form == "image" else TensorSink)(out, buffer.claim if fresh else None)
         writes = gather == "shared" or rank == 0
         with suppress(DecodeCancelled):  # the report says it
             self.vae.decode(
@@ -222,7 +229,7 @@ class _Worker:
             )
         return {"report": self.vae.last_report.as_dict()}
 
-    def encode(self, path, size, input, output, axis, wait_s, options) -> dict:
+    def encode(self, path, size, fresh, input, output, axis, wait_s, options) -> dict:
         """Encode the pixels in shared memory; rank 0 writes the latent beside them."""
         buffer = SharedBuffer.open(path, size)
         raw = buffer.raw
