@@ -160,7 +160,7 @@ class WanVAE:
         None plans them where not even one latent frame a chunk fits. free_bytes: device memory
         that the plan may count on, where that is less than the device has free.
         precision: compute dtype, "auto" (that of the weights), "fp32", "bf16" or "fp16".
-        backend: "auto", "eager" (plain PyTorch) or "triton" (see `ops.select`).
+        backend: "auto", "eager" (plain PyTorch), "triton" or "cuda" (see `ops.select`).
         on_progress(done_frames, total_frames, report) follows each chunk; should_stop() is asked
         before each. A collective exactly with a `shard`: every rank of its group must call it
         with equal arguments, and decodes its rows. `gather` then says who gets the pixels: "all"
@@ -261,6 +261,7 @@ class WanVAE:
         precision: str = "auto",
         on_progress: OnProgress | None = None,
         should_stop: ShouldStop | None = None,
+        backend: Backend = "auto",
         shard: ShardContext = SINGLE,
         gather: Gather = "all",
     ) -> torch.Tensor | None:
@@ -271,6 +272,7 @@ class WanVAE:
         Returns float32 [B, z, (T-1)//4+1, H//8, W//8] (16 for Wan 2.2) on the VAE's device;
         `normalized=True` gives diffusers' normalised latents.
         chunk_frames: latent frames a call. Any schedule gives the same latent.
+        backend: as in `decode`.
         A collective exactly with a `shard`; `gather` says who gets the latent (see `decode`).
 
         Raises LatentError, GeometryError, LayoutError, BackendError, DecodeCancelled,
@@ -278,7 +280,7 @@ class WanVAE:
         """
         return _encode(
             self, pixels, normalized, chunk_frames, memory_format, precision, on_progress,
-            should_stop, shard, gather,
+            should_stop, backend, shard, gather,
         )  # fmt: skip
 
     def inspect(self) -> DecodeReport:
@@ -682,6 +684,7 @@ def _encode(
     precision,
     on_progress,
     should_stop,
+    backend: Backend,
     shard: ShardContext,
     gather: Gather,
 ) -> torch.Tensor | None:
@@ -696,7 +699,8 @@ def _encode(
     model, decision = vae._prepare(precision, memory_format, "encoder")
     dtype = model.conv2.weight.dtype
     builder = ReportBuilder("encode", config, vae.device, dtype)
-    ops, counter, clock = eager_ops(), LayoutCounter(), _Clock(vae.device)
+    ops = select_ops(backend, model, out_shape[2] == 1, vae._proof_book, "encoder")
+    counter, clock = LayoutCounter(), _Clock(vae.device)
     vae._describe(builder, model, ("encoder",), decision, ops)
     builder.layout["latent_format"] = layout.detect(pixels)
     builder.values.update(precision_requested=precision, latent_shape=out_shape)
@@ -737,7 +741,7 @@ def _encode(
                         f"cancelled after {builder.done_frames} of {builder.total_frames} frames"
                     )
                 first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, config)
-                x = pixels[:, :, first:last].to(device=vae.device, dtype=dtype)
+                x = pixels[:, :, first:last].to(device=vae.device, dtype=ops.pixels or dtype)
                 with clock.measure(chunk, last - first):
                     mean, _ = model.encode_chunk(x, Step(cache, chunk, ops=ops, counter=counter))
                 latent[:, :, chunk.start : chunk.stop] = mean

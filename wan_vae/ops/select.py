@@ -1,4 +1,4 @@
-"""Choose the operations of one decode: which backend runs which layer, and why others do not."""
+"""Choose the operations of a decode or encode: which backend runs which layer, why others do not."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from ..model import WanVAEModel
 from ..report import BackendOff
 from .dispatch import OpSet, eager_ops
 from .proof import ProofBook
-from .sites import decoder_sites
+from .sites import decoder_sites, encoder_sites
 
 Backend = Literal["auto", "eager", "triton", "cuda"]
+# Which half of the model is to run.
+Part = Literal["decoder", "encoder"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 # Tensor descriptors (TMA) came with Hopper.
 _MIN_CAPABILITY = (9, 0)
@@ -30,15 +32,17 @@ def select_ops(
     model: WanVAEModel,
     only_frame: bool,
     book: Callable[[], ProofBook],
+    part: Part = "decoder",
 ) -> OpSet:
-    """The operations for a decode with `model`, whose weights decide device and dtype.
+    """The operations for a decode or encode with `model`, whose weights decide device and dtype.
 
     "eager": the reference. "triton": our kernels in Triton for each layer where one is proven on
     this device, the reference elsewhere, each refusal in `OpSet.off`. "cuda": as "triton", with
     kernels in CUDA C++ for the wide 3x3x3 convolutions. "auto": "cuda" on the cards that they were
     measured on (Hopper), else the reference. `book` opens the verdicts of this device; it is not
     called when no kernel is asked for. The weights' memory format does not matter: kernels read
-    copies of their own. What was prepared stays with `model` for the next decode.
+    copies of their own. `part`: whose layers they are for; `model` must have it. What was prepared
+    stays with `model`, for the next call, for each part.
     Raises BackendError for an unknown request, or for "triton" and "cuda" where they cannot run.
     """
     if requested not in BACKENDS:
@@ -51,20 +55,26 @@ def select_ops(
         if requested == "auto":
             return replace(eager_ops(), off=(BackendOff("conv3d", "cuda", reason),))
         raise BackendError(f"backend {requested!r} cannot run: {reason}")
-    state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in model.parameters()]
-    key = (requested, only_frame)
+    # Of this part alone: packing the other's weights must not cost this one its kernels.
+    own = [getattr(model, part), model.conv2 if part == "decoder" else model.conv1]
+    weights = [p for module in own for p in module.parameters()]
+    state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in weights]
+    key = (requested, only_frame, part)
     kept = model.prepared.get(key)
     if kept is None or kept[0] != state:
-        model.prepared[key] = kept = state, _kernels(requested, model, only_frame, book())
+        model.prepared[key] = kept = state, _kernels(requested, model, only_frame, book(), part)
     return kept[1]
 
 
-def _kernels(requested: Backend, model: WanVAEModel, only_frame: bool, book: ProofBook) -> OpSet:
+def _kernels(
+    requested: Backend, model: WanVAEModel, only_frame: bool, book: ProofBook, part: Part
+) -> OpSet:
     from .kernel_backend import KernelBackend
 
     weight = model.decoder.conv1.weight
+    sites = decoder_sites(model) if part == "decoder" else encoder_sites(model)
     backend = KernelBackend(
-        decoder_sites(model), weight.device, weight.dtype, book, only_frame, requested != "triton"
+        sites, weight.device, weight.dtype, book, only_frame, requested != "triton"
     )
     eager = eager_ops()
     return replace(
@@ -75,6 +85,7 @@ def _kernels(requested: Backend, model: WanVAEModel, only_frame: bool, book: Pro
         upsample_conv2d=backend.upsample_conv2d,
         attention=backend.attention,
         fused_conv=backend.fused_conv,
+        pixels=backend.pixels,
         backend_of=backend.backend_of,
         used=eager.used | backend.used,
         off=backend.off,
