@@ -1,4 +1,4 @@
-"""Choose the operations of a decode or encode: which backend runs which layer, why others do not."""
+"""Choose the operations of a decode or encode: which backend runs a layer, why others do not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
+from torch import nn
 
 from ..errors import BackendError
 from ..model import WanVAEModel
@@ -56,14 +57,18 @@ def select_ops(
             return replace(eager_ops(), off=(BackendOff("conv3d", "cuda", reason),))
         raise BackendError(f"backend {requested!r} cannot run: {reason}")
     # Of this part alone: packing the other's weights must not cost this one its kernels.
-    own = [getattr(model, part), model.conv2 if part == "decoder" else model.conv1]
-    weights = [p for module in own for p in module.parameters()]
+    weights = [p for module in own_modules(model, part) for p in module.parameters()]
     state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in weights]
     key = (requested, only_frame, part)
     kept = model.prepared.get(key)
     if kept is None or kept[0] != state:
         model.prepared[key] = kept = state, _kernels(requested, model, only_frame, book(), part)
     return kept[1]
+
+
+def own_modules(model: WanVAEModel, part: Part) -> tuple[nn.Module, nn.Module]:
+    """What holds the weights of `part`: decoder or encoder, and the convolution at its latent."""
+    return (model.decoder, model.conv2) if part == "decoder" else (model.encoder, model.conv1)
 
 
 def _kernels(
