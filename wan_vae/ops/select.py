@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from ..arithmetic import own_arithmetic
 from ..errors import BackendError
 from ..model import WanVAEModel
 from ..report import BackendOff
@@ -78,9 +79,10 @@ def _kernels(
 
     weight = model.decoder.conv1.weight
     sites = decoder_sites(model) if part == "decoder" else encoder_sites(model)
-    backend = KernelBackend(
-        sites, weight.device, weight.dtype, book, only_frame, requested != "triton"
-    )
+    with own_arithmetic(weight.device):
+        backend = KernelBackend(
+            sites, weight.device, weight.dtype, book, only_frame, requested != "triton"
+        )
     eager = eager_ops()
     return replace(
         eager,
