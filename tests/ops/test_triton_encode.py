@@ -178,3 +178,23 @@ def test_auto_stays_with_the_reference_and_says_so(vae):
         vae.encode(pixels, backend="cuda")
     with pytest.raises(BackendError, match="expected one of auto, eager, triton, cuda"):
         vae.encode(pixels, backend="tensorrt")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not CUDA or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("config", [wan21(), wan22()], ids=lambda c: c.family)
+def test_the_full_width_on_the_gpu(config):
+    """Convolutions in CUDA C++ too; frames, rows and columns that fill no tile."""
+    vae = WanVAE.from_state_dict(random_state(config), device="cuda", dtype="bf16")
+    for frames in (13, 1):
+        pixels = video(vae, frames, 11, 19)
+        eager = relative(vae.encode(pixels, backend="eager").cpu(), reference(vae, pixels))
+        whole = vae.encode(pixels, backend="cuda", chunk_frames=(frames + 3) // 4).cpu()
+        report = vae.last_report
+        assert not report.backends_off
+        assert {layer.backend for layer in report.layers} == {"cuda", "triton"}
+        assert relative(whole, reference(vae, pixels)) < eager
+        for chunks in (1, 2, 3):
+            assert torch.equal(vae.encode(pixels, chunk_frames=chunks).cpu(), whole)
