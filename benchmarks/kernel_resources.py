@@ -153,24 +153,34 @@ def _attention(c: int, config: AttentionConfig) -> Kernel:
 def _norms(c: int, silu: bool) -> list[Kernel]:
     """A bfloat16 stream, float16 operands and history: what a decode in bf16 launches."""
     types = {
-        "x": "*bf16", "gamma": "*fp32", "has_history": "fp32", "keep": "fp32",
+        **dict.fromkeys(("x", "before", "after"), "*bf16"), "scale": "*fp32",
+        **dict.fromkeys(("has_before", "has_after", "has_history", "keep"), "fp32"),
         **dict.fromkeys(("history", "buffer", "out", "kept"), "*fp16"),
     }  # fmt: skip
     block = triton.next_power_of_2(c)
-    joined = dict(C=c, BLOCK_C=block, ROWS=32, PAST_FRAMES=2 if silu else 0, SILU=silu)
-    join = Kernel(
-        f"norm {c}", Fixed(f"join silu={silu}", 8 if c > 256 else 4),
-        triton_norm._norm_silu_join, types, joined,
-    )  # fmt: skip
-    if not silu:
-        return [join]
-    paired = dict(C=c, BLOCK_C=block, ROWS=triton_norm.pair_rows(c))
-    return [join, Kernel(f"norm {c}", Fixed("pairs"), triton_norm._norm_silu_pairs, types, paired)]
+    found = []
+    for halo in (0, 1, 2) if silu else (0,):
+        cut = ("", ", rows around", ", columns around")[halo]
+        joined = dict(C=c, BLOCK_C=block, ROWS=32, PAST_FRAMES=2 if silu else 0, SILU=silu)
+        found.append(
+            Kernel(
+                f"norm {c}", Fixed(f"join silu={silu}{cut}", 8 if c > 256 else 4),
+                triton_norm._norm_silu_join, types, joined | dict(HALO=halo),
+            )
+        )  # fmt: skip
+        if silu:
+            paired = dict(C=c, BLOCK_C=block, ROWS=triton_norm.pair_rows(c), HALO=halo)
+            found.append(
+                Kernel(
+                    f"norm {c}", Fixed(f"pairs{cut}"), triton_norm._norm_silu_pairs, types, paired
+                )
+            )
+    return found
 
 
 def _head(c: int, o: int) -> list[Kernel]:
     types = {
-        "buffer": "*fp16", "weight": "*fp16", "partial": "*fp32", "bias": "*bf16", "out": "*fp32",
+        "buffer": "*fp16", "weight": "*fp16", "partial": "*fp32", "bias": "*fp32", "out": "*fp32",
     }  # fmt: skip
     sums = dict(
         C=c, BLOCK_C=32, COLS=max(16, triton.next_power_of_2(9 * o)), USED=9 * o, M=128, KT=3

@@ -117,10 +117,11 @@ class Bench:
         """The forms in CUDA C++, with a residual, as the second convolution of a block has."""
         c, t, h, w = layer.channels, layer.frames, layer.rows, layer.columns
         x, residual = (self.random(1, t, h, w, c).permute(0, 4, 1, 2, 3) for _ in range(2))
-        gamma, bias = torch.ones(c, device=self.device), torch.randn(c, device=self.device)
+        bias = torch.randn(c, device=self.device)
+        scale = triton_norm.norm_scale(torch.ones(c, device=self.device))
         weight = self.random(c, 3, 3, 3, c, scale=(27 * c) ** -0.5).permute(0, 4, 1, 2, 3)
-        joined, _ = triton_norm.norm_silu_join(x, gamma, None, 2, False)
-        pairs, _ = triton_norm.norm_silu_pairs(x, gamma, None, False, HALF)
+        joined, _ = triton_norm.norm_silu_join(x, scale, None, 2, False)
+        pairs, _ = triton_norm.norm_silu_pairs(x, scale, None, False, HALF)
         expected = F.conv3d(joined.float(), weight.float(), bias, padding=(0, 1, 1))
         expected += residual
         flops = 2.0 * 27 * c * c * t * h * w
@@ -158,11 +159,12 @@ class Bench:
     def norm_and_head(self, channels: int, frames: int, rows: int, columns: int) -> None:
         x = self.random(1, frames, rows, columns, channels).permute(0, 4, 1, 2, 3)
         gamma = torch.ones(channels, device=self.device)
+        scale = triton_norm.norm_scale(gamma)
         history = x[:, :, :2].contiguous(memory_format=LAST)
-        fused = self.median_ms(lambda: triton_norm.norm_silu_join(x, gamma, history, 2, True)[0])
+        fused = self.median_ms(lambda: triton_norm.norm_silu_join(x, scale, history, 2, True)[0])
         eager = self.median_ms(lambda: rms_norm_silu(x, gamma))
         print(f"norm + SiLU: {fused:.3f} ms with history, eager {eager:.3f} without", flush=True)
-        buffer, _ = triton_norm.norm_silu_join(x, gamma, history, 2, False)
+        buffer, _ = triton_norm.norm_silu_join(x, scale, history, 2, False)
         weight = self.random(3, channels, 3, 3, 3, scale=0.02).contiguous(memory_format=LAST)
         expected = F.conv3d(buffer.float(), weight.float(), padding=(0, 1, 1))
         ms = self.median_ms(lambda: F.conv3d(buffer, weight, padding=(0, 1, 1)))

@@ -190,7 +190,7 @@ def plan_encode(packed: Packed, image_shape: tuple[int, ...]) -> None:
     pixel_shape = (1, 3, *image_shape[:3])
     latent_shape = geometry.latent_shape(pixel_shape, config)
     # The encoder mirrors the decoder, which is as wide or wider: its plan covers both.
-    packed.load(wan_memory.planned_bytes(config, latent_shape, packed.wan.dtype.itemsize, 1))
+    packed.load(wan_memory.planned_bytes(config, latent_shape, packed.wan.dtype, 1))
 
 
 @dataclass(frozen=True)

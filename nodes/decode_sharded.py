@@ -173,9 +173,7 @@ class WanVAEDecodeSharded(io.ComfyNode):
             try:
                 pool = POOLS.get(devices, timeout_s)
                 weights = sum(p.nbytes for p in packed.wan.model.parameters())
-                needed = wan_memory.planned_bytes(
-                    packed.wan.config, shape, packed.wan.dtype.itemsize, 1
-                )
+                needed = wan_memory.planned_bytes(packed.wan.config, shape, packed.wan.dtype, 1)
                 POOLS.count(vae.device, weights, needed // len(pool.devices))
                 image = pool.decode(
                     packed.wan, latent, axis=axis, gather=gather, form="image",

@@ -195,7 +195,7 @@ class ResidualBlock(nn.Module):
         fused = fused_conv(conv2, step)
         if fused is not None:
             frames = y.shape[2]
-            y = fused_operand(fused, y, norm2, conv2, step)
+            y = fused_operand(fused, y, conv2, step)
             return fused_convolve(fused, y, frames, conv2, step, skip)
         # One name for all: each result replaces the one that it was made from.
         y = step.ops.norm_silu(y, norm2.gamma)
@@ -218,7 +218,7 @@ def norm_silu_conv(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, step: Ste
     """`conv(silu(norm(x)))`: in one kernel where there is one, else step by step."""
     fused = fused_conv(conv, step)
     if fused is not None:
-        y = fused_operand(fused, x, norm, conv, step)
+        y = fused_operand(fused, x, conv, step)
         return fused_convolve(fused, y, x.shape[2], conv, step)
     y = step.ops.norm_silu(x, norm.gamma)
     y = conv.operand(y, step)
@@ -231,22 +231,20 @@ def fused_conv(conv: CausalConv3d, step: Step) -> FusedConv | None:
 
 
 def fused_operand(
-    fused: FusedConv, x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, step: Step
+    fused: FusedConv, x: torch.Tensor, conv: CausalConv3d, step: Step
 ) -> torch.Tensor:
     """What the kernel of `conv` reads: `silu(norm(x))` behind its history. Keeps the new history.
 
     Shards exchange rows of `x`, before the norm: it looks at one pixel at a time, so each rank
     gets the bits of its neighbour, and zero rows stay zero.
     """
-    if not step.shard.is_single:
-        x = step.shard.surround(x, conv.slot)
     only_frame = step.chunk.is_only_frame
     operand, history = fused.operand(
         x,
-        norm.gamma,
         None if only_frame else step.cache.peek(conv.slot),
         only_frame=only_frame,
         keep=not step.chunk.is_last,
+        halo=None if step.shard.is_single else step.shard.halo_rows_of(x, conv.slot),
     )
     if history is not None:
         step.cache.store(conv.slot, history)
@@ -263,7 +261,7 @@ def fused_convolve(
 ) -> torch.Tensor:
     """The convolution of an operand from `fused_operand`, plus `residual`: `frames` frames."""
     return fused.convolve(
-        operand, frames, conv.bias, residual,
+        operand, frames, residual,
         padding=conv.padding(step), only_frame=step.chunk.is_only_frame,
     )  # fmt: skip
 
@@ -307,13 +305,11 @@ class Upsample(nn.Module):
         if self.time_conv is not None:
             x = self._double_time(x, step)
         conv = self.resample["1"]
-        frames = frames_to_batch(x)
+        frames, padding = frames_to_batch(x), (1, 1)
         if not step.shard.is_single:
             frames = step.shard.surround(frames, "upsample")
-        y = step.ops.upsample_conv2d(frames, conv.weight, conv.bias, step.counter)
-        if not step.shard.is_single:
-            # A halo row became two; the outer one has met the convolution's padding.
-            y = step.shard.crop(y, 2, 2)
+            padding = step.shard.padding(padding)
+        y = step.ops.upsample_conv2d(frames, conv.weight, conv.bias, step.counter, padding=padding)
         return batch_to_frames(y, x.shape[0])
 
     def _double_time(self, x: torch.Tensor, step: Step) -> torch.Tensor:

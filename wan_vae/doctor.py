@@ -84,7 +84,7 @@ def check_kernels(device: torch.device) -> list[str]:
                 model = WanVAEModel(config).to(torch.bfloat16)
             layout.pack_weights(model, "channels_last_3d")
             for part in get_args(Part):
-                ops = select_ops(requested, model, only_frame, lambda: book, part)
+                ops = select_ops(requested, model, only_frame, lambda: book, part=part)
                 weights = [
                     p
                     for module in own_modules(model, part)

@@ -151,32 +151,35 @@ def plan_decode(
 def planned_bytes(
     config: WanVAEConfig,
     latent_shape: tuple[int, ...],
-    itemsize: int,
+    dtype: torch.dtype,
     chunk_frames: int,
     memory_format: str = "contiguous",
+    backend: str = "eager",
 ) -> int:
     """Predicted peak of a decode in chunks of `chunk_frames` latent frames, without strips.
 
-    `itemsize`: bytes of an element. The default format is the one that takes more. See `Plan`.
+    The defaults are the format and the backend that take more. See `Plan`.
     """
-    model = _Model(config, latent_shape, _dtype_of(itemsize), memory_format)
+    model = _Model(config, latent_shape, dtype, memory_format, backend)
     return model.in_chunks(schedule(latent_shape[2], chunk_frames)).planned_bytes
 
 
 def plan_chunk_frames(
     config: WanVAEConfig,
     latent_shape: tuple[int, ...],
-    itemsize: int,
+    dtype: torch.dtype,
     free: int | None,
     memory_format: str = "contiguous",
+    backend: str = "eager",
 ) -> int:
     """Latent frames a chunk for a decode that cannot go in strips (a shard): see `plan_decode`."""
+
+    def fits(frames: int) -> bool:
+        needed = planned_bytes(config, latent_shape, dtype, frames, memory_format, backend)
+        return needed <= _USABLE * free
+
     frames = _full_chunk(config, latent_shape)
-    while (
-        free is not None
-        and frames > 1
-        and planned_bytes(config, latent_shape, itemsize, frames, memory_format) > _USABLE * free
-    ):
+    while free is not None and frames > 1 and not fits(frames):
         frames -= 1
     return frames
 
@@ -186,10 +189,6 @@ def _full_chunk(config: WanVAEConfig, latent_shape: tuple[int, ...]) -> int:
     b, _, t, h, w = latent_shape
     pixels = b * config.temporal_factor * h * w * config.spatial_factor**2
     return max(1, min(t, _FULL_CHUNK_PIXELS // pixels))
-
-
-def _dtype_of(itemsize: int) -> torch.dtype:
-    return torch.float32 if itemsize == 4 else torch.bfloat16
 
 
 def _gib(n: int) -> str:

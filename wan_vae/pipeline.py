@@ -32,12 +32,13 @@ from .errors import (
 from .latents import as_batch, check_latent, check_pixels, range_warning
 from .layout import LayoutCounter
 from .model import WanVAEModel, build_model
-from .ops.dispatch import OpSet, eager_ops
+from .ops.dispatch import Cut, OpSet, eager_ops
 from .ops.proof import ProofBook, cache_folder, environment
 from .ops.select import Backend, select_ops
 from .report import ChunkRecord, DecodeReport, LayerRecord, ReportBuilder
 from .sharding.context import SINGLE, ShardContext
 from .sharding.gather import Gather
+from .sharding.plan import plan_shards
 from .sharding.run import decode_shard, encode_shard
 from .sink import Sink, TensorSink, check_out, sink_bytes
 
@@ -295,14 +296,14 @@ class WanVAE:
 
     def _start_decode(
         self, latent, normalized, chunk_frames, memory_format, precision, should_stop, strips,
-        backend,
+        backend, cut: Cut = "whole",
     ) -> _DecodeRun:  # fmt: skip
         latent = as_batch(latent, "latent")
         check_latent(latent, self.config)
         model, decision = self._prepare(precision, memory_format, "decoder")
         dtype = model.conv2.weight.dtype
         builder = ReportBuilder("decode", self.config, self.device, dtype)
-        ops = select_ops(backend, model, latent.shape[2] == 1, self._proof_book)
+        ops = select_ops(backend, model, latent.shape[2] == 1, self._proof_book, cut)
         self._describe(builder, model, ("decoder",), decision, ops)
         builder.layout["latent_format"] = layout.detect(latent)
         builder.values["precision_requested"] = precision
@@ -699,7 +700,10 @@ def _encode(
     model, decision = vae._prepare(precision, memory_format, "encoder")
     dtype = model.conv2.weight.dtype
     builder = ReportBuilder("encode", config, vae.device, dtype)
-    ops = select_ops(backend, model, out_shape[2] == 1, vae._proof_book, "encoder")
+    cut: Cut = "whole"
+    if not shard.is_single:
+        cut = plan_shards(*out_shape[3:], shard.world_size, shard.axis).axis
+    ops = select_ops(backend, model, out_shape[2] == 1, vae._proof_book, cut, "encoder")
     counter, clock = LayoutCounter(), _Clock(vae.device)
     vae._describe(builder, model, ("encoder",), decision, ops)
     builder.layout["latent_format"] = layout.detect(pixels)

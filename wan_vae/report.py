@@ -6,6 +6,7 @@ the mutable side that a decode fills in; `build()` freezes it, at the end or for
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import time
 from collections.abc import Mapping
@@ -218,19 +219,23 @@ def device_name(device: torch.device) -> str:
     return device.type.upper()
 
 
+@functools.cache
+def _triton_version() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return version("triton")
+    except PackageNotFoundError:  # a triton built into another package has no metadata
+        return "unknown"
+
+
 def versions() -> dict[str, str | None]:
     """Versions that decide which bits come out; None where a component is absent."""
-    triton = None
-    if importlib.util.find_spec("triton") is not None:
-        try:
-            triton = version("triton")
-        except PackageNotFoundError:  # a triton built into another package has no metadata
-            triton = "unknown"
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     return {
         "wan_vae": __version__,
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
         "cudnn": None if cudnn is None else str(cudnn),
-        "triton": triton,
+        "triton": _triton_version(),
     }

@@ -14,6 +14,9 @@ import torch
 from .checkpoint import without_data
 from .errors import OutputError
 
+# Makes room for a part of an output before it is written.
+Claim = Callable[[torch.Tensor], None]
+
 
 @runtime_checkable
 class Sink(Protocol):
@@ -51,19 +54,22 @@ def sink_bytes(sink: Sink) -> int:
 class TensorSink:
     """Writes into one preallocated tensor, which may live on another device.
 
-    A pinned host tensor is filled asynchronously; `close` waits for the copies.
+    `claim` is called with each part of it before it is written. A pinned host tensor is filled
+    asynchronously; `close` waits for the copies.
     """
 
     needs_whole_frames = False
 
-    def __init__(self, out: torch.Tensor):
-        self.out = out
+    def __init__(self, out: torch.Tensor, claim: Claim | None = None):
+        self.out, self._claim = out, claim
         self.output_bytes = out.numel() * out.element_size()
         self._devices: set[torch.device] = set()
 
     def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
         frames, rows = pixels.shape[2], pixels.shape[3]
         place = self.out[:, :, start_frame : start_frame + frames, first_row : first_row + rows]
+        if self._claim is not None:
+            self._claim(place)
         asynchronous = pixels.is_cuda and self.out.is_pinned()
         place.copy_(pixels, non_blocking=asynchronous)
         if asynchronous:

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed here: pip install 
 from wan_vae.ops.cuda import driver
 from wan_vae.ops.cuda.conv3x3 import Form, conv3x3, fits, pack
 from wan_vae.ops.norm import rms_norm_silu
-from wan_vae.ops.triton_norm import norm_silu_join, norm_silu_pairs
+from wan_vae.ops.triton_norm import norm_scale, norm_silu_join, norm_silu_pairs
 
 HALF, BF16 = torch.float16, torch.bfloat16
 FORMS = [
@@ -71,9 +71,9 @@ def test_operand_and_packed_weights_make_the_convolution(frames, width):
     torch.manual_seed(0)
     form = Form(32, width, True, 3, HALF)
     x, history = features(2, frames, 3, 5, 32), features(2, 2, 3, 5, 32)
-    gamma, weight = torch.randn(32), torch.randn(width, 32, 3, 3, 3) / 30
-    operand, kept = norm_silu_pairs(x, gamma, history, True, HALF)
-    joined, also_kept = norm_silu_join(x, gamma, history, 2, True, HALF)
+    scale, weight = norm_scale(torch.randn(32)), torch.randn(width, 32, 3, 3, 3) / 30
+    operand, kept = norm_silu_pairs(x, scale, history, True, HALF)
+    joined, also_kept = norm_silu_join(x, scale, history, 2, True, HALF)
     assert torch.equal(kept, also_kept)
     expected = F.conv3d(joined.float(), weight, padding=(0, 1, 1))
     got = by_packed_weights(operand, pack(weight, form), form, frames)
@@ -86,11 +86,12 @@ def test_operand_and_packed_weights_make_the_convolution(frames, width):
 @pytest.mark.usefixtures("interpreted")
 def test_pairs_do_not_depend_on_the_chunks():
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    x, gamma = features(1, 9, 3, 5, 32, device=device), torch.randn(32, device=device)
-    whole, _ = norm_silu_pairs(x, gamma, None, False, HALF)
+    x = features(1, 9, 3, 5, 32, device=device)
+    scale = norm_scale(torch.randn(32, device=device))
+    whole, _ = norm_silu_pairs(x, scale, None, False, HALF)
     for cut in (1, 3, 5):  # the video's first frame stands alone: chunks end at odd numbers
-        first, history = norm_silu_pairs(x[:, :, :cut], gamma, None, True, HALF)
-        rest, _ = norm_silu_pairs(x[:, :, cut:], gamma, history, False, HALF)
+        first, history = norm_silu_pairs(x[:, :, :cut], scale, None, True, HALF)
+        rest, _ = norm_silu_pairs(x[:, :, cut:], scale, history, False, HALF)
         assert torch.equal(torch.cat((first, rest), 2), whole)
 
 
@@ -140,12 +141,13 @@ def test_on_the_gpu_fifty_times(form, padding, size):
     b, t, h, w = size
     x = features(b, t, h, w, form.cin, dtype=BF16, device="cuda")
     history = features(b, 2, h, w, form.cin, device="cuda")
-    gamma, bias = torch.randn(form.cin, device="cuda"), torch.randn(form.cout, device="cuda")
+    scale = norm_scale(torch.randn(form.cin, device="cuda"))
+    bias = torch.randn(form.cout, device="cuda")
     weight = (torch.randn(form.cout, form.cin, 3, 3, 3, device="cuda") / 50).to(HALF)
     packed = pack(weight, form)
     past = form.taps - 1
-    joined, _ = norm_silu_join(x, gamma, history if past else None, past, False, HALF)
-    operand = norm_silu_pairs(x, gamma, history, False, HALF)[0] if form.winograd else joined
+    joined, _ = norm_silu_join(x, scale, history if past else None, past, False, HALF)
+    operand = norm_silu_pairs(x, scale, history, False, HALF)[0] if form.winograd else joined
     rows, columns = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         used = weight[:, :, 3 - form.taps :].float()
@@ -166,6 +168,6 @@ def test_on_the_gpu_fifty_times(form, padding, size):
 @hopper
 def test_the_norm_matches_the_reference_on_the_gpu():
     x, gamma = features(1, 4, 9, 7, 96, dtype=BF16, device="cuda"), torch.randn(96, device="cuda")
-    joined, _ = norm_silu_join(x, gamma, None, 2, False, HALF)
+    joined, _ = norm_silu_join(x, norm_scale(gamma), None, 2, False, HALF)
     expected = rms_norm_silu(x.float(), gamma)
     assert ((joined[:, :, 2:].float() - expected).norm() / expected.norm()).item() < 5e-4

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed here: pip install 
 
 from wan_vae.ops import triton_attention, triton_conv3d, triton_head, triton_norm
 from wan_vae.ops.attention import attention
+from wan_vae.ops.dispatch import HaloRows
 from wan_vae.ops.norm import rms_norm, rms_norm_silu
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -55,11 +56,47 @@ def test_norm_silu_behind_history(frames, with_history, fmt):
     x = rand(2, 24, frames, 5, 7).contiguous(memory_format=fmt)
     history = rand(2, 24, 2, 5, 7).contiguous(memory_format=fmt) if with_history else None
     gamma = 1 + 0.1 * rand(24, dtype=torch.float32)
-    buffer, kept = triton_norm.norm_silu_join(x, gamma, history, 2, keep=True)
+    buffer, kept = triton_norm.norm_silu_join(
+        x, triton_norm.norm_scale(gamma), history, 2, keep=True
+    )
     past = torch.zeros_like(x[:, :, :1]).repeat(1, 1, 2, 1, 1) if history is None else history
     expected = torch.cat((past.float(), rms_norm_silu(x.float(), gamma)), 2)
     assert relative(buffer, expected) < BOUND
     assert torch.equal(kept, buffer[:, :, -2:])
+
+
+@pytest.mark.parametrize("axis", ["height", "width"])
+@pytest.mark.parametrize("place", ["first", "inner", "last"])
+@pytest.mark.parametrize("channels", [24, 96])
+def test_norm_with_a_shards_halo_gives_the_bits_of_the_whole_picture(axis, place, channels):
+    """Of both forms, their history too; at the picture's edge the halo is zero."""
+    dim, size = (3, 11) if axis == "height" else (4, 7)
+    start, stop = {"first": (0, 4), "inner": (2, 5), "last": (size - 3, size)}[place]
+    x = rand(2, channels, 3, 11, 7).contiguous(memory_format=LAST)
+    padded = F.pad(x, (0, 0, 1, 1) if axis == "height" else (1, 1))
+    history = rand(2, channels, 2, 11, 7)
+    history = F.pad(history, (0, 0, 1, 1) if axis == "height" else (1, 1))
+    scale = triton_norm.norm_scale(1 + 0.1 * rand(channels, dtype=torch.float32))
+
+    def edge(index: int) -> torch.Tensor | None:
+        inside = 0 <= index < size
+        return x.narrow(dim, index, 1).permute(0, 2, 3, 4, 1).contiguous() if inside else None
+
+    halo = HaloRows(axis, edge(start - 1), edge(stop))
+    own = x.narrow(dim, start, stop - start)
+    past = history.narrow(dim, start, stop - start + 2)
+    for call in (
+        lambda x, history, **halo: triton_norm.norm_silu_join(
+            x, scale, history, 2, True, torch.float16, **halo
+        ),
+        lambda x, history, **halo: triton_norm.norm_silu_pairs(
+            x, scale, history, True, torch.float16, **halo
+        ),
+    ):
+        whole = call(padded, history)
+        part = call(own, past, halo=halo)
+        for found, expected in zip(part, whole, strict=True):
+            assert torch.equal(found, expected.narrow(dim, start, stop - start + 2))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
@@ -125,7 +162,9 @@ def test_float32_operands_keep_float32(kernel):
 def test_norm_without_silu():
     x = rand(2, 24, 1, 5, 7).contiguous(memory_format=LAST)
     gamma = 1 + 0.1 * rand(24, dtype=torch.float32)
-    y, kept = triton_norm.norm_silu_join(x, gamma, None, 0, keep=False, silu=False)
+    y, kept = triton_norm.norm_silu_join(
+        x, triton_norm.norm_scale(gamma), None, 0, keep=False, silu=False
+    )
     assert kept is None
     assert relative(y, rms_norm(x.float(), gamma)) < BOUND
 
@@ -149,6 +188,17 @@ def test_folded_upsample():
     doubled = F.interpolate(x.float(), scale_factor=2.0, mode="nearest-exact")
     # Summed taps are rounded to float16 once more than the reference's.
     assert relative(y, F.conv2d(doubled, weight.float(), bias.float(), padding=1)) < 2 * BOUND
+
+
+@pytest.mark.parametrize("padding", [(0, 1), (1, 0), (0, 0)])
+def test_folded_upsample_with_halo_rows_gives_the_bits_of_the_whole_picture(padding):
+    x = rand(3, 32, 6, 7).contiguous(memory_format=torch.channels_last)
+    weight, bias = rand(48, 32, 3, 3) / 17, rand(48)
+    folded = triton_conv3d.fold_upsample(weight)
+    whole = triton_conv3d.folded_upsample(x, folded, bias, CONFIGS[0])
+    part = triton_conv3d.folded_upsample(x, folded, bias, CONFIGS[0], padding)
+    top, left = (2 - 2 * p for p in padding)
+    assert torch.equal(part, whole[:, :, top : 12 - top, left : 14 - left])
 
 
 @pytest.mark.parametrize("channels_out", [3, 12])

@@ -149,7 +149,7 @@ def measure_roofline(
 def _walk(vae: WanVAE, z: torch.Tensor, ops: OpSet) -> None:
     """The decode of `z` in the chunks that `WanVAE.decode` plans; pixels are dropped."""
     frames = memory.plan_chunk_frames(
-        vae.config, tuple(z.shape), z.element_size(), memory.free_bytes(z.device)
+        vae.config, tuple(z.shape), z.dtype, memory.free_bytes(z.device)
     )
     cache = FeatureCache()
     with own_arithmetic(z.device):
@@ -298,19 +298,17 @@ class _TimedFused:
     def __init__(self, recorder: Recorder, kernel: FusedConv, weight: torch.Tensor):
         self._recorder, self._kernel, self._weight = recorder, kernel, weight
 
-    def operand(self, x, gamma, history, **options):
-        (y, kept), marks = self._recorder._time(
-            lambda: self._kernel.operand(x, gamma, history, **options)
-        )
+    def operand(self, x, history, **options):
+        (y, kept), marks = self._recorder._time(lambda: self._kernel.operand(x, history, **options))
         layer = Layer("norm + SiLU", x.shape[1], x.shape[1], (), *x.shape[2:])
         moved = _bytes(x, history, y, kept)
-        self._recorder._keep(self._recorder._name(gamma), layer, 0, moved, marks)
+        self._recorder._keep(self._recorder._name(self._weight), layer, 0, moved, marks)
         return y, kept
 
-    def convolve(self, operand, frames, bias, residual, *, only_frame, **options):
+    def convolve(self, operand, frames, residual, *, only_frame, **options):
         y, marks = self._recorder._time(
             lambda: self._kernel.convolve(
-                operand, frames, bias, residual, only_frame=only_frame, **options
+                operand, frames, residual, only_frame=only_frame, **options
             )
         )
         o, c, kt, kh, kw = self._weight.shape
@@ -319,7 +317,7 @@ class _TimedFused:
         # Of the direct convolution: Winograd's kernel may be above the ceiling.
         flops = 2 * y.numel() * c * prod(shape)
         used = self._weight[:, :, -1:] if only_frame else self._weight
-        moved = _bytes(operand, used, bias, residual, y)
+        moved = _bytes(operand, used, residual, y)
         self._recorder._keep(self._recorder._name(self._weight), layer, flops, moved, marks)
         return y
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -18,27 +18,44 @@ from .conv3d import conv2d, conv3d
 from .norm import rms_norm, rms_norm_silu
 from .upsample import upsample_conv2d
 
+# Along which axis a picture is cut into shards.
+Cut = Literal["whole", "height", "width"]
+
+
+@dataclass(frozen=True)
+class HaloRows:
+    """What lies around a shard's features: a row above and below, or a column left and right.
+
+    [B, T, 1, W, C] (axis "height") or [B, T, H, 1, C] ("width"), dense; None beyond the edge of
+    the picture, where there are zeros.
+    """
+
+    axis: Literal["height", "width"]
+    before: torch.Tensor | None
+    after: torch.Tensor | None
+
 
 class FusedConv(Protocol):
     """SiLU(rms_norm(x)), joined with its history, through one causal convolution: two kernels.
 
-    Two calls, so that a caller can let go of `x` and of the old history between them.
-    `only_frame`: all history is zero and only the last temporal slice of the weight is used.
+    Holds gain, weight and bias. Two calls, so that a caller can let go of `x` and of the old
+    history between them. `only_frame`: all history is zero and only the last temporal slice of the
+    weight is used.
     """
 
     def operand(
         self,
         x: torch.Tensor,
-        gamma: torch.Tensor,
         history: torch.Tensor | None,
         *,
         only_frame: bool,
         keep: bool,
+        halo: HaloRows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What `convolve` reads, and if `keep` the history for the next chunk, in its own memory.
 
-        `x` [B, C, T, H, W]; `history` [B, C, kT - 1, H, W] of an earlier call of the same kernel,
-        or None for zeros.
+        `x` [B, C, T, H, W]; `history` [B, C, kT - 1, H', W'] of an earlier call of the same kernel,
+        or None for zeros. With a `halo` the result is of H' = H + 2 rows (or W' = W + 2 columns).
         """
         ...
 
@@ -46,7 +63,6 @@ class FusedConv(Protocol):
         self,
         operand: torch.Tensor,
         frames: int,
-        bias: torch.Tensor,
         residual: torch.Tensor | None,
         *,
         padding: tuple[int, int],

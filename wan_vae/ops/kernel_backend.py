@@ -33,7 +33,7 @@ from . import norm as eager_norm
 from . import upsample as eager_upsample
 from .cuda.conv3x3 import Form, build, fits
 from .cuda.driver import KernelBuildError
-from .dispatch import FusedConv
+from .dispatch import Cut, FusedConv
 from .kernel_layer import OPERAND, CudaLayer, Layer, StridedLayer, fit_channels
 from .kernel_proofs import Proofs
 from .proof import ProofBook, Verdict
@@ -41,7 +41,7 @@ from .sites import Site
 from .triton_attention import AttentionConfig, attention
 from .triton_configs import attention_candidates, conv_candidates
 from .triton_conv3d import Config, fold_upsample, folded_upsample
-from .triton_norm import norm_silu_join
+from .triton_norm import norm_scale, norm_silu_join
 from .triton_strided import strided_candidates
 
 
@@ -56,18 +56,19 @@ class KernelBackend:
         book: ProofBook,
         only_frame: bool,
         cuda: bool,
+        cut: Cut,
     ):
         """`stream`: dtype between layers. `book`: verdicts of this device. `only_frame`: the video
         has one frame, and only the last temporal slice of a kernel is used. `cuda`: kernels in
-        CUDA C++ may be taken too."""
+        CUDA C++ may be taken too. `cut`: the axis along which features have halo rows."""
         self.stream, self.only_frame, self._cuda = stream, only_frame, cuda
-        self._book, self._proofs = book, Proofs(device, stream, only_frame)
+        self._book, self._proofs = book, Proofs(device, stream, only_frame, cut)
         self._layers: dict[int, Layer | CudaLayer] = {}
         self._folded: dict[int, tuple[torch.Tensor, Config]] = {}
         self._strided: dict[int, StridedLayer] = {}
         # The dtype in which the first convolution of an encode reads its pixels, if it runs here.
         self.pixels: torch.dtype | None = None
-        self._norms: set[int] = set()
+        self._norms: dict[int, torch.Tensor] = {}
         self._attention: AttentionConfig | None = None
         self._off: dict[tuple[str, str], int] = {}
         sites = list(sites)
@@ -106,7 +107,10 @@ class KernelBackend:
             proof = self._proofs.conv(replace(site, weight=weight), operand, out, config)
             if self._proven("conv3d", *proof):
                 weight = layout.to_format(weight.to(operand), "channels_last_3d")
-                self._layers[id(site.weight)] = Layer(weight, config, out)
+                bias = scale = None
+                if site.gamma is not None:
+                    bias, scale = site.bias.detach().float(), norm_scale(site.gamma)
+                self._layers[id(site.weight)] = Layer(weight, config, out, bias, scale)
                 if site.kind == "pixels":
                     self.pixels = operand
                 return
@@ -135,7 +139,7 @@ class KernelBackend:
         form = self._form(site)
         if form is None or not self._proven("conv3d", *self._proofs.cuda(form)):
             return False
-        self._layers[id(site.weight)] = CudaLayer.of(site.weight, form)
+        self._layers[id(site.weight)] = CudaLayer.of(site.weight, site.bias, site.gamma, form)
         return True
 
     def _add_upsample(self, site: Site) -> None:
@@ -187,7 +191,7 @@ class KernelBackend:
                 self._refuse("attention", f"no kernel for its {weight.shape[0]}x{c} convolution")
                 return
         self._layers |= layers
-        self._norms.add(id(site.gamma))
+        self._norms[id(site.gamma)] = norm_scale(site.gamma)
         self._attention = config
 
     def _proven(self, op: str, key: str, run) -> bool:
@@ -241,9 +245,10 @@ class KernelBackend:
 
     def norm(self, x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         """As `norm.rms_norm`, of frames [N, C, H, W]; float16 where its reader is ours."""
-        if id(gamma) not in self._norms:
+        scale = self._norms.get(id(gamma))
+        if scale is None:
             return eager_norm.rms_norm(x, gamma)
-        y, _ = norm_silu_join(x[:, :, None], gamma, None, 0, False, OPERAND, silu=False)
+        y, _ = norm_silu_join(x[:, :, None], scale, None, 0, False, OPERAND, silu=False)
         return y[:, :, 0]
 
     def conv3d(
@@ -314,15 +319,16 @@ class KernelBackend:
         weight: torch.Tensor,
         bias: torch.Tensor,
         counter: LayoutCounter,
-        **options,
+        *,
+        padding: tuple[int, int] = (1, 1),
     ) -> torch.Tensor:
         """As `upsample.upsample_conv2d`."""
         found = self._folded.get(id(weight))
         if found is None:
-            return eager_upsample.upsample_conv2d(x, weight, bias, counter, **options)
+            return eager_upsample.upsample_conv2d(x, weight, bias, counter, padding=padding)
         folded, config = found
         x = layout.to_format(x, "channels_last_3d")
-        return folded_upsample(x, folded, bias, config)
+        return folded_upsample(x, folded, bias, config, padding)
 
 
 def _input_bounds(sites: list[Site]) -> list[float]:

@@ -8,9 +8,10 @@ import torch
 
 from .. import layout
 from .cuda.conv3x3 import Form, conv3x3, pack
+from .dispatch import HaloRows
 from .triton_conv3d import Config, conv3d
 from .triton_head import head_conv
-from .triton_norm import norm_silu_join, norm_silu_pairs
+from .triton_norm import norm_scale, norm_silu_join, norm_silu_pairs
 from .triton_strided import StridedConfig, strided_conv3d
 
 # Operands behind a norm.
@@ -37,17 +38,20 @@ def fit_channels(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Ten
 class Layer:
     """A convolution as a Triton kernel runs it: its operand, configuration and the result's dtype.
 
-    `config` None is the narrow head's kernel, whose result is float32.
+    `config` None is the narrow head's kernel, whose result is float32. `bias` and `scale` (from
+    `triton_norm.norm_scale`), both float32, are those of a layer behind a norm.
     """
 
     weight: torch.Tensor
     config: Config | None
     out: torch.dtype
+    bias: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
 
     def run(
         self,
         buffer: torch.Tensor,
-        bias: torch.Tensor,
+        bias: torch.Tensor | None,
         residual: torch.Tensor | None,
         padding: tuple[int, int],
         last_slice: bool,
@@ -64,28 +68,27 @@ class Layer:
     def operand(
         self,
         x: torch.Tensor,
-        gamma: torch.Tensor,
         history: torch.Tensor | None,
         *,
         only_frame: bool,
         keep: bool,
+        halo: HaloRows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `dispatch.FusedConv`."""
         past = 0 if only_frame else self.weight.shape[2] - 1
-        return norm_silu_join(x, gamma, history, past, keep, OPERAND)
+        return norm_silu_join(x, self.scale, history, past, keep, OPERAND, halo=halo)
 
     def convolve(
         self,
         operand: torch.Tensor,
         frames: int,
-        bias: torch.Tensor,
         residual: torch.Tensor | None,
         *,
         padding: tuple[int, int],
         only_frame: bool,
     ) -> torch.Tensor:
         """See `dispatch.FusedConv`. The result has dtype `out`; a narrow head's is float32."""
-        return self.run(operand, bias, residual, padding, only_frame)
+        return self.run(operand, self.bias, residual, padding, only_frame)
 
 
 @dataclass(frozen=True)
@@ -94,39 +97,41 @@ class CudaLayer:
 
     packed: torch.Tensor
     form: Form
+    bias: torch.Tensor
+    scale: torch.Tensor
 
     @staticmethod
-    def of(weight: torch.Tensor, form: Form) -> CudaLayer:
-        """From a weight [O, C, 3, 3, 3] of any dtype and format."""
-        return CudaLayer(pack(weight, form), form)
+    def of(weight: torch.Tensor, bias: torch.Tensor, gamma: torch.Tensor, form: Form) -> CudaLayer:
+        """From a weight [O, C, 3, 3, 3], its bias and the norm's gain, of any dtype and format."""
+        bias, scale = bias.detach().float(), norm_scale(gamma)
+        return CudaLayer(pack(weight, form), form, bias, scale)
 
     def operand(
         self,
         x: torch.Tensor,
-        gamma: torch.Tensor,
         history: torch.Tensor | None,
         *,
         only_frame: bool,
         keep: bool,
+        halo: HaloRows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `dispatch.FusedConv`."""
         if self.form.winograd:
-            return norm_silu_pairs(x, gamma, history, keep, OPERAND)
+            return norm_silu_pairs(x, self.scale, history, keep, OPERAND, halo=halo)
         past = 0 if only_frame else self.form.taps - 1
-        return norm_silu_join(x, gamma, history, past, keep, OPERAND)
+        return norm_silu_join(x, self.scale, history, past, keep, OPERAND, halo=halo)
 
     def convolve(
         self,
         operand: torch.Tensor,
         frames: int,
-        bias: torch.Tensor,
         residual: torch.Tensor | None,
         *,
         padding: tuple[int, int],
         only_frame: bool,
     ) -> torch.Tensor:
         """See `dispatch.FusedConv`."""
-        return conv3x3(operand, self.packed, bias.float(), residual, self.form, frames, padding)
+        return conv3x3(operand, self.packed, self.bias, residual, self.form, frames, padding)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import triton
 from . import triton_attention, triton_conv3d, triton_norm
 from .cuda.conv3x3 import Form
 from .cuda.driver import KernelBuildError
+from .dispatch import Cut, HaloRows
 from .kernel_layer import OPERAND, CudaLayer, Layer, StridedLayer
 from .norm import rms_norm, rms_norm_silu
 from .proof import Verdict, prove
@@ -39,8 +40,8 @@ Proof = tuple[str, Callable[[], Verdict]]
 class Proofs:
     """Makes the proof of a kernel for a layer: its key in the book, and the run that decides."""
 
-    def __init__(self, device: torch.device, stream: torch.dtype, only_frame: bool):
-        self.device, self.stream, self.only_frame = device, stream, only_frame
+    def __init__(self, device: torch.device, stream: torch.dtype, only_frame: bool, cut: Cut):
+        self.device, self.stream, self.only_frame, self.cut = device, stream, only_frame, cut
 
     def conv(
         self, site: Site, operand: torch.dtype, out: torch.dtype, config: Config | None
@@ -50,6 +51,7 @@ class Proofs:
         name = "narrow" if config is None else config.name
         form = f"{c}x{o} {'x'.join(map(str, kernel))} {_name(operand)} to {_name(out)}"
         key = f"conv3d {site.kind} {form}{' one frame' if self.only_frame else ''} {name}"
+        key += self._cut_name
         if site.gamma is not None:
             return key, lambda: self._prove_triton(o, c, out, config)
         return key, lambda: self._prove_conv(o, c, tuple(kernel), operand, out, config)
@@ -57,11 +59,13 @@ class Proofs:
     def cuda(self, form: Form) -> Proof:
         """A 3x3x3 convolution in CUDA C++, with norm, SiLU and join in front."""
         sizes = f"{form.cin}x{form.cout} {_name(OPERAND)} to {_name(form.out)}"
-        key = f"conv3d normed {sizes} cuda {form.name}"
+        key = f"conv3d normed {sizes} cuda {form.name}{self._cut_name}"
 
         def run() -> Verdict:
             weight = self._weight(form.cout, form.cin, (3, 3, 3), OPERAND)
-            return self._prove_fused(CudaLayer.of(weight, form), weight, BOUNDS[self.stream])
+            bias, gamma = self._behind_norm(form.cout, form.cin)
+            layer = CudaLayer.of(weight, bias, gamma, form)
+            return self._prove_fused(layer, weight, gamma, BOUNDS[self.stream])
 
         return key, run
 
@@ -74,7 +78,7 @@ class Proofs:
     def upsample(self, site: Site, config: Config) -> Proof:
         """The folded up-sampler."""
         o, c = site.weight.shape[:2]
-        key = f"upsample {c}x{o} {_name(self.stream)} {config.name}"
+        key = f"upsample {c}x{o} {_name(self.stream)} {config.name}{self._cut_name}"
         return key, lambda: self._prove_upsample(o, c, config)
 
     def strided(self, site: Site, config: StridedConfig) -> Proof:
@@ -91,6 +95,15 @@ class Proofs:
 
     # -- the runs ------------------------------------------------------------------------------
 
+    @property
+    def _cut_name(self) -> str:
+        return "" if self.cut == "whole" else f" cut by {self.cut}"
+
+    def _padding(self, kernel: tuple[int, ...] = (3, 3)) -> tuple[int, int]:
+        """Zero rows and columns on each side; 0 where halo rows stand instead."""
+        h, w = (k // 2 for k in kernel[-2:])
+        return (h * (self.cut != "height"), w * (self.cut != "width"))
+
     def _random(self, *shape: int, seed: int) -> torch.Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=self.device)
@@ -105,38 +118,54 @@ class Proofs:
         weight = self._random(o, kt, kh, kw, c, seed=3) / (kt * kh * kw * c) ** 0.5
         return weight.to(dtype).permute(0, 4, 1, 2, 3)
 
+    def _behind_norm(self, o: int, c: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A bias and a gain."""
+        return self._random(o, seed=4).to(self.stream), 1 + 0.2 * self._random(c, seed=1)
+
     def _prove_triton(self, o: int, c: int, out: torch.dtype, config: Config | None) -> Verdict:
         """A Triton layer behind a norm, with a residual unless it is the narrow head."""
         weight = self._weight(o, c, (3, 3, 3), OPERAND)
-        layer = Layer(weight, config, out)
-        return self._prove_fused(layer, weight, BOUNDS[out], with_residual=config is not None)
+        bias, gamma = self._behind_norm(o, c)
+        layer = Layer(weight, config, out, bias.float(), triton_norm.norm_scale(gamma))
+        residual = config is not None
+        return self._prove_fused(layer, weight, gamma, BOUNDS[out], with_residual=residual)
 
     def _prove_fused(
         self,
         layer: Layer | CudaLayer,
         weight: torch.Tensor,
+        gamma: torch.Tensor,
         rounding: float,
         with_residual: bool = True,
     ) -> Verdict:
-        """Norm, SiLU, join and convolution with `weight` as a decode runs them."""
+        """Norm, SiLU, join and convolution with `weight` as a decode runs them.
+
+        Of a cut picture the layer gets the inner rows, and the outermost as halo.
+        """
         o, c = weight.shape[:2]
         frames = PROOF_SIZE[self.device.type][0]
         x = self._features(c, frames, self.stream, seed=0)
-        gamma = 1 + 0.2 * self._random(c, seed=1)
-        only = self.only_frame
+        only, padding = self.only_frame, self._padding()
         history = None if only else self._features(c, 2, OPERAND, seed=2)
-        bias = self._random(o, seed=4).to(self.stream)
         residual = self._features(o, frames, self.stream, seed=5) if with_residual else None
+        own, halo = x, None
+        if self.cut != "whole":
+            dim = -2 if self.cut == "height" else -1
+            before, own, after = x.split([1, x.shape[dim] - 2, 1], dim)
+            rows = (part.permute(0, 2, 3, 4, 1).contiguous() for part in (before, after))
+            halo = HaloRows(self.cut, *rows)
+            if residual is not None:
+                residual = residual.narrow(dim, 1, own.shape[dim])
 
         def kernel() -> torch.Tensor:
-            operand, _ = layer.operand(x, gamma, history, only_frame=only, keep=False)
-            return layer.convolve(operand, frames, bias, residual, padding=(1, 1), only_frame=only)
+            operand, _ = layer.operand(own, history, only_frame=only, keep=False, halo=halo)
+            return layer.convolve(operand, frames, residual, padding=padding, only_frame=only)
 
         def reference() -> torch.Tensor:
             y = rms_norm_silu(x.float(), gamma)
             y = y if history is None else torch.cat((history.float(), y), 2)
             used = weight[:, :, -1:] if only else weight
-            y = _exact_conv3d(y, used.float(), bias.float(), (1, 1))
+            y = _exact_conv3d(y, used.float(), layer.bias, padding)
             return y if residual is None else y + residual.float()
 
         # The kernel rounds the norm's result to float16, which the reference does not do.
@@ -147,7 +176,7 @@ class Proofs:
         x = self._features(c, frames + kernel[0] - 1, operand, seed=0)
         weight = self._weight(o, c, kernel, operand)
         bias = self._random(o, seed=4).to(self.stream)
-        padding, only = (kernel[1] // 2, kernel[2] // 2), self.only_frame
+        padding, only = self._padding(kernel), self.only_frame
         used = weight[:, :, -1:] if only else weight
         layer = Layer(weight, config, out)
         return prove(
@@ -164,15 +193,17 @@ class Proofs:
         weight = (self._random(o, c, 3, 3, seed=1) / (9 * c) ** 0.5).to(self.stream)
         bias = self._random(o, seed=2).to(self.stream)
         folded = triton_conv3d.fold_upsample(weight).to(self.stream)
+        padding = self._padding()
 
         def reference() -> torch.Tensor:
             doubled = F.interpolate(x.float(), scale_factor=2.0, mode="nearest-exact")
             y = _exact_conv3d(doubled[:, :, None], weight.float()[:, :, None], bias.float(), (1, 1))
-            return y[:, :, 0]
+            (top, left), (h, w) = (2 - 2 * p for p in padding), y.shape[3:]
+            return y[:, :, 0, top : h - top, left : w - left]
 
         # Summed taps are rounded once more than the reference's.
         return prove(
-            lambda: triton_conv3d.folded_upsample(x, folded, bias, config),
+            lambda: triton_conv3d.folded_upsample(x, folded, bias, config, padding),
             reference,
             2 * BOUNDS[self.stream],
             BUILD_FAILURES,
@@ -206,13 +237,14 @@ class Proofs:
         # More keys than one block holds, and queries that are not all of them, as on a shard.
         x = self._features(c, 1, self.stream, seed=0)
         gamma = 1 + 0.2 * self._random(c, seed=1)
+        scale = triton_norm.norm_scale(gamma)
 
         def heads(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             rows = y.flatten(2).transpose(1, 2)
             return rows[:, 3:], rows, rows.flip(1)
 
         def kernel() -> torch.Tensor:
-            y, _ = triton_norm.norm_silu_join(x, gamma, None, 0, False, OPERAND, silu=False)
+            y, _ = triton_norm.norm_silu_join(x, scale, None, 0, False, OPERAND, silu=False)
             q, k, v = heads(y[:, :, 0])
             return triton_attention.attention(q, k, v.contiguous(), config)
 

@@ -15,7 +15,7 @@ from ..arithmetic import own_arithmetic
 from ..errors import BackendError
 from ..model import WanVAEModel
 from ..report import BackendOff
-from .dispatch import OpSet, eager_ops
+from .dispatch import Cut, OpSet, eager_ops
 from .proof import ProofBook
 from .sites import decoder_sites, encoder_sites
 
@@ -34,17 +34,20 @@ def select_ops(
     model: WanVAEModel,
     only_frame: bool,
     book: Callable[[], ProofBook],
+    cut: Cut = "whole",
     part: Part = "decoder",
 ) -> OpSet:
     """The operations for a decode or encode with `model`, whose weights decide device and dtype.
+
+    `cut`: the axis along which the picture is cut into shards, whose kernels take halo rows.
+    `part`: whose layers the operations are for; `model` must have it.
 
     "eager": the reference. "triton": our kernels in Triton for each layer where one is proven on
     this device, the reference elsewhere, each refusal in `OpSet.off`. "cuda": as "triton", with
     kernels in CUDA C++ for the wide 3x3x3 convolutions. "auto": "cuda" on the cards that they were
     measured on (Hopper), else the reference. `book` opens the verdicts of this device; it is not
     called when no kernel is asked for. The weights' memory format does not matter: kernels read
-    copies of their own. `part`: whose layers they are for; `model` must have it. What was prepared
-    stays with `model`, for the next call, for each part.
+    copies of their own. What was prepared stays with `model` for the next call, for each part.
     Raises BackendError for an unknown request, or for "triton" and "cuda" where they cannot run.
     """
     if requested not in BACKENDS:
@@ -60,10 +63,11 @@ def select_ops(
     # Of this part alone: packing the other's weights must not cost this one its kernels.
     weights = [p for module in own_modules(model, part) for p in module.parameters()]
     state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in weights]
-    key = (requested, only_frame, part)
+    key = (requested, only_frame, cut, part)
     kept = model.prepared.get(key)
     if kept is None or kept[0] != state:
-        model.prepared[key] = kept = state, _kernels(requested, model, only_frame, book(), part)
+        made = _kernels(requested, model, only_frame, book(), cut, part)
+        model.prepared[key] = kept = state, made
     return kept[1]
 
 
@@ -73,7 +77,12 @@ def own_modules(model: WanVAEModel, part: Part) -> tuple[nn.Module, nn.Module]:
 
 
 def _kernels(
-    requested: Backend, model: WanVAEModel, only_frame: bool, book: ProofBook, part: Part
+    requested: Backend,
+    model: WanVAEModel,
+    only_frame: bool,
+    book: ProofBook,
+    cut: Cut,
+    part: Part,
 ) -> OpSet:
     from .kernel_backend import KernelBackend
 
@@ -81,7 +90,7 @@ def _kernels(
     sites = decoder_sites(model) if part == "decoder" else encoder_sites(model)
     with own_arithmetic(weight.device):
         backend = KernelBackend(
-            sites, weight.device, weight.dtype, book, only_frame, requested != "triton"
+            sites, weight.device, weight.dtype, book, only_frame, requested != "triton", cut
         )
     eager = eager_ops()
     return replace(

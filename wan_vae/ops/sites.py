@@ -22,7 +22,8 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Site:
-    """One layer. `frames`: how many it has for each latent frame of a steady chunk.
+    """One layer. `frames`: how many it has for each latent frame of a steady chunk. `bias`: of a
+    layer behind a norm.
 
     kind says where its input comes from: "latent" (the latent, or almost), "normed" (norm and
     SiLU, with `gamma`), "head" (the same; its result is float32: the pixels, or almost the latent),
@@ -37,6 +38,7 @@ class Site:
     frames: int
     gamma: torch.Tensor | None = None
     projection: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 def decoder_sites(model: WanVAEModel) -> Iterator[Site]:
@@ -52,7 +54,7 @@ def decoder_sites(model: WanVAEModel) -> Iterator[Site]:
                 frames *= 2
             yield Site("upsample", layer.resample["1"].weight, frames)
     norm, conv = decoder.head.values()
-    yield Site("head", conv.weight, frames, norm.gamma)
+    yield Site("head", conv.weight, frames, norm.gamma, bias=conv.bias)
 
 
 def encoder_sites(model: WanVAEModel) -> Iterator[Site]:
@@ -67,7 +69,7 @@ def encoder_sites(model: WanVAEModel) -> Iterator[Site]:
                 frames //= 2
                 yield Site("strided", layer.time_conv.weight, frames)
     norm, conv = encoder.head.values()
-    yield Site("head", conv.weight, frames, norm.gamma)
+    yield Site("head", conv.weight, frames, norm.gamma, bias=conv.bias)
     yield Site("moments", model.conv1.weight, frames)
 
 
@@ -75,7 +77,7 @@ def _block_sites(layer: nn.Module, frames: int) -> Iterator[Site]:
     """The sites of a residual block or an attention; none of any other layer."""
     if isinstance(layer, ResidualBlock):
         for norm, conv in layer.normed_convolutions():
-            yield Site("normed", conv.weight, frames, norm.gamma)
+            yield Site("normed", conv.weight, frames, norm.gamma, bias=conv.bias)
         if layer.shortcut is not None:
             yield Site("stream", layer.shortcut.weight, frames)
     elif isinstance(layer, Attention):

@@ -206,7 +206,7 @@ def _launch(
     """
     b, frames_in, h, w, cin = buffer.shape
     cout = out.shape[-1]
-    height, width = (h, w) if up else out.shape[2:4]
+    height, width = (n // 2 for n in out.shape[1:3]) if up else out.shape[2:4]
     x = TensorDescriptor.from_tensor(
         buffer.view(b * frames_in, h, w, cin), [1, config.PH, config.PW, config.BK]
     )
@@ -283,12 +283,20 @@ def fold_upsample(weight: torch.Tensor) -> torch.Tensor:
 
 
 def folded_upsample(
-    x: torch.Tensor, folded: torch.Tensor, bias: torch.Tensor | None, config: Config
+    x: torch.Tensor,
+    folded: torch.Tensor,
+    bias: torch.Tensor | None,
+    config: Config,
+    padding: tuple[int, int] = (1, 1),
 ) -> torch.Tensor:
-    """[N, C, H, W] channels_last -> [N, O, 2H, 2W]: nearest 2x, then the 3x3 behind `folded`."""
+    """[N, C, H, W] channels_last -> [N, O, 2H, 2W]: nearest 2x, then the 3x3 behind `folded`.
+
+    `padding` 0 on an axis: see `upsample.upsample_conv2d`.
+    """
     nd = x.permute(0, 2, 3, 1).contiguous().unsqueeze(0)
     _, n, h, w, _ = nd.shape
+    h, w = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
     o = folded.shape[0] // 4
     out = torch.empty((n, 2 * h, 2 * w, o), dtype=x.dtype, device=x.device)
-    _launch(nd, folded, bias, None, out, config, (1, 2, 2), 0, True, (1, 1), n)
+    _launch(nd, folded, bias, None, out, config, (1, 2, 2), 0, True, padding, n)
     return out.permute(0, 3, 1, 2)

@@ -19,6 +19,7 @@ from ..blocks import Step
 from ..cache import FeatureCache
 from ..chunking import schedule
 from ..layout import contiguous_for_collective
+from ..ops.dispatch import Cut
 from .context import SINGLE, ShardContext
 from .halo import Shard
 from .plan import plan_shards
@@ -85,9 +86,11 @@ def emulate(
     """
     config, device = vae.config, vae.device
     z = torch.randn((1, config.z_dim, repeats + 3, height, width), device=device)
-    run = vae._start_decode(z, False, 1, "auto", "auto", None, None, "auto")
 
-    def steady_ms(part: torch.Tensor, shard) -> float:
+    def start(cut: Cut):
+        return vae._start_decode(z, False, 1, "auto", "auto", None, None, "auto", cut)
+
+    def steady_ms(run, part: torch.Tensor, shard) -> float:
         cache, times = FeatureCache(), []
         with own_arithmetic(device):
             for chunk in schedule(repeats + 3, 1)[:-1]:  # the last keeps no history
@@ -96,12 +99,15 @@ def emulate(
                 times.append(_timed(device, lambda f=frame, s=step: run.model.decode_chunk(f, s)))
         return statistics.median(times[2:])
 
-    one_ms, found = steady_ms(run.z, SINGLE), []
+    whole = start("whole")
+    one_ms, found = steady_ms(whole, whole.z, SINGLE), []
     for count in ranks:
         plan = plan_shards(height, width, count)
+        run = start(plan.axis)
         wire = EmulatedWire(device)
         shard_ms = tuple(
             steady_ms(
+                run,
                 own_part(run.z, plan, rank).contiguous(),
                 Shard(ShardContext(rank, count), plan, wire),
             )

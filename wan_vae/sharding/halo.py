@@ -10,6 +10,7 @@ import torch
 
 from .. import layout
 from ..errors import ShardingError
+from ..ops.dispatch import HaloRows
 from .context import ShardContext
 from .plan import ShardPlan
 from .wire import Incoming, Outgoing, Wire
@@ -51,10 +52,7 @@ class Shard:
             into.append(Incoming(above, _with_rows(x, dim, before)))
         if below is not None:
             into.append(Incoming(below, _with_rows(x, dim, after)))
-        received = self.wire.exchange(site, x.dtype, out, into)
-        for part in received:
-            self.halo_rows += part.shape[dim]
-            self.halo_bytes += part.numel() * part.element_size()
+        received = self._exchange(site, x.dtype, out, into, dim)
         whole = layout.empty_like_format(x, _with_rows(x, dim, before + rows + after))
         whole.narrow(dim, before, rows).copy_(x)
         if before:
@@ -65,14 +63,44 @@ class Shard:
             edge.zero_() if below is None else edge.copy_(received[-1])
         return whole
 
+    def halo_rows_of(self, x: torch.Tensor, site: str) -> HaloRows:
+        """The neighbours' rows next to `x` [B, C, T, H, W], for a kernel that joins them itself.
+
+        In NDHWC, in which kernels read: a contiguous [B, T, 1, W, C] (or [B, T, H, 1, C]) travels.
+        Every rank with rows must call it at the same `site`.
+        """
+        frames = x.permute(0, 2, 3, 4, 1)
+        dim, rank, rows = self.plan.dim - 1, self.context.rank, x.shape[self.plan.dim]
+        peers = [rank - 1] * (rank > 0) + [rank + 1] * (rank < self.plan.active - 1)
+        shape = _with_rows(frames, dim, 1)
+        received = self._exchange(
+            site,
+            x.dtype,
+            [Outgoing(p, frames.narrow(dim, 0 if p < rank else rows - 1, 1)) for p in peers],
+            [Incoming(p, shape) for p in peers],
+            dim,
+        )
+        parts = dict(zip(peers, received, strict=True))
+        return HaloRows(self.plan.axis, parts.get(rank - 1), parts.get(rank + 1))
+
+    def _exchange(
+        self,
+        site: str,
+        dtype: torch.dtype,
+        out: list[Outgoing],
+        into: list[Incoming],
+        dim: int,
+    ) -> list[torch.Tensor]:
+        """`Wire.exchange` of rows along `dim`, counted for the report."""
+        received = self.wire.exchange(site, dtype, out, into)
+        for part in received:
+            self.halo_rows += part.shape[dim]
+            self.halo_bytes += part.numel() * part.element_size()
+        return received
+
     def padding(self, padding: tuple[int, int]) -> tuple[int, int]:
         """`padding` (rows, columns) less the axis that `surround` has padded."""
         return (0, padding[1]) if self.plan.dim == -2 else (padding[0], 0)
-
-    def crop(self, x: torch.Tensor, before: int, after: int) -> torch.Tensor:
-        """`x` without its first and last rows of the cut axis; a view."""
-        dim = self.plan.dim
-        return x.narrow(dim, before, x.shape[dim] - before - after)
 
     def own_rows(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's part of `x` [..., H, W] of the whole picture at latent resolution; a view."""

@@ -59,6 +59,7 @@ def start_job(
     check_gather(gather)
     plan = plan_shards(latent_shape[3], latent_shape[4], context.world_size, context.axis)
     wire = Wire(context, device)
+    wire.connect()
     wire.agree(
         operation=_OPERATIONS.index(operation),
         **dict(zip(("batch", "channels", "frames", "height", "width"), tensor.shape, strict=True)),
@@ -144,32 +145,36 @@ def decode_shard(
     memory_format, precision, out, sink, on_progress, should_stop, **options,
 ) -> torch.Tensor | None:  # fmt: skip
     """`WanVAE.decode` on one rank; see there. A collective."""
-    from ..latents import check_latent
+    from ..latents import as_batch, check_latent
     from ..pipeline import PRECISIONS
     from ..sink import TensorSink, check_out
 
-    if latent.ndim == 4:
-        latent = latent.unsqueeze(0)
+    latent = as_batch(latent, "latent")
     check_latent(latent, vae.config)
     dtype = vae.dtype if precision == "auto" else PRECISIONS.get(precision, vae.dtype)
     rank, config, device = context.rank, vae.config, vae.device
+
+    plan = plan_shards(latent.shape[3], latent.shape[4], context.world_size, context.axis)
+    run = vae._start_decode(
+        latent, normalized, chunk_frames, memory_format, precision, None, None,
+        cut=plan.axis, **options,
+    )  # fmt: skip
+    modelled = {"memory_format": run.memory_format, "backend": run.ops.used["conv3d"]}
 
     def lengths(plan: ShardPlan):
         if chunk_frames is not None:
             return [c.frames for c in schedule(latent.shape[2], chunk_frames)]
         own = plan.pixel_shape_of(0, tuple(latent.shape), 1)  # the tallest part
-        return memory.plan_chunk_frames(config, own, dtype.itemsize, memory.free_bytes(device))
+        free = memory.free_bytes(device)
+        return memory.plan_chunk_frames(config, own, dtype, free, **modelled)
 
     job = start_job(context, "decode", latent, tuple(latent.shape), device, dtype, gather, lengths)
-    shard, plan = job.shard, job.plan
-    run = vae._start_decode(
-        latent, normalized, list(job.lengths), memory_format, precision, None, None, **options
-    )
+    shard = job.shard
     factor = config.spatial_factor
     z = own_part(run.z, plan, rank).contiguous()
     run.builder.memory["free_bytes"] = memory.free_bytes(device)
     run.builder.memory["planned_bytes"] = memory.planned_bytes(
-        config, tuple(z.shape), z.element_size(), max(job.lengths)
+        config, tuple(z.shape), dtype, max(job.lengths), **modelled
     )
     part_shape = plan.pixel_shape_of(rank, run.pixel_shape, factor)
     shape = part_shape if gather == "own" else run.pixel_shape

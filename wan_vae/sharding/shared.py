@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -22,6 +24,9 @@ def default_folders() -> tuple[Path, ...]:
     return (Path("/dev/shm"), Path(tempfile.gettempdir()))
 
 
+_CAN_CLAIM = hasattr(os, "posix_fallocate")
+
+
 class SharedBuffer:
     """`raw` [bytes] uint8, mapped by every process that opens `path`.
 
@@ -30,10 +35,20 @@ class SharedBuffer:
 
     def __init__(self, path: Path, raw: torch.Tensor):
         self.path, self.raw = path, raw
+        self._descriptor: int | None = None
+        if _CAN_CLAIM:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._descriptor)
 
     @classmethod
-    def create(cls, size: int, folders: Sequence[Path] | None = None) -> SharedBuffer:
-        """Claim `size` bytes in the first of `folders` that has room. Raises ShardingError."""
+    def create(
+        cls, size: int, folders: Sequence[Path] | None = None, claimed: int | None = None
+    ) -> SharedBuffer:
+        """A file of `size` bytes in the first of `folders` that has room. Raises ShardingError.
+
+        Its first `claimed` bytes (None: all) may be written at once, others after `claim`: a large
+        output's memory takes as long to claim as a few GPUs take to decode it.
+        """
         refused = []
         for folder in folders or default_folders():
             if not folder.is_dir():
@@ -44,10 +59,9 @@ class SharedBuffer:
                 continue
             descriptor, name = tempfile.mkstemp(prefix="wan_vae_", dir=folder)
             try:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(descriptor, 0, size)
-                else:
-                    os.truncate(descriptor, size)
+                os.truncate(descriptor, size)
+                if _CAN_CLAIM and claimed != 0:
+                    os.posix_fallocate(descriptor, 0, size if claimed is None else claimed)
             except OSError as error:
                 os.unlink(name)
                 refused.append(f"{folder}: {error.strerror}")
@@ -66,6 +80,26 @@ class SharedBuffer:
         """Map an existing file of `size` bytes."""
         raw = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
         return cls(Path(path), raw)
+
+    def claim(self, part: torch.Tensor) -> None:
+        """Make room for `part`, a view of `raw` of three dimensions or more, before it is written.
+
+        By stretches of memory of its first two dimensions. Raises ShardingError if there is none.
+        """
+        if self._descriptor is None or not part.numel():
+            return
+        size, outer = part.element_size(), part.stride()[:2]
+        inner = zip(part.shape[2:], part.stride()[2:], strict=True)
+        length = (1 + sum((n - 1) * step for n, step in inner)) * size
+        for i, j in product(*map(range, part.shape[:2])):
+            start = (part.storage_offset() + i * outer[0] + j * outer[1]) * size
+            try:
+                os.posix_fallocate(self._descriptor, start, length)
+            except OSError as error:
+                raise ShardingError(
+                    f"no room for {self.raw.numel() / 2**20:.0f} MiB of memory shared between the "
+                    f"ranks in {self.path.parent}: {error.strerror}"
+                ) from error
 
     def unlink(self) -> None:
         """Remove the name: no other process can open it, mappings stay. Twice does no harm."""

@@ -75,8 +75,8 @@ class Wire:
     stream goes on behind NCCL (`Work.wait`). Buffers may therefore be freed when `exchange`
     returns: whatever takes their memory is queued later on the same stream. All messages of an
     exchange are one group, so their order among neighbours does not matter, and no pair of ranks
-    has two in one direction. The first call of a decode is a collective of all ranks, idle ones
-    too, as NCCL wants it before messages between some.
+    has two in one direction. `connect` comes first: a collective of all ranks, idle ones too, as
+    NCCL wants it before messages between some.
     """
 
     def __init__(self, context: ShardContext, device: torch.device):
@@ -103,6 +103,10 @@ class Wire:
         self.device = device
         self.host_staged = dist.get_backend(context.group) == "gloo"
         self._transport = torch.device("cpu") if self.host_staged else device
+        # Numbers that the host needs go beside the device where they can: else it would wait for
+        # all that is queued there.
+        on_host = "cpu:" in dist.get_backend_config(context.group)
+        self._control = torch.device("cpu") if on_host else self._transport
         self._agreed: set[tuple] = set()
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._wait_s = 0.0
@@ -187,7 +191,7 @@ class Wire:
         try:
             works = dist.batch_isend_irecv(ops)
             for work in works:
-                self._wait(work)
+                self._wait(work, self._transport)
         except RuntimeError as error:
             raise ShardingError(
                 f"rank {self.context.rank} has no answer from {names} at {site} (waits at most "
@@ -195,8 +199,8 @@ class Wire:
                 rank=peers[0] if len(set(peers)) == 1 else None,
             ) from error
 
-    def _wait(self, work: dist.Work) -> None:
-        if self.host_staged:
+    def _wait(self, work: dist.Work, transport: torch.device) -> None:
+        if transport.type == "cpu":
             work.wait(timedelta(seconds=self.context.timeout_s))
         else:
             work.wait()  # orders the device's stream; its own watchdog knows the time-out
@@ -209,28 +213,37 @@ class Wire:
         The one guarded gather: `x` may have any memory format and must have the same shape and
         dtype on every rank (`agree` first where that is not known).
         """
-        packed = contiguous_for_collective(x).to(self._transport)
+        start = self._mark()
+        parts = self._gather(x, self._transport)
+        self._add_wait(start)
+        return [p.to(self.device) for p in parts]
+
+    def _gather(self, x: torch.Tensor, transport: torch.device) -> list[torch.Tensor]:
+        """See `all_gather`; the results stay on `transport`."""
+        packed = contiguous_for_collective(x).to(transport)
         flat = _as_bytes(packed)
         gathered = torch.empty(
-            self.context.world_size * flat.numel(), dtype=torch.uint8, device=self._transport
+            self.context.world_size * flat.numel(), dtype=torch.uint8, device=transport
         )
-        start = self._mark()
         try:
             work = all_gather_flat(gathered, flat, group=self.context.group, async_op=True)
-            self._wait(work)
+            self._wait(work, transport)
         except RuntimeError as error:
             raise ShardingError(
                 f"rank {self.context.rank} got no gather over {self.context.world_size} ranks "
                 f"(waits at most {self.context.timeout_s:g} s): {_first_line(error)}"
             ) from error
-        self._add_wait(start)
         parts = gathered.view(self.context.world_size, -1).unbind(0)
-        return [p.view(x.dtype).view(x.shape).to(self.device) for p in parts]
+        return [p.view(x.dtype).view(x.shape) for p in parts]
 
     def all_gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
         """The same count of integers from every rank, in rank order. A collective; waits."""
-        mine = torch.tensor(list(numbers), dtype=torch.int64, device=self._transport)
-        return [part.tolist() for part in self.all_gather(mine)]
+        mine = torch.tensor(list(numbers), dtype=torch.int64, device=self._control)
+        return [part.tolist() for part in self._gather(mine, self._control)]
+
+    def connect(self) -> None:
+        """Have the transport connect all ranks. A collective; waits."""
+        self._gather(torch.zeros(1, device=self._transport), self._transport)
 
     def agree(self, **facts: int) -> None:
         """Raise ShardingError on every rank unless all hold the same `facts`. A collective."""

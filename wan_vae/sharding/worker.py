@@ -148,7 +148,7 @@ class _Worker:
         )
         store.set_timeout(start)
         dist.init_process_group(
-            settings.backend,
+            "cpu:gloo,cuda:nccl" if nccl else settings.backend,
             store=dist.PrefixStore("wan_vae", store),
             rank=rank,
             world_size=world_size,
@@ -195,7 +195,8 @@ class _Worker:
 
     def decode(self, path, size, input, output, form, axis, gather, wait_s, options) -> dict:
         """Decode the latent in shared memory; this rank's rows go to the output beside it."""
-        raw = SharedBuffer.open(path, size).raw
+        buffer = SharedBuffer.open(path, size)
+        raw = buffer.raw
         self.pipe.send("mapped", None)
         latent = view(raw, *input, torch.float32)
         out = view(raw, *output, torch.float32)
@@ -205,7 +206,7 @@ class _Worker:
             rows, columns = plan.place(rank, self.vae.config.spatial_factor)
             # [B, T', H', W', 3] or [B, 3, T', H', W']
             out = out[:, :, rows, columns] if form == "image" else out[..., rows, columns]
-        sink = ImageSink(out) if form == "image" else TensorSink(out)
+        sink = (ImageSink if form == "image" else TensorSink)(out, buffer.claim)
         writes = gather == "shared" or rank == 0
         with suppress(DecodeCancelled):  # the report says it
             self.vae.decode(
@@ -220,7 +221,8 @@ class _Worker:
 
     def encode(self, path, size, input, output, axis, wait_s, options) -> dict:
         """Encode the pixels in shared memory; rank 0 writes the latent beside them."""
-        raw = SharedBuffer.open(path, size).raw
+        buffer = SharedBuffer.open(path, size)
+        raw = buffer.raw
         self.pipe.send("mapped", None)
         with suppress(DecodeCancelled):
             latent = self.vae.encode(
@@ -231,7 +233,9 @@ class _Worker:
                 **options,
             )
             if latent is not None:
-                view(raw, *output, torch.float32).copy_(latent)
+                place = view(raw, *output, torch.float32)
+                buffer.claim(place)
+                place.copy_(latent)
         return {"report": self.vae.last_report.as_dict()}
 
     def check_wire(self, wait_s) -> dict:

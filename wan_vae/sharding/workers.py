@@ -279,13 +279,18 @@ class WorkerPool:
     def _work(
         self, command, vae, tensor, shape, on_progress, should_stop, arguments, by_rank=None
     ) -> torch.Tensor:
-        """One operation: `tensor` in and a float32 tensor of `shape` out, in shared memory."""
+        """One operation: `tensor` in and a float32 tensor of `shape` out, in shared memory.
+
+        Ranks claim the memory of what they write, as they write it.
+        """
         with self._busy():
             self._load(vae)
             input_at = _CONTROL_BYTES
             output_at = input_at + aligned(tensor.numel() * 4)
             output_bytes = torch.Size(shape).numel() * 4
-            buffer = SharedBuffer.create(output_at + aligned(output_bytes), self.shared_folders)
+            buffer = SharedBuffer.create(
+                output_at + aligned(output_bytes), self.shared_folders, claimed=output_at
+            )
             try:
                 view(buffer.raw, input_at, tensor.shape, torch.float32).copy_(tensor)
                 self._send_all(

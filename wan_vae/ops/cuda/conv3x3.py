@@ -1,8 +1,8 @@
 """3x3x3 convolution behind a norm on Hopper: Winograd along time, or direct. See conv3x3.cu.
 
 Eager twin: `conv3d.conv3d`. Winograd F(2,3) makes two output frames from four products instead of
-six; frames are paired from the first of a chunk on, and a chunk's length is even or it is the
-video's first frame, so which frames are a pair does not depend on the chunk schedule.
+six; pairs end with a chunk's last frame, so which frames are a pair does not depend on the chunk
+schedule.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from importlib.resources import files
 
 import torch
 
+from ...errors import LayoutError
 from ..proof import cache_folder
 from .driver import Function, compile_cubin, frames_map
 
 ARCHITECTURE = "sm_90a"
 _BLOCK_K, _TILE = 32, 16
+_BOX = (_TILE + 2, _TILE + 2, _BLOCK_K)
 # As in conv3x3.cu: stages of the rings of halo tiles and, by block, of rows of taps.
 _INPUT_STAGES, _INPUT_STAGE, _WEIGHT_STAGES = 3, 21504, {96: 8, 64: 12}
 
@@ -100,8 +102,12 @@ def conv3x3(
     [O] float32. `residual`: as the result, which has dtype `form.out`. `padding`: zero rows and
     columns on each side.
     """
-    nd = buffer.permute(0, 2, 3, 4, 1)
-    b, frames_in, h, w, c = nd.shape
+    if not buffer.is_contiguous(memory_format=torch.channels_last_3d):
+        raise LayoutError(
+            f"the kernel's operand {tuple(buffer.shape)} has strides {buffer.stride()}: expected "
+            "channels_last_3d"
+        )
+    b, c, frames_in, h, w = buffer.shape
     height, width = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
     out = torch.empty((b, frames, height, width, form.cout), dtype=form.out, device=buffer.device)
     groups = (frames + 1) // 2 if form.winograd else frames
@@ -112,21 +118,24 @@ def conv3x3(
     with torch.cuda.device(buffer.device):
         function, processors = _function(form, buffer.device.index)
         arguments = [
-            frames_map(nd.reshape(b * frames_in, h, w, c), (_TILE + 2, _TILE + 2, _BLOCK_K)),
+            frames_map(buffer.data_ptr(), (b * frames_in, h, w, c), _BOX),
             c_void_p(packed.data_ptr()),
             c_void_p(bias.data_ptr()),
             c_void_p(None if residual is None else residual.data_ptr()),
             c_void_p(out.data_ptr()),
-            *(
-                c_int(n)
-                for n in (
-                    frames, height, width, groups, 4 if form.winograd else 1, frames_in,
-                    padding[0], padding[1], tiles,
-                )
+            *_integers(
+                frames, height, width, groups, 4 if form.winograd else 1, frames_in,
+                padding[0], padding[1], tiles,
             ),
         ]  # fmt: skip
         function.launch(min(tiles, processors), 384, arguments)
     return out.permute(0, 4, 1, 2, 3)
+
+
+@functools.lru_cache(maxsize=512)
+def _integers(*numbers: int) -> tuple[c_int, ...]:
+    """Arguments of a launch; those of a layer are the same chunk after chunk."""
+    return tuple(map(c_int, numbers))
 
 
 @functools.cache

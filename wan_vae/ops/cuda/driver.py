@@ -132,12 +132,16 @@ def _compile(source: str, options: list[str]) -> bytes:
         nvrtc.nvrtcDestroyProgram(byref(program))
 
 
-def frames_map(frames: torch.Tensor, box: tuple[int, int, int]) -> TensorMap:
-    """Tensor map of float16 `frames` [N, H, W, C], dense, for boxes of (rows, columns, channels).
+@functools.lru_cache(maxsize=512)
+def frames_map(
+    address: int, shape: tuple[int, int, int, int], box: tuple[int, int, int]
+) -> TensorMap:
+    """Tensor map of float16 [N, H, W, C], dense from `address`, in boxes (rows, columns, channels).
 
-    Outside the tensor the copy engine reads zeros. 64-byte swizzle: a box has 32 channels.
+    Outside the tensor the copy engine reads zeros. 64-byte swizzle: a box has 32 channels. Kept by
+    its arguments, which are all that is in it: chunk after chunk gets the same memory.
     """
-    n, h, w, c = frames.shape
+    n, h, w, c = shape
     sizes = (c_uint64 * 4)(c, w, h, n)
     strides = (c_uint64 * 3)(2 * c, 2 * c * w, 2 * c * w * h)
     rows, columns, channels = box
@@ -147,10 +151,10 @@ def frames_map(frames: torch.Tensor, box: tuple[int, int, int]) -> TensorMap:
     raw = (ctypes.c_ubyte * 192)()
     at = -ctypes.addressof(raw) % 64
     code = _driver().cuTensorMapEncodeTiled(
-        byref(raw, at), _FLOAT16, 4, c_void_p(frames.data_ptr()), sizes, strides, boxes, steps,
+        byref(raw, at), _FLOAT16, 4, c_void_p(address), sizes, strides, boxes, steps,
         _NO_INTERLEAVE, _SWIZZLE_64, _PROMOTE_L2_128, _ZERO_FILL,
     )  # fmt: skip
-    _check(code, f"describe a tensor of {tuple(frames.shape)}")
+    _check(code, f"describe a tensor of {shape}")
     return TensorMap.from_buffer_copy(raw, at)
 
 
