@@ -41,7 +41,7 @@ def test_what_is_tried_first_compiles_fits_and_does_not_spill(tmp_path, family):
         assert (row["tensor_core_instructions"] > 0) == multiplies, row
         # The first was measured fast all the same, see `triton_configs`; the others hold a pixel's
         # channels, all of them.
-        exceptions = {"normed 96x96 3x3x3": 128, "norm 640": 32, "norm 1024": 32}
+        exceptions = {"normed 96x96 3x3x3": 128, "norm 640": 128, "norm 1024": 128}
         assert row["stack_bytes"] <= exceptions.get(row["kernel"], 0), row
 
 
