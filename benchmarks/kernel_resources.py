@@ -29,11 +29,13 @@ from triton.compiler import ASTSource
 
 from wan_vae.config import wan21, wan22
 from wan_vae.model import WanVAEModel
-from wan_vae.ops import triton_attention, triton_conv3d, triton_head, triton_norm
-from wan_vae.ops.sites import decoder_sites
+from wan_vae.ops import triton_attention, triton_conv3d, triton_head, triton_norm, triton_strided
+from wan_vae.ops.kernel_layer import fit_channels
+from wan_vae.ops.sites import decoder_sites, encoder_sites
 from wan_vae.ops.triton_attention import AttentionConfig
 from wan_vae.ops.triton_configs import attention_candidates, conv_candidates
 from wan_vae.ops.triton_conv3d import Config
+from wan_vae.ops.triton_strided import StridedConfig, strided_candidates
 
 PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -65,7 +67,7 @@ class Kernel:
     """A kernel to compile: its function, types of its arguments, and compile-time constants."""
 
     name: str
-    config: Config | AttentionConfig | Fixed
+    config: Config | AttentionConfig | StridedConfig | Fixed
     function: triton.JITFunction
     types: dict[str, str]
     constants: dict[str, object]
@@ -75,16 +77,19 @@ FAMILIES = {"wan2.1": wan21, "wan2.2": wan22}
 
 
 def kernels(families: list[str], first: bool) -> Iterator[Kernel]:
-    """Every kernel of the full-width decoders, each configuration once; `first`: the best ones."""
+    """Every kernel of the full-width models, each configuration once; `first`: the best ones."""
     seen = set()
     for family in families:
         config = FAMILIES[family]()
         with torch.device("meta"):
             model = WanVAEModel(config)
-        for site in decoder_sites(model):
-            o, c = site.weight.shape[:2]
-            if site.kind == "head":
+        for site in (*decoder_sites(model), *encoder_sites(model)):
+            o, c = fit_channels(site.weight).shape[:2]
+            narrow = site.kind == "head" and o * 9 <= 128
+            if narrow:
                 found = []
+            elif site.kind == "strided":
+                found = [_strided(site, o, c, k) for k in strided_candidates(c, o)]
             elif site.kind == "attention":
                 found = [_attention(c, k) for k in attention_candidates(c)]
             else:
@@ -92,7 +97,7 @@ def kernels(families: list[str], first: bool) -> Iterator[Kernel]:
             found = found[:1] if first else found
             if site.gamma is not None:
                 found += _norms(c, silu=site.kind != "attention")
-            if site.kind == "head":
+            if narrow:
                 found += _head(c, o)
             for kernel in found:
                 if (kernel.name, kernel.config) not in seen:
@@ -103,7 +108,8 @@ def kernels(families: list[str], first: bool) -> Iterator[Kernel]:
 def _conv(site, o: int, c: int, config: Config) -> Kernel:
     up = site.kind == "upsample"
     kt, kh, kw = (1, 2, 2) if up else site.weight.shape[2:]
-    operand = {"stream": "bf16", "upsample": "bf16", "latent": "fp32"}.get(site.kind, "fp16")
+    operand = {"stream": "bf16", "upsample": "bf16"}.get(site.kind, "fp16")
+    operand = "fp32" if site.kind in ("latent", "moments") else operand
     constants = dict(
         CIN=c, F=config.F, PH=config.PH, PW=config.PW, N0=config.N0, N1=config.N1, BK=config.BK,
         KT=kt, KH=kh, KW=kw, PAD_Y=kh // 2, PAD_X=kw // 2, TAP0=0, UP=up,
@@ -113,10 +119,24 @@ def _conv(site, o: int, c: int, config: Config) -> Kernel:
         "x": f"tensordesc<{operand}[1, {config.PH}, {config.PW}, {config.BK}]>",
         "w0": f"tensordesc<{operand}[{config.N0}, {config.BK}]>",
         "w1": f"tensordesc<{operand}[{config.N1 or config.N0}, {config.BK}]>",
-        **dict.fromkeys(("bias", "residual", "out"), "*bf16"),
+        **dict.fromkeys(("bias", "residual"), "*bf16"),
+        "out": "*fp32" if site.kind in ("head", "moments") else "*bf16",
     }
     name = f"{site.kind} {c}x{o} {kt}x{kh}x{kw}"
     return Kernel(name, config, triton_conv3d._conv, types, constants)
+
+
+def _strided(site, o: int, c: int, config: StridedConfig) -> Kernel:
+    """Over every second pixel of each frame, or over every second frame."""
+    kt, kh, kw = (1, 3, 3) if site.weight.ndim == 4 else (3, 1, 1)
+    st, sy, sx = (1, 2, 2) if site.weight.ndim == 4 else (2, 1, 1)
+    constants = dict(
+        CIN=c, COUT=o, M=config.M, N0=config.N0, N1=config.N1, BK=config.BK, KT=kt, KH=kh, KW=kw,
+        ST=st, SY=sy, SX=sx, PRECISION=triton_conv3d.FLOAT32_PRECISION, HAS_BIAS=True,
+    )  # fmt: skip
+    types = dict.fromkeys(("x", "weight", "bias", "out"), "*bf16")
+    name = f"strided {c}x{o} {kt}x{kh}x{kw}"
+    return Kernel(name, config, triton_strided._strided, types, constants)
 
 
 def _attention(c: int, config: AttentionConfig) -> Kernel:

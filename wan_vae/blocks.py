@@ -349,8 +349,9 @@ class Downsample(nn.Module):
         if not step.shard.is_single:
             y = step.shard.surround(y, "downsample", before=0, after=1)
             bottom, right = step.shard.padding((bottom, right))
-        y = nn.functional.pad(y, (0, right, 0, bottom))
-        y = step.ops.conv2d(y, conv.weight, conv.bias, step.counter, stride=2)
+        y = step.ops.conv2d(
+            y, conv.weight, conv.bias, step.counter, stride=2, pad_after=(bottom, right)
+        )
         y = batch_to_frames(y, x.shape[0])
         return y if self.time_conv is None else self.time_conv(y, step)
 
@@ -378,7 +379,10 @@ class DuplicateShortcut(nn.Module):
 
 class AverageShortcut(nn.Module):
     """Wan 2.2's parameter-free shortcut around a down-sampling stage: space (and time) folded into
-    channels, averaged in groups. Source: Wan 2.2's `AvgDown3D`."""
+    channels, averaged in groups. Source: Wan 2.2's `AvgDown3D`.
+
+    Averages are sums in float32, term by term, rounded once. Not `mean`: on CUDA its order is that
+    of a reduction laid out by size, and the bits of a shard must be those of the whole picture."""
 
     def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_s: int):
         super().__init__()
@@ -388,11 +392,18 @@ class AverageShortcut(nn.Module):
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         ft, fs = self.factor_t, self.factor_s
         # Only the first chunk has an odd number of frames: a zero frame stands before the video.
-        x = nn.functional.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))
+        if missing := -x.shape[2] % ft:
+            x = nn.functional.pad(x, (0, 0, 0, 0, missing, 0))
         b, c, t, h, w = x.shape
         y = x.reshape(b, c, t // ft, ft, h // fs, fs, w // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
         y = y.reshape(b, self.out_channels, self.group, t // ft, h // fs, w // fs)
-        return y.mean(dim=2)
+        first, *others = y.unbind(2)
+        if not others:
+            return first
+        total = first.float()
+        for term in others:
+            total = total + term
+        return (total / self.group).to(x.dtype)
 
 
 def name_slots(network: nn.Module, prefix: str) -> None:

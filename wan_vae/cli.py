@@ -187,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
                      help="a video, or an image: .png, .jpg, .webp, .bmp")  # fmt: skip
     output_options(sub, ".latent or .safetensors file")
     model_options(sub)
+    backend_option(sub)
 
     sub = command(
         "inspect", _inspect, "Say what a checkpoint is: config, dtypes, memory formats.",
@@ -351,6 +352,7 @@ def _encode(args) -> int:
             chunk_frames=args.chunk_frames,
             memory_format=args.memory_format,
             precision=args.precision,
+            backend=args.backend,
             on_progress=bar,
             should_stop=bar.begin,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from . import layout
 from .config import wan21, wan22
 from .model import WanVAEModel
 from .ops.proof import ProofBook, cache_folder, environment
-from .ops.select import select_ops, why_not, why_not_cuda
+from .ops.select import Part, own_modules, select_ops, why_not, why_not_cuda
 from .pipeline import pick_device
 from .report import device_name, versions
 
@@ -69,7 +69,7 @@ def known_faults() -> list[str]:
 
 
 def check_kernels(device: torch.device) -> list[str]:
-    """Prove our kernels for the layers of both full-width decoders; one line a finding."""
+    """Prove our kernels for the layers of both full-width models; one line a finding."""
     reason = why_not(device, torch.bfloat16)
     if reason is not None:
         return [f"kernels: off ({reason})"]
@@ -81,15 +81,21 @@ def check_kernels(device: torch.device) -> list[str]:
     for config in (wan21(), wan22()):
         for only_frame in (False, True):
             with torch.device(device):
-                model = WanVAEModel(replace(config, has_encoder=False)).to(torch.bfloat16)
+                model = WanVAEModel(config).to(torch.bfloat16)
             layout.pack_weights(model, "channels_last_3d")
-            ops = select_ops(requested, model, only_frame, book=lambda: book)
-            weights = [p for name, p in model.named_parameters() if name.endswith("weight")]
-            counts = Counter(ops.backend_of(p) for p in weights)
-            what = f"{config.family}, {'one image' if only_frame else 'video'}"
-            found = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
-            lines.append(f"kernels: {what}: of {len(weights)} layers {found}")
-            lines += [f"  {off.op} off: {off.reason}" for off in ops.off]
+            for part in get_args(Part):
+                ops = select_ops(requested, model, only_frame, lambda: book, part=part)
+                weights = [
+                    p
+                    for module in own_modules(model, part)
+                    for name, p in module.named_parameters()
+                    if name.endswith("weight")
+                ]
+                counts = Counter(ops.backend_of(p) for p in weights)
+                what = f"{config.family} {part}, {'one image' if only_frame else 'video'}"
+                found = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
+                lines.append(f"kernels: {what}: of {len(weights)} layers {found}")
+                lines += [f"  {off.op} off: {off.reason}" for off in ops.off]
     return [*lines, *book.notes]
 
 

@@ -16,6 +16,7 @@ from .blocks import (
     RMSNorm,
     Step,
     name_slots,
+    norm_silu_conv,
 )
 from .config import WanVAEConfig
 
@@ -78,7 +79,7 @@ class Encoder(nn.Module):
         for layer in (*self.downsamples, *self.middle):
             x = layer(x, step)
         norm, conv = self.head.values()
-        return conv(step.ops.norm_silu(x, norm.gamma), step)
+        return norm_silu_conv(x, norm, conv, step)
 
 
 def patchify(x: torch.Tensor, patch: int) -> torch.Tensor:

@@ -44,6 +44,7 @@ from .ops.select import Backend, select_ops
 from .report import ChunkRecord, DecodeReport, LayerRecord, ReportBuilder
 from .sharding.context import SINGLE, ShardContext
 from .sharding.gather import Gather
+from .sharding.plan import plan_shards
 from .sharding.run import decode_shard, encode_shard
 from .sink import Sink, TensorSink, check_out, sink_bytes
 
@@ -166,7 +167,7 @@ class WanVAE:
         None plans them where not even one latent frame a chunk fits. free_bytes: device memory
         that the plan may count on, where that is less than the device has free.
         precision: compute dtype, "auto" (that of the weights), "fp32", "bf16" or "fp16".
-        backend: "auto", "eager" (plain PyTorch) or "triton" (see `ops.select`).
+        backend: "auto", "eager" (plain PyTorch), "triton" or "cuda" (see `ops.select`).
         on_progress(done_frames, total_frames, report) follows each chunk; should_stop() is asked
         before each. A collective exactly with a `shard`: every rank of its group must call it
         with equal arguments, and decodes its rows. `gather` then says who gets the pixels: "all"
@@ -267,6 +268,7 @@ class WanVAE:
         precision: str = "auto",
         on_progress: OnProgress | None = None,
         should_stop: ShouldStop | None = None,
+        backend: Backend = "auto",
         shard: ShardContext = SINGLE,
         gather: Gather = "all",
     ) -> torch.Tensor | None:
@@ -277,6 +279,7 @@ class WanVAE:
         Returns float32 [B, z, (T-1)//4+1, H//8, W//8] (16 for Wan 2.2) on the VAE's device;
         `normalized=True` gives diffusers' normalised latents.
         chunk_frames: latent frames a call. Any schedule gives the same latent.
+        backend: as in `decode`.
         A collective exactly with a `shard`; `gather` says who gets the latent (see `decode`).
 
         Raises LatentError, GeometryError, LayoutError, BackendError, DecodeCancelled,
@@ -284,7 +287,7 @@ class WanVAE:
         """
         return _encode(
             self, pixels, normalized, chunk_frames, memory_format, precision, on_progress,
-            should_stop, shard, gather,
+            should_stop, backend, shard, gather,
         )  # fmt: skip
 
     def inspect(self) -> DecodeReport:
@@ -689,6 +692,7 @@ def _encode(
     precision,
     on_progress,
     should_stop,
+    backend: Backend,
     shard: ShardContext,
     gather: Gather,
 ) -> torch.Tensor | None:
@@ -703,7 +707,11 @@ def _encode(
     model, decision = vae._prepare(precision, memory_format, "encoder")
     dtype = model.conv2.weight.dtype
     builder = ReportBuilder("encode", config, vae.device, dtype)
-    ops, counter, clock = eager_ops(), LayoutCounter(), _Clock(vae.device)
+    cut: Cut = "whole"
+    if not shard.is_single:
+        cut = plan_shards(*out_shape[3:], shard.world_size, shard.axis).axis
+    ops = select_ops(backend, model, out_shape[2] == 1, vae._proof_book, cut, "encoder")
+    counter, clock = LayoutCounter(), _Clock(vae.device)
     vae._describe(builder, model, ("encoder",), decision, ops)
     builder.layout["latent_format"] = layout.detect(pixels)
     builder.values.update(precision_requested=precision, latent_shape=out_shape)
@@ -744,7 +752,7 @@ def _encode(
                         f"cancelled after {builder.done_frames} of {builder.total_frames} frames"
                     )
                 first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, config)
-                x = pixels[:, :, first:last].to(device=vae.device, dtype=dtype)
+                x = pixels[:, :, first:last].to(device=vae.device, dtype=ops.pixels or dtype)
                 with clock.measure(chunk, last - first):
                     mean, _ = model.encode_chunk(x, Step(cache, chunk, ops=ops, counter=counter))
                 latent[:, :, chunk.start : chunk.stop] = mean

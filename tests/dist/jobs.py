@@ -15,7 +15,7 @@ from wan_vae import WanVAE
 from wan_vae.blocks import Step
 from wan_vae.cache import FeatureCache
 from wan_vae.chunking import schedule
-from wan_vae.config import wan21
+from wan_vae.config import wan21, wan22
 from wan_vae.errors import DecodeCancelled
 from wan_vae.sharding import ShardContext, plan_shards
 from wan_vae.sharding.halo import Shard
@@ -23,7 +23,7 @@ from wan_vae.sharding.run import own_part
 from wan_vae.sharding.wire import Incoming, Outgoing, Wire
 
 # The narrowest for which every layer has a kernel.
-KERNELS = wan21(dim=16)
+KERNELS = {"kernels": wan21(dim=16), "kernels 2.2": wan22(dim=16, decoder_dim=16)}
 MINI = Path(__file__).parents[2] / "examples" / "wan_vae_mini.safetensors"
 
 
@@ -32,7 +32,7 @@ def model(name: str, weight_format: str = "contiguous") -> WanVAE:
     """A small VAE by name, with checkpoint weights in a memory format."""
     if name == "mini":
         return wan_vae.load(MINI, device="cpu")
-    config = KERNELS if name == "kernels" else SMALL_CONFIGS[name]
+    config = (KERNELS | SMALL_CONFIGS)[name]
     state = random_state(config)
     if weight_format == "channels_last_3d":
         state = {
@@ -73,6 +73,12 @@ def encode(rank, ranks, group, *, name, shape, axis="auto", gather="all", **opti
     context = ShardContext(rank, ranks, axis, group)
     latent = vae.encode(noise(shape).tanh(), shard=context, gather=gather, **options)
     return _to_numpy(latent), asdict(vae.last_report)
+
+
+def encode_with_kernels(rank, ranks, group, *, cache, **arguments):
+    """`encode` with verdicts on kernels in the folder `cache`."""
+    os.environ["WAN_VAE_CACHE"] = cache
+    return encode(rank, ranks, group, **arguments)
 
 
 def decode_with_a_difference(

@@ -23,3 +23,23 @@ def test_shards_give_the_bits_of_one_process(interpreted, ranks, tmp_path, monke
         assert torch.equal(torch.from_numpy(pixels), whole)
         assert {layer["backend"] for layer in report["layers"]} == {"triton"}
         assert report["layout"]["mixed_calls"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "count", "size"),
+    [("kernels", "height", 2, (3, 1)), ("kernels 2.2", "width", 3, (1, 3))],
+)
+def test_shards_encode_with_the_bits_of_one_process(
+    interpreted, ranks, tmp_path, monkeypatch, name, axis, count, size
+):
+    """The stride of two meets the neighbour's row, or the zeros past the picture."""
+    monkeypatch.setenv("WAN_VAE_CACHE", str(tmp_path))
+    options = {"backend": "triton", "memory_format": "channels_last_3d"}
+    vae = jobs.model(name)
+    shape = (1, 3, 5, *(n * vae.config.spatial_factor for n in size))
+    whole = vae.encode(jobs.noise(shape).tanh(), **options)
+    arguments = {"name": name, "shape": shape, "axis": axis, "cache": str(tmp_path), **options}
+    for latent, report in ranks.run("encode_with_kernels", count, timeout_s=180.0, **arguments):
+        assert torch.equal(torch.from_numpy(latent), whole)
+        assert {layer["backend"] for layer in report["layers"]} == {"triton"}
+        assert report["layout"]["mixed_calls"] == 0

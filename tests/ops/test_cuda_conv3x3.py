@@ -23,6 +23,8 @@ FORMS = [
     Form(256, 256, True, 3, BF16),
     Form(64, 128, False, 3, HALF),
     Form(1024, 512, True, 3, BF16),
+    Form(160, 320, True, 3, BF16),
+    Form(320, 640, False, 3, BF16),
 ]
 
 

@@ -20,26 +20,29 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED_BYTES = 227 * 1024
 
 
-def test_what_is_tried_first_compiles_fits_and_does_not_spill(tmp_path):
+@pytest.mark.parametrize("family", ["wan2.1", "wan2.2"])
+def test_what_is_tried_first_compiles_fits_and_does_not_spill(tmp_path, family):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     script = REPOSITORY / "benchmarks" / "kernel_resources.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--first", "--family", "wan2.1", "--json"],
+        [sys.executable, str(script), "--first", "--family", family, "--json"],
         env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert {row["kernel"].split()[0] for row in rows} == {
-        "latent", "normed", "stream", "upsample", "attention", "norm", "head"
+        "latent", "normed", "stream", "upsample", "attention", "norm", "head", "pixels", "strided",
+        "moments",
     }  # fmt: skip
     for row in rows:
         assert row["shared_bytes"] <= SHARED_BYTES, row
         multiplies = not row["kernel"].startswith("norm ") and row["config"] != "gather"
         assert (row["tensor_core_instructions"] > 0) == multiplies, row
-        # Measured fast all the same, see `triton_configs`.
-        exception = row["kernel"] == "normed 96x96 3x3x3"
-        assert row["stack_bytes"] <= (128 if exception else 0), row
+        # The first was measured fast all the same, see `triton_configs`; the others hold a pixel's
+        # channels, all of them.
+        exceptions = {"normed 96x96 3x3x3": 128, "norm 640": 128, "norm 1024": 128}
+        assert row["stack_bytes"] <= exceptions.get(row["kernel"], 0), row
 
 
 def test_the_script_that_times_them_runs():

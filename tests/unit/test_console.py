@@ -204,6 +204,16 @@ def test_a_refused_argument_draws_no_bar(good, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_encode_takes_a_backend(good, tmp_path, capsys):
+    video.save_png(np.full((16, 16, 3), 128, np.uint8), tmp_path / "p.png")
+    argv = ["encode", str(tmp_path / "p.png"), "--vae", str(good / "v.safetensors"), "--device",
+            "cpu", "-o", str(tmp_path / "z.latent"), "--backend"]  # fmt: skip
+    assert cli.main([*argv, "cuda"]) == 1
+    assert "backend 'cuda' cannot run: no CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "z.latent").exists()
+    assert cli.main([*argv, "eager"]) == 0
+
+
 # -- outputs of the command -----------------------------------------------------------------------
 
 

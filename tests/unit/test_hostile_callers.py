@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.conftest import SMALL_CONFIGS, random_state
 from wan_vae import WanVAE, geometry
+from wan_vae.arithmetic import own_arithmetic
 from wan_vae.cli import main
 from wan_vae.errors import (
     BackendError,
@@ -68,6 +70,14 @@ def test_the_callers_surroundings_change_no_bit(surroundings, z, expected):
     assert got.dtype == torch.float32
     assert torch.equal(got, expected)
     assert torch.equal(torch.cat(list(vae.decode_stream(z)), 2), expected)
+
+
+def test_the_current_device_is_that_of_the_arithmetic(monkeypatch):
+    """Triton launches on the current device, wherever the tensors are."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(entered.append(device)))
+    with own_arithmetic(torch.device("cuda", 1)):
+        assert entered == [torch.device("cuda", 1)]
 
 
 def test_the_callers_autocast_does_not_round_an_encode(vae):

@@ -46,8 +46,15 @@ def conv2d(
     *,
     stride: int = 1,
     padding: tuple[int, int] = (0, 0),
+    pad_after: tuple[int, int] = (0, 0),
 ) -> torch.Tensor:
-    """Convolution of each frame of `x` [N, C, H, W] with `weight` [O, C, kH, kW]."""
+    """Convolution of each frame of `x` [N, C, H, W] with `weight` [O, C, kH, kW].
+
+    `padding`: zero rows and columns on each side; `pad_after`: zero rows below and columns on the
+    right.
+    """
+    if any(pad_after):
+        x = F.pad(x, (0, pad_after[1], 0, pad_after[0]))
     x = layout.match_input(x, weight, counter)
     layout.record_call(x, weight, counter)
     return F.conv2d(x, weight, bias, stride=stride, padding=padding)

@@ -95,6 +95,8 @@ class OpSet:
     attention: Callable[..., torch.Tensor] = attention
     # The kernel that runs norm, SiLU and the convolution of this weight in one, if there is one.
     fused_conv: Callable[[torch.Tensor], FusedConv | None] = no_fused_conv
+    # The dtype in which an encode takes its pixels; None is that of the weights.
+    pixels: torch.dtype | None = None
     # The backend that runs the layer of this weight, for the report.
     backend_of: Callable[[torch.Tensor], str] = lambda weight: "eager"
     used: dict[str, str] = field(

@@ -1,15 +1,18 @@
-"""The backend of our kernels: which one, in which configuration, runs each layer of a decode.
+"""The backend of our kernels: which one, in which configuration, runs each layer of a decode or of
+an encode.
 
 Wide 3x3x3 convolutions in CUDA C++ where the card has what they need, the rest in Triton. Built
 once for a model from the layers' own shapes: a configuration is taken only after its proof on this
 device (`kernel_proofs.py`), and a layer without one stays with the eager reference, with
-the reason in the report. Where every layer has a kernel, the pixels' bits depend on neither chunks,
-strips nor shards: each kernel sums in an order of its own, whatever the size of its input.
+the reason in the report. Where every layer has a kernel, the bits of the result depend on neither
+chunks, strips nor shards: each kernel sums in an order of its own, whatever the size of its input.
 
 Operands: behind a norm float16 whatever the stream's dtype (the norm bounds them by sqrt(C) *
 max|gamma|, and float16 rounds eight times finer than bfloat16); features between blocks as they
-are; the latent, which nothing bounds, as float32. Sums are float32; results are rounded once, to
-the stream's dtype.
+are; the latent, which nothing bounds, as float32; pixels, which are in [-1, 1], as float16: with
+products of sixteen channels, of which three hold colours, TF32 would cost what a whole convolution
+between blocks does. Sums are float32; results are rounded once, to the stream's dtype. Those of an
+encode's last two convolutions, behind the last norm, are float32 as the latent is.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 
@@ -30,7 +34,7 @@ from . import upsample as eager_upsample
 from .cuda.conv3x3 import Form, build, fits
 from .cuda.driver import KernelBuildError
 from .dispatch import Cut, FusedConv
-from .kernel_layer import OPERAND, CudaLayer, Layer
+from .kernel_layer import OPERAND, CudaLayer, Layer, StridedLayer, fit_channels
 from .kernel_proofs import Proofs
 from .proof import ProofBook, Verdict
 from .sites import Site
@@ -38,6 +42,7 @@ from .triton_attention import AttentionConfig, attention
 from .triton_configs import attention_candidates, conv_candidates
 from .triton_conv3d import Config, fold_upsample, folded_upsample
 from .triton_norm import norm_scale, norm_silu_join
+from .triton_strided import strided_candidates
 
 
 class KernelBackend:
@@ -60,6 +65,9 @@ class KernelBackend:
         self._book, self._proofs = book, Proofs(device, stream, only_frame, cut)
         self._layers: dict[int, Layer | CudaLayer] = {}
         self._folded: dict[int, tuple[torch.Tensor, Config]] = {}
+        self._strided: dict[int, StridedLayer] = {}
+        # The dtype in which the first convolution of an encode reads its pixels, if it runs here.
+        self.pixels: torch.dtype | None = None
         self._norms: dict[int, torch.Tensor] = {}
         self._attention: AttentionConfig | None = None
         self._off: dict[tuple[str, str], int] = {}
@@ -70,6 +78,8 @@ class KernelBackend:
                 self._add_attention(site, bound)
             elif site.kind == "upsample":
                 self._add_upsample(site)
+            elif site.kind == "strided":
+                self._add_strided(site)
             else:
                 self._add_conv(site, bound)
 
@@ -81,20 +91,28 @@ class KernelBackend:
             return
         if self._add_cuda(site):
             return
-        operand = {"stream": self.stream, "latent": torch.float32}.get(site.kind, OPERAND)
-        o, c = site.weight.shape[:2]
+        weight = site.weight.detach()
+        if site.kind == "pixels":
+            weight = fit_channels(weight)
+        kinds = {"stream": self.stream, "latent": torch.float32, "moments": torch.float32}
+        operand = kinds.get(site.kind, OPERAND)
+        out = torch.float32 if site.kind in ("head", "moments") else self.stream
+        o, c = weight.shape[:2]
         # Few output channels: a kernel of its own, which has one form.
         if site.kind == "head" and o * 9 <= 128:
             configs: tuple[Config | None, ...] = (None,)
         else:
             configs = conv_candidates(c, o, 1 if self.only_frame else site.frames)
         for config in configs:
-            if self._proven("conv3d", *self._proofs.conv(site, operand, config)):
-                weight = layout.to_format(site.weight.detach().to(operand), "channels_last_3d")
+            proof = self._proofs.conv(replace(site, weight=weight), operand, out, config)
+            if self._proven("conv3d", *proof):
+                weight = layout.to_format(weight.to(operand), "channels_last_3d")
                 bias = scale = None
                 if site.gamma is not None:
                     bias, scale = site.bias.detach().float(), norm_scale(site.gamma)
-                self._layers[id(site.weight)] = Layer(weight, config, self.stream, bias, scale)
+                self._layers[id(site.weight)] = Layer(weight, config, out, bias, scale)
+                if site.kind == "pixels":
+                    self.pixels = operand
                 return
         if not configs:
             self._refuse("conv3d", f"no configuration for {c} to {o} channels")
@@ -134,6 +152,18 @@ class KernelBackend:
                 return
         if not configs:
             self._refuse("upsample_conv2d", f"no configuration for {c} to {o} channels")
+
+    def _add_strided(self, site: Site) -> None:
+        op = "conv2d" if site.weight.ndim == 4 else "conv3d"
+        o, c = site.weight.shape[:2]
+        configs = strided_candidates(c, o)
+        for config in configs:
+            if self._proven(op, *self._proofs.strided(site, config)):
+                layer = StridedLayer.of(site.weight, self.stream, config)
+                self._strided[id(site.weight)] = layer
+                return
+        if not configs:
+            self._refuse(op, f"no strided configuration for {c} to {o} channels")
 
     def _add_attention(self, site: Site, bound: float) -> None:
         """Norm, queries / keys / values, attention and projection: all of them or none."""
@@ -192,7 +222,8 @@ class KernelBackend:
         layer = self._layers.get(id(weight))
         if isinstance(layer, CudaLayer):
             return "cuda"
-        return "triton" if layer is not None or id(weight) in self._folded else "eager"
+        ours = layer is not None or id(weight) in self._folded or id(weight) in self._strided
+        return "triton" if ours else "eager"
 
     @property
     def used(self) -> dict[str, str]:
@@ -203,7 +234,8 @@ class KernelBackend:
             conv = {"conv3d": "cuda" if cuda else "triton", "norm_silu": "triton"}
         up = {"upsample_conv2d": "triton"} if self._folded else {}
         names = ("norm", "conv2d", "attention") if self._attention is not None else ()
-        return conv | up | dict.fromkeys(names, "triton")
+        down = {"conv2d": "triton"} if self._strided else {}
+        return conv | up | down | dict.fromkeys(names, "triton")
 
     # -- running: the operations of `dispatch.OpSet` -------------------------------------------
 
@@ -226,16 +258,23 @@ class KernelBackend:
         bias: torch.Tensor,
         counter: LayoutCounter,
         *,
+        stride: tuple[int, int, int] = (1, 1, 1),
         padding: tuple[int, int] = (0, 0),
         last_slice: bool = False,
     ) -> torch.Tensor:
-        """As `conv3d.conv3d`."""
+        """As `conv3d.conv3d`; `x` may have another dtype than `weight`, and so may the result."""
+        strided = self._strided.get(id(weight))
+        if strided is not None:
+            return self._run_strided(strided, x, bias, counter)
         layer = self._layers.get(id(weight))
         if not isinstance(layer, Layer):
+            # A head of ours gives float32.
             return eager_conv3d.conv3d(
-                x, weight, bias, counter, padding=padding, last_slice=last_slice
-            )
-        x = layout.match_input(x.to(layer.weight.dtype), layer.weight, counter)
+                x.to(weight.dtype), weight, bias, counter,
+                stride=stride, padding=padding, last_slice=last_slice,
+            )  # fmt: skip
+        x = fit_channels(x, layer.weight.dtype)
+        x = layout.match_input(x, layer.weight, counter)
         return layer.run(layout.to_format(x, "channels_last_3d"), bias, None, padding, last_slice)
 
     def conv2d(
@@ -246,12 +285,27 @@ class KernelBackend:
         counter: LayoutCounter,
         **options,
     ) -> torch.Tensor:
-        """As `conv3d.conv2d`; the 1x1 convolutions of attention are ours."""
+        """As `conv3d.conv2d`; the 1x1 convolutions of attention and the strided ones are ours."""
+        strided = self._strided.get(id(weight))
+        if strided is not None:
+            frames, after = x[:, :, None], options.get("pad_after", (0, 0))
+            return self._run_strided(strided, frames, bias, counter, after)[:, :, 0]
         layer = self._layers.get(id(weight))
         if not isinstance(layer, Layer):
             return eager_conv3d.conv2d(x, weight, bias, counter, **options)
         x = layout.to_format(x.to(layer.weight.dtype), "channels_last_3d")
         return layer.run(x[:, :, None], bias, None, (0, 0), False)[:, :, 0]
+
+    def _run_strided(
+        self,
+        layer: StridedLayer,
+        x: torch.Tensor,
+        bias: torch.Tensor,
+        counter: LayoutCounter,
+        pad_after: tuple[int, int] = (0, 0),
+    ) -> torch.Tensor:
+        x = layout.match_input(x.to(layer.weight.dtype), layer.weight, counter)
+        return layer.run(layout.to_format(x, "channels_last_3d"), bias, pad_after)
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """As `attention.attention`."""

@@ -1,4 +1,4 @@
-"""One convolution as our kernels run it, alone or behind norm, SiLU and history."""
+"""One convolution as our kernels run it: alone, strided, or behind norm, SiLU and history."""
 
 from __future__ import annotations
 
@@ -6,21 +6,39 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import layout
 from .cuda.conv3x3 import Form, conv3x3, pack
 from .dispatch import HaloRows
 from .triton_conv3d import Config, conv3d
 from .triton_head import head_conv
 from .triton_norm import norm_scale, norm_silu_join, norm_silu_pairs
+from .triton_strided import StridedConfig, strided_conv3d
 
 # Operands behind a norm.
 OPERAND = torch.float16
+# A tensor descriptor's rows are multiples of 16 bytes, a product's blocks at least 16 channels.
+_CHANNELS = 16
+
+
+def fit_channels(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`x` [N, C, ...] with zero channels up to a multiple of 16, channels lying together.
+
+    For weights and features alike: products with zeros are added to nothing, which is exact. A
+    copy in `dtype` (that of `x` if None) only if channels are missing.
+    """
+    n, c, *size = x.shape
+    if c % _CHANNELS == 0:
+        return x if dtype is None else x.to(dtype)
+    whole = x.new_zeros((n, *size, c + -c % _CHANNELS), dtype=dtype)
+    whole[..., :c] = x.movedim(1, -1)
+    return whole.movedim(-1, 1)
 
 
 @dataclass(frozen=True)
 class Layer:
     """A convolution as a Triton kernel runs it: its operand, configuration and the result's dtype.
 
-    `config` None is the head's kernel, whose result is float32. `bias` and `scale` (from
+    `config` None is the narrow head's kernel, whose result is float32. `bias` and `scale` (from
     `triton_norm.norm_scale`), both float32, are those of a layer behind a norm.
     """
 
@@ -69,7 +87,7 @@ class Layer:
         padding: tuple[int, int],
         only_frame: bool,
     ) -> torch.Tensor:
-        """See `dispatch.FusedConv`. The head's result is float32, the others' the stream's."""
+        """See `dispatch.FusedConv`. The result has dtype `out`; a narrow head's is float32."""
         return self.run(operand, self.bias, residual, padding, only_frame)
 
 
@@ -114,3 +132,32 @@ class CudaLayer:
     ) -> torch.Tensor:
         """See `dispatch.FusedConv`."""
         return conv3x3(operand, self.packed, self.bias, residual, self.form, frames, padding)
+
+
+@dataclass(frozen=True)
+class StridedLayer:
+    """A down-sampler's convolution in Triton: 1x3x3 over every second pixel, or 3x1x1 over every
+    second frame."""
+
+    weight: torch.Tensor
+    config: StridedConfig
+
+    @staticmethod
+    def of(weight: torch.Tensor, dtype: torch.dtype, config: StridedConfig) -> StridedLayer:
+        """From a weight [O, C, 3, 3] or [O, C, 3, 1, 1] of any dtype and format."""
+        weight = weight.detach().to(dtype)
+        weight = weight[:, :, None] if weight.ndim == 4 else weight
+        return StridedLayer(layout.to_format(weight, "channels_last_3d"), config)
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """Steps in frames, rows and columns."""
+        return (1, 2, 2) if self.weight.shape[2] == 1 else (2, 1, 1)
+
+    def run(
+        self, x: torch.Tensor, bias: torch.Tensor, pad_after: tuple[int, int] = (0, 0)
+    ) -> torch.Tensor:
+        """See `triton_strided.strided_conv3d`; `x` [B, C, T, H, W] has the weight's dtype."""
+        return strided_conv3d(
+            x, self.weight, bias, self.config, stride=self.stride, pad_after=pad_after
+        )

@@ -12,12 +12,13 @@ from . import triton_attention, triton_conv3d, triton_norm
 from .cuda.conv3x3 import Form
 from .cuda.driver import KernelBuildError
 from .dispatch import Cut, HaloRows
-from .kernel_layer import OPERAND, CudaLayer, Layer
+from .kernel_layer import OPERAND, CudaLayer, Layer, StridedLayer
 from .norm import rms_norm, rms_norm_silu
 from .proof import Verdict, prove
 from .sites import Site
 from .triton_attention import AttentionConfig
 from .triton_conv3d import Config
+from .triton_strided import StridedConfig
 
 # Kernels against float32 on the same inputs, result rounded to this dtype: half a unit in the last
 # place of bfloat16 is 2e-3 at most, of float16 2.4e-4; float32 operands are three TF32 products.
@@ -42,16 +43,18 @@ class Proofs:
     def __init__(self, device: torch.device, stream: torch.dtype, only_frame: bool, cut: Cut):
         self.device, self.stream, self.only_frame, self.cut = device, stream, only_frame, cut
 
-    def conv(self, site: Site, operand: torch.dtype, config: Config | None) -> Proof:
+    def conv(
+        self, site: Site, operand: torch.dtype, out: torch.dtype, config: Config | None
+    ) -> Proof:
         """The convolution of `site`, with norm, SiLU and join in front if a norm is."""
         o, c, *kernel = site.weight.shape
         name = "narrow" if config is None else config.name
-        form = f"{c}x{o} {'x'.join(map(str, kernel))} {_name(operand)} to {_name(self.stream)}"
+        form = f"{c}x{o} {'x'.join(map(str, kernel))} {_name(operand)} to {_name(out)}"
         key = f"conv3d {site.kind} {form}{' one frame' if self.only_frame else ''} {name}"
         key += self._cut_name
         if site.gamma is not None:
-            return key, lambda: self._prove_triton(o, c, config)
-        return key, lambda: self._prove_conv(o, c, tuple(kernel), operand, self.stream, config)
+            return key, lambda: self._prove_triton(o, c, out, config)
+        return key, lambda: self._prove_conv(o, c, tuple(kernel), operand, out, config)
 
     def cuda(self, form: Form) -> Proof:
         """A 3x3x3 convolution in CUDA C++, with norm, SiLU and join in front."""
@@ -77,6 +80,13 @@ class Proofs:
         o, c = site.weight.shape[:2]
         key = f"upsample {c}x{o} {_name(self.stream)} {config.name}{self._cut_name}"
         return key, lambda: self._prove_upsample(o, c, config)
+
+    def strided(self, site: Site, config: StridedConfig) -> Proof:
+        """A down-sampler's convolution, over every second pixel or every second frame."""
+        o, c, *kernel = site.weight.shape
+        kernel = [1, *kernel] if len(kernel) == 2 else kernel
+        key = f"strided {c}x{o} {'x'.join(map(str, kernel))} {_name(self.stream)} {config.name}"
+        return key, lambda: self._prove_strided(o, c, tuple(kernel), config)
 
     def attention(self, channels: int, config: AttentionConfig) -> Proof:
         """Norm without SiLU, then one head over it."""
@@ -112,13 +122,13 @@ class Proofs:
         """A bias and a gain."""
         return self._random(o, seed=4).to(self.stream), 1 + 0.2 * self._random(c, seed=1)
 
-    def _prove_triton(self, o: int, c: int, config: Config | None) -> Verdict:
-        """A Triton layer behind a norm; the head's result, without a `config`, is float32."""
+    def _prove_triton(self, o: int, c: int, out: torch.dtype, config: Config | None) -> Verdict:
+        """A Triton layer behind a norm, with a residual unless it is the narrow head."""
         weight = self._weight(o, c, (3, 3, 3), OPERAND)
         bias, gamma = self._behind_norm(o, c)
-        layer = Layer(weight, config, self.stream, bias.float(), triton_norm.norm_scale(gamma))
-        rounding = BOUNDS[torch.float32] if config is None else BOUNDS[self.stream]
-        return self._prove_fused(layer, weight, gamma, rounding, with_residual=config is not None)
+        layer = Layer(weight, config, out, bias.float(), triton_norm.norm_scale(gamma))
+        residual = config is not None
+        return self._prove_fused(layer, weight, gamma, BOUNDS[out], with_residual=residual)
 
     def _prove_fused(
         self,
@@ -199,6 +209,30 @@ class Proofs:
             BUILD_FAILURES,
         )
 
+    def _prove_strided(
+        self, o: int, c: int, kernel: tuple[int, ...], config: StridedConfig
+    ) -> Verdict:
+        frames = PROOF_SIZE[self.device.type][0] + kernel[0] - 1
+        x = self._features(c, frames, self.stream, seed=0)
+        # Even, as in an encode: the last taps meet the zeros past the last row and column.
+        x = x[..., : x.shape[3] // 2 * 2, : x.shape[4] // 2 * 2]
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        weight = self._weight(o, c, kernel, self.stream)
+        bias = self._random(o, seed=4).to(self.stream)
+        layer = StridedLayer.of(weight, self.stream, config)
+        after = (kernel[1] // 2, kernel[2] // 2)
+
+        def reference() -> torch.Tensor:
+            padded = F.pad(x.float(), (0, after[1], 0, after[0]))
+            return _exact_conv3d(padded, weight.float(), bias.float(), (0, 0), layer.stride)
+
+        return prove(
+            lambda: layer.run(x, bias, after),
+            reference,
+            BOUNDS[self.stream] + BOUNDS[torch.float32],
+            BUILD_FAILURES,
+        )
+
     def _prove_attention(self, c: int, config: AttentionConfig) -> Verdict:
         # More keys than one block holds, and queries that are not all of them, as on a shard.
         x = self._features(c, 1, self.stream, seed=0)
@@ -224,11 +258,15 @@ class Proofs:
 
 
 def _exact_conv3d(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: tuple[int, int]
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    padding: tuple[int, int],
+    stride: tuple[int, int, int] = (1, 1, 1),
 ) -> torch.Tensor:
     """float32 convolution without TF32, whose rounding would hide a kernel's fault."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return F.conv3d(x, weight, bias, padding=(0, *padding))
+        return F.conv3d(x, weight, bias, stride=stride, padding=(0, *padding))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""Choose the operations of one decode: which backend runs which layer, and why others do not."""
+"""Choose the operations of a decode or encode: which backend runs a layer, why others do not."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
+from torch import nn
 
+from ..arithmetic import own_arithmetic
 from ..errors import BackendError
 from ..model import WanVAEModel
 from ..report import BackendOff
 from .dispatch import Cut, OpSet, eager_ops
 from .proof import ProofBook
-from .sites import decoder_sites
+from .sites import decoder_sites, encoder_sites
 
 Backend = Literal["auto", "eager", "triton", "cuda"]
+# Which half of the model is to run.
+Part = Literal["decoder", "encoder"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 # Tensor descriptors (TMA) came with Hopper.
 _MIN_CAPABILITY = (9, 0)
@@ -31,17 +35,19 @@ def select_ops(
     only_frame: bool,
     book: Callable[[], ProofBook],
     cut: Cut = "whole",
+    part: Part = "decoder",
 ) -> OpSet:
-    """The operations for a decode with `model`, whose weights decide device and dtype.
+    """The operations for a decode or encode with `model`, whose weights decide device and dtype.
 
     `cut`: the axis along which the picture is cut into shards, whose kernels take halo rows.
+    `part`: whose layers the operations are for; `model` must have it.
 
     "eager": the reference. "triton": our kernels in Triton for each layer where one is proven on
     this device, the reference elsewhere, each refusal in `OpSet.off`. "cuda": as "triton", with
     kernels in CUDA C++ for the wide 3x3x3 convolutions. "auto": "cuda" on the cards that they were
     measured on (Hopper), else the reference. `book` opens the verdicts of this device; it is not
     called when no kernel is asked for. The weights' memory format does not matter: kernels read
-    copies of their own. What was prepared stays with `model` for the next decode.
+    copies of their own. What was prepared stays with `model` for the next call, for each part.
     Raises BackendError for an unknown request, or for "triton" and "cuda" where they cannot run.
     """
     if requested not in BACKENDS:
@@ -54,24 +60,38 @@ def select_ops(
         if requested == "auto":
             return replace(eager_ops(), off=(BackendOff("conv3d", "cuda", reason),))
         raise BackendError(f"backend {requested!r} cannot run: {reason}")
-    state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in model.parameters()]
-    key = (requested, only_frame, cut)
+    # Of this part alone: packing the other's weights must not cost this one its kernels.
+    weights = [p for module in own_modules(model, part) for p in module.parameters()]
+    state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in weights]
+    key = (requested, only_frame, cut, part)
     kept = model.prepared.get(key)
     if kept is None or kept[0] != state:
-        model.prepared[key] = kept = state, _kernels(requested, model, only_frame, book(), cut)
+        made = _kernels(requested, model, only_frame, book(), cut, part)
+        model.prepared[key] = kept = state, made
     return kept[1]
 
 
+def own_modules(model: WanVAEModel, part: Part) -> tuple[nn.Module, nn.Module]:
+    """What holds the weights of `part`: decoder or encoder, and the convolution at its latent."""
+    return (model.decoder, model.conv2) if part == "decoder" else (model.encoder, model.conv1)
+
+
 def _kernels(
-    requested: Backend, model: WanVAEModel, only_frame: bool, book: ProofBook, cut: Cut
+    requested: Backend,
+    model: WanVAEModel,
+    only_frame: bool,
+    book: ProofBook,
+    cut: Cut,
+    part: Part,
 ) -> OpSet:
     from .kernel_backend import KernelBackend
 
     weight = model.decoder.conv1.weight
-    backend = KernelBackend(
-        decoder_sites(model), weight.device, weight.dtype, book, only_frame,
-        requested != "triton", cut,
-    )  # fmt: skip
+    sites = decoder_sites(model) if part == "decoder" else encoder_sites(model)
+    with own_arithmetic(weight.device):
+        backend = KernelBackend(
+            sites, weight.device, weight.dtype, book, only_frame, requested != "triton", cut
+        )
     eager = eager_ops()
     return replace(
         eager,
@@ -81,6 +101,7 @@ def _kernels(
         upsample_conv2d=backend.upsample_conv2d,
         attention=backend.attention,
         fused_conv=backend.fused_conv,
+        pixels=backend.pixels,
         backend_of=backend.backend_of,
         used=eager.used | backend.used,
         off=backend.off,

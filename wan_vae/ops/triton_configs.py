@@ -35,21 +35,47 @@ _WIDE: dict[int, dict[int, tuple[Config, ...]]] = {
             Config(2, 8, 8, 64, 32, 32, 4, 2),
         ),
     },
+    160: {
+        1: (Config(1, 8, 16, 128, 32, 32, 8, 3), Config(1, 8, 8, 128, 32, 32, 4, 2)),
+        2: (Config(2, 8, 16, 128, 32, 32, 8, 3), Config(1, 8, 8, 128, 32, 32, 4, 2)),
+        4: (Config(2, 8, 16, 128, 32, 32, 8, 3), Config(1, 8, 8, 128, 32, 32, 4, 2)),
+    },
+    32: {
+        1: (Config(1, 8, 16, 32, 0, 32, 4, 3), Config(1, 8, 8, 32, 0, 32, 4, 2)),
+        2: (Config(2, 8, 16, 32, 0, 32, 4, 3), Config(2, 8, 8, 32, 0, 32, 4, 2)),
+        4: (Config(2, 8, 16, 32, 0, 32, 4, 3), Config(2, 8, 8, 32, 0, 32, 4, 2)),
+    },
 }
 # Narrow layers and models, and layers with few input channels: what fits them all.
 _NARROW = {f: (Config(f, 4, 8, 16, 0, 16, 4, 2),) for f in (1, 2)}
-_THIN_INPUT = {f: (Config(f, 8, 8, 64, 0, 16, 4, 2),) for f in (1, 2)}
+_THIN_INPUT = {
+    64: {f: (Config(f, 8, 8, 64, 0, 16, 4, 2),) for f in (1, 2)},
+    96: {
+        f: (Config(f, 8, 16, 64, 32, 16, 8, 3), Config(f, 8, 8, 64, 32, 16, 4, 2)) for f in (1, 2)
+    },
+    160: {
+        f: (Config(f, 8, 16, 128, 32, 16, 8, 3), Config(1, 8, 8, 128, 32, 16, 4, 2)) for f in (1, 2)
+    },
+}
 
 
 def conv_candidates(cin: int, cout: int, frames: int) -> tuple[Config, ...]:
     """Configurations for `cin` to `cout` channels where a latent frame is `frames` frames."""
     frames = min(frames, 4)
-    wide = next((by for width, by in _WIDE.items() if cout % width == 0), None)
+    wide = _dividing(_WIDE, cout)
     if wide is not None and cin % 32 == 0:
         return wide[frames]
     if cin % 16:
         return ()
-    return (_THIN_INPUT if cout % 64 == 0 else _NARROW)[min(frames, 2)]
+    thin = _dividing(_THIN_INPUT, cout)
+    return (_NARROW if thin is None else thin)[min(frames, 2)]
+
+
+def _dividing(
+    tables: dict[int, dict[int, tuple[Config, ...]]], cout: int
+) -> dict[int, tuple[Config, ...]] | None:
+    """The first of the tables whose width divides `cout`, or None."""
+    return next((table for width, table in tables.items() if cout % width == 0), None)
 
 
 def attention_candidates(channels: int) -> tuple[AttentionConfig, ...]:
@@ -62,4 +88,6 @@ def attention_candidates(channels: int) -> tuple[AttentionConfig, ...]:
         )
     if channels % 256 == 0:
         return (AttentionConfig(128, 64, 128, 2, 8, 2), AttentionConfig(64, 32, 128, 1, 4, 2))
+    if channels % 128 == 0:
+        return (AttentionConfig(128, 64, 128, 1, 8, 2), AttentionConfig(64, 32, 128, 1, 4, 2))
     return (AttentionConfig(16, 16, 16, 1, 4, 2),) if channels % 16 == 0 else ()

@@ -253,7 +253,7 @@ def encode_shard(
     for chunk in chunks(job, should_stop, lambda: f"{builder.done_frames} {told}"):
         first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, config)
         if shard.has_rows:
-            x = own[:, :, first:last].to(device=device, dtype=dtype)
+            x = own[:, :, first:last].to(device=device, dtype=ops.pixels or dtype)
             step = Step(cache, chunk, shard, ops, counter)
             with clock.measure(chunk, last - first):
                 mean, _ = model.encode_chunk(layout.to_format(x, "contiguous"), step)
