@@ -153,28 +153,22 @@ def _attention(c: int, config: AttentionConfig) -> Kernel:
 def _norms(c: int, silu: bool) -> list[Kernel]:
     """A bfloat16 stream, float16 operands and history: what a decode in bf16 launches."""
     types = {
-        **dict.fromkeys(("x", "before", "after"), "*bf16"), "scale": "*fp32",
-        **dict.fromkeys(("has_before", "has_after", "has_history", "keep"), "fp32"),
+        "x": "*bf16", "scale": "*fp32",
+        **dict.fromkeys(("has_x", "has_history", "keep"), "fp32"),
         **dict.fromkeys(("history", "buffer", "out", "kept"), "*fp16"),
     }  # fmt: skip
-    block = triton.next_power_of_2(c)
+    common = dict(C=c, BLOCK_C=triton.next_power_of_2(c))
     found = []
-    for halo in (0, 1, 2) if silu else (0,):
-        cut = ("", ", rows around", ", columns around")[halo]
-        joined = dict(C=c, BLOCK_C=block, ROWS=32, PAST_FRAMES=2 if silu else 0, SILU=silu)
-        found.append(
-            Kernel(
-                f"norm {c}", Fixed(f"join silu={silu}{cut}", 8 if c > 256 else 4),
-                triton_norm._norm_silu_join, types, joined | dict(HALO=halo),
-            )
-        )  # fmt: skip
+    for placed in (False, True) if silu else (False,):
+        shard = " of a shard" if placed else ""
+        joined = dict(ROWS=32, PAST_FRAMES=2 if silu else 0, SILU=silu, PLACED=placed)
+        join = Fixed(f"join silu={silu}{shard}", 8 if c > 256 else 4)
+        function = triton_norm._norm_silu_join
+        found.append(Kernel(f"norm {c}", join, function, types, common | joined))
         if silu:
-            paired = dict(C=c, BLOCK_C=block, ROWS=triton_norm.pair_rows(c), HALO=halo)
-            found.append(
-                Kernel(
-                    f"norm {c}", Fixed(f"pairs{cut}"), triton_norm._norm_silu_pairs, types, paired
-                )
-            )
+            paired = dict(ROWS=triton_norm.pair_rows(c), PLACED=placed)
+            function, pairs = triton_norm._norm_silu_pairs, Fixed(f"pairs{shard}")
+            found.append(Kernel(f"norm {c}", pairs, function, types, common | paired))
     return found
 
 

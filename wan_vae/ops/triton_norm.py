@@ -4,11 +4,14 @@ Eager twin: `norm.rms_norm_silu` followed by `layout.join_frames`. One launch co
 frames, normalises the new ones behind them and keeps the last two frames for the next chunk, so
 there is no pad, no cat and no clone. `norm_silu_pairs` writes Winograd-transformed frames instead.
 
-On a shard both read the neighbours' rows from where they were received and write them, normalised,
-around the rank's own: the norm looks at one pixel at a time, so a rank gets its neighbour's bits.
+On a shard the neighbours' rows are written, normalised, around the rank's own, by launches of the
+same kernel: the norm looks at one pixel at a time, so a rank gets its neighbour's bits. (One launch
+with a choice of source for each pixel takes a fifth longer.)
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,93 +23,53 @@ PAST = 2  # history frames of a convolution of three
 _ROWS = 32
 
 
-# HALO below: 0 the whole picture, 1 a halo row above and below, 2 a halo column left and right.
+# Compiled once for all sizes.
+_SIZES = ["pixels", "width", "plane", "plane_width", "first", "frames"]
 
 
 @triton.jit
-def _is_inner(first, height, width, ROWS: tl.constexpr, HALO: tl.constexpr):
-    # Whether the ROWS pixels from `first` on lie in the rank's own rows (and, where columns are
-    # cut, in one row): almost always. Then they are read as pixels of a whole picture are.
-    if HALO == 1:
-        return (first >= width) & (first + ROWS <= tl.cast(height - 1, tl.int64) * width)
-    return (first % width > 0) & (first % width + ROWS < width) & (first < height * width)
-
-
-@triton.jit
-def _load(
-    x, before, after, frame, first, col, mask, height, width, has_before, has_after, inner,
-    C: tl.constexpr, ROWS: tl.constexpr, HALO: tl.constexpr,
-):  # fmt: skip
-    # ROWS pixels of one frame as float32 [pixel, col]; zeros beyond the edge of the picture.
-    pixel = first + tl.arange(0, ROWS)
-    if HALO == 0:
-        at = frame * height * width + pixel
-        v = tl.load(x + at[:, None] * C + col[None, :], mask=mask, other=0.0)
-    else:
-        across = width if HALO == 1 else height
-        length = height if HALO == 1 else width
-        plane = tl.cast(length - 2, tl.int64) * across
-        if inner:
-            at = frame * plane + pixel - (width if HALO == 1 else 2 * (first // width) + 1)
-            v = tl.load(x + at[:, None] * C + col[None, :], mask=mask, other=0.0)
-        else:
-            y = pixel // width
-            z = pixel % width
-            edge = z if HALO == 1 else y
-            place = y if HALO == 1 else z
-            own = pixel - width if HALO == 1 else pixel - 2 * y - 1
-            top = place == 0
-            bottom = place == length - 1
-            at = frame * plane + own
-            inside = mask & (~top & ~bottom)[:, None]
-            v = tl.load(x + at[:, None] * C + col[None, :], mask=inside, other=0.0)
-            beside = (frame * across + edge)[:, None] * C + col[None, :]
-            u = tl.load(before + beside, mask=mask & top[:, None] & (has_before != 0), other=0.0)
-            v = tl.where(top[:, None], u, v)
-            u = tl.load(after + beside, mask=mask & bottom[:, None] & (has_after != 0), other=0.0)
-            v = tl.where(bottom[:, None], u, v)
-    return v.to(tl.float32)
-
-
-_SIZES = ["height", "width", "frames"]
+def _place(pixel, width, plane_width, first, PLACED: tl.constexpr):
+    # Where in a plane of the result a pixel of x lies: x is all of it, or (PLACED) a part of it
+    # `width` wide, from pixel `first` on.
+    if not PLACED:
+        return pixel
+    near = pixel.to(tl.int32)
+    return (first + near // width * plane_width + near % width).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _norm_silu_join(
-    x, before, after, scale, history, buffer, kept, height, width, frames,
-    has_before, has_after, has_history, keep,
+    x, scale, history, buffer, kept, pixels, width, plane, plane_width, first, frames,
+    has_x, has_history, keep,
     C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    PAST_FRAMES: tl.constexpr, SILU: tl.constexpr, HALO: tl.constexpr,
+    PAST_FRAMES: tl.constexpr, SILU: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
-    # Grid: (blocks of ROWS pixels, frames + PAST_FRAMES, batch). Everything is [.., pixel, C];
-    # `height` and `width` are the result's. Rounding: sums, norm and SiLU in float32; one rounding,
-    # at the store.
-    start = tl.program_id(0).to(tl.int64) * ROWS
-    row = start + tl.arange(0, ROWS)
+    # Grid: (blocks of ROWS pixels of x, frames + PAST_FRAMES, batch). Everything is [.., pixel, C];
+    # x has `pixels` in a frame, the others `plane`. Rounding: sums, norm and SiLU in float32; one
+    # rounding, at the store.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     frame = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     col = tl.arange(0, BLOCK_C)
-    pixels = tl.cast(height, tl.int64) * width
     mask = (row < pixels)[:, None] & (col < C)[None, :]
-    inside = row[:, None] * C + col[None, :]
-    plane = pixels * C
+    inside = _place(row, width, plane_width, first, PLACED)[:, None] * C + col[None, :]
+    step = tl.cast(plane, tl.int64) * C
     if frame < PAST_FRAMES:
-        past = history + (batch * PAST_FRAMES + frame) * plane
+        past = history + (batch * PAST_FRAMES + frame) * step
         y = tl.load(past + inside, mask=mask & (has_history != 0), other=0.0).to(tl.float32)
     else:
-        v = _load(
-            x, before, after, batch * frames + frame - PAST_FRAMES, start, col, mask, height, width,
-            has_before, has_after, _is_inner(start, height, width, ROWS, HALO), C, ROWS, HALO,
-        )  # fmt: skip
+        new = x + (batch * frames + frame - PAST_FRAMES) * pixels * C
+        at = row[:, None] * C + col[None, :]
+        v = tl.load(new + at, mask=mask & (has_x != 0), other=0.0).to(tl.float32)
         norm = tl.maximum(tl.sqrt(tl.sum(v * v, axis=1)), 1e-12)
         g = tl.load(scale + col, mask=col < C, other=0.0)
         v = v * (1.0 / norm)[:, None] * g[None, :]
         y = v * tl.sigmoid(v) if SILU else v
     y = y.to(buffer.dtype.element_ty)
-    out = buffer + (batch * (frames + PAST_FRAMES) + frame) * plane
+    out = buffer + (batch * (frames + PAST_FRAMES) + frame) * step
     tl.store(out + inside, y, mask=mask)
     if (keep != 0) & (frame >= frames):
-        out = kept + (batch * PAST_FRAMES + frame - frames) * plane
+        out = kept + (batch * PAST_FRAMES + frame - frames) * step
         tl.store(out + inside, y, mask=mask)
 
 
@@ -135,43 +98,51 @@ def norm_silu_join(
     rounding to `dtype` (x's if None). `silu=False`: the norm alone.
     """
     b, c, t, _, _ = x.shape
-    x, sources, (h, w) = _sources(x, halo)
+    parts, (h, w) = _parts(x, halo)
     dtype = x.dtype if dtype is None else dtype
     buffer = torch.empty((b, past + t, h, w, c), dtype=dtype, device=x.device)
     keep = keep and past > 0
     kept = torch.empty((b, past, h, w, c), dtype=dtype, device=x.device) if keep else buffer
     if history is not None:
         history = history.contiguous(memory_format=torch.channels_last_3d)
-    grid = (triton.cdiv(h * w, _ROWS), past + t, b)
-    _norm_silu_join[grid](
-        x, *sources, scale, buffer if history is None else history, buffer, kept, h, w, t,
-        *_flags(halo), _flag(history is not None), _flag(keep),
-        C=c, BLOCK_C=triton.next_power_of_2(c), ROWS=_ROWS, PAST_FRAMES=past, SILU=silu,
-        HALO=_cut(halo), num_warps=8 if c > 256 else 4,
-    )  # fmt: skip
+    for part in parts:
+        _norm_silu_join[(triton.cdiv(part.pixels, _ROWS), past + t, b)](
+            part.x, scale, buffer if history is None else history, buffer, kept,
+            part.pixels, part.width, h * w, w, part.first, t,
+            _flag(part.has_x), _flag(history is not None), _flag(keep),
+            C=c, BLOCK_C=triton.next_power_of_2(c), ROWS=_ROWS, PAST_FRAMES=past, SILU=silu,
+            PLACED=halo is not None, num_warps=8 if c > 256 else 4,
+        )  # fmt: skip
     return buffer.permute(0, 4, 1, 2, 3), kept.permute(0, 4, 1, 2, 3) if keep else None
 
 
-def _sources(
-    x: torch.Tensor, halo: HaloRows | None
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], tuple[int, int]]:
-    """`x` in NDHWC, the rows before and after it (`x` for none), and the size they make."""
+@dataclass(frozen=True)
+class _Part:
+    """Features of `pixels` in rows of `width`; in a plane of the result they lie from pixel `first`
+    on. Zeros stand there if not `has_x` (`x` is then any tensor, which is not read)."""
+
+    x: torch.Tensor
+    pixels: int
+    width: int
+    first: int
+    has_x: bool = True
+
+
+def _parts(x: torch.Tensor, halo: HaloRows | None) -> tuple[tuple[_Part, ...], tuple[int, int]]:
+    """What the result is made of, one launch each, and its size (H', W')."""
     x = x.contiguous(memory_format=torch.channels_last_3d)
     h, w = x.shape[3:]
     if halo is None:
-        return x, (x, x), (h, w)
-    rows = tuple(x if part is None else part.contiguous() for part in (halo.before, halo.after))
-    return x, rows, (h + 2, w) if halo.axis == "height" else (h, w + 2)
-
-
-def _cut(halo: HaloRows | None) -> int:
-    return 0 if halo is None else 1 if halo.axis == "height" else 2
-
-
-def _flags(halo: HaloRows | None) -> tuple[float, float]:
-    if halo is None:
-        return 0.0, 0.0
-    return _flag(halo.before is not None), _flag(halo.after is not None)
+        return (_Part(x, h * w, w, 0),), (h, w)
+    across, start, end = (w, w, (h + 1) * w) if halo.axis == "height" else (h, 1, w + 1)
+    size = (h + 2, w) if halo.axis == "height" else (h, w + 2)
+    edge = w if halo.axis == "height" else 1
+    found = [_Part(x, h * w, w, start)]
+    for rows, first in ((halo.before, 0), (halo.after, end)):
+        has_rows = rows is not None
+        rows = rows.contiguous() if has_rows else x
+        found.append(_Part(rows, across, edge, first, has_rows))
+    return tuple(found), size
 
 
 def _flag(value: bool) -> float:
@@ -180,61 +151,58 @@ def _flag(value: bool) -> float:
 
 
 @triton.jit
-def _normed(v, scale, OPERAND: tl.constexpr):
+def _normed(frame, gain, mask, OPERAND: tl.constexpr):
     # One frame's block: float32 inside, rounded as the untransformed buffer would be.
+    v = tl.load(frame, mask=mask, other=0.0).to(tl.float32)
     norm = tl.maximum(tl.sqrt(tl.sum(v * v, axis=1)), 1e-12)
-    v = v * (1.0 / norm)[:, None] * scale[None, :]
+    v = v * (1.0 / norm)[:, None] * gain[None, :]
     return (v * tl.sigmoid(v)).to(OPERAND).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _norm_silu_pairs(
-    x, before, after, scale, history, out, kept, height, width, frames,
-    has_before, has_after, has_history, keep,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, HALO: tl.constexpr,
+    x, scale, history, out, kept, pixels, width, plane, plane_width, first, frames,
+    has_x, has_history, keep,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
-    # Grid: (blocks of ROWS pixels, batch). A program goes through all frames of its pixels, so
-    # each is read and normalised once. `height` and `width` are the result's.
+    # Grid: (blocks of ROWS pixels of x, batch). A program goes through all frames of its pixels, so
+    # each is read and normalised once. Sizes as in `_norm_silu_join`.
     operand: tl.constexpr = out.dtype.element_ty
-    start = tl.program_id(0).to(tl.int64) * ROWS
-    row = start + tl.arange(0, ROWS)
-    inner = _is_inner(start, height, width, ROWS, HALO)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(1).to(tl.int64)
     col = tl.arange(0, BLOCK_C)
-    pixels = tl.cast(height, tl.int64) * width
     mask = (row < pixels)[:, None] & (col < C)[None, :]
-    inside = row[:, None] * C + col[None, :]
-    plane = pixels * C
+    inside = _place(row, width, plane_width, first, PLACED)[:, None] * C + col[None, :]
+    step = tl.cast(plane, tl.int64) * C
     gain = tl.load(scale + col, mask=col < C, other=0.0)
-    past = history + batch * 2 * plane + inside
+    past = history + batch * 2 * step + inside
     old = mask & (has_history != 0)
     h0 = tl.load(past, mask=old, other=0.0).to(tl.float32)
-    h1 = tl.load(past + plane, mask=old, other=0.0).to(tl.float32)
+    h1 = tl.load(past + step, mask=old, other=0.0).to(tl.float32)
+    source = tl.cast(pixels, tl.int64) * C
+    new = x + batch * frames * source + row[:, None] * C + col[None, :]
+    mine = mask & (has_x != 0)
     # An odd number of frames: the first pair is the last frame of the past and the first new one.
     lead = frames % 2
     d0 = tl.where(lead == 1, 0.0, h0)
     d1 = tl.where(lead == 1, h0, h1)
     pairs = (frames + 1) // 2
     for pair in range(pairs):
-        frame = 2 * pair - lead
-        at = batch * frames + frame
-        v = _load(x, before, after, at, start, col, mask & (frame >= 0), height, width,
-                  has_before, has_after, inner, C, ROWS, HALO)  # fmt: skip
-        d2 = tl.where(frame >= 0, _normed(v, gain, operand), h1)
-        v = _load(x, before, after, at + 1, start, col, mask, height, width,
-                  has_before, has_after, inner, C, ROWS, HALO)  # fmt: skip
-        d3 = _normed(v, gain, operand)
-        to = out + (batch * pairs + pair) * 4 * plane + inside
+        frame = (2 * pair - lead).to(tl.int64)
+        d2 = _normed(new + frame * source, gain, mine & (frame >= 0), operand)
+        d2 = tl.where(frame >= 0, d2, h1)
+        d3 = _normed(new + (frame + 1) * source, gain, mine, operand)
+        to = out + (batch * pairs + pair) * 4 * step + inside
         tl.store(to, (d0 - d2).to(operand), mask=mask)
-        tl.store(to + plane, (d1 + d2).to(operand), mask=mask)
-        tl.store(to + 2 * plane, (d2 - d1).to(operand), mask=mask)
-        tl.store(to + 3 * plane, (d1 - d3).to(operand), mask=mask)
+        tl.store(to + step, (d1 + d2).to(operand), mask=mask)
+        tl.store(to + 2 * step, (d2 - d1).to(operand), mask=mask)
+        tl.store(to + 3 * step, (d1 - d3).to(operand), mask=mask)
         d0 = d2
         d1 = d3
     if keep != 0:
-        last = kept + batch * 2 * plane + inside
+        last = kept + batch * 2 * step + inside
         tl.store(last, d0.to(operand), mask=mask)
-        tl.store(last + plane, d1.to(operand), mask=mask)
+        tl.store(last + step, d1.to(operand), mask=mask)
 
 
 def pair_rows(channels: int) -> int:
@@ -260,15 +228,18 @@ def norm_silu_pairs(
     the past. So which frames are a pair does not depend on the chunk schedule.
     """
     b, c, t, _, _ = x.shape
-    x, sources, (h, w) = _sources(x, halo)
+    parts, (h, w) = _parts(x, halo)
     out = torch.empty((b, (t + 1) // 2 * 4, h, w, c), dtype=dtype, device=x.device)
     kept = torch.empty((b, PAST, h, w, c), dtype=dtype, device=x.device) if keep else out
     if history is not None:
         history = history.contiguous(memory_format=torch.channels_last_3d)
     rows = pair_rows(c)
-    _norm_silu_pairs[(triton.cdiv(h * w, rows), b)](
-        x, *sources, scale, out if history is None else history, out, kept, h, w, t,
-        *_flags(halo), _flag(history is not None), _flag(keep),
-        C=c, BLOCK_C=triton.next_power_of_2(c), ROWS=rows, HALO=_cut(halo), num_warps=4,
-    )  # fmt: skip
+    for part in parts:
+        _norm_silu_pairs[(triton.cdiv(part.pixels, rows), b)](
+            part.x, scale, out if history is None else history, out, kept,
+            part.pixels, part.width, h * w, w, part.first, t,
+            _flag(part.has_x), _flag(history is not None), _flag(keep),
+            C=c, BLOCK_C=triton.next_power_of_2(c), ROWS=rows, PLACED=halo is not None,
+            num_warps=4,
+        )  # fmt: skip
     return out.permute(0, 4, 1, 2, 3), kept.permute(0, 4, 1, 2, 3) if keep else None
