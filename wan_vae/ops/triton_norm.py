@@ -87,6 +87,7 @@ def norm_silu_join(
     dtype: torch.dtype | None = None,
     *,
     silu: bool = True,
+    overwrite: bool = False,
     halo: HaloRows | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """silu(rms_norm(x)) behind `past` history frames, and the last `past` frames of the result.
@@ -94,17 +95,19 @@ def norm_silu_join(
     x [B, C, T, H, W], history [B, C, past, H', W'] or None for zeros; all dense channels_last_3d.
     `scale`: from `norm_scale`. `halo`: the neighbours' rows, which make H' (or W') larger than H
     (W) by two; None for the whole picture. Returns the buffer [B, C, past + T, H', W']
-    (channels_last_3d) and, if `keep`, the new history in memory of its own. float32 inside, one
-    rounding to `dtype` (x's if None). `silu=False`: the norm alone.
+    (channels_last_3d) and, if `keep`, the new history in memory of its own (with `overwrite`, in
+    that of `history`). float32 inside, one rounding to `dtype` (x's if None). `silu=False`: the
+    norm alone.
     """
     b, c, t, _, _ = x.shape
     parts, (h, w) = _parts(x, halo)
     dtype = x.dtype if dtype is None else dtype
     buffer = torch.empty((b, past + t, h, w, c), dtype=dtype, device=x.device)
-    keep = keep and past > 0
-    kept = torch.empty((b, past, h, w, c), dtype=dtype, device=x.device) if keep else buffer
     if history is not None:
         history = history.contiguous(memory_format=torch.channels_last_3d)
+    keep, over = keep and past > 0, overwrite and keep and history is not None
+    keep = keep and not over  # other programs of the same launch read what would be written over
+    kept = torch.empty((b, past, h, w, c), dtype=dtype, device=x.device) if keep else buffer
     for part in parts:
         _norm_silu_join[(triton.cdiv(part.pixels, _ROWS), past + t, b)](
             part.x, scale, buffer if history is None else history, buffer, kept,
@@ -113,7 +116,10 @@ def norm_silu_join(
             C=c, BLOCK_C=triton.next_power_of_2(c), ROWS=_ROWS, PAST_FRAMES=past, SILU=silu,
             PLACED=halo is not None, num_warps=8 if c > 256 else 4,
         )  # fmt: skip
-    return buffer.permute(0, 4, 1, 2, 3), kept.permute(0, 4, 1, 2, 3) if keep else None
+    found = buffer.permute(0, 4, 1, 2, 3)
+    if over:
+        return found, history.copy_(found[:, :, -past:])
+    return found, kept.permute(0, 4, 1, 2, 3) if keep else None
 
 
 @dataclass(frozen=True)
@@ -217,29 +223,36 @@ def norm_silu_pairs(
     keep: bool,
     dtype: torch.dtype,
     *,
+    overwrite: bool = False,
     halo: HaloRows | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `norm_silu_join` with two past frames, but transformed for Winograd F(2,3) along time.
 
     x [B, C, T, H, W]. Returns [B, C, 4 * ceil(T / 2), H', W']: for each two frames d2, d3 behind
     d0, d1 the four frames d0 - d2, d1 + d2, d2 - d1, d1 - d3; and, if `keep`, the new history
-    [B, C, 2, H', W'], untransformed and rounded as it was used. Pairs end with the last frame: if T
-    is odd (a chunk with the video's first frame, which stands alone), the first pair's d2 is of
+    [B, C, 2, H', W'], untransformed and rounded as it was used (with `overwrite`, in the memory of
+    `history`: a program reads its pixels before it writes them). Pairs end with the last frame: if
+    T is odd (a chunk with the video's first frame, which stands alone), the first pair's d2 is of
     the past. So which frames are a pair does not depend on the chunk schedule.
     """
     b, c, t, _, _ = x.shape
     parts, (h, w) = _parts(x, halo)
     out = torch.empty((b, (t + 1) // 2 * 4, h, w, c), dtype=dtype, device=x.device)
-    kept = torch.empty((b, PAST, h, w, c), dtype=dtype, device=x.device) if keep else out
     if history is not None:
         history = history.contiguous(memory_format=torch.channels_last_3d)
+    if keep and overwrite and history is not None:
+        kept = history
+    elif keep:
+        kept = torch.empty((b, PAST, h, w, c), dtype=dtype, device=x.device).permute(0, 4, 1, 2, 3)
+    else:
+        kept = None
     rows = pair_rows(c)
     for part in parts:
         _norm_silu_pairs[(triton.cdiv(part.pixels, rows), b)](
-            part.x, scale, out if history is None else history, out, kept,
+            part.x, scale, out if history is None else history, out, out if kept is None else kept,
             part.pixels, part.width, h * w, w, part.first, t,
             _flag(part.has_x), _flag(history is not None), _flag(keep),
             C=c, BLOCK_C=triton.next_power_of_2(c), ROWS=rows, PLACED=halo is not None,
             num_warps=4,
         )  # fmt: skip
-    return out.permute(0, 4, 1, 2, 3), kept.permute(0, 4, 1, 2, 3) if keep else None
+    return out.permute(0, 4, 1, 2, 3), kept
