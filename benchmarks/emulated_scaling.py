@@ -58,16 +58,16 @@ def markdown(found: dict[str, list[Emulated]], device, command: str) -> str:
         "",
         f"- {device_name(device)}; {made}",
         f"- command: `{command}`",
-        "- emulated on one device: shards in turn, milliseconds a steady chunk (one latent frame);",
-        "  the link is modelled",
+        "- emulated on one device: shards in turn, milliseconds a steady chunk; the link modelled",
         "",
-        "| picture | ranks | cut | one device | slowest shard | link | link ms | efficiency |",
-        "|---|---:|---|---:|---:|---|---:|---:|",
+        "| picture | ranks | cut | latent frames a chunk | one device | slowest shard | link "
+        "| link ms | efficiency |",
+        "|---|---:|---|---:|---:|---:|---|---:|---:|",
     ]
     for name, rows in found.items():
         lines += [
-            f"| {name} | {e.ranks} | {e.axis} | {e.one_ms:.2f} | {max(e.shard_ms):.2f} | {e.link} "
-            f"| {e.link_ms:.2f} | {e.efficiency:.0%} |"
+            f"| {name} | {e.ranks} | {e.axis} | {e.frames} | {e.one_ms:.2f} "
+            f"| {max(e.shard_ms):.2f} | {e.link} | {e.link_ms:.2f} | {e.efficiency:.0%} |"
             for e in rows
         ]
     return "\n".join(lines) + "\n"

@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from wan_vae.config import wan21
-from wan_vae.sharding.scaling import LINKS, predict
+from wan_vae.sharding.plan import plan_shards
+from wan_vae.sharding.scaling import LINKS, planned_frames, predict
 
 
 @dataclass(frozen=True)
@@ -27,30 +28,33 @@ class Case:
     one_gpu_ms: float
 
 
-# NVIDIA H200, eager backend, bf16, NDHWC: benchmarks/results/2026-11-24-h200-eager.md, over 21
-# latent frames.
-CASES = (Case("480p", 60, 104, 1203.5 / 21), Case("720p", 90, 160, 2845.4 / 21))
+# NVIDIA H100, our kernels: benchmarks/results/2026-11-25-h100x2-ranks.md, over 21 latent frames.
+CLIP_FRAMES = 21
+CASES = (Case("480p", 60, 104, 455.2 / 21), Case("720p", 90, 160, 1095.8 / 21))
 
 
 def table() -> str:
     """The table as Markdown."""
     config = wan21()
     lines = [
-        "| picture | GPUs | cut | rows | messages | halo MB | attention MB | "
+        "| picture | GPUs | cut | rows | latent frames | messages | halo MB | attention MB | "
         + " | ".join(f"{link.name}: efficiency (speed-up)" for link in LINKS)
         + " |",
-        "|---|---:|---|---:|---:|---:|---:|" + "---:|" * len(LINKS),
+        "|---|---:|---|---:|---:|---:|---:|---:|" + "---:|" * len(LINKS),
     ]
     for case in CASES:
         for ranks in (2, 4, 8, 16):
+            size = case.height, case.width
+            clip = (1, config.z_dim, CLIP_FRAMES, *size)
+            frames = planned_frames(config, clip, plan_shards(*size, ranks))
             found = [
-                predict(config, case.height, case.width, ranks, link, case.one_gpu_ms)
+                predict(config, *size, ranks, link, case.one_gpu_ms, frames=frames)
                 for link in LINKS
             ]
             p = found[0]
             speeds = (f"{f.efficiency:.0%} ({f.efficiency * ranks:.1f}x)" for f in found)
             lines.append(
-                f"| {case.name} | {ranks} | {p.axis} | {p.rows} | {p.messages} | "
+                f"| {case.name} | {ranks} | {p.axis} | {p.rows} | {p.frames} | {p.messages} | "
                 f"{p.halo_bytes / 1e6:.1f} | {p.attention_bytes / 1e6:.1f} | "
                 + " | ".join(speeds)
                 + " |"

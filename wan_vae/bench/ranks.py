@@ -242,8 +242,9 @@ def with_predictions(
     found = []
     for t in timings:
         model = predict(
-            case.config, height, width, t.ranks, LINKS[0], one.device_ms / one.latent_frames
-        )
+            case.config, height, width, t.ranks, LINKS[0], one.device_ms / one.latent_frames,
+            frames=-(-t.latent_frames // t.chunks),
+        )  # fmt: skip
         twin = next((e for e in emulated if e.ranks == t.ranks), None)
         found.append(
             replace(
@@ -396,7 +397,7 @@ def run(
         if several and budget.allows(f"emulation of {case.name}", 20):
             tell(f"emulation of {case.name}")
             vae = reference.vae(case.config)
-            emulated = emulate(vae, *case.latent[3:], several, LINKS[:1], repeats)
+            emulated = emulate(vae, *case.latent[3:], several, LINKS[:1], repeats, case.latent[2])
         results.timings += with_predictions(case, timings[case.name], emulated)
     most = max(counts)
     if most > 1 and budget.allows(f"faults on {most} ranks", 8 * sizes.timeout_s):

@@ -14,17 +14,18 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import memory
 from ..arithmetic import own_arithmetic
 from ..blocks import Step
 from ..cache import FeatureCache
-from ..chunking import schedule
+from ..chunking import Chunk
 from ..layout import contiguous_for_collective
 from ..ops.dispatch import Cut
 from .context import SINGLE, ShardContext
 from .halo import Shard
 from .plan import plan_shards
 from .run import own_part
-from .scaling import Link, cross_size, exchanged
+from .scaling import Link, cross_size, exchanged, planned_frames
 from .wire import Incoming, Outgoing
 
 
@@ -51,10 +52,12 @@ class EmulatedWire:
 
 @dataclass(frozen=True)
 class Emulated:
-    """A steady chunk (one latent frame) on `ranks` devices. Milliseconds; `link_ms` is modelled,
-    `shard_ms` (by rank) and `one_ms` (the whole picture on one device) are measured."""
+    """A steady chunk of `frames` latent frames on `ranks` devices. Milliseconds; `link_ms` is
+    modelled, `shard_ms` (by rank) and `one_ms` (the whole picture on one device, as many frames,
+    in chunks as one device takes them) are measured."""
 
     ranks: int
+    frames: int
     axis: str
     link: str
     one_ms: float
@@ -79,44 +82,55 @@ def emulate(
     ranks: Sequence[int],
     links: Sequence[Link],
     repeats: int = 5,
+    clip_frames: int = 21,
 ) -> list[Emulated]:
     """Time a latent of `height` x `width` whole and as each shard of each count of `ranks`.
 
-    Each time is the median of `repeats` steady chunks, after a first and another one.
+    In chunks as they are planned for a clip of `clip_frames` latent frames where memory is no
+    limit. Each time is the median of `repeats` steady chunks, after a first and another one.
     """
     config, device = vae.config, vae.device
-    z = torch.randn((1, config.z_dim, repeats + 3, height, width), device=device)
+    clip = (1, config.z_dim, clip_frames, height, width)
+    z = torch.randn((*clip[:2], 1, height, width), device=device)
 
     def start(cut: Cut):
-        return vae._start_decode(z, False, 1, "auto", "auto", None, None, "auto", cut)
+        # As a video, which one frame is not.
+        z2 = z.expand(-1, -1, 2, -1, -1)
+        return vae._start_decode(z2, False, 1, "auto", "auto", None, None, "auto", cut)
 
-    def steady_ms(run, part: torch.Tensor, shard) -> float:
+    def steady_ms(run, part: torch.Tensor, shard, frames: int) -> float:
+        """Of `frames` latent frames."""
         cache, times = FeatureCache(), []
+        part = part[:, :, :1].expand(-1, -1, frames, -1, -1)
         with own_arithmetic(device):
-            for chunk in schedule(repeats + 3, 1)[:-1]:  # the last keeps no history
+            for i in range(repeats + 2):
+                chunk = Chunk(i * frames, (i + 1) * frames, is_first=i == 0, is_last=False)
                 step = Step(cache, chunk, shard, run.ops, run.counter)
-                frame = part[:, :, chunk.start : chunk.stop]
-                times.append(_timed(device, lambda f=frame, s=step: run.model.decode_chunk(f, s)))
+                times.append(_timed(device, lambda s=step: run.model.decode_chunk(part, s)))
         return statistics.median(times[2:])
 
     whole = start("whole")
-    one_ms, found = steady_ms(whole, whole.z, SINGLE), []
+    alone = memory.plan_decode(config, clip, vae.dtype, "channels_last_3d", None).chunk_frames
+    one_ms, found = steady_ms(whole, whole.z, SINGLE, alone) / alone, []
     for count in ranks:
         plan = plan_shards(height, width, count)
-        run = start(plan.axis)
+        run, frames = start(plan.axis), planned_frames(config, clip, plan)
         wire = EmulatedWire(device)
         shard_ms = tuple(
             steady_ms(
                 run,
                 own_part(run.z, plan, rank).contiguous(),
                 Shard(ShardContext(rank, count), plan, wire),
+                frames,
             )
             for rank in range(plan.active)
         )
         cross = cross_size(plan, height, width)
         for link in links:
-            link_ms = exchanged(config, plan, cross, link, run.z.element_size()).link_ms
-            found.append(Emulated(count, plan.axis, link.name, one_ms, shard_ms, link_ms))
+            size = run.z.element_size()
+            link_ms = exchanged(config, plan, cross, link, size, frames).link_ms
+            one = one_ms * frames
+            found.append(Emulated(count, frames, plan.axis, link.name, one, shard_ms, link_ms))
     return found
 
 
