@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from wan_vae.bench.ranks import random_vae
+from wan_vae.bench.results import repeatable
 from wan_vae.config import WanVAEConfig, wan21
 from wan_vae.pipeline import pick_device
 from wan_vae.report import device_name, versions
@@ -94,8 +95,9 @@ def main(argv: list[str] | None = None) -> int:
     full = device.type == "cuda"
     config, pictures = (wan21(), PICTURES) if full else (wan21(dim=8), SMALL)
     found = measure(config, pictures, device, args.repeats)
-    words = sys.argv[1:] if argv is None else argv
-    text = markdown(found, device, " ".join(["python benchmarks/emulated_scaling.py", *words]))
+    words = repeatable(sys.argv[1:] if argv is None else argv)
+    command = words.replace("wan-vae bench", "python benchmarks/emulated_scaling.py")
+    text = markdown(found, device, command)
     print(text)
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)

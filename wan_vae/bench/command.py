@@ -62,11 +62,10 @@ def main(argv: list[str] | None = None) -> int:
             for row in measure_case(case, entrants, weights, device, dtype, args.repeats):
                 results.rows.append(row)
                 _say(f"{row.case}: {row.contender}: {row.route}: {_outcome(row)}")
+                _keep(results, args.output)
         if "layers" in parts:
             _measure_layers(results, case, weights, entrants, device, dtype)
-        if args.output is not None:
-            # After each case: what was measured survives whatever happens to the next one.
-            write_up.write(results, args.output)
+            _keep(results, args.output)
     if "cold" in parts:
         free_memory(device)
         right = [c for c in entrants if not results.wrong(cases[0].name, c.name)]
@@ -79,6 +78,12 @@ def main(argv: list[str] | None = None) -> int:
         write_up.write(results, args.output)
     print(write_up.markdown(results))
     return 1 if results.our_failures else 0
+
+
+def _keep(results: Results, folder: Path | None) -> None:
+    """Write what there is: it survives whatever happens to the next row."""
+    if folder is not None:
+        write_up.write(results, folder)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,83 @@
+"""Which kernels a steady chunk takes: of the whole picture, and of a shard of it.
+
+    python benchmarks/chunk_profile.py [--height 90 --width 160] [--frames 2] [--ranks 1,2]
+
+Prints device time by kernel (PyTorch's profiler). Neighbours' rows are zeros that lie ready.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from wan_vae.arithmetic import own_arithmetic
+from wan_vae.bench.ranks import random_vae
+from wan_vae.blocks import Step
+from wan_vae.cache import FeatureCache
+from wan_vae.chunking import Chunk
+from wan_vae.config import wan21
+from wan_vae.pipeline import WanVAE, pick_device
+from wan_vae.sharding.context import SINGLE, ShardContext
+from wan_vae.sharding.emulation import EmulatedWire
+from wan_vae.sharding.halo import Shard
+from wan_vae.sharding.plan import plan_shards
+from wan_vae.sharding.run import own_part
+
+
+def profiled(vae: WanVAE, height: int, width: int, frames: int, ranks: int):
+    """The profile of the third chunk of `frames` latent frames on rank 0 of `ranks`."""
+    device = vae.device
+    z = torch.randn((1, vae.config.z_dim, frames + 1, height, width), device=device)
+    plan = plan_shards(height, width, ranks)
+    cut = "whole" if ranks == 1 else plan.axis
+    run = vae._start_decode(z, False, 1, "auto", "auto", None, None, "auto", cut)
+    part, shard = run.z, SINGLE
+    if ranks > 1:
+        part = own_part(run.z, plan, 0).contiguous()
+        shard = Shard(ShardContext(0, ranks), plan, EmulatedWire(device))
+    part, cache = part[:, :, :frames], FeatureCache()
+    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    with own_arithmetic(device):
+        for i in range(3):
+            step = Step(cache, Chunk(i * frames, (i + 1) * frames, i == 0, False), shard, run.ops)
+            with profile(activities=[activity]) as found:
+                run.model.decode_chunk(part, step)
+    return found
+
+
+def table(found, device: torch.device, rows: int = 14) -> str:
+    """Milliseconds and calls of the kernels that take longest, after their sum."""
+    own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    kind = "CUDA" if device.type == "cuda" else "CPU"
+    events = [e for e in found.key_averages() if e.device_type.name == kind]
+    events.sort(key=lambda e: -getattr(e, own))
+    lines = [f"{sum(getattr(e, own) for e in events) / 1e3:9.2f} ms in all"]
+    lines += [f"{getattr(e, own) / 1e3:9.2f} ms {e.count:5d}  {e.key[:90]}" for e in events[:rows]]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Profile and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", help="cuda:0, cpu (default: the best one here)")
+    parser.add_argument("--height", type=int, default=90, help="of the latent")
+    parser.add_argument("--width", type=int, default=160, help="of the latent")
+    parser.add_argument("--frames", type=int, default=2, help="latent frames of a chunk")
+    parser.add_argument("--ranks", default="1,2")
+    args = parser.parse_args(argv)
+    device = pick_device(args.device)
+    vae = random_vae(wan21() if device.type == "cuda" else wan21(dim=8), device)
+    for ranks in map(int, args.ranks.split(",")):
+        print(f"rank 0 of {ranks}, {args.frames} latent frames of {args.height}x{args.width}")
+        print(table(profiled(vae, args.height, args.width, args.frames, ranks), device))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
