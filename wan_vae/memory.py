@@ -23,9 +23,9 @@ from .geometry import Strip
 # The allocator's smallest block.
 _BLOCK_BYTES = 512
 # Of the free bytes, those that a plan may use. The rest is for what the allocator cannot hand out
-# because it lies in pieces. NVIDIA H100, allocator capped to 6 GB, 720p: our kernels decoded as
-# planned at 0.80, the eager backend ran out at 0.73.
-_USABLE, _USABLE_EAGER = 0.85, 0.6
+# because it lies in pieces. NVIDIA H100, allocator capped to 6 GB, 720p in two strips: our kernels
+# decoded as planned at 0.80, the eager backend ran out at 0.73. More strips cost it little.
+_USABLE, _USABLE_EAGER_STRIPS = 0.85, 0.6
 # Memory that cuDNN takes for one convolution of NCDHW data, in units of its operand's bytes:
 # it converts operand and result to NDHWC and back. NVIDIA H200, bfloat16, contiguous against
 # channels_last_3d: 1.28 GiB more at 480p, 1.64 at 720p (Wan 2.1), which is operand + result of
@@ -116,7 +116,7 @@ def plan_decode(
     """
     _, _, t, height, _ = latent_shape
     model = _Model(config, latent_shape, dtype, memory_format, backend)
-    usable = None if free is None else int(_usable(backend) * free)
+    usable = None if free is None else int(_USABLE * free)
     if strips is not None:
         lengths = tuple(c.frames for c in schedule(t, 1 if chunk_frames is None else chunk_frames))
         return Plan(lengths, strips, *model.in_strips(strips, whole_frames))
@@ -134,6 +134,8 @@ def plan_decode(
         if smallest.planned_bytes <= usable:
             return plan  # as asked for; out of memory would shrink the chunks
     counts = [*(n for n in _STRIP_COUNTS if n < height), *([height] if height > 1 else [])]
+    if backend == "eager":
+        usable = int(_USABLE_EAGER_STRIPS * free)
     best = None
     for count in counts:
         needed, extra = model.in_strips(count, whole_frames)
@@ -181,16 +183,12 @@ def plan_chunk_frames(
 
     def fits(frames: int) -> bool:
         needed = planned_bytes(config, latent_shape, dtype, frames, memory_format, backend)
-        return needed <= _usable(backend) * free
+        return needed <= _USABLE * free
 
     frames = min(latent_shape[2], _SHARD_CHUNKS * _full_chunk(config, latent_shape))
     while free is not None and frames > 1 and not fits(frames):
         frames -= 1
     return frames
-
-
-def _usable(backend: str) -> float:
-    return _USABLE_EAGER if backend == "eager" else _USABLE
 
 
 def _full_chunk(config: WanVAEConfig, latent_shape: tuple[int, ...]) -> int:
