@@ -25,7 +25,7 @@ from ..latents import check_latent, load_latent
 from ..pipeline import pick_device as best_device
 from ..sink import Sink
 from .context import SINGLE, ShardContext
-from .wire import Wire, group_environment
+from .wire import HOST_AND_DEVICE, Wire, group_environment
 
 TIMEOUT_S = 120.0
 
@@ -100,7 +100,7 @@ def join(place: Place, device: torch.device, own_device: bool) -> ShardContext:
         ) from error
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
-        "nccl" if nccl else "gloo",
+        HOST_AND_DEVICE if nccl else "gloo",
         store=dist.PrefixStore(f"wan_vae/{place.node}/{restart}", store),
         rank=place.rank,
         world_size=place.ranks,

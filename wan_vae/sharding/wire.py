@@ -24,6 +24,8 @@ from .context import ShardContext
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64)
 # Renamed in PyTorch 2.13, where the old name warns.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# The backend of a group whose ranks have a CUDA device each.
+HOST_AND_DEVICE = "cpu:gloo,cuda:nccl"
 _MAGIC = 0x57414E31
 _DENSE_NCDHW = 1
 _HEADER_WORDS = 12
@@ -67,9 +69,10 @@ class Wire:
     """Messages between the ranks of one decode, with counters for the report.
 
     Gloo moves host memory only: tensors of a device are staged through it. There, each message is
-    announced by a header that is compared before the data is posted. With NCCL reading a header
-    stops the device, so it is sent once for each (place, shape, dtype) of a decode; all later
-    messages follow from the same plan, so every rank skips the same headers.
+    announced by a header that is compared before the data is posted. With NCCL that is done once
+    for each (place, shape, dtype) of a decode; all later messages follow from the same plan, so
+    every rank skips the same headers. Headers and numbers that the host needs travel by Gloo there
+    too if the group has it (`HOST_AND_DEVICE`): on the device they would stop it.
 
     Order on a CUDA device: NCCL starts behind the work queued on the current stream, and that
     stream goes on behind NCCL (`Work.wait`). Buffers may therefore be freed when `exchange`
@@ -103,8 +106,6 @@ class Wire:
         self.device = device
         self.host_staged = dist.get_backend(context.group) == "gloo"
         self._transport = torch.device("cpu") if self.host_staged else device
-        # Numbers that the host needs go beside the device where they can: else it would wait for
-        # all that is queued there.
         on_host = "cpu:" in dist.get_backend_config(context.group)
         self._control = torch.device("cpu") if on_host else self._transport
         self._agreed: set[tuple] = set()
@@ -119,7 +120,7 @@ class Wire:
     def exchange(
         self, site: str, dtype: torch.dtype, out: Sequence[Outgoing], into: Sequence[Incoming]
     ) -> list[torch.Tensor]:
-        """Send and receive at once; the tensors received, dense NCDHW on this rank's device.
+        """Send and receive at once; the tensors received, contiguous on this rank's device.
 
         Every peer named must name this rank at the same `site` with the same shapes: headers are
         compared, and a difference raises ShardingError on both sides before any data is used.

@@ -29,6 +29,7 @@ from .context import SINGLE, ShardContext
 from .plan import plan_shards
 from .proof import check_wire
 from .shared import SharedBuffer, view
+from .wire import HOST_AND_DEVICE
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class _Worker:
         )
         store.set_timeout(start)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if nccl else settings.backend,
+            HOST_AND_DEVICE if nccl else settings.backend,
             store=dist.PrefixStore("wan_vae", store),
             rank=rank,
             world_size=world_size,
