@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import layout
-from .cache import FeatureCache
+from .cache import FeatureCache, may_overwrite
 from .chunking import Chunk
 from .layout import LayoutCounter
 from .ops.dispatch import FusedConv, OpSet, eager_ops
@@ -156,7 +156,7 @@ def with_history(
     if step.chunk.is_last:
         return buffer
     tail = buffer[:, :, -past:]
-    if step.overwrites_history:
+    if step.overwrites_history and may_overwrite(history):
         step.cache.store(slot, history.copy_(tail))
         return buffer
     del history  # freed before the next one is made
@@ -249,12 +249,13 @@ def fused_operand(
     gets the bits of its neighbour, and zero rows stay zero.
     """
     only_frame = step.chunk.is_only_frame
+    before = None if only_frame else step.cache.peek(conv.slot)
     operand, history = fused.operand(
         x,
-        None if only_frame else step.cache.peek(conv.slot),
+        before,
         only_frame=only_frame,
         keep=not step.chunk.is_last,
-        overwrite=step.overwrites_history,
+        overwrite=step.overwrites_history and before is not None and may_overwrite(before),
         halo=None if step.shard.is_single else step.shard.halo_rows_of(x, conv.slot),
     )
     if history is not None:

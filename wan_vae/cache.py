@@ -10,6 +10,11 @@ from __future__ import annotations
 import torch
 
 
+def may_overwrite(history: torch.Tensor) -> bool:
+    """False of a tensor that was made in inference mode, outside of which it is read-only."""
+    return not history.is_inference() or torch.is_inference_mode_enabled()
+
+
 class FeatureCache:
     """History frames by slot name. Chunks of several latent frames never write them in place.
 

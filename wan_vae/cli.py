@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo", _demo, "Decode the sample latents of the repository with its miniature VAE.",
         "wan-vae demo --output demo_output",
     )  # fmt: skip
-    sub.add_argument("--output", type=Path, default=Path("demo_output"), metavar="FOLDER",
+    sub.add_argument("-o", "--output", type=Path, default=Path("demo_output"), metavar="FOLDER",
                      help="where videos, pictures and layout_report.json go, over those of an "
                      "earlier demo (default: demo_output)")  # fmt: skip
     sub.add_argument(

@@ -13,7 +13,7 @@ from .config import wan21, wan22
 from .model import WanVAEModel
 from .ops.proof import ProofBook, cache_folder, environment
 from .ops.select import Part, own_modules, select_ops, why_not, why_not_cuda
-from .pipeline import pick_device
+from .pipeline import PRECISIONS, pick_device, pick_dtype
 from .report import device_name, versions
 
 # Shapes of the real decoder's layers, small in space: (in, out, kernel, frames, rows, columns).
@@ -115,8 +115,10 @@ def run_doctor(wanted: str | None) -> int:
         for dtype, formats, right, error in check_device(device):
             wrong |= not right
             print(f"  {dtype:<9} {formats:<36} {'right' if right else 'WRONG'}  {error:.1e}")
-        decision = layout.decide("auto", device, torch.bfloat16)
-        print(f"  auto in bf16: {decision.chosen} ({decision.reason})")
+        dtype = pick_dtype("auto", device)
+        decision = layout.decide("auto", device, dtype)
+        name = {v: k for k, v in PRECISIONS.items()}[dtype]
+        print(f"  auto in {name}: {decision.chosen} ({decision.reason})")
         for line in check_kernels(device):
             print(f"  {line}")
     for text in known_faults():

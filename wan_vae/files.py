@@ -6,9 +6,12 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
 
 from .errors import OutputError
 
@@ -58,6 +61,17 @@ def check_output(path: Path, *, is_folder: bool = False) -> None:
         folder = next(p for p in path.absolute().parents if os.path.lexists(p))
         if not folder.is_dir():
             raise OutputError(f"{path}: {folder.name} is a file, not a folder")
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file with the permissions of any new file.
+
+    `save_file` alone lets nobody else read it, whatever the umask. Raises SafetensorError, OSError.
+    """
+    path.open("ab").close()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), str(path))
+    path.chmod(mode)
 
 
 class Partial:

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from .checkpoint import read_safetensors, without_data
 from .config import WanVAEConfig
 from .errors import CheckpointError, LatentError
-from .files import first_line, why_unreadable, writing
+from .files import first_line, save_tensors, why_unreadable, writing
 
 # Names under which tools store the tensor, most specific first.
 TENSOR_KEYS = ("latent_tensor", "latent", "latents", "samples")
@@ -84,7 +83,7 @@ def save_latent(path: str | Path, latent: torch.Tensor, name: Path | None = None
     marker = torch.empty(0, dtype=torch.float32, device="cpu")
     tensors = {"latent_tensor": latent.detach().cpu().contiguous(), VERSION_KEY: marker}
     with writing(Path(name or path), SafetensorError):
-        save_file(tensors, str(path))
+        save_tensors(tensors, Path(path))
 
 
 # What a sampler or a file can hold and arithmetic can read; float8 has no isfinite.

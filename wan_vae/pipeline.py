@@ -350,7 +350,7 @@ class WanVAE:
 
     def _in_dtype(self, dtype: torch.dtype) -> WanVAEModel:
         """A copy of the model in `dtype`; the last one, unless the weights were changed since."""
-        state = (dtype, [(p.data_ptr(), _version(p)) for p in self.model.parameters()])
+        state = (dtype, [(p.data_ptr(), tensor_version(p)) for p in self.model.parameters()])
         if self._cast is None or self._cast[0] != state:
             self._cast = state, copy.deepcopy(self.model).to(dtype)
         return self._cast[1]
@@ -847,7 +847,7 @@ def _abort(sink: Sink, error: BaseException) -> None:
         error.add_note(f"the output could not be cleaned up either: {trouble}")
 
 
-def _version(p: torch.Tensor) -> int:
+def tensor_version(p: torch.Tensor) -> int:
     """How often `p` was changed in place; tensors of inference mode do not count it."""
     return -1 if p.is_inference() else p._version
 

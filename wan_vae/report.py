@@ -54,7 +54,10 @@ class BackendOff:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One rank's share: latent rows (or columns) [start_row, stop_row), what it exchanged."""
+    """One rank's share: latent rows [start_row, stop_row), what it exchanged.
+
+    Where `axis` is "width" its rows are columns, those of the halo too.
+    """
 
     rank: int
     device: str

@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from .errors import LatentError, OutputError
-from .files import Partial, check_output, first_line, why_unreadable, writing
+from .files import Partial, check_output, first_line, save_tensors, why_unreadable, writing
 from .sink import sink_bytes
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
@@ -244,7 +243,7 @@ class PixelFileSink(_FileSink):
 
     def _finish(self) -> None:
         with writing(self.path, SafetensorError):
-            save_file({"pixels": self.pixels}, str(self._partial.path))
+            save_tensors({"pixels": self.pixels}, self._partial.path)
 
 
 class TeeSink:

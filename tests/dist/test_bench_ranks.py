@@ -113,6 +113,13 @@ def test_speed_ups_are_over_one_rank():
     assert bench.with_predictions(case, [two], []) == [two]
 
 
+def test_nothing_runs_on_ranks_whose_pictures_were_not_compared(capsys):
+    assert bench.main(["--ranks", "1,2", "--device", "cpu", "--limit-s", "59"]) == 1
+    said = capsys.readouterr()
+    assert "correctness on 1 ranks, and all that follows" in said.out
+    assert said.err == ""
+
+
 def test_rank_counts():
     assert bench.pick_ranks("all", 6) == [1, 2, 4]
     assert bench.pick_ranks("4,1", 4) == [1, 4]

@@ -26,6 +26,7 @@ from tests.dist.sockets import local_addresses
 from wan_vae.errors import DecodeCancelled, GeometryError, LatentError, ShardingError
 from wan_vae.image import ImageSink
 from wan_vae.sharding import WorkerPool, decode_sharded
+from wan_vae.sharding import workers
 from wan_vae.sharding.shared import SharedBuffer, view
 from wan_vae.sharding.workers import (
     _error,
@@ -183,8 +184,9 @@ def test_progress_is_what_every_rank_has_done(vae):
     seen = []
     ranks = [SimpleNamespace(rank=r) for r in range(3)]
     watch = _Watch(
-        SimpleNamespace(devices="abc", timeout_s=1.0), None, lambda *a: seen.append(a), None
-    )
+        SimpleNamespace(devices="abc", timeout_s=1.0), None, lambda *a: seen.append(a), None,
+        "decode",
+    )  # fmt: skip
     report = vae.inspect().as_dict()
     told_after = []
     messages = [(1, 1), (0, 1), (0, 5), (2, 1), (1, 5), (1, 9), (2, 5), (2, 9), (0, 9)]
@@ -456,6 +458,72 @@ def test_the_memory_of_a_result_is_used_again_when_nobody_holds_it(pool, vae, la
     assert torch.equal(last, before)
 
 
+def test_an_encode_between_decodes(pool, vae, latent, expected):
+    """It gets memory of its own, and leaves the last decode's for the next."""
+    first = decode(pool, vae, latent)
+    place, video = first.data_ptr(), first.clone()
+    del first
+    found = pool.encode(vae, video, axis="height")
+    assert (found - vae.encode(video)).abs().max() < 1e-4
+    again = decode(pool, vae, latent)
+    assert again.data_ptr() == place and torch.equal(again, expected)
+
+
+def test_two_threads_never_get_the_same_memory(pool, vae, latent, expected, monkeypatch):
+    """The first is held up between the end of its decode and its result."""
+    made, second = threading.Event(), {}
+    whole = workers.replace
+
+    def slowly(*arguments, **changes):
+        if not made.is_set():
+            made.set()
+            other.join(timeout=5)  # it can only end if it gets memory of its own
+        return whole(*arguments, **changes)
+
+    def work():
+        made.wait()
+        second["pixels"] = decode(pool, vae, latent * 0.5)
+
+    other = threading.Thread(target=work)
+    decode(pool, vae, latent)  # its memory is the first's
+    monkeypatch.setattr(workers, "replace", slowly)
+    other.start()
+    first = decode(pool, vae, latent)
+    other.join()
+    assert torch.equal(first, expected)
+    assert not torch.equal(second["pixels"], expected)
+
+
+def test_a_result_that_a_forked_process_has_is_not_written_over(pool, vae, latent):
+    result = decode(pool, vae, latent)
+    before = result.clone()
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:  # no thread of torch's is here: plain reads only
+        os.read(told, 1)
+        os._exit(0 if result.numpy().tobytes() == before.numpy().tobytes() else 1)
+    del result
+    decode(pool, vae, latent * 0.5)
+    os.write(tell, b"x")
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_weights_that_were_changed_in_place_reach_the_workers(pool, latent):
+    own = jobs.model("wan2.1")
+    before = decode(pool, own, latent)
+    with torch.no_grad():
+        own.model.conv2.weight.mul_(0.5)
+    after = decode(pool, own, latent)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, own.decode(latent, chunk_frames=1))
+
+
+def test_a_stored_result_holds_nothing_else(pool, vae, latent, tmp_path):
+    torch.save(decode(pool, vae, latent), tmp_path / "pixels.pt")
+    size = (tmp_path / "pixels.pt").stat().st_size
+    assert size < 4 * 3 * 17 * 48 * 128 + 10_000
+
+
 def test_more_than_the_disk_holds_is_refused_with_the_numbers(tmp_path):
     with pytest.raises(ShardingError, match=rf"{tmp_path} has \d+ MiB"):
         SharedBuffer.create(1 << 60, [tmp_path])
@@ -543,3 +611,9 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     for end in ends:
         assert select.select([end], [], [], 20)[0], "a worker outlived its parent"
         os.close(end)
+
+
+@pytest.mark.parametrize("text", ["gpu", "cuda:0,tpu", "0;1"])
+def test_a_device_of_no_kind_is_refused_with_what_is_expected(text):
+    with pytest.raises(ShardingError, match="is unknown: expected 'all', '0,1' or 'cpu,cpu'"):
+        parse_devices(text.replace("cuda:0,", "cpu,"))

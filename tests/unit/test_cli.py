@@ -126,6 +126,10 @@ def test_encode_writes_a_latent_that_decode_takes(files, tmp_path):
     expected = wan_vae.load(vae, device="cpu").encode(video.read_pixels(video_file))
     assert torch.equal(load_latent(latent), expected)
     assert expected.shape == (1, 16, 3, 6, 5)
+    assert decode(files, "clip.latent", tmp_path / "p.safetensors") == 0
+    # Whoever may read the video may read these.
+    modes = {path.stat().st_mode for path in (video_file, latent, tmp_path / "p.safetensors")}
+    assert len(modes) == 1
 
 
 def test_several_latents_one_bad(files, tmp_path, capsys):

@@ -94,6 +94,20 @@ def test_the_command_runs_in_a_thread_too(good, tmp_path):
     assert codes == [0]
 
 
+def test_a_missing_torch_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "wan_vae", "doctor"], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("wan-vae: PyTorch is missing: install torch")
+
+
 @POSIX
 @pytest.mark.parametrize("command", [["-m", "wan_vae"], ["-c", "import sys; from wan_vae.__main__ "
                                      "import main; sys.exit(main())"]])  # fmt: skip

@@ -47,6 +47,14 @@ def test_a_stream_keeps_its_own_copy_of_the_latent(vae, z):
     assert torch.equal(torch.cat(list(stream), 2), expected)
 
 
+def test_a_stream_may_begin_in_inference_mode_and_end_outside(vae, z):
+    expected = vae.decode(z, chunk_frames=1)
+    stream = vae.decode_stream(z, chunk_frames=1)
+    with torch.inference_mode():
+        frames = [next(stream), next(stream)]
+    assert torch.equal(torch.cat([*frames, *stream], 2), expected)
+
+
 def test_frames_of_a_stream_are_ordinary_tensors(vae, z):
     gain = torch.nn.Parameter(torch.ones(()))
     for frames in vae.decode_stream(z):

@@ -92,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Compare this pack with fastvae, diffusers and ComfyUI's core (a checkout "
         "named by COMFYUI_PATH) on the same random weights and latents, in one process.",
+        epilog="wan-vae bench --ranks 1,2 is another command: one decode over several devices, "
+        "proven, timed and broken (wan-vae bench --ranks 1,2 --help).",
     )
     parser.add_argument(
         "--case", action="append", choices=list(CASES), metavar="CASE",

@@ -13,6 +13,7 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from itertools import product
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,18 @@ def default_folders() -> tuple[Path, ...]:
     return (Path("/dev/shm"), Path(tempfile.gettempdir()))
 
 
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_count_fork)
+
+
 _CAN_CLAIM = hasattr(os, "posix_fallocate")
 
 
@@ -37,8 +50,9 @@ class SharedBuffer:
 
     def __init__(self, path: Path, size: int):
         self.path, self.size = path, size
-        # The array through which tensors see the mapping, for as long as there are any.
-        self._array: weakref.ref[np.ndarray] | None = None
+        # The arrays through which tensors see the mapping, for as long as there are any.
+        self._arrays: list[weakref.ref[np.ndarray]] = []
+        self._forks = _forks
         descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
         closing = weakref.finalize(self, os.close, descriptor)
         self._mapping = mmap.mmap(descriptor, size)
@@ -49,16 +63,23 @@ class SharedBuffer:
     @property
     def raw(self) -> torch.Tensor:
         """The bytes, uint8 [size]."""
-        array = None if self._array is None else self._array()
-        if array is None:
-            array = np.frombuffer(self._mapping, np.uint8)
-            self._array = weakref.ref(array)
+        return self._bytes(0, self.size)
+
+    def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The tensor that starts `offset` bytes in, with a storage of its own extent."""
+        return view(self._bytes(offset, prod(shape) * dtype.itemsize), 0, shape, dtype)
+
+    def _bytes(self, offset: int, count: int) -> torch.Tensor:
+        # Each an array of its own: NumPy lets slices refer to the mapping alone.
+        array = np.frombuffer(self._mapping, np.uint8, count, offset)
+        self._arrays = [found for found in self._arrays if found() is not None]
+        self._arrays.append(weakref.ref(array))
         return torch.from_numpy(array)
 
     @property
     def in_use(self) -> bool:
-        """Whether this process has a tensor of it."""
-        return self._array is not None and self._array() is not None
+        """Whether there is a tensor of it, here or in a process that was forked from this one."""
+        return self._forks != _forks or any(found() is not None for found in self._arrays)
 
     @classmethod
     def create(

@@ -37,7 +37,7 @@ from ..errors import (
 )
 from ..image import ImageSink
 from ..latents import as_batch, check_latent, check_pixels
-from ..pipeline import WanVAE, crop_for_encode, pick_device
+from ..pipeline import WanVAE, crop_for_encode, pick_device, tensor_version
 from ..report import DecodeReport
 from ..sink import TensorSink
 from .context import AxisRequest
@@ -57,6 +57,9 @@ _GRACE_S = 2.0
 _CONTROL_BYTES = 4096
 
 
+_KINDS = ("cpu", "cuda", "mps", "xpu")
+
+
 def parse_devices(text: str | Sequence[str | torch.device]) -> list[torch.device]:
     """Devices from "all", "0,1,3", "cuda:0,cuda:1", "cpu,cpu", or a sequence of them.
 
@@ -73,6 +76,11 @@ def parse_devices(text: str | Sequence[str | torch.device]) -> list[torch.device
     devices = []
     for rank, part in enumerate(text):
         name = f"cuda:{part}" if isinstance(part, str) and part.isdigit() else part
+        if isinstance(name, str) and not name.startswith(_KINDS):
+            raise ShardingError(
+                f"rank {rank} cannot start: device {part!r} is unknown: expected 'all', '0,1' or "
+                "'cpu,cpu'", rank=rank,
+            )  # fmt: skip
         try:
             devices.append(pick_device(name))
         except BackendError as error:
@@ -291,7 +299,11 @@ class WorkerPool:
             input_at = _CONTROL_BYTES
             output_at = input_at + aligned(tensor.numel() * 4)
             output_bytes = torch.Size(shape).numel() * 4
-            buffer, fresh = self._memory(output_at + aligned(output_bytes), claimed=output_at)
+            size = output_at + aligned(output_bytes)
+            if command == "decode":
+                buffer, fresh = self._memory(size, claimed=output_at)
+            else:
+                buffer, fresh = SharedBuffer.create(size, self.shared_folders, output_at), True
             try:
                 view(buffer.raw, input_at, tensor.shape, torch.float32).copy_(tensor)
                 self._send_all(
@@ -305,10 +317,13 @@ class WorkerPool:
                     wait_s=self.timeout_s,
                     **arguments,
                 )
-                results = _Watch(self, buffer, on_progress, should_stop).until_done()
+                watch = _Watch(self, buffer, on_progress, should_stop, command)
+                results = watch.until_done()
             finally:
                 buffer.unlink()
             self.last_reports = tuple(DecodeReport.from_dict(r["report"]) for r in results)
+            # Before another thread may ask whether the memory is in use.
+            result = buffer.tensor(output_at, shape, torch.float32)
             if command == "decode" and self.last_reports[0].status == "done":
                 self._spare = buffer
         report = self.last_reports[0]
@@ -316,10 +331,10 @@ class WorkerPool:
         if report.status == "cancelled":
             # Agreed among the ranks, all of which are ready for the next command.
             raise DecodeCancelled(report.error or "cancelled")
-        return view(buffer.raw, output_at, shape, torch.float32)
+        return result
 
     def _memory(self, size: int, claimed: int) -> tuple[SharedBuffer, bool]:
-        """Shared memory for an operation, and whether it is fresh.
+        """Shared memory for a decode, and whether it is fresh.
 
         That of the last decode if nobody holds its result any more: fresh memory costs as much
         time as a few GPUs take to decode into it.
@@ -362,9 +377,11 @@ class WorkerPool:
 
     def _load(self, vae: WanVAE) -> None:
         """Give the weights to the workers through shared memory, unless they have them."""
+        # Which tensors the weights are, and how often each was changed in place.
+        weights = [(id(p), p.dtype, tensor_version(p)) for p in vae.model.parameters()]
         if self._loaded is not None:
-            model, dtype = self._loaded
-            if model() is vae.model and dtype == vae.dtype:
+            model, found = self._loaded
+            if model() is vae.model and found == weights:
                 return
         self._loaded = None
         state = vae.model.state_dict()
@@ -389,7 +406,7 @@ class WorkerPool:
             self._wait_for_all("load the weights", self.start_timeout_s)
         finally:
             buffer.unlink()
-        self._loaded = (weakref.ref(vae.model), vae.dtype)
+        self._loaded = (weakref.ref(vae.model), weights)
 
     def _send_all(
         self, command: str, by_rank: Sequence[Mapping] | None = None, **arguments
@@ -457,8 +474,11 @@ def _end_idle(pool: weakref.ref[WorkerPool], uses: int) -> None:
 class _Watch:
     """Follows one operation: progress, cancel, failures, signs of life."""
 
-    def __init__(self, pool: WorkerPool, buffer: SharedBuffer, on_progress, should_stop):
+    def __init__(
+        self, pool: WorkerPool, buffer: SharedBuffer, on_progress, should_stop, command: str
+    ):
         self.pool, self.buffer = pool, buffer
+        self.what = f"failed while {command.removesuffix('e')}ing"
         self.on_progress, self.should_stop = on_progress, should_stop
         self.done_frames = [0] * len(pool.devices)
         self.told_frames = 0
@@ -501,7 +521,7 @@ class _Watch:
                 failures += stuck
                 break
         if failures:
-            raise _error(failures, ranks, "failed while decoding", set(results))
+            raise _error(failures, ranks, self.what, set(results))
         return [results[r.rank] for r in ranks]
 
     def _without_a_sign_of_life(self, left: Mapping[Connection, _Rank]) -> list[_Failure]:
