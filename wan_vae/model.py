@@ -94,3 +94,8 @@ def build_model(
         }
         model.load_state_dict(own, strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def tensor_version(p: torch.Tensor) -> int:
+    """How often `p` was changed in place; tensors of inference mode do not count it."""
+    return -1 if p.is_inference() else p._version

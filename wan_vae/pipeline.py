@@ -37,7 +37,7 @@ from .latents import (
     range_warning,
 )
 from .layout import LayoutCounter
-from .model import WanVAEModel, build_model
+from .model import WanVAEModel, build_model, tensor_version
 from .ops.dispatch import Cut, OpSet, eager_ops
 from .ops.proof import ProofBook, cache_folder, environment
 from .ops.select import Backend, select_ops
@@ -845,11 +845,6 @@ def _abort(sink: Sink, error: BaseException) -> None:
         sink.abort()
     except Exception as trouble:
         error.add_note(f"the output could not be cleaned up either: {trouble}")
-
-
-def tensor_version(p: torch.Tensor) -> int:
-    """How often `p` was changed in place; tensors of inference mode do not count it."""
-    return -1 if p.is_inference() else p._version
 
 
 def _statistics(config: WanVAEConfig, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

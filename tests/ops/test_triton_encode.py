@@ -22,6 +22,8 @@ from wan_vae.ops.dispatch import eager_ops
 from wan_vae.ops.kernel_layer import fit_channels
 from wan_vae.ops.sites import encoder_sites
 
+pytestmark = pytest.mark.usefixtures("own_book")
+
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = "bf16" if CUDA else "fp32"
@@ -30,16 +32,8 @@ BOUND = 2e-2 if CUDA else 2e-3
 CONFIGS = {"wan2.1": wan21(dim=16), "wan2.2": wan22(dim=16, decoder_dim=16)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_book(tmp_path_factory, interpreted):
-    """The tests' own verdicts, none of the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WAN_VAE_CACHE", str(tmp_path_factory.mktemp("proofs")))
-        yield
-
-
 @pytest.fixture(scope="module", params=CONFIGS)
-def vae(request) -> WanVAE:
+def vae(request, own_book) -> WanVAE:
     return WanVAE.from_state_dict(random_state(CONFIGS[request.param]), device=DEVICE, dtype=DTYPE)
 
 

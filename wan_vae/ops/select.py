@@ -13,7 +13,7 @@ from torch import nn
 
 from ..arithmetic import own_arithmetic
 from ..errors import BackendError
-from ..model import WanVAEModel
+from ..model import WanVAEModel, tensor_version
 from ..report import BackendOff
 from .dispatch import Cut, OpSet, eager_ops
 from .proof import ProofBook
@@ -62,7 +62,7 @@ def select_ops(
         raise BackendError(f"backend {requested!r} cannot run: {reason}")
     # Of this part alone: packing the other's weights must not cost this one its kernels.
     weights = [p for module in own_modules(model, part) for p in module.parameters()]
-    state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in weights]
+    state = [(p.data_ptr(), tensor_version(p)) for p in weights]
     key = (requested, only_frame, cut, part)
     kept = model.prepared.get(key)
     if kept is None or kept[0] != state:

@@ -230,7 +230,7 @@ class _Worker:
             )
         return {"report": self.vae.last_report.as_dict()}
 
-    def encode(self, path, size, fresh, input, output, axis, wait_s, options) -> dict:
+    def encode(self, path, size, input, output, axis, wait_s, options) -> dict:
         """Encode the pixels in shared memory; rank 0 writes the latent beside them."""
         buffer = SharedBuffer.open(path, size)
         raw = buffer.raw

@@ -37,7 +37,8 @@ from ..errors import (
 )
 from ..image import ImageSink
 from ..latents import as_batch, check_latent, check_pixels
-from ..pipeline import WanVAE, crop_for_encode, pick_device, tensor_version
+from ..model import tensor_version
+from ..pipeline import WanVAE, crop_for_encode, pick_device
 from ..report import DecodeReport
 from ..sink import TensorSink
 from .context import AxisRequest
@@ -302,8 +303,9 @@ class WorkerPool:
             size = output_at + aligned(output_bytes)
             if command == "decode":
                 buffer, fresh = self._memory(size, claimed=output_at)
+                arguments = {**arguments, "fresh": fresh}
             else:
-                buffer, fresh = SharedBuffer.create(size, self.shared_folders, output_at), True
+                buffer = SharedBuffer.create(size, self.shared_folders, claimed=output_at)
             try:
                 view(buffer.raw, input_at, tensor.shape, torch.float32).copy_(tensor)
                 self._send_all(
@@ -311,7 +313,6 @@ class WorkerPool:
                     by_rank,
                     path=str(buffer.path),
                     size=buffer.size,
-                    fresh=fresh,
                     input=(input_at, tuple(tensor.shape)),
                     output=(output_at, tuple(shape)),
                     wait_s=self.timeout_s,
