@@ -48,10 +48,10 @@ TOOLS = ("comfy-cli==1.23.0", "comfyui-manager==4.3", "aiohttp", "pyyaml", INSTA
 TORCHVISION_PATCH = """
 # Appended by the test environment of ComfyUI-WanVAE.
 if not _has_ops():
-    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float t) -> Tensor")
-    torch.library.define(
-        "torchvision::qnms", "(Tensor dets, Tensor scores, float t) -> Tensor"
-    )
+    from torch import library as schemas
+
+    schemas.define("torchvision::nms", "(Tensor dets, Tensor scores, float t) -> Tensor")
+    schemas.define("torchvision::qnms", "(Tensor dets, Tensor scores, float t) -> Tensor")
 """
 
 
