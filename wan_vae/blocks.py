@@ -26,6 +26,7 @@ class Step:
 
     cache: past frames by slot. chunk: which latent frames these are. shard: which part of the
     picture. ops: the backend of each operation. counter: what was done with memory formats.
+    pass_frames: how many frames each stage of the decoder takes at once; empty for all of them.
     """
 
     cache: FeatureCache
@@ -33,11 +34,7 @@ class Step:
     shard: ShardContext | Shard = SINGLE
     ops: OpSet = field(default_factory=eager_ops)
     counter: LayoutCounter = field(default_factory=LayoutCounter)
-
-    @property
-    def overwrites_history(self) -> bool:
-        """Whether the history that a layer takes may become its next one: see `FeatureCache`."""
-        return self.chunk.frames == 1 and not self.chunk.is_first
+    pass_frames: tuple[int, ...] = ()
 
     @staticmethod
     def whole_clip(latent_frames: int) -> Step:
@@ -156,10 +153,10 @@ def with_history(
     if step.chunk.is_last:
         return buffer
     tail = buffer[:, :, -past:]
-    if step.overwrites_history and may_overwrite(history):
+    if not step.chunk.is_first and may_overwrite(history):
         step.cache.store(slot, history.copy_(tail))
         return buffer
-    del history  # freed before the next one is made
+    del history  # zeros, freed before the first one is made
     # A copy: a view would keep the whole buffer of this chunk alive.
     step.cache.store(slot, tail.clone())
     return buffer
@@ -255,7 +252,7 @@ def fused_operand(
         before,
         only_frame=only_frame,
         keep=not step.chunk.is_last,
-        overwrite=step.overwrites_history and before is not None and may_overwrite(before),
+        overwrite=before is not None and may_overwrite(before),
         halo=None if step.shard.is_single else step.shard.halo_rows_of(x, conv.slot),
     )
     if history is not None:

@@ -16,12 +16,11 @@ def may_overwrite(history: torch.Tensor) -> bool:
 
 
 class FeatureCache:
-    """History frames by slot name. Chunks of several latent frames never write them in place.
+    """History frames by slot name, in the same memory from the first chunk to the last.
 
-    That makes `snapshot` / `restore` cheap (references, no copies): when such a chunk runs out of
-    memory halfway, the cache goes back to the state before it and a smaller chunk starts over. A
-    chunk of one latent frame has no smaller one and writes over what it takes: where memory is
-    short, long-lived tensors then stay where they are, and do not break up what is free.
+    A layer writes the next history over the one that it read: it is the largest part of what a
+    decode holds, is then never held twice, and does not break up the memory that is free. So there
+    is no way back: a decode that runs out of memory starts a fresh cache, from the first frame.
     """
 
     def __init__(self) -> None:
@@ -30,8 +29,8 @@ class FeatureCache:
     def take(self, slot: str, x: torch.Tensor, frames: int) -> torch.Tensor:
         """The last `frames` input frames of `slot`, [B, C, frames, H, W]; zeros before the first.
 
-        Removed from the cache: the caller stores the next ones, and frees these before it makes
-        them. Zeros take dtype and device from `x`, the convolution's input [B, C, T, H, W].
+        Removed from the cache: the caller stores the next ones. Zeros take dtype and device from
+        `x`, the convolution's input [B, C, T, H, W].
         """
         kept = self._slots.pop(slot, None)
         if kept is None:
@@ -46,14 +45,6 @@ class FeatureCache:
     def store(self, slot: str, history: torch.Tensor) -> None:
         """Keep `history` for the next chunk. It must own its memory (no view of a chunk)."""
         self._slots[slot] = history
-
-    def snapshot(self) -> dict[str, torch.Tensor]:
-        """The current references; see `restore`."""
-        return dict(self._slots)
-
-    def restore(self, snapshot: dict[str, torch.Tensor]) -> None:
-        """Go back to `snapshot`, dropping what was stored since."""
-        self._slots = dict(snapshot)
 
     def clear(self) -> None:
         """Forget everything; frees the memory of all slots."""

@@ -1,14 +1,15 @@
 """Chunk schedules: in how many calls the decoder walks along time.
 
 Any schedule gives the same pixels (history is exact), so the schedule is only a matter of memory
-and speed.
+and speed. A chunk's latent frames pass the small layers together; where features have become large,
+they go on in passes of fewer frames.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import GeometryError
 
@@ -16,12 +17,19 @@ from .errors import GeometryError
 @dataclass(frozen=True)
 class Chunk:
     """Latent frames [start, stop) of one call. `is_first` skips the temporal up-samplers for frame
-    0; after `is_last` no history is kept."""
+    0; after `is_last` no history is kept.
+
+    Where features are large, a chunk goes on in several passes of fewer frames, one after another
+    (`split`): to a layer, each is a chunk like any other."""
 
     start: int
     stop: int
     is_first: bool
     is_last: bool
+
+    def split(self) -> tuple[Chunk, Chunk]:
+        """The chunk to layers that see its first frames now, and to those that see the rest."""
+        return replace(self, is_last=False), replace(self, is_first=False)
 
     @property
     def frames(self) -> int:

@@ -3,11 +3,17 @@
 In two parts, because only the first one needs the whole picture: the *trunk* (latent resolution,
 with attention over all pixels) and the *stages* that follow, which only look a few rows around.
 A strip of the picture can therefore be finished alone, from a trunk crop with enough halo.
+
+Features grow along the way: at the trunk a latent frame is too small to fill a large device, at the
+last stage it takes gigabytes. So a chunk passes the trunk whole, and each stage in *passes* of as
+many frames as `Step.pass_frames` says; a pass goes on to the end before the next one starts.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import nn
@@ -83,7 +89,8 @@ class Decoder(nn.Module):
                 layers.append(Upsample(out, out // 2, temporal_up[i]))
             stages.append(layers)
         self.upsamples = nn.ModuleList([layer for layers in stages for layer in layers])
-        self._stage_ends = _running_sum(len(layers) for layers in stages)
+        # The layers of stage i are those from _stage_starts[i] to _stage_starts[i + 1].
+        self._stage_starts = tuple(accumulate((len(layers) for layers in stages), initial=0))
         self.head = nn.ModuleDict(
             {"0": RMSNorm(widths[-1]), "2": CausalConv3d(widths[-1], config.image_channels)}
         )
@@ -101,27 +108,67 @@ class Decoder(nn.Module):
         return x
 
     def stages(self, x: torch.Tensor, step: Step, strip: Strip | None = None) -> torch.Tensor:
-        """Features -> pixels [B, 3, T', H', W'], not clamped.
+        """Features -> pixels [B, 3, T', H', W'], not clamped: all `passes` joined."""
+        return join_passes(self.passes(x, step, strip))
+
+    def passes(
+        self, x: torch.Tensor, step: Step, strip: Strip | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Features -> pixels [B, 3, T', H', W'] of one pass after another, not clamped.
 
         With a `strip`, `x` is the crop `strip.halo_start : strip.halo_stop` of the trunk's rows
         and the result is the strip's own pixel rows. At an inner edge every convolution pads with
         zeros where the picture goes on, so one more row is wrong after each; the halo is as deep
         as the convolutions that follow, and is cropped as they pass.
         """
-        halos = strip_halos(self.config)
-        start = 0
-        for i, end in enumerate(self._stage_ends):
-            for layer in self.upsamples[start:end]:
-                x = layer(x, step)
-            start = end
-            if strip is not None and i + 1 < len(halos):
-                x = strip.crop(x, 2**i, halos[i], 2 ** (i + 1), halos[i + 1])
+        # What is still to do, latest first: the stage that features enter, the features, and what
+        # their frames are. Held nowhere else, and one name for all that becomes of them, so that
+        # each is freed once it was read.
+        pending = [(0, x, step)]
+        del x
         norm, conv = self.head.values()
-        x = norm_silu_conv(x, norm, conv, step)
-        if strip is not None:
-            last = len(halos) - 1
-            x = strip.crop(x, 2**last, halos[last], 2**last, 0)
-        return unpatchify(x, self.config.patch_size)
+        while pending:
+            i, x, part = pending.pop()
+            frames = first_pass(x.shape[2], i, part)
+            if frames < x.shape[2]:
+                now, later = part.chunk.split()
+                pending.append((i, x[:, :, frames:], replace(part, chunk=later)))
+                x, part = x[:, :, :frames], replace(part, chunk=now)
+            for layer in self.upsamples[self._stage_starts[i] : self._stage_starts[i + 1]]:
+                x = layer(x, part)
+            if i + 2 < len(self._stage_starts):
+                x = x if strip is None else self._crop(x, strip, i, i + 1)
+                pending.append((i + 1, x, part))
+                continue
+            x = norm_silu_conv(x, norm, conv, part)
+            x = x if strip is None else self._crop(x, strip, i, None)
+            x = unpatchify(x, self.config.patch_size)
+            yield x
+
+    def _crop(self, x: torch.Tensor, strip: Strip, stage: int, after: int | None) -> torch.Tensor:
+        """Drop the rows of `x`, made by `stage`, that the stage `after` it (None: the picture)
+        does not need."""
+        halos = strip_halos(self.config)
+        if after is None:
+            return strip.crop(x, 2**stage, halos[stage], 2**stage, 0)
+        return strip.crop(x, 2**stage, halos[stage], 2**after, halos[after])
+
+
+def join_passes(passes: Iterator[torch.Tensor]) -> torch.Tensor:
+    """Pixels [B, 3, t, H, W] of one pass after another -> [B, 3, T, H, W]; of one, as they are."""
+    found = list(passes)
+    return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+
+
+def first_pass(frames: int, stage: int, step: Step) -> int:
+    """How many of `frames` frames of features enter `stage` at once, and before the others.
+
+    The video's first frame goes alone where not all go together: the frames behind it are then an
+    even number wherever a latent frame is several, as kernels that work on pairs need them.
+    """
+    if not step.pass_frames or frames <= step.pass_frames[stage]:
+        return frames
+    return 1 if step.chunk.is_first else step.pass_frames[stage]
 
 
 def unpatchify(x: torch.Tensor, patch: int) -> torch.Tensor:
@@ -131,11 +178,3 @@ def unpatchify(x: torch.Tensor, patch: int) -> torch.Tensor:
     b, c, t, h, w = x.shape
     x = x.reshape(b, c // patch**2, patch, patch, t, h, w).permute(0, 1, 4, 5, 3, 6, 2)
     return x.reshape(b, c // patch**2, t, h * patch, w * patch)
-
-
-def _running_sum(numbers) -> tuple[int, ...]:
-    total, out = 0, []
-    for n in numbers:
-        total += n
-        out.append(total)
-    return tuple(out)

@@ -9,9 +9,10 @@ fails there until it is told here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
 from math import prod
+from typing import NamedTuple
 
 import torch
 
@@ -38,6 +39,12 @@ _IMAGE_COLUMNS = 9
 # A chunk of about one 720p latent frame keeps an H200 busy; smaller pictures take more frames a
 # chunk so that launches do not dominate.
 _FULL_CHUNK_PIXELS = 4 * 720 * 1280
+# With our kernels a chunk is so many times larger: at latent resolution one 720p frame leaves a
+# large device half empty, and what follows goes on in passes.
+_WIDE_CHUNKS = 2
+# Numbers that the features of a pass may hold: a latent frame of Wan 2.1 at 720p, and half of one
+# where memory is short.
+_PASSES = (4 * 720 * 1280 * 96, 2 * 720 * 1280 * 96)
 # Shards take more: each exchange of rows costs a chunk the same time whatever its length, and at
 # latent resolution a shard's frame is too small for a device.
 _SHARD_CHUNKS = 2
@@ -76,7 +83,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Plan:
     """How a decode goes: latent frames a chunk, strips (1: the whole picture), and what it takes.
 
-    `lengths` are the frames of every chunk. `planned_bytes` is the predicted peak of allocated
+    `lengths` are the frames of every chunk, and `pass_elements` is what features of a pass may
+    hold (see `pass_frames`). `planned_bytes` is the predicted peak of allocated
     device memory above weights, latent and output. `extra_work` is the share of the convolutions'
     multiplications that strips do twice. `note` says why strips were planned; None if they were
     not.
@@ -85,6 +93,7 @@ class Plan:
     lengths: tuple[int, ...]
     strips: int
     planned_bytes: int
+    pass_elements: int
     extra_work: float = 0.0
     note: str | None = None
 
@@ -118,41 +127,70 @@ def plan_decode(
     model = _Model(config, latent_shape, dtype, memory_format, backend)
     usable = None if free is None else int(_USABLE * free)
     if strips is not None:
-        lengths = tuple(c.frames for c in schedule(t, 1 if chunk_frames is None else chunk_frames))
-        return Plan(lengths, strips, *model.in_strips(strips, whole_frames))
-    if chunk_frames is None:
-        for frames in range(_full_chunk(config, latent_shape), 0, -1):
-            plan = model.in_chunks(schedule(t, frames))
-            if usable is None or plan.planned_bytes <= usable:
-                return plan
-        smallest = plan
-    else:
-        plan = model.in_chunks(schedule(t, chunk_frames))
+        return model.in_strips(
+            strips, whole_frames, schedule(t, 1 if chunk_frames is None else chunk_frames),
+            _PASSES[0],
+        )  # fmt: skip
+    wide = _full_chunk(config, latent_shape) * (1 if backend == "eager" else _WIDE_CHUNKS)
+    ways = _ways(min(t, wide))
+    asked = [] if chunk_frames is None else [(chunk_frames, e) for e in _PASSES]
+    for frames, elements in asked or ways:
+        plan = model.in_chunks(schedule(t, frames), elements)
         if usable is None or plan.planned_bytes <= usable:
             return plan
-        smallest = model.in_chunks(schedule(t, 1))
-        if smallest.planned_bytes <= usable:
-            return plan  # as asked for; out of memory would shrink the chunks
+    smallest = model.in_chunks(schedule(t, 1), _PASSES[-1])
+    if smallest.planned_bytes <= usable:
+        return plan  # as asked for; out of memory would shrink the chunks
     counts = [*(n for n in _STRIP_COUNTS if n < height), *([height] if height > 1 else [])]
     if backend == "eager":
-        usable = int(_USABLE_EAGER_STRIPS * free)
+        usable, ways = int(_USABLE_EAGER_STRIPS * free), [(1, _PASSES[0])]
     best = None
-    for count in counts:
-        needed, extra = model.in_strips(count, whole_frames)
-        if best is None or needed < best[1]:
-            best = count, needed, extra
-        if needed <= usable:
+    for count, (frames, elements) in product(counts, ways):
+        plan = model.in_strips(count, whole_frames, schedule(t, frames), elements)
+        if best is None or plan.planned_bytes < best.planned_bytes:
+            best = plan
+        if plan.planned_bytes <= usable:
             break
-    if best is None or best[1] >= smallest.planned_bytes:
+    if best is None or best.planned_bytes >= smallest.planned_bytes:
         return smallest
-    count, needed, extra = best
     note = (
-        f"planned {count} strips: {_gib(smallest.planned_bytes)} GiB needed without, "
-        f"{_gib(free)} free; they need {_gib(needed)}, and {extra:.0%} of the work is done twice"
+        f"planned {best.strips} strips: {_gib(smallest.planned_bytes)} GiB needed without, "
+        f"{_gib(free)} free; they need {_gib(best.planned_bytes)}, and {best.extra_work:.0%} of "
+        "the work is done twice"
     )
-    if needed > usable:
+    if best.planned_bytes > usable:
         note += "; no number of strips is sure to fit"
-    return Plan(smallest.lengths, count, needed, extra, note)
+    return replace(best, note=note)
+
+
+def _ways(frames: int) -> list[tuple[int, int]]:
+    """Latent frames a chunk and numbers a pass, from at most `frames`, the faster ones first."""
+    found = []
+    while frames:
+        found += [(frames, elements) for elements in _PASSES]
+        frames //= 2
+    return found
+
+
+def pass_frames(
+    config: WanVAEConfig, latent_shape: tuple[int, ...], elements: int
+) -> tuple[int, ...]:
+    """Frames of features that enter each stage of the decoder at once (`Step.pass_frames`).
+
+    As many as keep what enters a stage, and what it makes of that, below `elements` numbers; but at
+    least a pair where a latent frame is several (see `decoder.first_pass`). latent_shape: [B, z, T,
+    rows, W] of the picture, or of the rows that a strip reads.
+    """
+    b, _, _, h, w = latent_shape
+    found, per_latent, pixels = [], 1, b * h * w
+    for stage in _stages(config):
+        largest = max(stage.channels_in, stage.channels) * pixels
+        if stage.up is not None:
+            largest = max(largest, stage.up * pixels * 4 * (2 if stage.temporal else 1))
+        frames = elements // largest
+        found.append(max(1, frames) if per_latent == 1 else max(2, frames - frames % 2))
+        pixels, per_latent = pixels * 4, per_latent * (2 if stage.temporal else 1)
+    return tuple(found)
 
 
 def planned_bytes(
@@ -165,10 +203,11 @@ def planned_bytes(
 ) -> int:
     """Predicted peak of a decode in chunks of `chunk_frames` latent frames, without strips.
 
-    The defaults are the format and the backend that take more. See `Plan`.
+    Chunks go through whole, not in passes. The defaults are the format and the backend that take
+    more. See `Plan`.
     """
     model = _Model(config, latent_shape, dtype, memory_format, backend)
-    return model.in_chunks(schedule(latent_shape[2], chunk_frames)).planned_bytes
+    return model.in_chunks(schedule(latent_shape[2], chunk_frames), None).planned_bytes
 
 
 def plan_chunk_frames(
@@ -205,17 +244,39 @@ def _gib(n: int) -> str:
 # -- the model -----------------------------------------------------------------------------------
 
 
+class _Stage(NamedTuple):
+    """Channels of a decoder stage's input, of its blocks, and of its up-sampler (None without)."""
+
+    channels_in: int
+    channels: int
+    up: int | None
+    temporal: bool
+
+
+def _stages(config: WanVAEConfig) -> list[_Stage]:
+    mult = config.dim_mult
+    widths = [config.decoder_dim * m for m in (mult[-1], *reversed(mult))]
+    temporal = (*reversed(config.temporal_downsample), False)
+    found = []
+    for i, (cin, out) in enumerate(pairwise(widths)):
+        halves = not config.residual_shortcuts  # the up-samplers halve the channels
+        up = None if i == len(mult) - 1 else out // 2 if halves else out
+        found.append(_Stage(cin // 2 if i and halves else cin, out, up, temporal[i]))
+    return found
+
+
 @dataclass(frozen=True)
 class _Peak:
-    """What one pass over a part of the decoder takes, in bytes above what was there before it.
+    """What one walk over a part of the decoder takes, in bytes above what was there before it.
 
-    `history`: what its slots keep from chunk to chunk. `result`: what it returns. `work`:
-    multiplications.
+    `history`: what its slots keep from chunk to chunk. `result`: what it returns. `pixels`: frames
+    of pixels that its largest pass makes. `work`: multiplications.
     """
 
     peak: int
     history: int
     result: int
+    pixels: int
     work: int
 
 
@@ -232,93 +293,105 @@ class _Model:
         self.backend, self.kernels = backend, backend != "eager"
         self.ndhwc = memory_format == "channels_last_3d" or self.kernels
 
-    def in_chunks(self, chunks: Sequence[Chunk]) -> Plan:
-        """The whole picture, chunk after chunk; the frames of the one before are still held."""
-        height, before, peak = self.shape[3], 0, 0
-        largest = max(self._pixel_bytes(c, height * self.config.spatial_factor) for c in chunks)
-        for chunk in _heaviest(chunks):
-            p = self._pass(chunk).decode(height)
-            before = 0 if chunk.is_first else largest
-            peak = max(peak, p.peak + before)
-        return Plan(tuple(c.frames for c in chunks), 1, peak)
+    def in_chunks(self, chunks: Sequence[Chunk], elements: int | None) -> Plan:
+        """The whole picture, chunk after chunk; the frames of the pass before are still held.
 
-    def in_strips(self, count: int, whole_frames: bool) -> tuple[int, float]:
-        """Peak and share of work done twice of `count` strips, one latent frame a chunk.
+        elements: see `pass_frames`; None takes each chunk whole.
+        """
+        height, peak = self.shape[3], 0
+        for chunk in _heaviest(chunks):
+            p = _Walk(self, chunk, height, elements).decode(height)
+            only = chunk.is_first and p.pixels == self._frames(chunk)
+            before = 0 if only else self._pixel_bytes(p.pixels, height)
+            peak = max(peak, p.peak + before)
+        return Plan(tuple(c.frames for c in chunks), 1, peak, elements or _PASSES[0])
+
+    def in_strips(
+        self, count: int, whole_frames: bool, chunks: Sequence[Chunk], elements: int
+    ) -> Plan:
+        """The same in `count` strips, with the share of work done twice.
 
         Raises GeometryError for an impossible count.
         """
         config, (_, _, t, height, _) = self.config, self.shape
-        chunks = _heaviest(schedule(t, 1))
+        heaviest = _heaviest(chunks)
         bands = geometry.strips(height, count, config)
-        trunks = [self._pass(c).trunk_alone() for c in chunks]
-        trunk_history = 0 if t == 1 else max(p.history for p in trunks)
-        feature = trunks[0].result
+        trunks = [_Walk(self, c, height, elements).trunk_alone() for c in heaviest]
+        trunk_history = 0 if len(chunks) == 1 else max(p.history for p in trunks)
         peak = history = work = 0
         # Bands of one size and place (top, inner, bottom) are alike.
         alike: dict[tuple[int, int], list] = {}
         for band in bands:
             size = band.halo_stop - band.halo_start, band.stop - band.start
             alike.setdefault(size, [band, 0])[1] += 1
+        kept = len(chunks) > 1
         for band, times in alike.values():
-            passes = [self._pass(c).band(band) for c in chunks]
-            rows = (band.stop - band.start) * config.spatial_factor
-            before = max(self._pixel_bytes(c, rows) for c in chunks) if count * t > 1 else 0
-            top = max(p.peak - (p.history if whole_frames and t > 1 else 0) for p in passes)
+            rows = band.halo_stop - band.halo_start
+            walks = [_Walk(self, c, rows, elements).band(band) for c in heaviest]
+            pixels = max(p.pixels for p in walks)
+            before = self._pixel_bytes(pixels, band.stop - band.start) if count * t > 1 else 0
+            top = max(p.peak - (p.history if whole_frames and kept else 0) for p in walks)
             peak = max(peak, top + before)
-            work += times * passes[0].work
-            history += times * (passes[0].history if t > 1 else 0)
+            work += times * walks[0].work
+            history += times * (walks[0].history if kept else 0)
+        features = trunks[0].result // heaviest[0].frames  # of a latent frame
+        longest = max(c.frames for c in chunks)
         if whole_frames:
-            frame = max(self._pixel_bytes(c, height * config.spatial_factor) for c in chunks)
-            frames = frame * min(2, t)
-            trunk = max(p.peak for p in trunks) + history + frame * min(1, t - 1)
-            peak = max(trunk, trunk_history + feature + frames + history + peak)
+            frames = self._pixel_bytes(max(self._frames(c) for c in chunks), height)
+            trunk = max(p.peak for p in trunks) + history + (frames if kept else 0)
+            held = trunk_history + longest * features + history
+            peak = max(trunk, held + (2 if kept else 1) * frames + peak)
         else:
             # The trunk of all frames first; its features stay until the last strip is done.
-            trunk = max(p.peak for p in trunks) + (t - 1) * feature
-            peak = max(trunk, t * feature + peak)
-        uncut = self._pass(chunks[0]).band(Strip(0, height, height, 0)).work
-        return peak, (work - uncut) / (trunks[0].work + uncut)
+            trunk = max(p.peak for p in trunks) + (t - longest) * features
+            peak = max(trunk, t * features + peak)
+        uncut = _Walk(self, heaviest[0], height, elements).band(Strip(0, height, height, 0)).work
+        extra = (work - uncut) / (trunks[0].work + uncut)
+        return Plan(tuple(c.frames for c in chunks), count, peak, elements, extra)
 
-    def _pass(self, chunk: Chunk) -> _Pass:
-        return _Pass(self, chunk)
-
-    def _pixel_bytes(self, chunk: Chunk, rows: int) -> int:
-        """float32 pixels of `rows` pixel rows of a chunk."""
-        b, _, _, _, w = self.shape
+    def _frames(self, chunk: Chunk) -> int:
         first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
-        return _rounded(b * 3 * (last - first) * rows * w * self.config.spatial_factor * 4)
+        return last - first
+
+    def _pixel_bytes(self, frames: int, rows: int) -> int:
+        """float32 pixels of so many frames of `rows` latent rows."""
+        b, _, _, _, w = self.shape
+        return _rounded(b * 3 * frames * rows * w * self.config.spatial_factor**2 * 4)
 
 
-class _Pass:
+class _Walk:
     """One chunk through the decoder: what is alive, layer by layer, as the eager code has it.
 
     Every method takes the layer's input as alive and owned by the caller, and leaves the layer's
-    result alive; they return its bytes. Bytes are counted from what was alive before the pass,
-    with the history of earlier chunks (of unknown size until the walk is over) counted as 0: a
-    slot that is taken lowers, and one that is stored raises it again.
+    result alive; they return its bytes. Bytes are counted from what was alive before the chunk,
+    with the history of earlier chunks (of unknown size until the walk is over) counted as 0: what
+    the first chunk makes, later ones write over.
     """
 
-    def __init__(self, model: _Model, chunk: Chunk):
+    def __init__(self, model: _Model, chunk: Chunk, rows: int, elements: int | None):
+        """`rows`: latent rows that go through the stages. `elements`: see `pass_frames`."""
         self.config, self.itemsize, self.ndhwc = model.config, model.itemsize, model.ndhwc
         self.kernels, self.cuda = model.kernels, model.backend == "cuda"
         self.per_latent = 1  # frames of a latent frame at this stage
         self.batch, _, _, self.height, self.width = model.shape
-        self.first, self.last = chunk.is_first, chunk.is_last
+        self.chunk_is_first = self.first = chunk.is_first
+        self.last = chunk.is_last
         self.only_frame = chunk.is_only_frame
-        # More than one frame can be tried again in smaller chunks: the history from before the
-        # chunk is kept until it is done.
-        self.keeps_old = chunk.frames > 1 and not self.first
-        self.t = self.frames = chunk.frames
+        self.resumes = False  # a later pass of this chunk
+        self.t = chunk.frames
+        self.pass_frames: tuple[int, ...] | None = None
+        if elements is not None:
+            shape = (*model.shape[:3], rows, self.width)
+            self.pass_frames = pass_frames(self.config, shape, elements)
         self.scale = 1  # columns for each latent column
-        self.live = self.peak = self.history = self.work = 0
+        self.live = self.peak = self.history = self.pixels = self.work = 0
 
     # -- the parts that the pipeline runs ---------------------------------------------------------
 
     def decode(self, height: int) -> _Peak:
         """Latent chunk -> float32 pixels of the whole picture."""
         features = self.trunk(height)
-        self.stages([height * 2**i for i in range(len(self.config.dim_mult))], None)
-        self.drop(features)
+        self.passes(0, features, [height * 2**i for i in range(len(self.config.dim_mult))], None)
         return self.found(0)
 
     def trunk_alone(self) -> _Peak:
@@ -332,12 +405,12 @@ class _Pass:
             bottom - top
             for top, bottom in (band.bounds(2**i, halo) for i, halo in enumerate(halos))
         ]
-        self.stages(rows, (band.stop - band.start) * 2 ** (len(halos) - 1))
+        self.passes(0, 0, rows, (band.stop - band.start) * 2 ** (len(halos) - 1))
         return self.found(0)
 
     def found(self, result: int) -> _Peak:
-        old = 0 if self.first else self.history
-        return _Peak(self.peak + old, self.history, result, self.work)
+        old = 0 if self.chunk_is_first else self.history
+        return _Peak(self.peak + old, self.history, result, self.pixels, self.work)
 
     def trunk(self, h: int) -> int:
         c = self.config.decoder_dim * self.config.dim_mult[-1]
@@ -350,42 +423,56 @@ class _Pass:
             x = y
         return x
 
-    def stages(self, rows: list[int], cropped: int | None) -> None:
-        """Up-sampling stages and head; `rows` of each stage's input, `cropped` of the result."""
-        config = self.config
-        mult, x = config.dim_mult, 0
-        widths = [config.decoder_dim * m for m in (mult[-1], *reversed(mult))]
-        temporal = (*reversed(config.temporal_downsample), False)
-        for i, (cin, out) in enumerate(pairwise(widths)):
-            h, up, kept = rows[i], i < len(mult) - 1, 0
-            if config.residual_shortcuts:
-                kept, before = x, self.t  # held for the shortcut around the stage
-            elif i:
-                cin //= 2
-            layers = [(self.block, cin, out)] + [(self.block, out, out)] * config.num_res_blocks
-            if up:
-                narrow = out if config.residual_shortcuts else out // 2
-                layers.append((self.temporal_up if temporal[i] else self.up, out, narrow))
-            for n, (layer, a, b) in enumerate(layers):
-                y = layer(a, b, h)
-                if n or not kept:
-                    self.drop(x)
-                x = y
-            if up and config.residual_shortcuts:
-                factor = 2 if temporal[i] else 1
-                shortcut = self.size(out, 2 * h, before * factor)
-                self.hold(shortcut)
-                self.drop(shortcut)
-            self.drop(kept)
-        h = rows[-1]
+    def passes(self, i: int, x: int, rows: list[int], cropped: int | None) -> None:
+        """Stage `i` and all that follows, in passes over `x`, whose bytes the last of them frees.
+
+        `rows` of each stage's input, `cropped` of the result.
+        """
+        missing, last, place = self.t, self.last, (self.scale, self.per_latent)
+        while missing:
+            frames = missing
+            if self.pass_frames is not None and frames > self.pass_frames[i]:
+                frames = 1 if self.first else self.pass_frames[i]
+            missing -= frames
+            self.t, self.last = frames, last and not missing
+            self.scale, self.per_latent = place
+            y = self.stage(_stages(self.config)[i], rows[i], 0 if missing else x)
+            if i + 1 < len(rows):
+                self.passes(i + 1, y, rows, cropped)
+            else:
+                self.head(y, rows[-1], cropped)
+            self.first, self.resumes = False, True
+
+    def stage(self, stage: _Stage, h: int, x: int) -> int:
+        """A stage, which frees `x` bytes of its input."""
+        cin, out, up, temporal = stage
+        keeps, before = self.config.residual_shortcuts, self.t  # for the shortcut around the stage
+        layers = [(self.block, cin, out)] + [(self.block, out, out)] * self.config.num_res_blocks
+        if up is not None:
+            layers.append((self.temporal_up if temporal else self.up, out, up))
+        y = 0
+        for n, (layer, a, b) in enumerate(layers):
+            y, read = layer(a, b, h), y
+            self.drop(read if n else 0 if keeps else x)
+        if up is not None and keeps:
+            shortcut = self.size(out, 2 * h, before * (2 if temporal else 1))
+            self.hold(shortcut)
+            self.drop(shortcut)
+        self.drop(x if keeps else 0)
+        return y
+
+    def head(self, x: int, h: int, cropped: int | None) -> None:
+        """Norm, convolution, float32 pixels; frees `x`."""
+        channels, colours = _stages(self.config)[-1].channels, self.config.image_channels
+        self.pixels = max(self.pixels, self.t)
         if self.kernels:
-            self.kernel_head(widths[-1], h, x, cropped)
+            self.kernel_head(channels, h, x, cropped)
             return
-        y = self.normed(widths[-1], config.image_channels, h)
+        y = self.normed(channels, colours, h)
         self.drop(x)
         h = h if cropped is None else cropped
-        folded = self.size(config.image_channels, h)
-        copies = folded if config.patch_size > 1 else 0
+        folded = self.size(colours, h)
+        copies = folded if self.config.patch_size > 1 else 0
         if self.itemsize < 4:
             copies += folded * 4 // self.itemsize
         self.hold(copies)
@@ -425,10 +512,9 @@ class _Pass:
         frames = -(-self.t // 2) * 4 if winograd else self.t + 2
         operand, slot = self.size(cin, h, frames), self.size(cin, h, 2)
         self.hold(operand)
-        # A chunk of one latent frame writes over its old history.
-        if not self.last and (self.first or self.keeps_old):
+        if self.first and not self.last:
             self.hold(slot)
-        self.history += slot
+        self.history += 0 if self.resumes else slot
         return operand
 
     def kernel_head(self, c: int, h: int, x: int, cropped: int | None) -> None:
@@ -454,11 +540,11 @@ class _Pass:
             if self.first:
                 self.hold(slot)  # zeros
             self.hold(operand)
-            if not self.keeps_old:
+            if self.first or self.last:
                 self.drop(slot)
-            if not self.last:
+            if self.first and not self.last:
                 self.hold(slot)
-            self.history += slot
+            self.history += 0 if self.resumes else slot
             self.drop(owned)
         elif past:
             taps = 1

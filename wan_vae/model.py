@@ -5,14 +5,14 @@ One nn.Module, so that a ComfyUI ModelPatcher can own it; its state dict is the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 
 from .blocks import CausalConv3d, Step
 from .config import WanVAEConfig
-from .decoder import Decoder
+from .decoder import Decoder, join_passes
 from .encoder import Encoder
 from .geometry import Strip
 
@@ -50,13 +50,26 @@ class WanVAEModel(nn.Module):
         """Latent chunk [B, z, T, H, W] -> decoder features at latent resolution."""
         return self.decoder.trunk(self.conv2(z, step), step)
 
-    def finish(self, features: torch.Tensor, step: Step, strip: Strip | None = None):
-        """Features (of a strip's rows) -> pixels [B, 3, T', rows, W'] float32 in [-1, 1]."""
-        return self.decoder.stages(features, step, strip).float().clamp_(-1.0, 1.0)
+    def finish(self, features: torch.Tensor, step: Step) -> torch.Tensor:
+        """Features -> pixels [B, 3, T', H', W'] float32 in [-1, 1]."""
+        return join_passes(self.finish_passes(features, step))
+
+    def finish_passes(
+        self, features: torch.Tensor, step: Step, strip: Strip | None = None
+    ) -> Iterator[torch.Tensor]:
+        """`finish` (of a strip's rows), the frames of one pass after another: `Decoder.passes`."""
+        passes = self.decoder.passes(features, step, strip)
+        del features  # the passes free it once it was read
+        for pixels in passes:
+            yield pixels.float().clamp_(-1.0, 1.0)
 
     def decode_chunk(self, z: torch.Tensor, step: Step) -> torch.Tensor:
         """Latent chunk [B, z, T, H, W] -> pixels [B, 3, T', H', W'] float32 in [-1, 1]."""
-        return self.finish(self.trunk(z, step), step)
+        return join_passes(self.decode_passes(z, step))
+
+    def decode_passes(self, z: torch.Tensor, step: Step) -> Iterator[torch.Tensor]:
+        """`decode_chunk`, the frames of one pass after another."""
+        yield from self.finish_passes(self.trunk(z, step), step)
 
     def encode_chunk(self, pixels: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixel chunk [B, 3, T, H, W] -> mean and log-variance [B, z, t, h, w] of the posterior."""

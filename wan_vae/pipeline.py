@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -425,6 +424,7 @@ class _DecodeRun:
             backend=self.ops.used["conv3d"],
         )  # fmt: skip
         self.lengths, self.whole_frames = plan.lengths, whole_frames
+        self.pass_elements = plan.pass_elements
         # Strips that were asked for are taken even if there is only one.
         self.strip_count = plan.strips if plan.strips > 1 or self.strips else None
         self.builder.memory.update(free_bytes=free, planned_bytes=plan.planned_bytes)
@@ -434,16 +434,23 @@ class _DecodeRun:
         self.clock = _Clock(device)  # its peak is above what is allocated now
 
     def pieces(self) -> Iterator[_Piece]:
-        """Every piece of the picture once. Memory permitting in whole chunks, else in strips."""
+        """Every piece of the picture once. Memory permitting in whole chunks, else in strips.
+
+        Whatever runs out of memory starts over with less at a time: history was written over as it
+        went on. Frames that came out before are made again, the same, and not given out twice.
+        """
         height = self.z.shape[3]
-        if self.strip_count is None:
+        while self.strip_count is None:
             try:
                 yield from self._chunks()
                 return
             except DecodeMemoryError as error:
                 failure = str(error)
             # Out of the except block, so that the traceback no longer holds the tensors.
-            self._fall_back(failure)
+            if not self._halve():
+                self._fall_back(failure)
+                break
+            self._fall_back(f"{failure}; started again with {max(self.lengths)}")
         counts = [self.strip_count] if self.strip_count else []
         if self.strips is None:  # planned or none: more of them where memory runs out all the same
             counts += [n for n in _strip_counts(height) if n > (self.strip_count or 0)]
@@ -458,116 +465,125 @@ class _DecodeRun:
             except DecodeMemoryError as error:
                 failure = str(error)
             self._fall_back(f"{count} strips: {failure}")
+            self._halve()
         raise DecodeMemoryError(
             f"out of memory on {self.z.device} even with one latent frame a chunk and "
             f"{counts[-1]} strip(s): {failure}; free device memory, or decode on the CPU"
         )
 
+    def _halve(self) -> bool:
+        """Take half as much at a time from here on; False if chunks have one frame already."""
+        self.pass_elements = max(1, self.pass_elements // 2)
+        half = (max(self.lengths) + 1) // 2
+        smaller = tuple(
+            part
+            for length in self.lengths
+            for part in ([half] * (length // half) + [length % half])
+            if part
+        )
+        changed, self.lengths = smaller != self.lengths, smaller
+        return changed
+
     def _chunks(self) -> Iterator[_Piece]:
         """The normal way: the whole picture, chunk after chunk."""
-        cache = FeatureCache()
-        for chunk, pixels in self._walk(
-            self.lengths,
-            cache,
-            lambda z, step: self.model.decode_chunk(z, step),
-        ):
-            yield self._piece(pixels, chunk, first_row=0)
+        cache, done_before = FeatureCache(), self.done_frames
+        height = self.z.shape[3]
+        for chunk in schedule(self.z.shape[2], self.lengths):
+            z = self.z[:, :, chunk.start : chunk.stop]
+            step = self._step(cache, chunk, height)
+            frame, _ = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
+            passes = self.model.decode_passes(z, step)
+            for pixels in self._passes(chunk, passes, _latents(chunk)):
+                start, frame = frame, frame + pixels.shape[2]
+                if frame > done_before:
+                    new = max(start, done_before)
+                    yield self._piece(pixels[:, :, new - start :], new, frame)
 
     def _strips_in_each_chunk(self, count: int) -> Iterator[_Piece]:
         """Strips inside each chunk: whole frames in order; history of all strips is kept."""
         bands = geometry.strips(self.z.shape[3], count, self.config)
         caches = [FeatureCache() for _ in bands]
-        trunk_cache, done_before = FeatureCache(), self.done_frames
+        done_before = self.done_frames
         b, _, _, height, width = self.pixel_shape
-        for chunk, features in self._walk([1] * self.z.shape[2], trunk_cache, self.model.trunk):
+        for chunk, features in self._trunk():
             first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
             frame = features.new_empty((b, 3, last - first, height, width), dtype=torch.float32)
             for band, cache in zip(bands, caches, strict=True):
-                rows = self._band_pixels(features, band, cache, chunk)
-                top = band.start * self.config.spatial_factor
-                frame[:, :, :, top : top + rows.shape[3]] = rows
-            if last > done_before:  # frames that came out before memory ran short are the same
-                yield self._piece(frame, chunk, first_row=0)
+                top, at = band.start * self.config.spatial_factor, 0
+                for rows in self._band_passes(features, band, cache, chunk):
+                    frame[:, :, at : at + rows.shape[2], top : top + rows.shape[3]] = rows
+                    at += rows.shape[2]
+            if last > done_before:
+                new = max(first, done_before)
+                yield self._piece(frame[:, :, new - first :], new, last)
 
     def _strips_one_after_another(self, count: int) -> Iterator[_Piece]:
         """Each strip through all chunks before the next: history shrinks by `count` too."""
-        trunk_cache = FeatureCache()
-        features = [f for _, f in self._walk([1] * self.z.shape[2], trunk_cache, self.model.trunk)]
-        trunk_cache.clear()
+        features = list(self._trunk())
         self.done_frames = 0
         for i, band in enumerate(geometry.strips(self.z.shape[3], count, self.config)):
-            cache = FeatureCache()
-            for chunk, feature in zip(schedule(self.z.shape[2], 1), features, strict=True):
-                self._ask_to_stop()
-                with self.clock.measure(chunk, self._frames_of(chunk)):
-                    rows = self._band_pixels(feature, band, cache, chunk)
-                top = band.start * self.config.spatial_factor
-                # Progress counts frames: each strip contributes its share of them.
-                _, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
-                self.done_frames = (i * self.total_frames + last) // count
-                self.pixels_finite &= torch.isfinite(rows).all()
-                first, _ = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
-                yield _Piece(rows, first, top)
+            cache, frame = FeatureCache(), 0
+            top = band.start * self.config.spatial_factor
+            for chunk, feature in features:
+                for rows in self._band_passes(feature, band, cache, chunk):
+                    start, frame = frame, frame + rows.shape[2]
+                    # Progress counts frames: each strip contributes its share of them.
+                    self.done_frames = (i * self.total_frames + frame) // count
+                    self.pixels_finite &= torch.isfinite(rows).all()
+                    yield _Piece(rows, start, top)
 
-    def _band_pixels(self, features, band, cache, chunk) -> torch.Tensor:
-        """Pixels of one strip of one chunk; DecodeMemoryError when it does not fit."""
+    def _trunk(self) -> Iterator[tuple[Chunk, torch.Tensor]]:
+        """The features [B, C, T, H, W] of every chunk."""
+        cache = FeatureCache()
+        for chunk in schedule(self.z.shape[2], self.lengths):
+            z, step = self.z[:, :, chunk.start : chunk.stop], self._step(cache, chunk, 1)
+            what = _latents(chunk)
+            yield chunk, self._run(chunk, what, lambda z=z, step=step: self.model.trunk(z, step))
+
+    def _band_passes(self, features, band, cache, chunk) -> Iterator[torch.Tensor]:
+        """Pixels of one strip of one chunk, pass after pass."""
         rows = features[:, :, :, band.halo_start : band.halo_stop]
-        failure = None
+        step = self._step(cache, chunk, rows.shape[3])
+        passes = self.model.finish_passes(rows, step, band)
+        return self._passes(chunk, passes, f"strip of {rows.shape[3]} latent rows")
+
+    def _passes(
+        self, chunk: Chunk, passes: Iterator[torch.Tensor], what: str
+    ) -> Iterator[torch.Tensor]:
+        """The `passes` of a chunk, each by `_run`, until its frames are complete."""
+        missing = self._frames_of(chunk)
+        while missing:
+            pixels = self._run(chunk, what, lambda: next(passes))
+            missing -= pixels.shape[2]
+            yield pixels
+
+    def _run(self, chunk: Chunk, what: str, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """`work()` of `chunk`, timed, unless the caller wants to stop.
+
+        Raises DecodeMemoryError, which says `what` did not fit.
+        """
+        self._ask_to_stop()
         try:
-            return self.model.finish(rows, self._step(cache, chunk), band)
+            with self.clock.measure(chunk, self._frames_of(chunk)):
+                return work()
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
             failure = _first_line(error)
-        raise DecodeMemoryError(f"strip of {rows.shape[3]} latent rows: {failure}")
+        # Out of the except block, so that no traceback holds the tensors of the failed attempt.
+        raise DecodeMemoryError(f"{what}: {failure}")
 
-    def _walk(self, lengths, cache, work) -> Iterator[tuple[Chunk, torch.Tensor]]:
-        """Run `work(z_chunk, step)` over the schedule; out of memory halves the chunks from there.
+    def _step(self, cache: FeatureCache, chunk: Chunk, rows: int) -> Step:
+        """The step of `chunk`, in which features of so many latent rows go through the stages."""
+        shape = (*self.z.shape[:3], rows, self.z.shape[4])
+        frames = memory.pass_frames(self.config, shape, self.pass_elements)
+        return Step(cache, chunk, ops=self.ops, counter=self.counter, pass_frames=frames)
 
-        History is put back to before the failed chunk, so the frames already done stay valid.
-        """
-        start, total = 0, self.z.shape[2]
-        pending = deque(lengths)
-        while pending:
-            self._ask_to_stop()
-            n = pending[0]
-            chunk = Chunk(start, start + n, start == 0, start + n == total)
-            # One frame is never tried again with this cache: its history is not held twice.
-            before = cache.snapshot() if n > 1 else None
-            failure, result = None, None
-            try:
-                with self.clock.measure(chunk, self._frames_of(chunk)):
-                    result = work(self.z[:, :, start : start + n], self._step(cache, chunk))
-            except (RuntimeError, MemoryError) as error:
-                if not memory.is_out_of_memory(error):
-                    raise
-                failure = _first_line(error)
-            if failure is not None:
-                self.clock.drop_last()
-                if n == 1:
-                    raise DecodeMemoryError(f"chunk of 1 latent frame: {failure}")
-                cache.restore(before)
-                half = (n + 1) // 2
-                pending = deque(
-                    part
-                    for length in pending
-                    for part in ([half] * (length // half) + [length % half])
-                    if part
-                )
-                self._fall_back(f"chunks of {n} latent frames: {failure}; went on with {half}")
-                continue
-            yield chunk, result
-            pending.popleft()
-            start += n
-
-    def _step(self, cache: FeatureCache, chunk: Chunk) -> Step:
-        return Step(cache, chunk, ops=self.ops, counter=self.counter)
-
-    def _piece(self, pixels: torch.Tensor, chunk: Chunk, first_row: int) -> _Piece:
-        first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
-        self.done_frames = last
+    def _piece(self, pixels: torch.Tensor, start: int, stop: int) -> _Piece:
+        """Whole frames [start, stop)."""
+        self.done_frames = stop
         self.pixels_finite &= torch.isfinite(pixels).all()
-        return _Piece(pixels, first, first_row)
+        return _Piece(pixels, start, 0)
 
     def _frames_of(self, chunk: Chunk) -> int:
         first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
@@ -581,6 +597,7 @@ class _DecodeRun:
 
     def _fall_back(self, text: str) -> None:
         self.builder.fallbacks.append(text)
+        self.clock.restart()
         if self.z.device.type == "cuda":
             torch.cuda.empty_cache()  # blocks cut for the larger chunk are of no use to a smaller
 
@@ -645,14 +662,16 @@ class _Clock:
     def add(self, chunk: Chunk, frames: int, start, stop) -> None:
         self._marks.append((chunk, frames, start, stop))
 
-    def drop_last(self) -> None:
-        """Forget the chunk that failed."""
-        self._marks.pop()
+    def restart(self) -> None:
+        """Forget what was timed: the chunks are done again. The peak stays."""
+        self._marks.clear()
 
     def records(self, wait: bool) -> list[ChunkRecord]:
+        """One record a chunk, of all its passes so far."""
         if wait and self.is_cuda:
             torch.cuda.synchronize(self.device)
-        done = []
+        done: list[ChunkRecord] = []
+        last = None
         for chunk, frames, start, stop in self._marks:
             if self.is_cuda:
                 if not stop.query():
@@ -660,7 +679,11 @@ class _Clock:
                 ms = start.elapsed_time(stop)
             else:
                 ms = (stop - start) * 1e3
-            done.append(ChunkRecord(chunk.start, chunk.stop, chunk.is_first, frames, ms))
+            if chunk is last:
+                done[-1] = replace(done[-1], duration_ms=done[-1].duration_ms + ms)
+            else:
+                done.append(ChunkRecord(chunk.start, chunk.stop, chunk.is_first, frames, ms))
+            last = chunk
         return done
 
     def peak_bytes(self) -> int | None:
@@ -671,7 +694,7 @@ class _Clock:
 
 
 class _Measure:
-    """Context of one chunk's time; records it also when the chunk fails (see `drop_last`)."""
+    """Context of one pass's time, or of another part of a chunk's."""
 
     def __init__(self, clock: _Clock, chunk: Chunk, frames: int):
         self.clock, self.chunk, self.frames = clock, chunk, frames
@@ -866,6 +889,10 @@ def _weights_found(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, int
         part: layout.count_formats(v for k, v in state.items() if k.startswith(f"{part}."))
         for part in ("decoder", "encoder")
     }
+
+
+def _latents(chunk: Chunk) -> str:
+    return f"chunk of {chunk.frames} latent frame{'s' if chunk.frames > 1 else ''}"
 
 
 def _strip_counts(rows: int) -> list[int]:
