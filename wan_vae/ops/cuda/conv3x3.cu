@@ -12,6 +12,9 @@
 // give zeros, which is the padding. Weights arrive packed in the order of their use, as shared
 // memory wants them.
 //
+// A residual comes through the ring of halo tiles too, behind the last of them: 16 x 16 pixels x 32
+// channels a stage, in the order in which the accumulators are stored.
+//
 // Warpgroup 0 loads; warpgroups 1 and 2 compute the upper and lower eight rows. The sum of an
 // output pixel runs over (phase, 32 channels, ky, kx, 16 channels) whatever its place in tile and
 // picture: its bits depend on nothing but its inputs.
@@ -37,6 +40,8 @@ constexpr int kRegisters = BN / 2;              // of one accumulator of 64 pixe
 constexpr int kWeightStage = 3 * kWeightTap;     // one row of taps
 constexpr int kInputStages = 3;
 constexpr int kWeightStages = BN == 96 ? 8 : 12;
+constexpr int kGroups = BN / 32;                 // of 32 channels that are stored together
+constexpr int kResidualBytes = 16 * 16 * 64;
 constexpr int kOutputBlocks = COUT / (BN * (WINOGRAD ? 1 : NB));
 // Shared memory, from a base aligned to 1024 bytes: inputs, weights, bias, barriers.
 constexpr int kWeightsAt = kInputStages * kInputStage;
@@ -186,21 +191,87 @@ struct Tile {
   }
 };
 
-// Bring the rows of the residual that this tile will read into the L2 cache; a warp's work.
-__device__ __forceinline__ void fetch_residual(const u32* residual, const Tile& tile, int frames,
-                                               int groups, int height, int width) {
-  constexpr int kAccumulators = WINOGRAD ? 2 : 1, kBytes = 2 * BN * (WINOGRAD ? 1 : NB);
-  const int in_clip = tile.group % groups;
-  const int first = WINOGRAD ? in_clip * 2 - (frames & 1) : in_clip;
-  for (int i = threadIdx.x; i < kAccumulators * 256; i += 32) {
-    const int f = first + i / 256, y = tile.y + i % 256 / 16, x = tile.x + i % 16;
-    if (f < 0 || y >= height || x >= width) continue;
-    const long long frame = static_cast<long long>(tile.group / groups) * frames + f;
-    const char* row = reinterpret_cast<const char*>(residual) +
-                      (((frame * height + y) * width + x) * COUT * 2 + tile.block * kBytes);
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 word;
+#if BF16_OUT
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+#endif
+  return word;
+}
+
+__device__ __forceinline__ void unpack(u32 word, float& low, float& high) {
+#if BF16_OUT
+  low = __uint_as_float(word << 16);
+  high = __uint_as_float(word & 0xffff0000u);
+#else
+  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n"
+      : "=f"(low), "=f"(high)
+      : "r"(word));
+#endif
+}
+
+// Four lanes hold rows of a 4 x 4 matrix of words by column; afterwards each holds one row.
+__device__ __forceinline__ uint4 transpose_quad(u32 a0, u32 a1, u32 a2, u32 a3, int lane) {
+  const bool odd = lane & 1, high = lane & 2;
+  const u32 x = __shfl_xor_sync(0xffffffffu, odd ? a0 : a1, 1);
+  const u32 y = __shfl_xor_sync(0xffffffffu, odd ? a2 : a3, 1);
+  const u32 b0 = odd ? x : a0, b1 = odd ? a1 : x, b2 = odd ? y : a2, b3 = odd ? a3 : y;
+  const u32 p = __shfl_xor_sync(0xffffffffu, high ? b0 : b2, 2);
+  const u32 q = __shfl_xor_sync(0xffffffffu, high ? b1 : b3, 2);
+  return high ? make_uint4(p, q, b2, b3) : make_uint4(b0, b1, p, q);
+}
+
+// (a, b) = (a + b, a - b), in this form because both stay where they are: with a - b the compiler
+// makes room for all differences at once by putting sums aside.
+__device__ __forceinline__ void sum_and_difference(float& a, float& b) {
+  a += b;
+  b = __fmaf_rn(-2.0f, b, a);
+}
+
+// Where a warpgroup's part of a tile goes: `pixel` is the index of this lane's upper left pixel, the
+// others are a row below and eight columns on; `inside` has a bit for each of them.
+struct Place {
+  u32* out;
+  long long pixel;
+  int width, inside;
+};
+
+// 32 channels of an accumulator -> out, with bias and residual, rounded once. `residual`: address of
+// this warp's first pixel in a stage of the ring, or 0.
+template <int GROUP>
+__device__ __forceinline__ void store_channels(const float (&d)[2][kRegisters], const Place& to,
+                                               const float* bias, int channel, u32 residual,
+                                               int lane) {
+  const int q = lane & 3;
 #pragma unroll
-    for (int line = 0; line < kBytes; line += 64)
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(row + line));
+  for (int part = 0; part < 4; ++part) {
+    const int half = part / 2, lower = part % 2;
+    const int in_tile = lower * 16 + half * 8 + lane / 4;  // pixel within the warp's two rows
+    u32 words[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int column = GROUP * 4 + j;
+      u32 before = 0;
+      if (residual)
+        asm volatile("ld.shared.b32 %0, [%1];"
+                     : "=r"(before)
+                     : "r"(residual + in_tile * 64 + ((j ^ (in_tile / 2 % 4)) * 16 + q * 4))
+                     : "memory");
+      const float2 b = *reinterpret_cast<const float2*>(bias + channel + j * 8 + q * 2);
+      float r0, r1;
+      unpack(before, r0, r1);
+      words[j] = pack(d[half][column * 4 + lower * 2] + (b.x + r0),
+                      d[half][column * 4 + lower * 2 + 1] + (b.y + r1));
+    }
+    const uint4 row = transpose_quad(words[0], words[1], words[2], words[3], lane);
+    if (to.inside >> part & 1) {
+      const long long at = (to.pixel + lower * to.width + half * 8) * COUT + channel;
+      *reinterpret_cast<uint4*>(to.out + at / 2 + q * 4) = row;
+    }
+    // No loads of later parts before this point: they would not fit in registers.
+    asm volatile("" ::: "memory");
   }
 }
 
@@ -259,6 +330,32 @@ struct Consumer {
     input.next<kInputStages>();
   }
 
+  // An accumulator -> out; a residual's stages are given back one by one.
+  __device__ __forceinline__ void store(const float (&d)[2][kRegisters], const Place& to,
+                                        const float* bias, int channel, bool has_residual,
+                                        u32 in_stage, int lane) {
+    store_group<0>(d, to, bias, channel, has_residual, in_stage, lane);
+    store_group<1>(d, to, bias, channel, has_residual, in_stage, lane);
+    if constexpr (kGroups > 2) store_group<2>(d, to, bias, channel, has_residual, in_stage, lane);
+  }
+
+  template <int GROUP>
+  __device__ __forceinline__ void store_group(const float (&d)[2][kRegisters], const Place& to,
+                                              const float* bias, int channel, bool has_residual,
+                                              u32 in_stage, int lane) {
+    u32 residual = 0;
+    if (has_residual) {
+      wait_input();
+      residual = in_stage + input.stage * kInputStage;
+    }
+    store_channels<GROUP>(d, to, bias, channel + GROUP * 32, residual, lane);
+    if (has_residual) {
+      __syncwarp();
+      if (leader) barrier_arrive(barriers.input_empty(input.stage));
+      input.next<kInputStages>();
+    }
+  }
+
   // One phase of Winograd: a transformed frame times its weights.
   __device__ __forceinline__ void phase(float (&d)[2][kRegisters], int add) {
     for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -270,82 +367,15 @@ struct Consumer {
   }
 };
 
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 word;
-#if BF16_OUT
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-#endif
-  return word;
-}
-
-__device__ __forceinline__ void unpack(u32 word, float& low, float& high) {
-#if BF16_OUT
-  low = __uint_as_float(word << 16);
-  high = __uint_as_float(word & 0xffff0000u);
-#else
-  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n"
-      : "=f"(low), "=f"(high)
-      : "r"(word));
-#endif
-}
-
-// Four lanes hold rows of a 4 x 4 matrix of words by column; afterwards each holds one row.
-__device__ __forceinline__ uint4 transpose_quad(u32 a0, u32 a1, u32 a2, u32 a3, int lane) {
-  const bool odd = lane & 1, high = lane & 2;
-  const u32 x = __shfl_xor_sync(0xffffffffu, odd ? a0 : a1, 1);
-  const u32 y = __shfl_xor_sync(0xffffffffu, odd ? a2 : a3, 1);
-  const u32 b0 = odd ? x : a0, b1 = odd ? a1 : x, b2 = odd ? y : a2, b3 = odd ? a3 : y;
-  const u32 p = __shfl_xor_sync(0xffffffffu, high ? b0 : b2, 2);
-  const u32 q = __shfl_xor_sync(0xffffffffu, high ? b1 : b3, 2);
-  return high ? make_uint4(p, q, b2, b3) : make_uint4(b0, b1, p, q);
-}
-
-// One accumulator (BN channels of 64 pixels) -> out, with bias and residual, rounded once.
-// `pixel`: index of this lane's upper pixel; the lower one is a row below.
-__device__ __forceinline__ void store(const float (&d)[kRegisters], u32* out, const u32* residual,
-                                      const float* bias, long long pixel, int width, bool upper,
-                                      bool lower, int channel, int lane) {
-  const int q = lane & 3;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const bool inside = half ? lower : upper;
-    const long long at = ((pixel + half * width) * COUT + channel) / 2;  // in words
-#pragma unroll
-    for (int group = 0; group < BN / 32; ++group) {
-      u32 words[4];
-      u32 before[4] = {0, 0, 0, 0};
-      if (residual && inside) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) before[j] = residual[at + (group * 4 + j) * 4 + q];
-      }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int column = group * 4 + j;
-        float low = d[column * 4 + half * 2], high = d[column * 4 + half * 2 + 1];
-        const float2 b = *reinterpret_cast<const float2*>(bias + channel + column * 8 + q * 2);
-        float r0, r1;
-        unpack(before[j], r0, r1);
-        low += b.x + r0;
-        high += b.y + r1;
-        words[j] = pack(low, high);
-      }
-      const uint4 row = transpose_quad(words[0], words[1], words[2], words[3], lane);
-      if (inside) *reinterpret_cast<uint4*>(out + at + (group * 4 + q) * 4) = row;
-      // No loads of later groups before this point: they would not fit in registers.
-      asm volatile("" ::: "memory");
-    }
-  }
-}
-
-// x: [frames, H, W, CIN] behind `map`. weights: packed, see conv.py. out, residual: [frames, height,
-// width, COUT]. A group is a pair (WINOGRAD) or a frame: `groups` of them in each of the batch,
-// whose input begins `group_stride` frames after each other and `batch_stride` a clip.
+// x: [frames, H, W, CIN] behind `map`. weights: packed, see conv3x3.py. out, and with `has_residual`
+// what `residual` maps: [clips * frames, height, width, COUT]. A group is a pair (WINOGRAD) or a
+// frame: `groups` of them in each clip, whose input begins `group_stride` frames after each other
+// and `batch_stride` a clip.
 extern "C" __global__ void __launch_bounds__(384, 1)
-conv3x3(const __grid_constant__ TensorMap map, const char* weights, const float* bias,
-        const u32* residual, u32* out, int frames, int height, int width, int groups,
-        int group_stride, int batch_stride, int pad_y, int pad_x, int tiles) {
+conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap residual,
+        const char* weights, const float* bias, u32* out, int has_residual, int frames, int height,
+        int width, int groups, int group_stride, int batch_stride, int pad_y, int pad_x,
+        int tiles) {
   extern __shared__ char raw[];
   const u32 base = (shared_address(raw) + 1023) & ~1023u;
   char* shared = raw + (base - shared_address(raw));
@@ -370,27 +400,28 @@ conv3x3(const __grid_constant__ TensorMap map, const char* weights, const float*
 
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x < 32) {
-      const bool leader = threadIdx.x == 0;
+    if (threadIdx.x == 0) {
       Ring input{0, 1}, weight{0, 1};  // an empty ring needs no waiting in its first round
       constexpr int kRows = kPhases * kChunks * 3 * (WINOGRAD ? 1 : NB);
+      const auto load_input = [&](const TensorMap* from, int bytes, int channel, int x, int y,
+                                  int frame) {
+        barrier_wait(barriers.input_empty(input.stage), input.parity);
+        barrier_expect(barriers.input_full(input.stage), bytes);
+        load_tile(base + input.stage * kInputStage, from, barriers.input_full(input.stage), channel,
+                  x, y, frame);
+        input.next<kInputStages>();
+      };
       for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
         const Tile tile(index, columns, rows);
-        const int first = tile.group / groups * batch_stride + tile.group % groups * group_stride;
+        const int clip = tile.group / groups, group = tile.group % groups;
+        const int first = clip * batch_stride + group * group_stride;
         const char* w = weights + static_cast<long long>(tile.block) * kRows * kWeightStage;
         for (int step = 0; step < kPhases; ++step) {
           // Winograd's products in the order 1, 2, 0, 3: see the top of the file.
           const int frame = WINOGRAD ? (step == 0 ? 1 : step == 1 ? 2 : step == 2 ? 0 : 3) : step;
-          if (residual && step == kPhases - 1)
-            fetch_residual(residual, tile, frames, groups, height, width);
-          __syncwarp();
-          if (!leader) continue;
           for (int chunk = 0; chunk < kChunks; ++chunk) {
-            barrier_wait(barriers.input_empty(input.stage), input.parity);
-            barrier_expect(barriers.input_full(input.stage), kInputBytes);
-            load_tile(base + input.stage * kInputStage, &map, barriers.input_full(input.stage),
-                      chunk * kBlockK, tile.x - pad_x, tile.y - pad_y, first + frame);
-            input.next<kInputStages>();
+            load_input(&map, kInputBytes, chunk * kBlockK, tile.x - pad_x, tile.y - pad_y,
+                       first + frame);
             for (int r = 0; r < 3 * (WINOGRAD ? 1 : NB); ++r) {
               barrier_wait(barriers.weight_empty(weight.stage), weight.parity);
               barrier_expect(barriers.weight_full(weight.stage), kWeightStage);
@@ -401,6 +432,14 @@ conv3x3(const __grid_constant__ TensorMap map, const char* weights, const float*
             }
           }
         }
+        if (!has_residual) continue;
+        for (int i = 0; i < (WINOGRAD ? 2 : NB) * kGroups; ++i) {
+          // The first frame of a pair is of the past if there is an odd number: not stored either.
+          const int frame = WINOGRAD ? group * 2 - (frames & 1) + i / kGroups : group;
+          const int channel = tile.block * BN * (WINOGRAD ? 1 : NB) +
+                              (WINOGRAD ? i % kGroups : i) * 32;
+          load_input(&residual, kResidualBytes, channel, tile.x, tile.y, clip * frames + frame);
+        }
       }
     }
   } else {
@@ -410,7 +449,6 @@ conv3x3(const __grid_constant__ TensorMap map, const char* weights, const float*
                       Ring{0, 0}, Ring{0, 0}, Pending{-1, -1}, lane == 0};
     float a[2][kRegisters], b[2][kRegisters];
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-      const Tile tile(index, columns, rows);
 #if WINOGRAD
       consumer.phase(a, 0);
       consumer.phase(b, 0);
@@ -418,11 +456,7 @@ conv3x3(const __grid_constant__ TensorMap map, const char* weights, const float*
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int i = 0; i < kRegisters; ++i) {
-          const float m1 = a[half][i], m2 = b[half][i];
-          a[half][i] = m1 + m2;
-          b[half][i] = m1 - m2;
-        }
+        for (int i = 0; i < kRegisters; ++i) sum_and_difference(a[half][i], b[half][i]);
       }
       consumer.phase(a, 1);
       consumer.phase(b, 1);
@@ -440,34 +474,31 @@ conv3x3(const __grid_constant__ TensorMap map, const char* weights, const float*
       }
 #endif
       consumer.drain();
+      const Tile tile(index, columns, rows);
       const int clip = tile.group / groups, in_clip = tile.group % groups;
-      const int y = tile.y + group * 8 + warp * 2;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int x = tile.x + half * 8 + lane / 4;
-        const bool upper = x < width && y < height, lower = x < width && y + 1 < height;
-        const long long plane = static_cast<long long>(height) * width;
-        const long long inside = static_cast<long long>(y) * width + x;
+      const int x = tile.x + lane / 4, y = tile.y + group * 8 + warp * 2;
+      const int inside = (y < height ? (x < width) | (x + 8 < width) << 2 : 0) |
+                         (y + 1 < height ? (x < width) << 1 | (x + 8 < width) << 3 : 0);
+      const long long plane = static_cast<long long>(height) * width;
 #if WINOGRAD
-        // Pairs end with the last frame: of an odd number the first pair's first is of the past.
-        const int first = in_clip * 2 - (frames & 1);
-        const long long frame = static_cast<long long>(clip) * frames + first;
-        const int channel = tile.block * BN;
-        store(a[half], out, residual, bias_shared, frame * plane + inside, width,
-              upper && first >= 0, lower && first >= 0, channel, lane);
-        store(b[half], out, residual, bias_shared, (frame + 1) * plane + inside, width, upper,
-              lower, channel, lane);
+      // Pairs end with the last frame: of an odd number the first pair's first is of the past.
+      const int first = in_clip * 2 - (frames & 1);
 #else
-        const long long frame = static_cast<long long>(clip) * frames + in_clip;
-        const int channel = tile.block * BN * NB;
-        store(a[half], out, residual, bias_shared, frame * plane + inside, width, upper, lower,
-              channel, lane);
-#if NB == 2
-        store(b[half], out, residual, bias_shared, frame * plane + inside, width, upper, lower,
-              channel + BN, lane);
+      const int first = in_clip;
 #endif
+      const long long pixel = (static_cast<long long>(clip) * frames + first) * plane +
+                              static_cast<long long>(y) * width + x;
+      const int channel = tile.block * BN * (WINOGRAD ? 1 : NB);
+      const u32 in_stage = base + (group * 8 + warp * 2) * 16 * 64;
+      consumer.store(a, Place{out, pixel, width, first < 0 ? 0 : inside}, bias_shared, channel,
+                     has_residual, in_stage, lane);
+#if WINOGRAD
+      consumer.store(b, Place{out, pixel + plane, width, inside}, bias_shared, channel,
+                     has_residual, in_stage, lane);
+#elif NB == 2
+      consumer.store(b, Place{out, pixel, width, inside}, bias_shared, channel + BN, has_residual,
+                     in_stage, lane);
 #endif
-      }
     }
   }
 }

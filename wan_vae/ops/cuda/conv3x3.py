@@ -20,7 +20,7 @@ from .driver import Function, compile_cubin, frames_map
 
 ARCHITECTURE = "sm_90a"
 _BLOCK_K, _TILE = 32, 16
-_BOX = (_TILE + 2, _TILE + 2, _BLOCK_K)
+_BOX, _RESIDUAL_BOX = (_TILE + 2, _TILE + 2, _BLOCK_K), (_TILE, _TILE, _BLOCK_K)
 # As in conv3x3.cu: stages of the rings of halo tiles and, by block, of rows of taps.
 _INPUT_STAGES, _INPUT_STAGE, _WEIGHT_STAGES = 3, 21504, {96: 8, 64: 12}
 
@@ -119,13 +119,17 @@ def conv3x3(
         function, processors = _function(form, buffer.device.index)
         arguments = [
             frames_map(buffer.data_ptr(), (b * frames_in, h, w, c), _BOX),
+            # Two bytes a number, whatever their kind.
+            frames_map(
+                (out if residual is None else residual).data_ptr(),
+                (b * frames, height, width, form.cout), _RESIDUAL_BOX,
+            ),
             c_void_p(packed.data_ptr()),
             c_void_p(bias.data_ptr()),
-            c_void_p(None if residual is None else residual.data_ptr()),
             c_void_p(out.data_ptr()),
             *_integers(
-                frames, height, width, groups, 4 if form.winograd else 1, frames_in,
-                padding[0], padding[1], tiles,
+                int(residual is not None), frames, height, width, groups,
+                4 if form.winograd else 1, frames_in, padding[0], padding[1], tiles,
             ),
         ]  # fmt: skip
         function.launch(min(tiles, processors), 384, arguments)
