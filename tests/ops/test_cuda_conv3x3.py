@@ -9,8 +9,16 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
 
 from wan_vae.ops.cuda import driver
-from wan_vae.ops.cuda.conv3x3 import Form, conv3x3, fits, pack
+from wan_vae.ops.cuda.conv3x3 import (
+    Form,
+    conv3x3,
+    fits,
+    pack,
+    pack_doubled,
+    upsample_conv3x3,
+)
 from wan_vae.ops.norm import rms_norm_silu
+from wan_vae.ops.triton_conv3d import fold_upsample
 from wan_vae.ops.triton_norm import norm_scale, norm_silu_join, norm_silu_pairs
 
 HALF, BF16 = torch.float16, torch.bfloat16
@@ -25,6 +33,12 @@ FORMS = [
     Form(1024, 512, True, 3, BF16),
     Form(160, 320, True, 3, BF16),
     Form(320, 640, False, 3, BF16),
+]
+DOUBLED = [
+    Form(192, 96, False, 1, BF16, doubled=True),
+    Form(384, 192, False, 1, HALF, doubled=True),
+    Form(32, 64, False, 1, BF16, doubled=True),
+    Form(1024, 512, False, 1, BF16, doubled=True),
 ]
 
 
@@ -95,12 +109,41 @@ def test_pairs_do_not_depend_on_the_chunks():
         assert torch.equal(torch.cat((first, rest), 2), whole)
 
 
+def upsampled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding=(1, 1)):
+    """The float32 twin, without the outermost rows or columns where there is no padding."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        y = F.conv2d(F.interpolate(x.float(), scale_factor=2.0), weight.float(), bias, padding=1)
+    (top, left), (h, w) = (2 - 2 * p for p in padding), y.shape[2:]
+    return y[..., top : h - top, left : w - left]
+
+
+def test_packed_folded_weights_make_the_upsampled_convolution():
+    """As the kernel reads them: for the parity of a row, then of a column, two by two taps."""
+    torch.manual_seed(0)
+    form = Form(64, 192, False, 1, HALF, doubled=True)
+    x, bias = torch.randn(2, 64, 5, 7), torch.randn(192)
+    weight = torch.randn(192, 64, 3, 3) / 24
+    packed = pack_doubled(fold_upsample(weight), form)
+    p, block = packed.view(2, 2, 2, 2, 2, 2, 96, 4, 8), form.block
+    place = torch.arange(4)[None, :] ^ (torch.arange(block)[:, None] // 2 % 4)
+    p = p.gather(-2, place[:, :, None].expand(p.shape)).float()  # the swizzle undoes itself
+    # tile block, py, chunk, ky, px, kx, row, 4, 8 -> py, px, O, C, ky, kx
+    p = p.permute(1, 4, 0, 6, 2, 7, 8, 3, 5).reshape(2, 2, 192, 64, 2, 2)
+    got, padded = torch.empty(2, 192, 10, 14), F.pad(x, (1, 1, 1, 1))
+    for py in (0, 1):
+        for px in (0, 1):
+            seen = padded[..., py : py + 6, px : px + 8]
+            got[..., py::2, px::2] = F.conv2d(seen, p[py, px], bias)
+    expected = upsampled(x, weight, bias)
+    assert ((got - expected).norm() / expected.norm()).item() < 1e-3
+
+
 def test_widths_that_have_a_kernel():
     assert fits(96, 96) and fits(192, 384) and fits(32, 96)
     assert fits(256, 256) and not fits(16, 96) and not fits(96, 3) and not fits(96, 80)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}")
+@pytest.mark.parametrize("form", FORMS + DOUBLED, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}")
 def test_compiles_for_hopper(form, tmp_path, monkeypatch):
     """With NVRTC and without a GPU; the second time from the folder, unless the file is damaged."""
     try:
@@ -162,6 +205,35 @@ def test_on_the_gpu_fifty_times(form, padding, size):
         assert all(torch.equal(run, runs[0]) for run in runs)
         error = ((runs[0].float() - expected).norm() / expected.norm()).item()
         assert error < (3e-3 if form.out == BF16 else 8e-4)
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("form", DOUBLED, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}")
+@pytest.mark.parametrize("padding", [(1, 1), (0, 1), (1, 0)], ids=str)
+@pytest.mark.parametrize("size", [(1, 5, 7), (5, 35, 53), (4, 18, 33)], ids=str)
+def test_upsampled_on_the_gpu_fifty_times(form, padding, size):
+    """Poisoned outputs; equal bits in every run, and in a part of the picture."""
+    torch.manual_seed(0)
+    n, h, w = size
+    x = torch.randn(n, h, w, form.cin, device="cuda").to(form.out).permute(0, 3, 1, 2)
+    weight = (torch.randn(form.cout, form.cin, 3, 3, device="cuda") / (9 * form.cin) ** 0.5).to(
+        HALF
+    )
+    bias = torch.randn(form.cout, device="cuda")
+    packed = pack_doubled(fold_upsample(weight), form)
+    expected = upsampled(x, weight, bias, padding)
+    runs = []
+    for _ in range(50):
+        poison = torch.full_like(expected, float("nan"), dtype=form.out)
+        del poison
+        runs.append(upsample_conv3x3(x, packed, bias, form, padding))
+    assert all(torch.equal(run, runs[0]) for run in runs)
+    error = ((runs[0].float() - expected).norm() / expected.norm()).item()
+    assert error < (6e-3 if form.out == BF16 else 1e-3)
+    whole = upsample_conv3x3(x, packed, bias, form)
+    (top, left), (rows, columns) = (2 - 2 * p for p in padding), whole.shape[2:]
+    assert torch.equal(runs[0], whole[..., top : rows - top, left : columns - left])
 
 
 @pytest.mark.gpu

@@ -34,13 +34,13 @@ from . import upsample as eager_upsample
 from .cuda.conv3x3 import Form, build, fits
 from .cuda.driver import KernelBuildError
 from .dispatch import Cut, FusedConv
-from .kernel_layer import OPERAND, CudaLayer, Layer, StridedLayer, fit_channels
+from .kernel_layer import OPERAND, CudaLayer, Layer, StridedLayer, UpsampleLayer, fit_channels
 from .kernel_proofs import Proofs
 from .proof import ProofBook, Verdict
 from .sites import Site
 from .triton_attention import AttentionConfig, attention
 from .triton_configs import attention_candidates, conv_candidates
-from .triton_conv3d import Config, fold_upsample, folded_upsample
+from .triton_conv3d import Config
 from .triton_norm import norm_scale, norm_silu_join
 from .triton_strided import strided_candidates
 
@@ -64,7 +64,7 @@ class KernelBackend:
         self.stream, self.only_frame, self._cuda = stream, only_frame, cuda
         self._book, self._proofs = book, Proofs(device, stream, only_frame, cut)
         self._layers: dict[int, Layer | CudaLayer] = {}
-        self._folded: dict[int, tuple[torch.Tensor, Config]] = {}
+        self._upsamplers: dict[int, UpsampleLayer] = {}
         self._strided: dict[int, StridedLayer] = {}
         # The dtype in which the first convolution of an encode reads its pixels, if it runs here.
         self.pixels: torch.dtype | None = None
@@ -120,7 +120,11 @@ class KernelBackend:
     def _form(self, site: Site) -> Form | None:
         """The kernel in CUDA C++ for `site`, if there is one."""
         o, c, *kernel = site.weight.shape
-        if not self._cuda or site.kind != "normed" or kernel != [3, 3, 3] or not fits(c, o):
+        if not self._cuda or not fits(c, o):
+            return None
+        if site.kind == "upsample" and self.stream in (torch.bfloat16, torch.float16):
+            return Form(c, o, False, 1, self.stream, doubled=True)
+        if site.kind != "normed" or kernel != [3, 3, 3]:
             return None
         # Where a latent frame is one frame there are no pairs.
         winograd = site.frames > 1 and not self.only_frame
@@ -144,13 +148,16 @@ class KernelBackend:
 
     def _add_upsample(self, site: Site) -> None:
         o, c = site.weight.shape[:2]
-        configs = conv_candidates(c, o, 1 if self.only_frame else site.frames)
-        for config in configs:
-            if self._proven("upsample_conv2d", *self._proofs.upsample(site, config)):
-                folded = fold_upsample(site.weight.detach()).to(self.stream)
-                self._folded[id(site.weight)] = (folded, config)
+        form, configs = (
+            self._form(site),
+            conv_candidates(c, o, 1 if self.only_frame else site.frames),
+        )
+        for how in configs if form is None else (form, *configs):
+            if self._proven("upsample_conv2d", *self._proofs.upsample(site, how)):
+                layer = UpsampleLayer.of(site.weight, site.bias, self.stream, how)
+                self._upsamplers[id(site.weight)] = layer
                 return
-        if not configs:
+        if form is None and not configs:
             self._refuse("upsample_conv2d", f"no configuration for {c} to {o} channels")
 
     def _add_strided(self, site: Site) -> None:
@@ -220,9 +227,10 @@ class KernelBackend:
     def backend_of(self, weight: torch.Tensor) -> str:
         """Which backend runs the layer of `weight`: "cuda", "triton" or "eager"."""
         layer = self._layers.get(id(weight))
-        if isinstance(layer, CudaLayer):
+        upsampler = self._upsamplers.get(id(weight))
+        if isinstance(layer, CudaLayer) or (upsampler and isinstance(upsampler.how, Form)):
             return "cuda"
-        ours = layer is not None or id(weight) in self._folded or id(weight) in self._strided
+        ours = layer is not None or upsampler is not None or id(weight) in self._strided
         return "triton" if ours else "eager"
 
     @property
@@ -232,7 +240,10 @@ class KernelBackend:
         if self._layers:
             cuda = any(isinstance(layer, CudaLayer) for layer in self._layers.values())
             conv = {"conv3d": "cuda" if cuda else "triton", "norm_silu": "triton"}
-        up = {"upsample_conv2d": "triton"} if self._folded else {}
+        up = {}
+        if self._upsamplers:
+            cuda = any(isinstance(layer.how, Form) for layer in self._upsamplers.values())
+            up = {"upsample_conv2d": "cuda" if cuda else "triton"}
         names = ("norm", "conv2d", "attention") if self._attention is not None else ()
         down = {"conv2d": "triton"} if self._strided else {}
         return conv | up | down | dict.fromkeys(names, "triton")
@@ -323,12 +334,10 @@ class KernelBackend:
         padding: tuple[int, int] = (1, 1),
     ) -> torch.Tensor:
         """As `upsample.upsample_conv2d`."""
-        found = self._folded.get(id(weight))
-        if found is None:
+        layer = self._upsamplers.get(id(weight))
+        if layer is None:
             return eager_upsample.upsample_conv2d(x, weight, bias, counter, padding=padding)
-        folded, config = found
-        x = layout.to_format(x, "channels_last_3d")
-        return folded_upsample(x, folded, bias, config, padding)
+        return layer.run(layout.to_format(x, "channels_last_3d"), padding)
 
 
 def _input_bounds(sites: list[Site]) -> list[float]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from .. import layout
-from .cuda.conv3x3 import Form, conv3x3, pack
+from .cuda.conv3x3 import Form, conv3x3, pack, pack_doubled, upsample_conv3x3
 from .dispatch import HaloRows
-from .triton_conv3d import Config, conv3d
+from .triton_conv3d import Config, conv3d, fold_upsample, folded_upsample
 from .triton_head import head_conv
 from .triton_norm import norm_scale, norm_silu_join, norm_silu_pairs
 from .triton_strided import StridedConfig, strided_conv3d
@@ -140,6 +140,34 @@ class CudaLayer:
     ) -> torch.Tensor:
         """See `dispatch.FusedConv`."""
         return conv3x3(operand, self.packed, self.bias, residual, self.form, frames, padding)
+
+
+@dataclass(frozen=True)
+class UpsampleLayer:
+    """The 3x3 convolution of an up-sampler, with the doubling folded into its weight.
+
+    `how` is the configuration of a Triton kernel, or the form of one in CUDA C++.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    how: Config | Form
+
+    @staticmethod
+    def of(
+        weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype, how: Config | Form
+    ) -> UpsampleLayer:
+        """From a weight [O, C, 3, 3] and its bias, for features of `dtype`."""
+        folded, bias = fold_upsample(weight.detach()).to(dtype), bias.detach()
+        if isinstance(how, Form):
+            return UpsampleLayer(pack_doubled(folded, how), bias.float(), how)
+        return UpsampleLayer(folded, bias, how)
+
+    def run(self, x: torch.Tensor, padding: tuple[int, int] = (1, 1)) -> torch.Tensor:
+        """As `upsample.upsample_conv2d`; `x` [N, C, H, W] is in channels_last."""
+        if isinstance(self.how, Form):
+            return upsample_conv3x3(x, self.weight, self.bias, self.how, padding)
+        return folded_upsample(x, self.weight, self.bias, self.how, padding)
 
 
 @dataclass(frozen=True)

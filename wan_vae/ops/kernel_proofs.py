@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from . import triton_attention, triton_conv3d, triton_norm
+from . import triton_attention, triton_norm
 from .cuda.conv3x3 import Form
 from .cuda.driver import KernelBuildError
 from .dispatch import Cut, HaloRows
-from .kernel_layer import OPERAND, CudaLayer, Layer, StridedLayer
+from .kernel_layer import OPERAND, CudaLayer, Layer, StridedLayer, UpsampleLayer
 from .norm import rms_norm, rms_norm_silu
 from .proof import Verdict, prove
 from .sites import Site
@@ -75,11 +75,12 @@ class Proofs:
         key = f"conv2d {c}x{o} {_name(OPERAND)} to {_name(out)} {config.name}"
         return key, lambda: self._prove_conv(o, c, (1, 1, 1), OPERAND, out, config)
 
-    def upsample(self, site: Site, config: Config) -> Proof:
+    def upsample(self, site: Site, how: Config | Form) -> Proof:
         """The folded up-sampler."""
         o, c = site.weight.shape[:2]
-        key = f"upsample {c}x{o} {_name(self.stream)} {config.name}{self._cut_name}"
-        return key, lambda: self._prove_upsample(o, c, config)
+        cuda = "cuda " if isinstance(how, Form) else ""
+        key = f"upsample {c}x{o} {_name(self.stream)} {cuda}{how.name}{self._cut_name}"
+        return key, lambda: self._prove_upsample(o, c, how)
 
     def strided(self, site: Site, config: StridedConfig) -> Proof:
         """A down-sampler's convolution, over every second pixel or every second frame."""
@@ -187,12 +188,12 @@ class Proofs:
             BUILD_FAILURES,
         )
 
-    def _prove_upsample(self, o: int, c: int, config: Config) -> Verdict:
+    def _prove_upsample(self, o: int, c: int, how: Config | Form) -> Verdict:
         frames = PROOF_SIZE[self.device.type][0]
         x = self._features(c, frames, self.stream, seed=0)[0].transpose(0, 1)
         weight = (self._random(o, c, 3, 3, seed=1) / (9 * c) ** 0.5).to(self.stream)
         bias = self._random(o, seed=2).to(self.stream)
-        folded = triton_conv3d.fold_upsample(weight).to(self.stream)
+        layer = UpsampleLayer.of(weight, bias, self.stream, how)
         padding = self._padding()
 
         def reference() -> torch.Tensor:
@@ -203,7 +204,7 @@ class Proofs:
 
         # Summed taps are rounded once more than the reference's.
         return prove(
-            lambda: triton_conv3d.folded_upsample(x, folded, bias, config, padding),
+            lambda: layer.run(x, padding),
             reference,
             2 * BOUNDS[self.stream],
             BUILD_FAILURES,

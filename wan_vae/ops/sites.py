@@ -23,7 +23,7 @@ Kind = Literal[
 @dataclass(frozen=True)
 class Site:
     """One layer. `frames`: how many it has for each latent frame of a steady chunk. `bias`: of a
-    layer behind a norm.
+    layer behind a norm or of an up-sampler.
 
     kind says where its input comes from: "latent" (the latent, or almost), "normed" (norm and
     SiLU, with `gamma`), "head" (the same; its result is float32: the pixels, or almost the latent),
@@ -52,7 +52,8 @@ def decoder_sites(model: WanVAEModel) -> Iterator[Site]:
             if layer.time_conv is not None:
                 yield Site("stream", layer.time_conv.weight, frames)
                 frames *= 2
-            yield Site("upsample", layer.resample["1"].weight, frames)
+            conv = layer.resample["1"]
+            yield Site("upsample", conv.weight, frames, bias=conv.bias)
     norm, conv = decoder.head.values()
     yield Site("head", conv.weight, frames, norm.gamma, bias=conv.bias)
 

@@ -7,6 +7,9 @@
 //               Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2015).
 //   WINOGRAD 0: one output frame, KT input frames; A and B are two blocks of BN channels (NB 2),
 //               or A alone (NB 1).
+//   DOUBLED 1:  the input is doubled in height and width first. That folds the 3 x 3 taps to 2 x 2,
+//               others for each parity of the output's row and column: 16 x 16 input pixels make 32
+//               x 32, the even rows and then the odd ones; A and B are the even and odd columns.
 // One halo tile of 18 x 18 pixels x 32 channels in shared memory serves all nine taps: a tap moves
 // the start address of the tensor core's operand by whole pixels. Loads beyond the picture's edge
 // give zeros, which is the padding. Weights arrive packed in the order of their use, as shared
@@ -19,8 +22,8 @@
 // output pixel runs over (phase, 32 channels, ky, kx, 16 channels) whatever its place in tile and
 // picture: its bits depend on nothing but its inputs.
 //
-// Compiled at run time with these macros: CIN, COUT, WINOGRAD, KT, BN, NB,
-// BF16_OUT.
+// Compiled at run time with these macros: CIN, COUT, WINOGRAD, DOUBLED, KT, BN, NB, BF16_OUT, and
+// BF16_IN: input and weights are bfloat16, not float16.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -29,7 +32,7 @@ struct alignas(64) TensorMap { char bytes[128]; };
 
 constexpr int kBlockK = 32;                      // channels of one halo tile
 constexpr int kChunks = CIN / kBlockK;
-constexpr int kPhases = WINOGRAD ? 4 : KT;
+constexpr int kPhases = WINOGRAD ? 4 : DOUBLED ? 2 : KT;
 constexpr int kHalo = 18;
 constexpr int kPixelBytes = kBlockK * 2;
 constexpr int kRowBytes = kHalo * kPixelBytes;
@@ -37,9 +40,12 @@ constexpr int kInputBytes = kHalo * kRowBytes;   // what a load brings
 constexpr int kInputStage = (kInputBytes + 1023) / 1024 * 1024;
 constexpr int kWeightTap = BN * kPixelBytes;
 constexpr int kRegisters = BN / 2;              // of one accumulator of 64 pixels, per thread
-constexpr int kWeightStage = 3 * kWeightTap;     // one row of taps
-constexpr int kInputStages = 3;
-constexpr int kWeightStages = BN == 96 ? 8 : 12;
+constexpr int kWeightStage = (DOUBLED ? 4 : 3) * kWeightTap;  // one row of taps; DOUBLED: of both
+constexpr int kRowsOfTaps = DOUBLED ? 2 : 3 * (WINOGRAD ? 1 : NB);  // for each halo tile
+// What fits, as it was measured to be fastest.
+constexpr int kInputStages = WINOGRAD && CIN > 96 ? 4 : 3;
+constexpr int kWeightStages = (kInputStages == 4 ? (BN == 96 ? 7 : 10) : (BN == 96 ? 8 : 12)) * 3 /
+                              (DOUBLED ? 4 : 3);
 constexpr int kGroups = BN / 32;                 // of 32 channels that are stored together
 constexpr int kResidualBytes = 16 * 16 * 64;
 constexpr int kOutputBlocks = COUT / (BN * (WINOGRAD ? 1 : NB));
@@ -113,6 +119,12 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
+#if BF16_IN
+#define OPERANDS ".f32.bf16.bf16 "
+#else
+#define OPERANDS ".f32.f16.f16 "
+#endif
+
 // d += a * b, 64 x BN x 16; `add` 0 overwrites d.
 __device__ __forceinline__ void wgmma(float (&d)[kRegisters], u64 a, u64 b, int add) {
 #if BN == 96
@@ -120,7 +132,7 @@ __device__ __forceinline__ void wgmma(float (&d)[kRegisters], u64 a, u64 b, int 
       "{\n"
       ".reg .pred p;\n"
       "setp.ne.b32 p, %50, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n96k16.f32.f16.f16 "
+      "wgmma.mma_async.sync.aligned.m64n96k16" OPERANDS
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
@@ -140,7 +152,7 @@ __device__ __forceinline__ void wgmma(float (&d)[kRegisters], u64 a, u64 b, int 
       "{\n"
       ".reg .pred p;\n"
       "setp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "wgmma.mma_async.sync.aligned.m64n64k16" OPERANDS
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
       "%32, %33, p, 1, 1, 0, 0;\n"
@@ -181,13 +193,21 @@ struct Barriers {
 
 struct Tile {
   int block, x, y, group;  // block of output channels, first column and row, pair or frame
-  __device__ __forceinline__ Tile(int index, int columns, int rows) {
+  __device__ __forceinline__ Tile(int index, int columns, int rows, int groups) {
     block = index % kOutputBlocks;
     index /= kOutputBlocks;
+#if WINOGRAD
+    // The pairs of a clip side by side: the next one reads two of the same frames, then from L2.
+    const int in_clip = index % groups;
+    index /= groups;
+#endif
     x = index % columns * 16;
     index /= columns;
     y = index % rows * 16;
     group = index / rows;
+#if WINOGRAD
+    group = group * groups + in_clip;
+#endif
   }
 };
 
@@ -231,12 +251,17 @@ __device__ __forceinline__ void sum_and_difference(float& a, float& b) {
 }
 
 // Where a warpgroup's part of a tile goes: `pixel` is the index of this lane's upper left pixel, the
-// others are a row below and eight columns on; `inside` has a bit for each of them.
+// others are a row below, `below` pixels on, and eight columns; `inside` has a bit for each of them.
 struct Place {
   u32* out;
   long long pixel;
-  int width, inside;
+  int below, inside;
 };
+
+__device__ __forceinline__ int pixels_inside(int x, int y, int width, int height) {
+  return (y < height ? (x < width) | (x + 8 < width) << 2 : 0) |
+         (y + 1 < height ? (x < width) << 1 | (x + 8 < width) << 3 : 0);
+}
 
 // 32 channels of an accumulator -> out, with bias and residual, rounded once. `residual`: address of
 // this warp's first pixel in a stage of the ring, or 0.
@@ -267,7 +292,8 @@ __device__ __forceinline__ void store_channels(const float (&d)[2][kRegisters], 
     }
     const uint4 row = transpose_quad(words[0], words[1], words[2], words[3], lane);
     if (to.inside >> part & 1) {
-      const long long at = (to.pixel + lower * to.width + half * 8) * COUT + channel;
+      const int beside = half * 8 * (DOUBLED ? 2 : 1);
+      const long long at = (to.pixel + lower * to.below + beside) * COUT + channel;
       *reinterpret_cast<uint4*>(to.out + at / 2 + q * 4) = row;
     }
     // No loads of later parts before this point: they would not fit in registers.
@@ -310,6 +336,34 @@ struct Consumer {
         }
       }
     }
+    issued();
+  }
+
+  // The same where the input was doubled: two taps for the even columns into a, two for the odd ones
+  // into b, on the rows of pixels `row` of the halo tile.
+  __device__ __forceinline__ void row_of_folded_taps(float (&a)[2][kRegisters],
+                                                     float (&b)[2][kRegisters], int row, int add) {
+    barrier_wait(barriers.weight_full(weight.stage), weight.parity);
+    const u64 x = descriptor(inputs + input.stage * kInputStage + row * kRowBytes, kRowBytes);
+    const u64 w = descriptor(weights + weight.stage * kWeightStage, 8 * kPixelBytes);
+    wgmma_fence();
+#pragma unroll
+    for (int kx = 0; kx < 2; ++kx) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const u64 from = x + (kx * kPixelBytes + k * 32 + half * 8 * kPixelBytes) / 16;
+          wgmma(a[half], from, w + (kx * kWeightTap + k * 32) / 16, (kx | k) ? 1 : add);
+          wgmma(b[half], from + kPixelBytes / 16, w + ((2 + kx) * kWeightTap + k * 32) / 16,
+                (kx | k) ? 1 : add);
+        }
+      }
+    }
+    issued();
+  }
+
+  __device__ __forceinline__ void issued() {
     wgmma_commit();
     wgmma_wait<1>();  // all but what was just issued
     give_back(barriers, pending, leader);
@@ -402,7 +456,7 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) {
       Ring input{0, 1}, weight{0, 1};  // an empty ring needs no waiting in its first round
-      constexpr int kRows = kPhases * kChunks * 3 * (WINOGRAD ? 1 : NB);
+      constexpr int kRows = kPhases * kChunks * kRowsOfTaps;
       const auto load_input = [&](const TensorMap* from, int bytes, int channel, int x, int y,
                                   int frame) {
         barrier_wait(barriers.input_empty(input.stage), input.parity);
@@ -412,17 +466,18 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
         input.next<kInputStages>();
       };
       for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-        const Tile tile(index, columns, rows);
+        const Tile tile(index, columns, rows, groups);
         const int clip = tile.group / groups, group = tile.group % groups;
         const int first = clip * batch_stride + group * group_stride;
         const char* w = weights + static_cast<long long>(tile.block) * kRows * kWeightStage;
         for (int step = 0; step < kPhases; ++step) {
           // Winograd's products in the order 1, 2, 0, 3: see the top of the file.
-          const int frame = WINOGRAD ? (step == 0 ? 1 : step == 1 ? 2 : step == 2 ? 0 : 3) : step;
+          const int frame = WINOGRAD ? (step == 0 ? 1 : step == 1 ? 2 : step == 2 ? 0 : 3)
+                                     : DOUBLED ? 0 : step;
           for (int chunk = 0; chunk < kChunks; ++chunk) {
             load_input(&map, kInputBytes, chunk * kBlockK, tile.x - pad_x, tile.y - pad_y,
                        first + frame);
-            for (int r = 0; r < 3 * (WINOGRAD ? 1 : NB); ++r) {
+            for (int r = 0; r < kRowsOfTaps; ++r) {
               barrier_wait(barriers.weight_empty(weight.stage), weight.parity);
               barrier_expect(barriers.weight_full(weight.stage), kWeightStage);
               load_bytes(base + kWeightsAt + weight.stage * kWeightStage, w, kWeightStage,
@@ -460,6 +515,25 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
       }
       consumer.phase(a, 1);
       consumer.phase(b, 1);
+#elif DOUBLED
+      for (int odd = 0; odd < 2; ++odd) {
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+          consumer.wait_input();
+#pragma unroll
+          for (int ky = 0; ky < 2; ++ky) consumer.row_of_folded_taps(a, b, odd + ky, chunk | ky);
+          consumer.leave_input();
+        }
+        consumer.drain();
+        const Tile tile(index, columns, rows, groups);
+        const int x = tile.x + lane / 4, y = tile.y + group * 8 + warp * 2;
+        const long long row = static_cast<long long>(tile.group) * 2 * height + 2 * y + odd;
+        const long long pixel = row * 2 * width + 2 * x;
+        const int inside = pixels_inside(x, y, width, height);
+        consumer.store(a, Place{out, pixel, 4 * width, inside}, bias_shared, tile.block * BN, false,
+                       0, lane);
+        consumer.store(b, Place{out, pixel + 1, 4 * width, inside}, bias_shared, tile.block * BN,
+                       false, 0, lane);
+      }
 #else
       for (int step = 0; step < kPhases * kChunks; ++step) {
         consumer.wait_input();
@@ -473,12 +547,12 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
         consumer.leave_input();
       }
 #endif
+#if !DOUBLED
       consumer.drain();
-      const Tile tile(index, columns, rows);
+      const Tile tile(index, columns, rows, groups);
       const int clip = tile.group / groups, in_clip = tile.group % groups;
       const int x = tile.x + lane / 4, y = tile.y + group * 8 + warp * 2;
-      const int inside = (y < height ? (x < width) | (x + 8 < width) << 2 : 0) |
-                         (y + 1 < height ? (x < width) << 1 | (x + 8 < width) << 3 : 0);
+      const int inside = pixels_inside(x, y, width, height);
       const long long plane = static_cast<long long>(height) * width;
 #if WINOGRAD
       // Pairs end with the last frame: of an odd number the first pair's first is of the past.
@@ -498,6 +572,7 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
 #elif NB == 2
       consumer.store(b, Place{out, pixel, width, inside}, bias_shared, channel + BN, has_residual,
                      in_stage, lane);
+#endif
 #endif
     }
   }
