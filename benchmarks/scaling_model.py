@@ -28,9 +28,9 @@ class Case:
     one_gpu_ms: float
 
 
-# NVIDIA H100, our kernels: benchmarks/results/2026-11-25-h100x2-ranks.md, over 21 latent frames.
+# NVIDIA H100, our kernels: benchmarks/results/2026-11-28-h100x4-ranks.md, over 21 latent frames.
 CLIP_FRAMES = 21
-CASES = (Case("480p", 60, 104, 455.2 / 21), Case("720p", 90, 160, 1095.8 / 21))
+CASES = (Case("480p", 60, 104, 398.0 / 21), Case("720p", 90, 160, 962.7 / 21))
 
 
 def table() -> str:

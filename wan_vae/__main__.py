@@ -6,17 +6,21 @@ import sys
 def main() -> int:
     """Run the command; also while it is still being imported, Ctrl-C is one line.
 
-    So is a missing PyTorch, which no installation of this package brings by itself.
+    So is a missing PyTorch, which no installation of this package brings by itself, and another
+    package that the command needs where it was installed without its dependencies.
     """
     try:
         from .cli import main as command
 
         return command()
     except ModuleNotFoundError as error:
-        if error.name != "torch":
+        if error.name == "torch":
+            cure = "install torch for your device, or pip install -e '.[torch]'"
+            print(f"wan-vae: PyTorch is missing: {cure}", file=sys.stderr)
+        elif error.name in ("numpy", "safetensors", "tqdm"):
+            print(f"wan-vae: {error.name} is missing: pip install {error.name}", file=sys.stderr)
+        else:
             raise
-        print("wan-vae: PyTorch is missing: install torch for your device, or "
-              "pip install -e '.[torch]'", file=sys.stderr)  # fmt: skip
         return 1
     except KeyboardInterrupt:
         print("wan-vae: interrupted", file=sys.stderr)

@@ -132,12 +132,14 @@ class Decoder(nn.Module):
             frames = first_pass(x.shape[2], i, part)
             if frames < x.shape[2]:
                 now, later = part.chunk.split()
-                pending.append((i, x[:, :, frames:], replace(part, chunk=later)))
+                # A copy: a view would keep what goes on now alive until the last of them is done.
+                pending.append((i, x[:, :, frames:].clone(), replace(part, chunk=later)))
                 x, part = x[:, :, :frames], replace(part, chunk=now)
             for layer in self.upsamples[self._stage_starts[i] : self._stage_starts[i + 1]]:
                 x = layer(x, part)
             if i + 2 < len(self._stage_starts):
-                x = x if strip is None else self._crop(x, strip, i, i + 1)
+                # A copy, which all layers that follow read, dense, and which frees the rest.
+                x = x if strip is None else self._crop(x, strip, i, i + 1).clone()
                 pending.append((i + 1, x, part))
                 continue
             x = norm_silu_conv(x, norm, conv, part)

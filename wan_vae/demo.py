@@ -28,13 +28,16 @@ def run_demo(args, load, decode_one, report_table) -> int:
     """
     from . import geometry
     from .latents import load_latent
-    from .video import ContactSheetSink
+    from .video import ContactSheetSink, check_sink
 
     if not MINI_VAE.is_file() or not samples():
         raise CheckpointError(
             f"{EXAMPLES}: the demo's files are not here: run it from a clone of the repository "
             "(pip install -e .)"
         )
+    for path in samples():  # what cannot be written is refused before anything is
+        for suffix in (".mp4", ".png"):
+            check_sink(args.output / f"{path.stem}{suffix}")
     vae = load(args, MINI_VAE)
     reports = {}
     for path in samples():

@@ -23,10 +23,11 @@ from .geometry import Strip
 
 # The allocator's smallest block.
 _BLOCK_BYTES = 512
-# Of the free bytes, those that a plan may use. The rest is for what the allocator cannot hand out
-# because it lies in pieces. NVIDIA H100, allocator capped to 6 GB, 720p in two strips: our kernels
-# decoded as planned at 0.80, the eager backend ran out at 0.73. More strips cost it little.
-_USABLE, _USABLE_EAGER_STRIPS = 0.85, 0.6
+# Of the free bytes, those that a plan may use: for whole pictures, for strips of our kernels and
+# for strips of the eager backend. The rest is what the allocator cannot hand out because it lies in
+# pieces. NVIDIA H100, allocator capped to 8 GB, 1080p in three strips: our kernels ran out at 0.82;
+# capped to 6 GB, 720p in two, the eager backend did at 0.73. More strips cost it little.
+_USABLE, _USABLE_STRIPS, _USABLE_EAGER_STRIPS = 0.85, 0.75, 0.6
 # Memory that cuDNN takes for one convolution of NCDHW data, in units of its operand's bytes:
 # it converts operand and result to NDHWC and back. NVIDIA H200, bfloat16, contiguous against
 # channels_last_3d: 1.28 GiB more at 480p, 1.64 at 720p (Wan 2.1), which is operand + result of
@@ -142,6 +143,7 @@ def plan_decode(
     if smallest.planned_bytes <= usable:
         return plan  # as asked for; out of memory would shrink the chunks
     counts = [*(n for n in _STRIP_COUNTS if n < height), *([height] if height > 1 else [])]
+    usable = int(_USABLE_STRIPS * free)
     if backend == "eager":
         usable, ways = int(_USABLE_EAGER_STRIPS * free), [(1, _PASSES[0])]
     best = None
@@ -325,22 +327,31 @@ class _Model:
             size = band.halo_stop - band.halo_start, band.stop - band.start
             alike.setdefault(size, [band, 0])[1] += 1
         kept = len(chunks) > 1
+        features = trunks[0].result // heaviest[0].frames  # of a latent frame
+        longest = max(c.frames for c in chunks)
+        frames = self._pixel_bytes(max(self._frames(c) for c in chunks), height)
         for band, times in alike.values():
             rows = band.halo_stop - band.halo_start
             walks = [_Walk(self, c, rows, elements).band(band) for c in heaviest]
             pixels = max(p.pixels for p in walks)
             before = self._pixel_bytes(pixels, band.stop - band.start) if count * t > 1 else 0
-            top = max(p.peak - (p.history if whole_frames and kept else 0) for p in walks)
-            peak = max(peak, top + before)
+            for chunk, p in zip(heaviest, walks, strict=True):
+                top = p.peak + before
+                if whole_frames:
+                    # Its features and frames, the frames of the chunk before; its history is
+                    # among that of all strips.
+                    top += chunk.frames * features + self._pixel_bytes(self._frames(chunk), height)
+                    top += (0 if chunk.is_first else frames) - (p.history if kept else 0)
+                peak = max(peak, top)
             work += times * walks[0].work
             history += times * (walks[0].history if kept else 0)
-        features = trunks[0].result // heaviest[0].frames  # of a latent frame
-        longest = max(c.frames for c in chunks)
         if whole_frames:
-            frames = self._pixel_bytes(max(self._frames(c) for c in chunks), height)
-            trunk = max(p.peak for p in trunks) + history + (frames if kept else 0)
-            held = trunk_history + longest * features + history
-            peak = max(trunk, held + (2 if kept else 1) * frames + peak)
+            behind = history + frames + longest * features
+            trunk = max(
+                p.peak + (0 if c.is_first else behind)
+                for c, p in zip(heaviest, trunks, strict=True)
+            )
+            peak = max(trunk, trunk_history + history + peak)
         else:
             # The trunk of all frames first; its features stay until the last strip is done.
             trunk = max(p.peak for p in trunks) + (t - longest) * features
@@ -378,6 +389,8 @@ class _Walk:
         self.last = chunk.is_last
         self.only_frame = chunk.is_only_frame
         self.resumes = False  # a later pass of this chunk
+        # The video's first frame went alone past these temporal up-samplers, by `per_latent`.
+        self.skipped: set[int] = set()
         self.t = chunk.frames
         self.pass_frames: tuple[int, ...] | None = None
         if elements is not None:
@@ -424,7 +437,8 @@ class _Walk:
         return x
 
     def passes(self, i: int, x: int, rows: list[int], cropped: int | None) -> None:
-        """Stage `i` and all that follows, in passes over `x`, whose bytes the last of them frees.
+        """Stage `i` and all that follows, in passes over `x`, which the first frees: of the frames
+        that wait it takes a copy.
 
         `rows` of each stage's input, `cropped` of the result.
         """
@@ -434,10 +448,19 @@ class _Walk:
             if self.pass_frames is not None and frames > self.pass_frames[i]:
                 frames = 1 if self.first else self.pass_frames[i]
             missing -= frames
+            stage = _stages(self.config)[i]
             self.t, self.last = frames, last and not missing
             self.scale, self.per_latent = place
-            y = self.stage(_stages(self.config)[i], rows[i], 0 if missing else x)
+            waiting = self.size(stage.channels_in, rows[i], missing)
+            self.hold(waiting)
+            y = self.stage(stage, rows[i], x)
+            x = waiting
             if i + 1 < len(rows):
+                if cropped is not None:
+                    needed = self.size(stage.up, rows[i + 1])
+                    self.hold(needed)
+                    self.drop(y)
+                    y = needed
                 self.passes(i + 1, y, rows, cropped)
             else:
                 self.head(y, rows[-1], cropped)
@@ -530,21 +553,27 @@ class _Walk:
         self.drop(copies + pixels)
 
     def conv(
-        self, cin: int, out: int, h: int, kernel: tuple[int, int, int] = (3, 3, 3), owned: int = 0
+        self,
+        cin: int,
+        out: int,
+        h: int,
+        kernel: tuple[int, int, int] = (3, 3, 3),
+        owned: int = 0,
+        is_new: bool = False,
     ) -> int:
-        """Join with history, then convolve; an `owned` input is freed as early as it can be."""
+        """Join with history, then convolve; an `owned` input is freed as early as it can be.
+
+        is_new: a layer that earlier passes of this chunk, which is the first, did not reach.
+        """
         past, t = kernel[0] - 1, self.t
         operand, taps = owned, kernel[0]
         if past and not self.only_frame:
             operand, slot = self.size(cin, h, t + past), self.size(cin, h, past)
-            if self.first:
-                self.hold(slot)  # zeros
+            # Zeros, in whose place the first history comes.
+            self.hold(slot if self.first or is_new else 0)
             self.hold(operand)
-            if self.first or self.last:
-                self.drop(slot)
-            if self.first and not self.last:
-                self.hold(slot)
-            self.history += 0 if self.resumes else slot
+            self.drop(slot if self.last else 0)
+            self.history += 0 if self.resumes and not is_new else slot
             self.drop(owned)
         elif past:
             taps = 1
@@ -580,10 +609,13 @@ class _Walk:
         passed = 1 if self.first else 0
         rest = self.t - passed
         if rest == 0:
+            self.skipped.add(self.per_latent)
             self.per_latent *= 2
             return self.up(cin, out, h)
         self.t = rest
-        x = self.conv(cin, 2 * cin, h, (3, 1, 1))
+        is_new = self.per_latent in self.skipped
+        self.skipped.discard(self.per_latent)
+        x = self.conv(cin, 2 * cin, h, (3, 1, 1), is_new=is_new)
         if rest > 1 or self.batch > 1:
             self.hold(x)  # frames in their order
             self.drop(x)

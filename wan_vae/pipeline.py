@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -167,10 +167,10 @@ class WanVAE:
         that the plan may count on, where that is less than the device has free.
         precision: compute dtype, "auto" (that of the weights), "fp32", "bf16" or "fp16".
         backend: "auto", "eager" (plain PyTorch), "triton" or "cuda" (see `ops.select`).
-        on_progress(done_frames, total_frames, report) follows each chunk; should_stop() is asked
-        before each. A collective exactly with a `shard`: every rank of its group must call it
-        with equal arguments, and decodes its rows. `gather` then says who gets the pixels: "all"
-        ranks, "rank0" (the others get None), or each rank its "own" rows.
+        on_progress(done_frames, total_frames, report) follows each pass (a chunk, or a part of
+        one); should_stop() is asked before each. A collective exactly with a `shard`: every rank of
+        its group must call it with equal arguments, and decodes its rows. `gather` then says who
+        gets the pixels: "all" ranks, "rank0" (the others get None), or each rank its "own" rows.
 
         Raises LatentError, GeometryError, LayoutError, BackendError, OutputError,
         DecodeCancelled, DecodeMemoryError,
@@ -245,7 +245,7 @@ class WanVAE:
         pieces = run.pieces()
         try:
             while True:
-                # Entered for each chunk anew: a context left open across a yield would leak into
+                # Entered for each pass anew: a context left open across a yield would leak into
                 # the caller's code.
                 with own_arithmetic(self.device):
                     piece = next(pieces, None)
@@ -454,7 +454,8 @@ class _DecodeRun:
         counts = [self.strip_count] if self.strip_count else []
         if self.strips is None:  # planned or none: more of them where memory runs out all the same
             counts += [n for n in _strip_counts(height) if n > (self.strip_count or 0)]
-        for count in counts:
+        while counts:
+            count = counts[0]
             self.builder.values["strips"] = count
             try:
                 if self.whole_frames:
@@ -464,11 +465,15 @@ class _DecodeRun:
                 return
             except DecodeMemoryError as error:
                 failure = str(error)
-            self._fall_back(f"{count} strips: {failure}")
-            self._halve()
+            text = f"{count} strips: {failure}"
+            if self._halve() and len(counts) == 1:
+                text += f"; started again with {max(self.lengths)}"
+            else:
+                del counts[0]
+            self._fall_back(text)
         raise DecodeMemoryError(
             f"out of memory on {self.z.device} even with one latent frame a chunk and "
-            f"{counts[-1]} strip(s): {failure}; free device memory, or decode on the CPU"
+            f"{count} strip(s): {failure}; free device memory, or decode on the CPU"
         )
 
     def _halve(self) -> bool:
@@ -529,7 +534,6 @@ class _DecodeRun:
                     start, frame = frame, frame + rows.shape[2]
                     # Progress counts frames: each strip contributes its share of them.
                     self.done_frames = (i * self.total_frames + frame) // count
-                    self.pixels_finite &= torch.isfinite(rows).all()
                     yield _Piece(rows, start, top)
 
     def _trunk(self) -> Iterator[tuple[Chunk, torch.Tensor]]:
@@ -552,8 +556,15 @@ class _DecodeRun:
     ) -> Iterator[torch.Tensor]:
         """The `passes` of a chunk, each by `_run`, until its frames are complete."""
         missing = self._frames_of(chunk)
+
+        def next_pass() -> torch.Tensor:
+            pixels = next(passes)
+            # Here, where they are few: it takes their memory once more.
+            self.pixels_finite = self.pixels_finite & torch.isfinite(pixels).all()
+            return pixels
+
         while missing:
-            pixels = self._run(chunk, what, lambda: next(passes))
+            pixels = self._run(chunk, what, next_pass)
             missing -= pixels.shape[2]
             yield pixels
 
@@ -582,7 +593,6 @@ class _DecodeRun:
     def _piece(self, pixels: torch.Tensor, start: int, stop: int) -> _Piece:
         """Whole frames [start, stop)."""
         self.done_frames = stop
-        self.pixels_finite &= torch.isfinite(pixels).all()
         return _Piece(pixels, start, 0)
 
     def _frames_of(self, chunk: Chunk) -> int:
@@ -667,11 +677,10 @@ class _Clock:
         self._marks.clear()
 
     def records(self, wait: bool) -> list[ChunkRecord]:
-        """One record a chunk, of all its passes so far."""
+        """One record a chunk, of all its passes (and strips) so far."""
         if wait and self.is_cuda:
             torch.cuda.synchronize(self.device)
-        done: list[ChunkRecord] = []
-        last = None
+        done: dict[Chunk, ChunkRecord] = {}
         for chunk, frames, start, stop in self._marks:
             if self.is_cuda:
                 if not stop.query():
@@ -679,12 +688,10 @@ class _Clock:
                 ms = start.elapsed_time(stop)
             else:
                 ms = (stop - start) * 1e3
-            if chunk is last:
-                done[-1] = replace(done[-1], duration_ms=done[-1].duration_ms + ms)
-            else:
-                done.append(ChunkRecord(chunk.start, chunk.stop, chunk.is_first, frames, ms))
-            last = chunk
-        return done
+            if chunk in done:
+                ms += done[chunk].duration_ms
+            done[chunk] = ChunkRecord(chunk.start, chunk.stop, chunk.is_first, frames, ms)
+        return list(done.values())
 
     def peak_bytes(self) -> int | None:
         """Peak of allocated device memory above the start; None on the CPU."""

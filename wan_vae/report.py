@@ -34,7 +34,7 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class ChunkRecord:
-    """One call of the decoder: latent frames [start, stop), pixel frames made, milliseconds."""
+    """One chunk: latent frames [start, stop), its pixel frames, milliseconds of all its passes."""
 
     start: int
     stop: int

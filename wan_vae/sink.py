@@ -1,7 +1,8 @@
 """Where pixels go: a preallocated tensor, a callback, or (in `video`) a file.
 
 A sink gets each piece of the picture once, as soon as it is final: whole frames in order, or, when
-memory forced strips, a band of rows of every frame at a time.
+memory forced strips, a band of rows of every frame at a time. Where memory runs out on the way to
+whole frames, a sink that takes bands gets those frames again, the same, in bands.
 """
 
 from __future__ import annotations

@@ -6,17 +6,19 @@ name only when they are whole; a failed or cancelled decode leaves nothing behin
 
 from __future__ import annotations
 
+import importlib
 import re
 import struct
 from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from .errors import LatentError, OutputError
+from .errors import LatentError, OutputError, WanVAEError
 from .files import Partial, check_output, first_line, save_tensors, why_unreadable, writing
 from .sink import sink_bytes
 
@@ -33,6 +35,17 @@ def to_uint8(pixels: torch.Tensor) -> np.ndarray:
     return scaled.round().clamp(0, 255).byte().permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
+def _imported(module: str, package: str, path: Path, error: type[WanVAEError]) -> ModuleType:
+    """`module` of the installable `package`, or `error` about the `path` that needs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as trouble:
+        raise error(
+            f"{path}: needs {package}, which cannot be imported ({first_line(trouble)}): "
+            f"pip install {package}"
+        ) from trouble
+
+
 def check_sink(path: Path) -> None:
     """Raise OutputError unless `open_sink` has a sink for this name, whatever the pixels are."""
     suffix = path.suffix.lower()
@@ -45,6 +58,10 @@ def check_sink(path: Path) -> None:
         )
     if suffix == "":
         _old_frames(path)
+    if suffix in VIDEO_SUFFIXES:
+        _imported("av", "av", path, OutputError)
+    elif suffix != ".safetensors":
+        _imported("PIL.Image", "Pillow", path, OutputError)
 
 
 def open_sink(path: Path, shape: tuple[int, ...], fps: float):
@@ -107,9 +124,7 @@ class VideoFileSink(_FileSink):
     """H.264 video, yuv420p, BT.709, streamed. Odd sizes gain one repeated row or column."""
 
     def __init__(self, path: Path, height: int, width: int, fps: float):
-        import av
-
-        self._av = av
+        self._av = av = _imported("av", "av", path, OutputError)
         rate = _frame_rate(path, fps)
         self.warnings: list[str] = []
         self._pad = (height % 2, width % 2)
@@ -297,10 +312,9 @@ class ContactSheetSink(_FileSink):
 
 def save_png(picture: np.ndarray, path: Path) -> None:
     """Write [H, W, 3] uint8 as PNG. Raises OutputError."""
-    from PIL import Image
-
+    image = _imported("PIL.Image", "Pillow", path, OutputError)
     with writing(path):
-        Image.fromarray(picture).save(path, format="PNG")
+        image.fromarray(picture).save(path, format="PNG")
 
 
 def read_pixels(path: Path) -> torch.Tensor:
@@ -325,6 +339,7 @@ def read_pixels(path: Path) -> torch.Tensor:
 
 def _read_image(path: Path) -> tuple[list[np.ndarray], int]:
     """One picture [H, W, 3], and the number that stands for white in it."""
+    _imported("PIL.Image", "Pillow", path, LatentError)
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -349,8 +364,7 @@ def _read_image(path: Path) -> tuple[list[np.ndarray], int]:
 
 def _read_video(path: Path) -> list[np.ndarray]:
     """The frames [H, W, 3] uint8 of the first video stream."""
-    import av
-
+    av = _imported("av", "av", path, LatentError)
     try:
         with av.open(_for_ffmpeg(path)) as file:
             return [_upright(f, path) for f in file.decode(video=0)]

@@ -167,10 +167,15 @@ def _unpack(root: Path, requirement: str, prefix: str, folder: Path) -> None:
 
 
 def _pip(python: Path, command: str, *arguments: str) -> None:
+    # What is imported is compiled when it is; the rest, most of it, never.
+    late = ["--no-compile"] if command == "install" else []
     subprocess.run(
-        [str(python), "-m", "pip", command, "--quiet", "--disable-pip-version-check", *arguments],
+        [
+            str(python), "-m", "pip", command, "--quiet", "--disable-pip-version-check", *late,
+            *arguments,
+        ],
         check=True,
-    )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

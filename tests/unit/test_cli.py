@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.conftest import random_state
 from wan_vae import cli, video
 from wan_vae.cli import main
 from wan_vae.config import wan21
+from wan_vae.errors import OutputError
 from wan_vae.latents import load_latent, save_latent
 
 CPU = ("--device", "cpu")
@@ -231,6 +233,54 @@ def test_demo_writes_what_the_readme_says(tmp_path, capfd):
     captured = capfd.readouterr()
     assert "layout" in captured.out and "0 mixed calls" in captured.out
     assert "17/17" in captured.err
+
+
+@pytest.mark.parametrize("module, package, command", [
+    ("av", "av", ["demo", "--output", "out"]),
+    ("PIL.Image", "Pillow", ["demo", "--output", "out"]),
+    ("av", "av", ["decode", "z.latent", "--vae", "v.safetensors", "-o", "out/o.mp4"]),
+    ("PIL.Image", "Pillow", ["decode", "z.latent", "--vae", "v.safetensors", "-o", "out/o.png"]),
+    ("PIL.Image", "Pillow", ["decode", "z.latent", "--vae", "v.safetensors", "-o", "out"]),
+    ("av", "av", ["encode", "in.mp4", "--vae", "v.safetensors", "-o", "out/z.latent"]),
+    ("PIL.Image", "Pillow", ["encode", "in.png", "--vae", "v.safetensors", "-o", "out/z.latent"]),
+])  # fmt: skip
+def test_a_package_that_is_missing_is_one_line_that_says_what_to_install(
+    module, package, command, tmp_path, monkeypatch, capsys
+):
+    """Before anything is loaded: of the files that these commands name, none is there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    for name in ("in.mp4", "in.png"):
+        Path(name).write_bytes(b"never looked at")
+    assert main([*command, *CPU]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("wan-vae: ") and line.endswith(f": pip install {package}")
+    assert f"needs {package}, which cannot be imported" in line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mp4", "in.png"]
+
+
+def test_a_sink_of_the_library_says_so_too(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(OutputError, match=r"o\.mp4: needs av.*pip install av"):
+        video.VideoFileSink(tmp_path / "o.mp4", 16, 16, 16)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["tqdm", "numpy", "safetensors"])
+def test_what_was_left_out_with_the_dependencies_is_one_line(module, files, tmp_path):
+    (tmp_path / f"{module}.py").write_text(
+        f"raise ModuleNotFoundError(\"No module named '{module}'\", name='{module}')\n"
+    )
+    root = Path(wan_vae.__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "wan_vae", "decode", str(files / "clip.latent"), "--vae",
+         str(files / "vae.safetensors"), "-o", "o.mp4", *CPU],
+        capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == f"wan-vae: {module} is missing: pip install {module}\n"
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".mp4"] == []
 
 
 def test_python_m_wan_vae_and_importing_it_is_quick_and_quiet():

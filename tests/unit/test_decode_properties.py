@@ -271,25 +271,35 @@ def test_wrong_arguments_are_refused_at_once(small_vae, call, error):
 
 
 def plant_out_of_memory(monkeypatch, vae, fails):
-    """Let the decoder's last stages raise as CUDA would when `fails(rows, frames)` says so."""
-    real = vae.model.decoder.stages
+    """Let passes of the decoder raise as CUDA would when `fails(rows, frames)` says so.
 
-    def stages(x, step, strip=None):
-        if fails(x.shape[3], x.shape[2]):
-            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
-        return real(x, step, strip)
+    Asked before each pass, with the latent rows and frames that it is a part of.
+    """
+    real = vae.model.decoder.passes
 
-    monkeypatch.setattr(vae.model.decoder, "stages", stages)
+    def passes(x, step, strip=None):
+        rows, frames = x.shape[3], x.shape[2]
+        made = real(x, step, strip)
+        del x
+        while True:
+            if fails(rows, frames):
+                raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+            yield next(made)
+
+    monkeypatch.setattr(vae.model.decoder, "passes", passes)
 
 
-def test_out_of_memory_shrinks_the_chunk(small_vae, monkeypatch):
+def test_out_of_memory_starts_again_with_half_the_chunk(small_vae, monkeypatch):
     z = latent_of(small_vae, frames=7)
     expected = small_vae.decode(z, chunk_frames=1)
     plant_out_of_memory(monkeypatch, small_vae, lambda rows, frames: frames > 2)
     assert relative_error(small_vae.decode(z, chunk_frames=7), expected) < BOUND
     report = small_vae.last_report
     assert [c.stop - c.start for c in report.chunks] == [2, 2, 2, 1]
-    assert len(report.fallbacks) == 2 and "7 latent frames" in report.fallbacks[0]
+    assert report.fallbacks == (
+        "chunk of 7 latent frames: CUDA out of memory (planted); started again with 4",
+        "chunk of 4 latent frames: CUDA out of memory (planted); started again with 2",
+    )
 
 
 @pytest.mark.parametrize("whole_frames", [False, True])
@@ -300,7 +310,31 @@ def test_out_of_memory_at_one_frame_goes_on_in_strips(small_vae, monkeypatch, wh
     got = torch.cat(list(small_vae.decode_stream(z)), 2) if whole_frames else small_vae.decode(z)
     assert relative_error(got, expected) < BOUND
     report = small_vae.last_report
-    assert report.strips == 4 and any("strip" in text for text in report.fallbacks)
+    assert report.strips == 4
+    assert "chunk of 1 latent frame: CUDA out of memory (planted)" in report.fallbacks
+    assert report.fallbacks[-1] == "2 strips: strip of 43 latent rows: CUDA out of memory (planted)"
+
+
+@pytest.mark.parametrize("whole_frames", [False, True])
+def test_strips_that_were_asked_for_start_again_with_half_the_chunk(
+    small_vae, monkeypatch, whole_frames
+):
+    z = latent_of(small_vae, frames=5, height=6, width=2)
+    expected = small_vae.decode(z, chunk_frames=1)
+    plant_out_of_memory(monkeypatch, small_vae, lambda rows, frames: frames > 2)
+    options = {"strips": 2, "chunk_frames": 5}
+    if whole_frames:
+        got = torch.cat(list(small_vae.decode_stream(z, **options)), 2)
+    else:
+        got = small_vae.decode(z, **options)
+    assert relative_error(got, expected) < BOUND
+    report = small_vae.last_report
+    assert report.strips == 2
+    assert [c.stop - c.start for c in report.chunks] == [2, 1, 2]
+    assert report.fallbacks == (
+        "2 strips: strip of 6 latent rows: CUDA out of memory (planted); started again with 3",
+        "2 strips: strip of 6 latent rows: CUDA out of memory (planted); started again with 2",
+    )
 
 
 def test_out_of_memory_in_the_middle_of_a_stream_repeats_no_frame(small_vae, monkeypatch):
@@ -327,9 +361,11 @@ def test_out_of_memory_everywhere_is_one_error_with_numbers(small_vae, monkeypat
 
 def test_overflow_is_reported_and_not_passed_over(monkeypatch):
     vae = vae_of("wan2.1")
-    real = vae.model.decoder.stages
+    real = vae.model.decoder.passes
     monkeypatch.setattr(
-        vae.model.decoder, "stages", lambda x, step, strip=None: real(x, step, strip) * float("nan")
+        vae.model.decoder,
+        "passes",
+        lambda x, step, strip=None: (pixels * float("nan") for pixels in real(x, step, strip)),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.conftest import SMALL_CONFIGS, random_state
-from wan_vae import WanVAE
+from tests.conftest import SMALL_CONFIGS, pass_elements, random_state
+from wan_vae import WanVAE, memory
 from wan_vae.errors import BackendError, DecodeMemoryError, GeometryError, LatentError, OutputError
 
 SHAPE = (1, 16, 3, 4, 3)
@@ -47,11 +47,19 @@ def test_a_stream_keeps_its_own_copy_of_the_latent(vae, z):
     assert torch.equal(torch.cat(list(stream), 2), expected)
 
 
-def test_a_stream_may_begin_in_inference_mode_and_end_outside(vae, z):
-    expected = vae.decode(z, chunk_frames=1)
-    stream = vae.decode_stream(z, chunk_frames=1)
+@pytest.mark.parametrize("chunk_frames", [1, 3])
+@pytest.mark.parametrize("called_inside", [False, True])
+def test_a_stream_may_begin_in_inference_mode_and_end_outside(
+    vae, z, chunk_frames, called_inside, monkeypatch
+):
+    """Also in the middle of a chunk, whose features then wait for their pass."""
+    monkeypatch.setattr(memory, "_PASSES", (pass_elements(vae.config, SHAPE, 4),) * 2)
+    expected = vae.decode(z, chunk_frames=chunk_frames)
+    stream = None if called_inside else vae.decode_stream(z, chunk_frames=chunk_frames)
     with torch.inference_mode():
+        stream = stream or vae.decode_stream(z, chunk_frames=chunk_frames)
         frames = [next(stream), next(stream)]
+    assert [f.shape[2] for f in frames] == [1, 4]
     assert torch.equal(torch.cat([*frames, *stream], 2), expected)
 
 
@@ -140,6 +148,15 @@ def test_devices_that_are_not_there_are_refused_in_words(device):
         WanVAE.from_state_dict(random_state(SMALL_CONFIGS["wan2.1"]), device=device)
 
 
+def raising(fail):
+    """A stand-in for `Decoder.passes`, whose first pass does `fail()`."""
+
+    def passes(x, step, strip=None):
+        yield fail()
+
+    return passes
+
+
 def test_the_cpus_way_of_running_out_of_memory_is_understood(vae, z, monkeypatch):
     """Its allocator raises a plain RuntimeError: chunks shrink, then strips, then the words."""
 
@@ -149,10 +166,14 @@ def test_the_cpus_way_of_running_out_of_memory_is_understood(vae, z, monkeypatch
             "memory: you tried to allocate 99 bytes. Error code 12 (Cannot allocate memory)"
         )
 
-    monkeypatch.setattr(type(vae.model), "finish", full)
+    monkeypatch.setattr(vae.model.decoder, "passes", raising(full))
     with pytest.raises(DecodeMemoryError, match="out of memory on cpu"):
         vae.decode(z)
-    assert len(vae.last_report.fallbacks) >= 3
+    tried = [text.partition(":")[0] for text in vae.last_report.fallbacks]
+    assert tried == [
+        "chunk of 3 latent frames", "chunk of 2 latent frames", "chunk of 1 latent frame",
+        "2 strips", "4 strips",
+    ]  # fmt: skip
     monkeypatch.setattr(type(vae.model), "encode_chunk", full)
     with pytest.raises(DecodeMemoryError, match="encode a smaller"):
         vae.encode(torch.zeros(1, 3, 5, 16, 16))
@@ -163,7 +184,7 @@ def test_other_runtime_errors_are_not_taken_for_it(vae, z, monkeypatch):
     def broken(*_):
         raise RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
 
-    monkeypatch.setattr(type(vae.model), "finish", broken)
+    monkeypatch.setattr(vae.model.decoder, "passes", raising(broken))
     with pytest.raises(RuntimeError, match="CUDNN"):
         vae.decode(z)
 
