@@ -288,6 +288,28 @@ def test_features_of_a_pass_hold_what_they_may(family, last, batch, monkeypatch)
         assert (limit + least) * per_frame > elements
 
 
+@pytest.mark.parametrize("strips, whole_frames", [(None, True), (2, True), (2, False)])
+def test_limits_are_those_of_the_rows_that_go_through_the_stages(
+    small_vae, monkeypatch, strips, whole_frames
+):
+    shape = (2, small_vae.config.z_dim, 2, 40, 2)
+    elements = pass_elements(small_vae.config, shape, 4)
+    monkeypatch.setattr(memory, "_PASSES", (elements, elements))
+    rows, real = [], small_vae.model.decoder.passes
+
+    def passes(x, step, strip=None):
+        rows.append(x.shape[3])
+        of_rows = (*shape[:3], x.shape[3], shape[4])
+        assert step.pass_frames == memory.pass_frames(small_vae.config, of_rows, elements)
+        return real(x, step, strip)
+
+    monkeypatch.setattr(small_vae.model.decoder, "passes", passes)
+    factor = small_vae.config.spatial_factor
+    sink = Once((2, 3, 5, 40 * factor, 2 * factor), whole_frames)
+    small_vae.decode(torch.randn(shape), strips=strips, chunk_frames=2, sink=sink)
+    assert rows == ([40] if strips is None else [33, 33])
+
+
 # -- history -------------------------------------------------------------------------------------
 
 
