@@ -340,7 +340,8 @@ def _interleave(pairs: torch.Tensor) -> torch.Tensor:
         return frames.reshape(b, c // 2, 2 * t, h, w)
     # Whole pixels are moved, not numbers: through NCDHW and back this is 5% of a decode. In words
     # of eight bytes: by numbers of two the copy runs at a third of the memory's speed.
-    frames = pairs.permute(0, 2, 3, 4, 1)
+    # `to_format`: also of a stray stride of a dimension of one, which a view as words would refuse.
+    frames = layout.to_format(pairs, "channels_last_3d").permute(0, 2, 3, 4, 1)
     words = not pairs.requires_grad and c // 2 * pairs.itemsize % 8 == 0
     moved = frames.view(torch.int64) if words else frames
     moved = moved.unflatten(4, (2, -1)).permute(0, 1, 4, 2, 3, 5).reshape(b, 2 * t, h, w, -1)

@@ -8,6 +8,8 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -416,6 +418,9 @@ class _DecodeRun:
         whole_frames: what the sink needs. free_bytes: see `WanVAE.decode`.
         """
         device, frames = self.z.device, self.chunk_frames
+        number = free_bytes is None or isinstance(free_bytes, Real)
+        if not number or (free_bytes is not None and not isfinite(free_bytes)):
+            raise GeometryError(f"free_bytes is {free_bytes!r}: expected a number of bytes")
         counts = (memory.free_bytes(device), free_bytes)
         free = min((n for n in counts if n is not None), default=None)
         plan = memory.plan_decode(
@@ -512,7 +517,11 @@ class _DecodeRun:
         b, _, _, height, width = self.pixel_shape
         for chunk, features in self._trunk():
             first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
-            frame = features.new_empty((b, 3, last - first, height, width), dtype=torch.float32)
+            size = (b, 3, last - first, height, width)
+            frame = _guarded(
+                f"{last - first} whole frames",
+                lambda f=features, size=size: f.new_empty(size, dtype=torch.float32),
+            )
             for band, cache in zip(bands, caches, strict=True):
                 top, at = band.start * self.config.spatial_factor, 0
                 for rows in self._band_passes(features, band, cache, chunk):
@@ -574,15 +583,8 @@ class _DecodeRun:
         Raises DecodeMemoryError, which says `what` did not fit.
         """
         self._ask_to_stop()
-        try:
-            with self.clock.measure(chunk, self._frames_of(chunk)):
-                return work()
-        except (RuntimeError, MemoryError) as error:
-            if not memory.is_out_of_memory(error):
-                raise
-            failure = _first_line(error)
-        # Out of the except block, so that no traceback holds the tensors of the failed attempt.
-        raise DecodeMemoryError(f"{what}: {failure}")
+        with self.clock.measure(chunk, self._frames_of(chunk)):
+            return _guarded(what, work)
 
     def _step(self, cache: FeatureCache, chunk: Chunk, rows: int) -> Step:
         """The step of `chunk`, in which features of so many latent rows go through the stages."""
@@ -896,6 +898,18 @@ def _weights_found(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, int
         part: layout.count_formats(v for k, v in state.items() if k.startswith(f"{part}."))
         for part in ("decoder", "encoder")
     }
+
+
+def _guarded(what: str, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """`work()`; DecodeMemoryError, which says `what` did not fit, if it runs out of memory."""
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        failure = _first_line(error)
+    # Out of the except block, so that no traceback holds the tensors of the failed attempt.
+    raise DecodeMemoryError(f"{what}: {failure}")
 
 
 def _latents(chunk: Chunk) -> str:

@@ -34,7 +34,9 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class ChunkRecord:
-    """One chunk: latent frames [start, stop), its pixel frames, milliseconds of all its passes."""
+    """One chunk: latent frames [start, stop), its pixel frames, milliseconds of its passes so far.
+
+    `frames` are all that the chunk makes, also while it is under way."""
 
     start: int
     stop: int

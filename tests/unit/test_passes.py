@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from tests.conftest import SMALL_CONFIGS, pass_elements, random_state
 from wan_vae import WanVAE, memory
-from wan_vae.blocks import ResidualBlock, Step, Upsample
+from wan_vae.blocks import ResidualBlock, Step, Upsample, _interleave
 from wan_vae.cache import FeatureCache
 from wan_vae.chunking import Chunk, schedule
 from wan_vae.config import wan21, wan22
 from wan_vae.decoder import UpStage
-from wan_vae.errors import DecodeCancelled
+from wan_vae.errors import DecodeCancelled, GeometryError
 from wan_vae.sink import TensorSink
 
 # Of float32 on the CPU, where a convolution may choose another blocking for another size.
@@ -566,3 +566,35 @@ def test_frames_of_half_a_chunk_are_not_given_out_again_by_strips(small_vae, mon
     assert small_vae.last_report.strips == 2
     assert [pixels.shape[2] for pixels in stream] == [1, 2, 2, 4]
     assert relative_error(torch.cat(stream, 2), expected) < BOUND
+
+
+def test_whole_frames_that_do_not_fit_are_halved_too(small_vae, monkeypatch):
+    """The buffer in which strips are put together is not part of a pass."""
+    z = latent_of(small_vae, 5, height=4)
+    expected = small_vae.decode(z)
+    real, asked = torch.Tensor.new_empty, []
+
+    def new_empty(tensor, size, **options):
+        if options.get("dtype") is torch.float32 and len(size) == 5:
+            asked.append(size[2])
+            if size[2] > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+        return real(tensor, size, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    got = torch.cat(list(small_vae.decode_stream(z, strips=2, chunk_frames=2)), 2)
+    assert relative_error(got, expected) < 1e-5 and max(asked) > 4
+    assert "5 whole frames: CUDA out of memory" in small_vae.last_report.fallbacks[0]
+
+
+@pytest.mark.parametrize("free", [float("nan"), float("inf"), "much", [1]], ids=str)
+def test_free_bytes_that_are_no_number_are_refused_in_words(small_vae, free):
+    with pytest.raises(GeometryError, match="free_bytes is"):
+        small_vae.decode(latent_of(small_vae, 2), free_bytes=free)
+
+
+def test_frames_side_by_side_with_stray_strides_are_put_in_order():
+    """A size-1 dimension may have any stride, which a view in words of eight bytes refuses."""
+    pairs = torch.randn(64).bfloat16().as_strided((1, 16, 1, 2, 1), (32, 1, 3, 16, 5))
+    first, second = pairs.chunk(2, dim=1)
+    assert torch.equal(_interleave(pairs), torch.cat((first, second), dim=2))
