@@ -101,7 +101,7 @@ def decodes(draw):
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(case=decodes())
 @pytest.mark.parametrize("family", SMALL_CONFIGS)
 def test_any_passes_give_the_pixels_of_whole_chunks(family, case):
@@ -158,7 +158,7 @@ def test_each_stage_takes_so_many_frames_at_once(small_vae, monkeypatch, limits,
     assert [c.stop - c.start for c in small_vae.last_report.chunks] == lengths
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(case=decodes())
 def test_frames_behind_the_first_enter_later_stages_in_pairs(case):
     """Kernels work on pairs of frames wherever a latent frame is several."""
@@ -225,7 +225,7 @@ def test_a_chunk_in_two_is_the_first_once_and_the_last_once():
 
 
 @pytest.mark.parametrize("config", [wan21(), wan22(), *SMALL_CONFIGS.values()])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     size=st.tuples(st.integers(1, 3), st.integers(1, 300), st.integers(1, 500)),
     elements=st.lists(st.integers(1, 10**11), min_size=2, max_size=6),
