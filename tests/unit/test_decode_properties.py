@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import SMALL_CONFIGS, random_state
+from tests.unit.decodes import relative_error, schedules, vae_of
 from wan_vae import WanVAE
 from wan_vae.errors import (
     BackendError,
@@ -34,11 +35,6 @@ def latent_of(vae, frames=4, height=5, width=3, batch=1, seed=0):
     return torch.randn(batch, vae.config.z_dim, frames, height, width, generator=generator)
 
 
-def relative_error(a, b):
-    assert a.shape == b.shape
-    return ((a - b).norm() / b.norm()).item()
-
-
 def reformat(x: torch.Tensor, how: str) -> torch.Tensor:
     """The same values in another memory format or as a view."""
     if how == "channels_last_3d":
@@ -54,13 +50,10 @@ def reformat(x: torch.Tensor, how: str) -> torch.Tensor:
 
 @st.composite
 def decodes(draw):
-    frames = draw(st.integers(1, 6))
-    lengths = []
-    while sum(lengths) < frames:
-        lengths.append(draw(st.integers(1, frames - sum(lengths))))
+    lengths = draw(schedules())
     height = draw(st.integers(1, 6))
     return {
-        "size": (frames, height, draw(st.integers(1, 6)), draw(st.integers(1, 2))),
+        "size": (sum(lengths), height, draw(st.integers(1, 6)), draw(st.integers(1, 2))),
         "chunk_frames": lengths,
         "memory_format": draw(st.sampled_from(["contiguous", "channels_last_3d"])),
         "latent_format": draw(
@@ -85,15 +78,6 @@ def test_any_schedule_format_and_strip_count_gives_the_same_pixels(family, case)
     )
     assert relative_error(pixels, expected) < BOUND
     assert vae.last_report.layout.mixed_calls == 0
-
-
-_VAES: dict[str, WanVAE] = {}
-
-
-def vae_of(family: str) -> WanVAE:
-    if family not in _VAES:
-        _VAES[family] = WanVAE.from_state_dict(random_state(SMALL_CONFIGS[family]), device="cpu")
-    return _VAES[family]
 
 
 @pytest.mark.parametrize("how", ["channels_last_3d", "permuted", "sliced"])

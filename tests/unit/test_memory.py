@@ -14,8 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.conftest import SMALL_CONFIGS, pass_elements, random_state
-from wan_vae import WanVAE, geometry, memory
+from tests.conftest import SMALL_CONFIGS, pass_elements
+from tests.unit.decodes import vae_of
+from wan_vae import geometry, memory
 from wan_vae.blocks import Step
 from wan_vae.cache import FeatureCache
 from wan_vae.chunking import Chunk
@@ -76,15 +77,6 @@ class TensorCounter(TorchDispatchMode):
     def _free(self, key, n):
         self._seen.discard(key)
         self.live -= n
-
-
-_VAES: dict[str, WanVAE] = {}
-
-
-def vae_of(family: str) -> WanVAE:
-    if family not in _VAES:
-        _VAES[family] = WanVAE.from_state_dict(random_state(SMALL_CONFIGS[family]), device="cpu")
-    return _VAES[family]
 
 
 def within(planned: int, measured: int, share: float = 0.15) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import SMALL_CONFIGS, pass_elements, random_state
+from tests.unit.decodes import relative_error, schedules, vae_of
 from wan_vae import WanVAE, memory
 from wan_vae.blocks import ResidualBlock, Step, Upsample, _interleave
 from wan_vae.cache import FeatureCache
@@ -28,23 +29,10 @@ BOUND = 1e-5
 # More frames than any stage of these tests gets.
 WHOLE = (99, 99, 99, 99)
 
-_VAES: dict[str, WanVAE] = {}
-
-
-def vae_of(family: str) -> WanVAE:
-    if family not in _VAES:
-        _VAES[family] = WanVAE.from_state_dict(random_state(SMALL_CONFIGS[family]), device="cpu")
-    return _VAES[family]
-
 
 def latent_of(vae, frames, height=3, width=2, batch=1):
     generator = torch.Generator().manual_seed(frames)
     return torch.randn(batch, vae.config.z_dim, frames, height, width, generator=generator)
-
-
-def relative_error(a, b):
-    assert a.shape == b.shape
-    return ((a - b).norm() / b.norm()).item()
 
 
 def limit_passes(patch: pytest.MonkeyPatch, limits: tuple[int, ...]) -> None:
@@ -84,14 +72,11 @@ class Once:
 
 @st.composite
 def decodes(draw):
-    frames = draw(st.integers(1, 6))
-    lengths = []
-    while sum(lengths) < frames:
-        lengths.append(draw(st.integers(1, frames - sum(lengths))))
+    lengths = draw(schedules())
     height = draw(st.integers(1, 5))
     pairs = st.integers(1, 6).map(lambda n: 2 * n)
     return {
-        "size": (frames, height, draw(st.integers(1, 4)), draw(st.integers(1, 2))),
+        "size": (sum(lengths), height, draw(st.integers(1, 4)), draw(st.integers(1, 2))),
         "chunk_frames": lengths,
         "memory_format": draw(st.sampled_from(["contiguous", "channels_last_3d"])),
         "strips": draw(st.one_of(st.none(), st.integers(1, height))),

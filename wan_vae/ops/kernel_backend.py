@@ -148,16 +148,15 @@ class KernelBackend:
 
     def _add_upsample(self, site: Site) -> None:
         o, c = site.weight.shape[:2]
-        form, configs = (
-            self._form(site),
-            conv_candidates(c, o, 1 if self.only_frame else site.frames),
-        )
-        for how in configs if form is None else (form, *configs):
+        form = self._form(site)
+        candidates = [] if form is None else [form]
+        candidates += conv_candidates(c, o, 1 if self.only_frame else site.frames)
+        for how in candidates:
             if self._proven("upsample_conv2d", *self._proofs.upsample(site, how)):
                 layer = UpsampleLayer.of(site.weight, site.bias, self.stream, how)
                 self._upsamplers[id(site.weight)] = layer
                 return
-        if form is None and not configs:
+        if not candidates:
             self._refuse("upsample_conv2d", f"no configuration for {c} to {o} channels")
 
     def _add_strided(self, site: Site) -> None:
