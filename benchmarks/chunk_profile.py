@@ -16,18 +16,18 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.suite.emulation import EmulatedWire
+from benchmarks.suite.ranks import random_vae
 from wan_vae.arithmetic import own_arithmetic
-from wan_vae.bench.ranks import random_vae
-from wan_vae.blocks import Step
-from wan_vae.cache import FeatureCache
 from wan_vae.chunking import Chunk
 from wan_vae.config import wan21
+from wan_vae.network.blocks import Step
+from wan_vae.network.cache import FeatureCache
 from wan_vae.pipeline import WanVAE, pick_device
+from wan_vae.runs.sharded import own_part
 from wan_vae.sharding.context import SINGLE, ShardContext
-from wan_vae.sharding.emulation import EmulatedWire
 from wan_vae.sharding.halo import Shard
 from wan_vae.sharding.plan import plan_shards
-from wan_vae.sharding.run import own_part
 
 
 def profiled(vae: WanVAE, height: int, width: int, frames: int, ranks: int):

@@ -17,13 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from wan_vae.bench.ranks import random_vae
-from wan_vae.bench.results import repeatable
+from benchmarks.suite.emulation import Emulated, emulate
+from benchmarks.suite.ranks import random_vae
+from benchmarks.suite.results import repeatable
+from benchmarks.suite.scaling import LINKS
 from wan_vae.config import WanVAEConfig, wan21
 from wan_vae.pipeline import pick_device
 from wan_vae.report import device_name, versions
-from wan_vae.sharding.emulation import Emulated, emulate
-from wan_vae.sharding.scaling import LINKS
 
 # Efficiency that the emulation must reach, by ranks (NVLink).
 GOALS = {2: 0.90, 4: 0.80, 8: 0.65}

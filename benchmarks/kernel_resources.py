@@ -28,14 +28,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from wan_vae.config import wan21, wan22
-from wan_vae.model import WanVAEModel
-from wan_vae.ops import triton_attention, triton_conv3d, triton_head, triton_norm, triton_strided
-from wan_vae.ops.kernel_layer import fit_channels
-from wan_vae.ops.sites import decoder_sites, encoder_sites
-from wan_vae.ops.triton_attention import AttentionConfig
-from wan_vae.ops.triton_configs import attention_candidates, conv_candidates
-from wan_vae.ops.triton_conv3d import Config
-from wan_vae.ops.triton_strided import StridedConfig, strided_candidates
+from wan_vae.kernels.layer import fit_channels
+from wan_vae.kernels.triton import attention as triton_attention
+from wan_vae.kernels.triton import conv3d as triton_conv3d
+from wan_vae.kernels.triton import head as triton_head
+from wan_vae.kernels.triton import norm as triton_norm
+from wan_vae.kernels.triton import strided as triton_strided
+from wan_vae.kernels.triton.attention import AttentionConfig
+from wan_vae.kernels.triton.configs import attention_candidates, conv_candidates
+from wan_vae.kernels.triton.conv3d import Config
+from wan_vae.kernels.triton.strided import StridedConfig, strided_candidates
+from wan_vae.network.model import WanVAEModel
+from wan_vae.network.sites import decoder_sites, encoder_sites
 
 PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

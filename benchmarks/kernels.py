@@ -20,15 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
-from wan_vae.bench.measure import times_ms
-from wan_vae.ops import triton_attention, triton_conv3d, triton_head, triton_norm
-from wan_vae.ops.attention import attention
-from wan_vae.ops.cuda.conv3x3 import Form, conv3x3, pack
-from wan_vae.ops.kernel_proofs import BUILD_FAILURES
-from wan_vae.ops.norm import rms_norm_silu
-from wan_vae.ops.select import why_not_cuda
-from wan_vae.ops.triton_configs import attention_candidates, conv_candidates
-from wan_vae.ops.triton_conv3d import Config
+from benchmarks.suite.measure import times_ms
+from wan_vae.kernels.cuda.conv3x3 import Form, conv3x3, pack
+from wan_vae.kernels.proof.cases import BUILD_FAILURES
+from wan_vae.kernels.select import why_not_cuda
+from wan_vae.kernels.triton import attention as triton_attention
+from wan_vae.kernels.triton import conv3d as triton_conv3d
+from wan_vae.kernels.triton import head as triton_head
+from wan_vae.kernels.triton import norm as triton_norm
+from wan_vae.kernels.triton.configs import attention_candidates, conv_candidates
+from wan_vae.kernels.triton.conv3d import Config
+from wan_vae.ops.eager.attention import attention
+from wan_vae.ops.eager.norm import rms_norm_silu
 
 LAST = torch.channels_last_3d
 HALF = torch.float16

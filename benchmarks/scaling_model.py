@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.suite.scaling import LINKS, planned_frames, predict
 from wan_vae.config import wan21
 from wan_vae.sharding.plan import plan_shards
-from wan_vae.sharding.scaling import LINKS, planned_frames, predict
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import wan_vae
 from examples import thumbnails
 from examples.evaluate_mini_vae import psnr
 from examples.scenes import Scenes, load_pictures
-from wan_vae.latents import save_latent
+from wan_vae.io.latents import save_latent
 
 SEED = 3_000_017
 # name -> (kind of scene, frames, height, width). The middle one has an odd latent (17 x 25).

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from examples.scenes import HELD_OUT_PICTURES, TRAIN_PICTURES, Scenes, load_pictures
 from wan_vae import layout
-from wan_vae.blocks import Step
 from wan_vae.config import wan21
-from wan_vae.model import WanVAEModel
+from wan_vae.network.blocks import Step
+from wan_vae.network.model import WanVAEModel
 
 FRAMES, SIDE, CROP = 17, 160, 128
 # Small noise on the latents keeps the decoder smooth around them; their scale is held near one.

@@ -27,8 +27,8 @@ from ..wan_vae import (
     geometry,
 )
 from ..wan_vae import layout as wan_layout
-from ..wan_vae import memory as wan_memory
 from ..wan_vae.pipeline import PRECISIONS
+from ..wan_vae.planning import memory as wan_memory
 from ..wan_vae.report import SCHEMA, DecodeReport
 from .fingerprint import fingerprint
 from .reports import NodeId, Reporter

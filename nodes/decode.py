@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..wan_vae.image import ImageSink
+from ..wan_vae.io.image import ImageSink
 from . import bridge
 from .reports import HIDDEN
 from .schema import chunk_input, latent_input, layout_input, precision_input, schema, vae_input

@@ -10,9 +10,9 @@ import torch
 from comfy_api.latest import io
 
 from ..wan_vae import ShardingError
-from ..wan_vae import memory as wan_memory
-from ..wan_vae.image import ImageSink
-from ..wan_vae.sharding.workers import WorkerPool, parse_devices
+from ..wan_vae.io.image import ImageSink
+from ..wan_vae.planning import memory as wan_memory
+from ..wan_vae.workers.pool import WorkerPool, parse_devices
 from . import bridge
 from .reports import HIDDEN
 from .schema import (

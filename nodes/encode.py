@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..wan_vae.image import frames_to_pixels
+from ..wan_vae.io.image import frames_to_pixels
 from . import bridge
 from .reports import HIDDEN
 from .schema import layout_input, precision_input, schema, vae_input

@@ -14,12 +14,13 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
     # Triton asks when functions are decorated, its own at its first import: so now, before a test
     # imports something that imports it. What the kernels' tests need besides is in `interpreted`.
     os.environ["TRITON_INTERPRET"] = "1"
-    importlib.import_module("wan_vae.ops.kernel_backend")
+    importlib.import_module("wan_vae.kernels.backend")
     del os.environ["TRITON_INTERPRET"]
 
-from wan_vae import WanVAE, memory
+from wan_vae import WanVAE
 from wan_vae.config import WanVAEConfig, wan21, wan22
-from wan_vae.model import expected_shapes
+from wan_vae.network.model import expected_shapes
+from wan_vae.planning import memory
 
 
 def random_state(config: WanVAEConfig, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         ShardingError,
         WanVAEError,
     )
-    from .latents import load_latent
+    from .io.latents import load_latent
     from .pipeline import WanVAE, load
     from .report import DecodeReport
 
@@ -63,7 +63,7 @@ _HOMES = {
     "WanVAEConfig": "config",
     "detect_config": "config",
     "load": "pipeline",
-    "load_latent": "latents",
+    "load_latent": "io.latents",
 }
 
 

@@ -10,7 +10,7 @@ def main() -> int:
     package that the command needs where it was installed without its dependencies.
     """
     try:
-        from .cli import main as command
+        from .commands.cli import main as command
 
         return command()
     except ModuleNotFoundError as error:

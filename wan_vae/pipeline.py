@@ -14,11 +14,8 @@ from pathlib import Path
 
 import torch
 
-from . import geometry, layout, memory
+from . import geometry, layout
 from .arithmetic import own_arithmetic
-from .blocks import Step
-from .cache import FeatureCache
-from .checkpoint import canonical_state_dict, load_checkpoint
 from .chunking import Chunk, schedule
 from .config import WanVAEConfig, detect_config
 from .errors import (
@@ -30,24 +27,28 @@ from .errors import (
     LatentError,
     OutputError,
 )
-from .latents import (
+from .io.checkpoint import canonical_state_dict, load_checkpoint
+from .io.latents import (
     as_batch,
     check_latent_shape,
     check_latent_values,
     check_pixels,
     range_warning,
 )
+from .io.sink import Sink, TensorSink, check_out, sink_bytes
+from .kernels.proof.prove import ProofBook, cache_folder, environment
+from .kernels.select import Backend, select_ops
 from .layout import LayoutCounter
-from .model import WanVAEModel, build_model, tensor_version
-from .ops.dispatch import Cut, OpSet, eager_ops
-from .ops.proof import ProofBook, cache_folder, environment
-from .ops.select import Backend, select_ops
+from .network.blocks import Step
+from .network.cache import FeatureCache
+from .network.model import WanVAEModel, build_model, tensor_version
+from .ops.opset import Cut, OpSet, eager_ops
+from .planning import memory
 from .report import ChunkRecord, DecodeReport, LayerRecord, ReportBuilder
+from .runs.sharded import decode_shard, encode_shard
 from .sharding.context import SINGLE, ShardContext
 from .sharding.gather import Gather
 from .sharding.plan import plan_shards
-from .sharding.run import decode_shard, encode_shard
-from .sink import Sink, TensorSink, check_out, sink_bytes
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from wan_vae.bench.contender import Built
-from wan_vae.bench.contenders import Ours
-from wan_vae.bench.weights import Weights
+from benchmarks.suite.contender import Built
+from benchmarks.suite.contenders import Ours
+from benchmarks.suite.weights import Weights
 
 CPU = torch.device("cpu")
 

@@ -8,13 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from wan_vae.bench import cold_start
-from wan_vae.bench.cases import CASES
-from wan_vae.bench.cold_start import CACHE_VARIABLES, ColdStart, cold_starts
-from wan_vae.bench.contenders import Ours
-from wan_vae.bench.measure import NoNumber
-
-from .conftest import CPU, Altered
+from benchmarks.suite import cold_start
+from benchmarks.suite.cases import CASES
+from benchmarks.suite.cold_start import CACHE_VARIABLES, ColdStart, cold_starts
+from benchmarks.suite.contenders import Ours
+from benchmarks.suite.measure import NoNumber
+from tests.bench.conftest import CPU, Altered
 
 CASE = CASES["wan2.1-narrow"]
 TIMES = '{"start_ms": 1.0, "build_ms": 2.0, "first_decode_ms": 3.0, "next_decode_ms": 4.0'

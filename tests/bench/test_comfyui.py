@@ -10,11 +10,10 @@ import sys
 import pytest
 import torch
 
-from wan_vae.bench.cases import CASES
-from wan_vae.bench.comfyui import BackendFlags, ComfyUICore
-from wan_vae.bench.weights import Weights
-
-from .conftest import CPU
+from benchmarks.suite.cases import CASES
+from benchmarks.suite.comfyui import BackendFlags, ComfyUICore
+from benchmarks.suite.weights import Weights
+from tests.bench.conftest import CPU
 
 STAND_IN = {
     "comfy/__init__.py": "",

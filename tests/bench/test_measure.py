@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wan_vae.bench.cases import CASES
-from wan_vae.bench.contender import Built
-from wan_vae.bench.contenders import Diffusers, FastVAE, Ours
-from wan_vae.bench.measure import (
+from benchmarks.suite.cases import CASES
+from benchmarks.suite.contender import Built
+from benchmarks.suite.contenders import Diffusers, FastVAE, Ours
+from benchmarks.suite.measure import (
     FLOAT_GATE,
     NoNumber,
     Result,
@@ -20,9 +20,8 @@ from wan_vae.bench.measure import (
     relative_error,
     times_ms,
 )
-from wan_vae.bench.weights import Weights
-
-from .conftest import CPU, Altered
+from benchmarks.suite.weights import Weights
+from tests.bench.conftest import CPU, Altered
 
 CASE = CASES["wan2.1-narrow"]
 
@@ -112,7 +111,7 @@ def test_a_reference_that_diffusers_contradicts_stops_the_run(monkeypatch):
     weights = Weights.random(CASE.config)
     key = "decoder.head.2.bias"
     other = replace(weights, native=weights.native | {key: weights.native[key] + 0.1})
-    from wan_vae.bench import measure
+    from benchmarks.suite import measure
 
     genuine = measure.diffusers_model
     monkeypatch.setattr(measure, "diffusers_model", lambda _, *rest: genuine(other, *rest))

@@ -7,14 +7,13 @@ import json
 
 import pytest
 
-from wan_vae.bench import command, write_up
-from wan_vae.bench.cold_start import ColdStart
-from wan_vae.bench.measure import NoNumber, Result
-from wan_vae.bench.plot import draw
-from wan_vae.bench.results import Results, times_faster
-from wan_vae.bench.roofline import Ceilings, Layer, LayerTime, Roofline
-
-from .conftest import Altered
+from benchmarks.suite import command, write_up
+from benchmarks.suite.cold_start import ColdStart
+from benchmarks.suite.measure import NoNumber, Result
+from benchmarks.suite.plot import draw
+from benchmarks.suite.results import Results, times_faster
+from benchmarks.suite.roofline import Ceilings, Layer, LayerTime, Roofline
+from tests.bench.conftest import Altered
 
 CASE = "wan2.1-720p-81"
 

@@ -8,16 +8,15 @@ from math import prod
 import pytest
 import torch
 
+from benchmarks.suite.cases import CASES, Case
+from benchmarks.suite.roofline import Ceilings, Recorder, measure_ceilings, measure_roofline
+from benchmarks.suite.weights import Weights
+from tests.bench.conftest import CPU
 from wan_vae import WanVAE
-from wan_vae.bench.cases import CASES, Case
-from wan_vae.bench.roofline import Ceilings, Recorder, measure_ceilings, measure_roofline
-from wan_vae.bench.weights import Weights
-from wan_vae.blocks import Step
-from wan_vae.cache import FeatureCache
 from wan_vae.chunking import schedule
-from wan_vae.ops.dispatch import eager_ops
-
-from .conftest import CPU
+from wan_vae.network.blocks import Step
+from wan_vae.network.cache import FeatureCache
+from wan_vae.ops.opset import eager_ops
 
 VIDEO = CASES["wan2.1-narrow"]
 

@@ -12,15 +12,15 @@ import torch
 import wan_vae
 from tests.conftest import SMALL_CONFIGS, random_state
 from wan_vae import WanVAE
-from wan_vae.blocks import Step
-from wan_vae.cache import FeatureCache
+from wan_vae.network.blocks import Step
+from wan_vae.network.cache import FeatureCache
 from wan_vae.chunking import schedule
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import DecodeCancelled
 from wan_vae.sharding import ShardContext, plan_shards
 from wan_vae.sharding.halo import Shard
-from wan_vae.sharding.run import own_part
-from wan_vae.sharding.wire import Incoming, Outgoing, Wire
+from wan_vae.runs.sharded import own_part
+from wan_vae.sharding.transport import Incoming, Outgoing, Wire
 
 # The narrowest for which every layer has a kernel.
 KERNELS = {"kernels": wan21(dim=16), "kernels 2.2": wan22(dim=16, decoder_dim=16)}

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from wan_vae.bench import ranks as bench
-from wan_vae.bench.ranks_results import Check, Fault, Results, Timing, markdown
-from wan_vae.cli import main as cli
+from benchmarks.suite import ranks as bench
+from benchmarks.suite.ranks_results import Check, Fault, Results, Timing, markdown
+from wan_vae.commands.cli import main as cli
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import ShardingError
-from wan_vae.sharding.emulation import EmulatedWire, emulate
+from benchmarks.suite.emulation import EmulatedWire, emulate
 from wan_vae.sharding.plan import plan_shards
-from wan_vae.sharding.scaling import LINKS, exchanged
-from wan_vae.sharding.wire import Incoming, Outgoing
+from benchmarks.suite.scaling import LINKS, exchanged
+from wan_vae.sharding.transport import Incoming, Outgoing
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

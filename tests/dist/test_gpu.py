@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from wan_vae.bench.ranks import Case, Reference, exact_float32, latent_of
+from benchmarks.suite.ranks import Case, Reference, exact_float32, latent_of
 from wan_vae.config import wan21
-from wan_vae.sharding import ShardContext, WorkerPool
+from wan_vae.sharding import ShardContext
+from wan_vae.workers import WorkerPool
 from wan_vae.sharding.proof import check_wire
 
 

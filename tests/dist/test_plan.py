@@ -13,7 +13,7 @@ from tests.dist import jobs
 from wan_vae.chunking import schedule
 from wan_vae.errors import GeometryError
 from wan_vae.sharding.plan import halo_bytes, plan_shards
-from wan_vae.sharding.scaling import attention_bytes, cross_size, messages
+from benchmarks.suite.scaling import attention_bytes, cross_size, messages
 
 ROOT = Path(__file__).parents[2]
 

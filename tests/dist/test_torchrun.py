@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.dist import jobs
-from wan_vae.latents import save_latent
+from wan_vae.io.latents import save_latent
 
 ROOT = Path(__file__).parents[2]
 

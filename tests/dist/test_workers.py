@@ -24,19 +24,12 @@ import torch
 from tests.dist import jobs
 from tests.dist.sockets import local_addresses
 from wan_vae.errors import DecodeCancelled, GeometryError, LatentError, ShardingError
-from wan_vae.image import ImageSink
-from wan_vae.sharding import WorkerPool, decode_sharded
-from wan_vae.sharding import workers
-from wan_vae.sharding.shared import SharedBuffer, view
-from wan_vae.sharding.workers import (
-    _error,
-    _Failure,
-    _Rank,
-    _Watch,
-    parse_devices,
-    pick_backend,
-)
-from wan_vae.sink import TensorSink
+from wan_vae.io.image import ImageSink
+from wan_vae.workers import WorkerPool, decode_sharded
+from wan_vae.workers import pool as workers
+from wan_vae.workers.shared import SharedBuffer, view
+from wan_vae.workers.pool import _error, _Failure, _Rank, _Watch, parse_devices, pick_backend
+from wan_vae.io.sink import TensorSink
 
 SHAPE = (1, 16, 5, 6, 16)
 
@@ -591,7 +584,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
         "import sys, torch\n"
-        "from wan_vae.sharding import WorkerPool\n"
+        "from wan_vae.workers import WorkerPool\n"
         "from tests.dist import jobs\n"
         "pool = WorkerPool('cpu,cpu')\n"
         "pool.decode(jobs.model('wan2.1'), jobs.noise((1, 16, 1, 4, 16)))\n"

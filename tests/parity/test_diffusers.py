@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import wan_vae
-from wan_vae.checkpoint import canonical_state_dict
 from wan_vae.config import wan21, wan22
-from wan_vae.latents import load_latent
-from wan_vae.model import expected_shapes
+from wan_vae.io.checkpoint import canonical_state_dict
+from wan_vae.io.latents import load_latent
+from wan_vae.network.model import expected_shapes
 
 diffusers = pytest.importorskip("diffusers", reason="the parity reference (test extra) is absent")
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Iterator
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -92,8 +93,11 @@ def _decodes(vae: WanVAE, z: torch.Tensor, what: str) -> Iterator[Case]:
         for fmt in FORMATS:
             for chunks in schedules if precision == "fp32" else schedules[-1:]:
                 name = f"decode {what} {precision} {fmt} chunks {chunks}"
-                yield name, lambda p=precision, f=fmt, c=chunks: vae.decode(
-                    z, precision=p, memory_format=f, chunk_frames=c
+                yield (
+                    name,
+                    lambda p=precision, f=fmt, c=chunks: vae.decode(
+                        z, precision=p, memory_format=f, chunk_frames=c
+                    ),
                 )
         name = f"decode {what} {precision} planned"
         yield name, lambda p=precision: vae.decode(z, precision=p)
@@ -135,7 +139,7 @@ def _encodes(vae: WanVAE, size: tuple[int, int, int], what: str) -> Iterator[Cas
 
 def sharded_cases() -> Iterator[Case]:
     """Cases of worker processes on the CPU; those of one pool follow one another."""
-    from wan_vae.sharding import WorkerPool
+    from wan_vae.workers import WorkerPool
 
     for ranks in (2, 3):
         with WorkerPool(["cpu"] * ranks) as pool:
@@ -146,13 +150,14 @@ def sharded_cases() -> Iterator[Case]:
                 for axis in ("height", "width"):
                     for chunks in (2, None):
                         name = f"decode {what} by {axis} chunks {chunks}"
-                        yield name, lambda a=axis, c=chunks: pool.decode(
-                            vae, z, axis=a, chunk_frames=c
+                        yield (
+                            name,
+                            partial(pool.decode, vae, z, axis=axis, chunk_frames=chunks),
                         )
-                yield f"decode {what} image", lambda: pool.decode(vae, z, form="image")
+                yield f"decode {what} image", partial(pool.decode, vae, z, form="image")
                 factor = vae.config.spatial_factor
                 pixels = noise(1, 3, 9, 5 * factor, 8 * factor).clamp(-1, 1)
-                yield f"encode {what}", lambda: pool.encode(vae, pixels)
+                yield f"encode {what}", partial(pool.encode, vae, pixels)
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 import wan_vae
 from tests.conftest import SMALL_CONFIGS, random_state
-from wan_vae.checkpoint import load_checkpoint
 from wan_vae.errors import BackendError, CheckpointError
+from wan_vae.io.checkpoint import load_checkpoint
 
 FAMILIES = pytest.mark.parametrize("family", SMALL_CONFIGS)
 

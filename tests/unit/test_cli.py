@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 
 import wan_vae
 from tests.conftest import random_state
-from wan_vae import cli, video
-from wan_vae.cli import main
+from wan_vae.commands import cli
+from wan_vae.commands.cli import main
 from wan_vae.config import wan21
 from wan_vae.errors import OutputError
-from wan_vae.latents import load_latent, save_latent
+from wan_vae.io import video
+from wan_vae.io.latents import load_latent, save_latent
 
 CPU = ("--device", "cpu")
 
@@ -194,7 +195,7 @@ def test_doctor_says_what_is_right_here(capsys):
 
 def test_doctor_reports_a_wrong_convolution(monkeypatch, capsys):
     """Planted: a convolution that is wrong for NDHWC input, as MPS had it."""
-    from wan_vae import doctor
+    from wan_vae.commands import doctor
 
     real = doctor.F.conv3d
 

@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 
 import wan_vae
 from tests.conftest import random_state
-from wan_vae import WanVAE, cli, console, video
+from wan_vae import WanVAE
+from wan_vae.commands import cli, console, torchrun
+from wan_vae.commands.torchrun import Place
 from wan_vae.config import wan21
 from wan_vae.errors import GeometryError, OutputError, ShardingError
-from wan_vae.latents import load_latent, save_latent
-from wan_vae.sharding import torchrun
-from wan_vae.sharding.torchrun import Place
+from wan_vae.io import video
+from wan_vae.io.latents import load_latent, save_latent
 
 ROOT = Path(__file__).parents[2]
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals and devices of POSIX")
@@ -136,7 +137,9 @@ def test_importing_the_package_does_not_import_torch():
         "print([getattr(wan_vae, n).__module__ for n in ('load', 'load_latent', 'WanVAEError')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == "['wan_vae.pipeline', 'wan_vae.latents', 'wan_vae.errors']\n", done.stderr
+    assert done.stdout == "['wan_vae.pipeline', 'wan_vae.io.latents', 'wan_vae.errors']\n", (
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize("name", wan_vae.__all__)
@@ -199,7 +202,7 @@ def test_a_full_disk_behind_stdout_in_a_real_process():
         pytest.skip("no /dev/full here")
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-c", "import sys; from wan_vae import cli; "
+            [sys.executable, "-c", "import sys; from wan_vae.commands import cli; "
              "cli._doctor = lambda args: print('x') or 0; sys.exit(cli.main(['doctor']))"],
             stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         )  # fmt: skip
@@ -209,7 +212,7 @@ def test_a_full_disk_behind_stdout_in_a_real_process():
 
 def test_a_name_that_the_terminal_cannot_spell_is_printed_all_the_same():
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; from wan_vae import cli; "
+        [sys.executable, "-c", "import sys; from wan_vae.commands import cli; "
          "cli._doctor = lambda args: print('\\u00e9\\udcff') or 0; sys.exit(cli.main(['doctor']))"],
         capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip

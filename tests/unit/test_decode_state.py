@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.conftest import SMALL_CONFIGS, pass_elements, random_state
-from wan_vae import WanVAE, memory
+from wan_vae import WanVAE
 from wan_vae.errors import BackendError, DecodeMemoryError, GeometryError, LatentError, OutputError
+from wan_vae.planning import memory
 
 SHAPE = (1, 16, 3, 4, 3)
 

@@ -11,7 +11,7 @@ import wan_vae
 from examples import thumbnails
 from examples.evaluate_mini_vae import psnr
 from examples.scenes import Scenes
-from wan_vae.latents import load_latent
+from wan_vae.io.latents import load_latent
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SAMPLES = sorted(path.stem for path in (EXAMPLES / "latents").glob("*.latent"))

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from wan_vae import video
 from wan_vae.errors import LatentError, OutputError
-from wan_vae.files import Partial
-from wan_vae.latents import load_latent
+from wan_vae.io import video
+from wan_vae.io.files import Partial
+from wan_vae.io.latents import load_latent
 
 SHAPE = (1, 3, 2, 16, 32)
 SINKS = {

@@ -14,16 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.conftest import SMALL_CONFIGS, random_state
 from wan_vae import WanVAE, geometry
 from wan_vae.arithmetic import own_arithmetic
-from wan_vae.cli import main
-from wan_vae.errors import (
-    BackendError,
-    CheckpointError,
-    GeometryError,
-    LatentError,
-    OutputError,
-)
-from wan_vae.latents import range_warning
-from wan_vae.sink import TensorSink, check_out
+from wan_vae.commands.cli import main
+from wan_vae.errors import BackendError, CheckpointError, GeometryError, LatentError, OutputError
+from wan_vae.io.latents import range_warning
+from wan_vae.io.sink import TensorSink, check_out
 
 STATE = random_state(SMALL_CONFIGS["wan2.1"])
 

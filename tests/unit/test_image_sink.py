@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wan_vae.config import wan21
-from wan_vae.image import ImageSink, frames_to_pixels
+from wan_vae.io.image import ImageSink, frames_to_pixels
 
 
 def expected(pixels):

@@ -1,6 +1,6 @@
 """Malformed files and options: a typed error, one readable line at the command line, exit code 1.
 
-Each case runs twice through `wan_vae.cli.main`: as a user sees it, and with WAN_VAE_DEBUG=1, which
+Each case runs twice through `cli.main`: as a user sees it, and with WAN_VAE_DEBUG=1, which
 lets the typed error through. Nothing may hang, crash, write a file or run a pickle's code.
 """
 
@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from tests.conftest import random_state
-from wan_vae.cli import main
+from wan_vae.commands.cli import main
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import (
     BackendError,
@@ -36,7 +36,7 @@ from wan_vae.errors import (
     OutputError,
     WanVAEError,
 )
-from wan_vae.latents import save_latent
+from wan_vae.io.latents import save_latent
 
 STATE = random_state(wan21(dim=8))
 WEIGHT = "decoder.middle.0.residual.2.weight"
@@ -386,7 +386,7 @@ def test_a_damaged_header_is_refused_or_harmless(place, value, tmp_path):
 
 
 def _load_checkpoint(path):
-    from wan_vae.checkpoint import load_checkpoint
+    from wan_vae.io.checkpoint import load_checkpoint
 
     return load_checkpoint(path)
 
@@ -483,7 +483,7 @@ def test_missing_latent(name, words, tmp_path, good, capfd, monkeypatch):
 )
 @given(data=st.binary(max_size=300), suffix=st.sampled_from([".latent", ".safetensors", ".npy"]))
 def test_random_bytes_as_a_latent(data, suffix, tmp_path):
-    from wan_vae.latents import load_latent
+    from wan_vae.io.latents import load_latent
 
     path = tmp_path / f"z{suffix}"
     path.write_bytes(data)
@@ -527,7 +527,7 @@ def test_missing_video(tmp_path, good, capfd, monkeypatch):
 
 
 def test_a_picture_smaller_than_a_latent_pixel(tmp_path, good, capfd, monkeypatch):
-    from wan_vae.video import save_png
+    from wan_vae.io.video import save_png
 
     save_png(np.zeros((4, 4, 3), np.uint8), tmp_path / "v.png")
     argv = _encode(tmp_path / "v.png", good, tmp_path / "z.latent")
@@ -638,7 +638,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(output, tmp_path, good):
         argv = _decode(good / "z.latent", good, tmp_path / output)
     code = (
         "import resource, signal, sys\n"
-        "from wan_vae.cli import main\n"
+        "from wan_vae.commands.cli import main\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))\n"
         "sys.exit(main(sys.argv[1:]))"

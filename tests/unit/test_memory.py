@@ -16,14 +16,15 @@ from torch.utils._pytree import tree_leaves
 
 from tests.conftest import SMALL_CONFIGS, pass_elements
 from tests.unit.decodes import vae_of
-from wan_vae import geometry, memory
-from wan_vae.blocks import Step
-from wan_vae.cache import FeatureCache
+from wan_vae import geometry
 from wan_vae.chunking import Chunk
 from wan_vae.config import wan21, wan22
+from wan_vae.io.sink import CallbackSink, TensorSink
 from wan_vae.layout import detect, pack_weights, to_format
-from wan_vae.model import WanVAEModel
-from wan_vae.sink import CallbackSink, TensorSink
+from wan_vae.network.blocks import Step
+from wan_vae.network.cache import FeatureCache
+from wan_vae.network.model import WanVAEModel
+from wan_vae.planning import memory
 
 GB = 10**9
 # What a CUDA context takes, and Wan 2.1's weights in bfloat16.

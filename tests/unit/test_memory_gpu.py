@@ -8,8 +8,8 @@ import gc
 import pytest
 import torch
 
+from benchmarks.suite.ranks import random_vae
 from wan_vae import WanVAE
-from wan_vae.bench.ranks import random_vae
 from wan_vae.config import wan21, wan22
 
 pytestmark = pytest.mark.gpu

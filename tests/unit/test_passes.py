@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 
 from tests.conftest import SMALL_CONFIGS, pass_elements, random_state
 from tests.unit.decodes import relative_error, schedules, vae_of
-from wan_vae import WanVAE, memory
-from wan_vae.blocks import ResidualBlock, Step, Upsample, _interleave
-from wan_vae.cache import FeatureCache
+from wan_vae import WanVAE
 from wan_vae.chunking import Chunk, schedule
 from wan_vae.config import wan21, wan22
-from wan_vae.decoder import UpStage
 from wan_vae.errors import DecodeCancelled, GeometryError
-from wan_vae.sink import TensorSink
+from wan_vae.io.sink import TensorSink
+from wan_vae.network.blocks import ResidualBlock, Step, Upsample, _interleave
+from wan_vae.network.cache import FeatureCache
+from wan_vae.network.decoder import UpStage
+from wan_vae.planning import memory
 
 # Of float32 on the CPU, where a convolution may choose another blocking for another size.
 BOUND = 1e-5

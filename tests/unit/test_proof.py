@@ -8,7 +8,7 @@ import multiprocessing
 import pytest
 import torch
 
-from wan_vae.ops.proof import ProofBook, Verdict, prove
+from wan_vae.kernels.proof.prove import ProofBook, Verdict, prove
 
 X = torch.randn(2, 8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 ENVIRONMENT = {"device": "a card", "torch": "2"}

@@ -1,5 +1,5 @@
-"""Operations: one file each, the eager reference beside any faster kernel, chosen by `dispatch`."""
+"""What a layer computes: the operations, and the eager reference of each in plain PyTorch."""
 
-from .dispatch import OpSet, eager_ops
+from .opset import OpSet, eager_ops
 
 __all__ = ["OpSet", "eager_ops"]

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import ShardingError
 from .halo import Shard
-from .wire import Incoming, Outgoing
+from .transport import Incoming, Outgoing
 
 Gather = Literal["all", "rank0", "own"]
 GATHERS: tuple[Gather, ...] = ("all", "rank0", "own")

@@ -10,10 +10,10 @@ import torch
 
 from .. import layout
 from ..errors import ShardingError
-from ..ops.dispatch import HaloRows
+from ..ops.opset import HaloRows
 from .context import ShardContext
 from .plan import ShardPlan
-from .wire import Incoming, Outgoing, Wire
+from .transport import Incoming, Outgoing, Wire
 
 
 class Shard:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .context import ShardContext
-from .wire import Incoming, Outgoing, Wire, all_gather_flat
+from .transport import Incoming, Outgoing, Wire, all_gather_flat
 
 
 def numbers(rank: int, device: torch.device) -> torch.Tensor:

@@ -1,0 +1,259 @@
+"""Gate, then time: one contender at a time, on the device and all the way to a host picture.
+
+Two routes. *device*: latent on the device to pixels on it. *image*: latent on the CPU to float32
+IMAGE frames on the CPU, which is what a ComfyUI user waits for. The reference is this pack's eager
+decode in float32 with TF32 off, itself held against diffusers in float32 where that is installed.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from benchmarks.suite.cases import Case
+from benchmarks.suite.contender import Built, Contender
+from benchmarks.suite.weights import Weights, diffusers_model
+from wan_vae.errors import WanVAEError
+from wan_vae.io.image import frames_to_pixels
+from wan_vae.pipeline import WanVAE
+
+Route = Literal["device", "image"]
+ROUTES: tuple[Route, ...] = ("device", "image")
+Kind = Literal["unavailable", "failed", "refused"]
+
+# Relative error above which a picture counts as wrong. Half precision on random weights lies near
+# 3.4e-2 (benchmarks/results/2026-11-24-h200-eager.md), a garbled or misplaced frame above 0.1.
+HALF_GATE = 5e-2
+FLOAT_GATE = 1e-3
+# Float32 against float32 of another implementation.
+REFERENCE_GATE = 1e-4
+# Latent frames, rows and columns of the crop on which the reference is held against diffusers.
+_CHECKED = (2, 8, 8)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender on one route of one case. Times in ms. `peak_bytes`: device memory above
+    weights and output, None where nobody counts it. `error`: relative to the reference."""
+
+    case: str
+    contender: str
+    route: Route
+    dtype: str
+    median_ms: float
+    min_ms: float
+    max_ms: float
+    repeats: int
+    peak_bytes: int | None
+    error: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class NoNumber:
+    """A contender without a time: unavailable here, failed while it ran, or refused for a wrong
+    picture. `reason` says more."""
+
+    case: str
+    contender: str
+    route: Route
+    kind: Kind
+    reason: str
+
+
+Row = Result | NoNumber
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What a contender may raise that becomes a row: the run goes on with the others.
+
+    Wide, because peers are other people's code in versions that we do not choose; the row names
+    the error, and one of ours makes the command fail.
+    """
+    known: tuple[type[Exception], ...] = (
+        WanVAEError, RuntimeError, ImportError, OSError, ValueError, TypeError, AttributeError,
+        LookupError, AssertionError,
+    )  # fmt: skip
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return known
+    return (*known, TritonError)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device, so that a host clock sees its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what dropped contenders held, so that the next one starts from nothing."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def times_ms(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Wall-clock milliseconds of each of `repeats` calls, the device idle before and after."""
+    times = []
+    for _ in range(repeats):
+        synchronise(device)
+        start = time.perf_counter()
+        result = work()
+        synchronise(device)
+        times.append((time.perf_counter() - start) * 1e3)
+        del result  # within the loop: the next call must not find its memory taken
+    return times
+
+
+def relative_error(pixels: torch.Tensor, reference: torch.Tensor) -> float:
+    """||a - b|| / ||b|| of [B, 3, T, H, W], frame by frame where `pixels` are.
+
+    Pixels are clamped to [-1, 1] first, which not every decoder does itself. inf for another shape.
+    """
+    if pixels.shape != reference.shape:
+        return float("inf")
+    top = bottom = 0.0
+    for t in range(reference.shape[2]):
+        r = reference[:, :, t].to(pixels.device).double()
+        top += (pixels[:, :, t].double().clamp(-1, 1) - r).square().sum().item()
+        bottom += r.square().sum().item()
+    return (top / bottom) ** 0.5
+
+
+def reference_pixels(case: Case, weights: Weights, device: torch.device) -> torch.Tensor:
+    """The float32 decode of `case`, on the CPU. Raises SystemExit if diffusers disagrees with it:
+    there is nothing to measure by then."""
+    z = case.random_latent().to(device)
+    vae = WanVAE.from_state_dict(weights.native, device=device, dtype="fp32")
+    t, h, w = _CHECKED
+    crop = z[:, :, :t, :h, :w].contiguous()
+    try:
+        peer = diffusers_model(weights, device, torch.float32)
+    except ImportError:
+        peer = None
+    if peer is not None:
+        with torch.inference_mode():
+            drift = relative_error(vae.decode(crop, backend="eager"), peer.decode(crop).sample)
+        del peer
+        if not drift < REFERENCE_GATE:
+            raise SystemExit(
+                f"wan-vae bench: {case.name}: the float32 reference differs from diffusers by "
+                f"{drift:.1e}: no numbers"
+            )
+    return vae.decode(z, memory_format="contiguous", backend="eager").cpu()
+
+
+def measure_case(
+    case: Case,
+    entrants: Sequence[Contender],
+    weights: Weights,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int,
+) -> Iterator[Row]:
+    """Two rows of each contender, one contender in memory at a time."""
+    reference = reference_pixels(case, weights, device)
+    for contender in entrants:
+        free_memory(device)
+        yield from _measure_contender(case, contender, weights, reference, device, dtype, repeats)
+    free_memory(device)
+
+
+def _measure_contender(
+    case: Case,
+    contender: Contender,
+    weights: Weights,
+    reference: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int,
+) -> Iterator[Row]:
+    def without(kind: Kind, reason: str) -> list[Row]:
+        return [NoNumber(case.name, contender.name, route, kind, reason) for route in ROUTES]
+
+    reason = contender.why_not(device, dtype)
+    if reason is not None:
+        yield from without("unavailable", reason)
+        return
+    try:
+        built = contender.build(weights, device, dtype)
+    except failures() as error:
+        yield from without("failed", one_line(error))
+        return
+    try:
+        for route in ROUTES:
+            yield measure_route(case, contender.name, route, built, reference, device, dtype,
+                                repeats)  # fmt: skip
+    finally:
+        built.close()
+
+
+def measure_route(
+    case: Case,
+    name: str,
+    route: Route,
+    built: Built,
+    reference: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int,
+) -> Row:
+    """Decode once for the gate and the memory, then `repeats` times for the clock."""
+    z = case.random_latent()
+    run = built.image if route == "image" else built.decode
+    if route == "device":
+        z = z.to(device)
+    try:
+        with torch.inference_mode():
+            pixels, peak = _with_peak(lambda: run(z), device)
+            error = relative_error(_as_pixels(pixels, route), reference)
+            del pixels
+            gate = FLOAT_GATE if dtype == torch.float32 else HALF_GATE
+            if not error < gate:
+                reason = f"relative error {error:.2e} is above the gate {gate:.0e}"
+                return NoNumber(case.name, name, route, "refused", reason)
+            times = times_ms(lambda: run(z), device, repeats)
+    except failures() as error:
+        return NoNumber(case.name, name, route, "failed", one_line(error))
+    return Result(
+        case.name, name, route, str(dtype).removeprefix("torch."), statistics.median(times),
+        min(times), max(times), repeats, peak, error, built.note(),
+    )  # fmt: skip
+
+
+def _as_pixels(result: torch.Tensor, route: Route) -> torch.Tensor:
+    """What a route returned, as pixels [B, 3, T, H, W] in [-1, 1]."""
+    if route == "device":
+        return result
+    frames = result.reshape(-1, *result.shape[-3:])
+    return frames_to_pixels(frames)
+
+
+def _with_peak(
+    work: Callable[[], torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, int | None]:
+    """The result of `work`, and the device memory it took at most besides the result itself."""
+    if device.type != "cuda":
+        return work(), None
+    synchronise(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = work()
+    synchronise(device)
+    # The clip itself is the same for all and is not counted.
+    own = result.numel() * result.element_size() if result.device == device else 0
+    return result, torch.cuda.max_memory_allocated(device) - before - own
+
+
+def one_line(error: BaseException) -> str:
+    """An error as text of one line for a table."""
+    text = " ".join(str(error).split())[:240]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,238 @@
+"""The convolution in CUDA C++: what surrounds it on the CPU, the kernel itself on a Hopper GPU."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
+
+from wan_vae.kernels.cuda import driver
+from wan_vae.kernels.cuda.conv3x3 import Form, conv3x3, fits, pack, pack_doubled, upsample_conv3x3
+from wan_vae.kernels.triton.conv3d import fold_upsample
+from wan_vae.kernels.triton.norm import norm_scale, norm_silu_join, norm_silu_pairs
+from wan_vae.ops.eager.norm import rms_norm_silu
+
+HALF, BF16 = torch.float16, torch.bfloat16
+FORMS = [
+    Form(96, 96, True, 3, BF16),
+    Form(192, 384, True, 3, HALF),
+    Form(32, 96, False, 3, HALF),
+    Form(192, 192, False, 3, BF16),
+    Form(384, 384, False, 1, BF16),
+    Form(256, 256, True, 3, BF16),
+    Form(64, 128, False, 3, HALF),
+    Form(1024, 512, True, 3, BF16),
+    Form(160, 320, True, 3, BF16),
+    Form(320, 640, False, 3, BF16),
+]
+DOUBLED = [
+    Form(192, 96, False, 1, BF16, doubled=True),
+    Form(384, 192, False, 1, HALF, doubled=True),
+    Form(32, 64, False, 1, BF16, doubled=True),
+    Form(1024, 512, False, 1, BF16, doubled=True),
+]
+
+
+def features(*shape: int, dtype=HALF, device="cpu") -> torch.Tensor:
+    """[B, T, H, W, C] random numbers as [B, C, T, H, W] in channels_last_3d."""
+    return torch.randn(shape, device=device).to(dtype).permute(0, 4, 1, 2, 3)
+
+
+def unpack(packed: torch.Tensor, form: Form) -> torch.Tensor:
+    """The weights [phase, O, C, 3, 3] behind `pack`, as the kernel reads them."""
+    phases, n = 4 if form.winograd else form.taps, form.blocks
+    p = packed.view(form.cout // form.block // n, phases, form.cin // 32, 3, n, 3, form.block, 4, 8)
+    out = torch.empty_like(p)
+    for chunk in range(4):  # 16 bytes of a row, swizzled by bits 1 and 2 of the row's number
+        for r in range(form.block):
+            out[..., r, chunk, :] = p[..., r, chunk ^ (r // 2 % 4), :]
+    # tile block, phase, 32 channels, ky, block, kx, row, 4, 8 -> phase, O, C, ky, kx
+    return out.permute(1, 0, 4, 6, 2, 7, 8, 3, 5).reshape(phases, form.cout, form.cin, 3, 3)
+
+
+def by_packed_weights(operand: torch.Tensor, packed: torch.Tensor, form: Form, frames: int):
+    """What the kernel computes from its operand, frame by frame in float32."""
+    phases = unpack(packed, form).float()
+    x = operand.float()
+
+    def product(frame: int, phase: int) -> torch.Tensor:
+        return F.conv2d(x[:, :, frame], phases[phase], padding=1)
+
+    if not form.winograd:
+        made = [sum(product(t + k, k) for k in range(form.taps)) for t in range(frames)]
+        return torch.stack(made, 2)
+    made = []
+    for pair in range((frames + 1) // 2):
+        m1, m2, m0, m3 = (product(4 * pair + f, i) for i, f in enumerate((1, 2, 0, 3)))
+        made += [m0 + m1 + m2, m1 - m2 + m3]  # the fourth weights are negated
+    return torch.stack(made[len(made) - frames :], 2)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("width", [192, 128])
+@pytest.mark.parametrize("frames", [1, 2, 3, 4])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's part; see below for GPUs")
+def test_operand_and_packed_weights_make_the_convolution(frames, width):
+    torch.manual_seed(0)
+    form = Form(32, width, True, 3, HALF)
+    x, history = features(2, frames, 3, 5, 32), features(2, 2, 3, 5, 32)
+    scale, weight = norm_scale(torch.randn(32)), torch.randn(width, 32, 3, 3, 3) / 30
+    operand, kept = norm_silu_pairs(x, scale, history, True, HALF)
+    joined, also_kept = norm_silu_join(x, scale, history, 2, True, HALF)
+    assert torch.equal(kept, also_kept)
+    expected = F.conv3d(joined.float(), weight, padding=(0, 1, 1))
+    got = by_packed_weights(operand, pack(weight, form), form, frames)
+    assert ((got - expected).norm() / expected.norm()).item() < 1e-3
+    direct = Form(32, width, False, 3, HALF)
+    got = by_packed_weights(joined, pack(weight, direct), direct, frames)
+    assert ((got - expected).norm() / expected.norm()).item() < 1e-3
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_pairs_do_not_depend_on_the_chunks():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = features(1, 9, 3, 5, 32, device=device)
+    scale = norm_scale(torch.randn(32, device=device))
+    whole, _ = norm_silu_pairs(x, scale, None, False, HALF)
+    for cut in (1, 3, 5):  # the video's first frame stands alone: chunks end at odd numbers
+        first, history = norm_silu_pairs(x[:, :, :cut], scale, None, True, HALF)
+        rest, _ = norm_silu_pairs(x[:, :, cut:], scale, history, False, HALF)
+        assert torch.equal(torch.cat((first, rest), 2), whole)
+
+
+def upsampled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding=(1, 1)):
+    """The float32 twin, without the outermost rows or columns where there is no padding."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        y = F.conv2d(F.interpolate(x.float(), scale_factor=2.0), weight.float(), bias, padding=1)
+    (top, left), (h, w) = (2 - 2 * p for p in padding), y.shape[2:]
+    return y[..., top : h - top, left : w - left]
+
+
+def test_packed_folded_weights_make_the_upsampled_convolution():
+    """As the kernel reads them: for the parity of a row, then of a column, two by two taps."""
+    torch.manual_seed(0)
+    form = Form(64, 192, False, 1, HALF, doubled=True)
+    x, bias = torch.randn(2, 64, 5, 7), torch.randn(192)
+    weight = torch.randn(192, 64, 3, 3) / 24
+    packed = pack_doubled(fold_upsample(weight), form)
+    p, block = packed.view(2, 2, 2, 2, 2, 2, 96, 4, 8), form.block
+    place = torch.arange(4)[None, :] ^ (torch.arange(block)[:, None] // 2 % 4)
+    p = p.gather(-2, place[:, :, None].expand(p.shape)).float()  # the swizzle undoes itself
+    # tile block, py, chunk, ky, px, kx, row, 4, 8 -> py, px, O, C, ky, kx
+    p = p.permute(1, 4, 0, 6, 2, 7, 8, 3, 5).reshape(2, 2, 192, 64, 2, 2)
+    got, padded = torch.empty(2, 192, 10, 14), F.pad(x, (1, 1, 1, 1))
+    for py in (0, 1):
+        for px in (0, 1):
+            seen = padded[..., py : py + 6, px : px + 8]
+            got[..., py::2, px::2] = F.conv2d(seen, p[py, px], bias)
+    expected = upsampled(x, weight, bias)
+    assert ((got - expected).norm() / expected.norm()).item() < 1e-3
+
+
+def test_widths_that_have_a_kernel():
+    assert fits(96, 96) and fits(192, 384) and fits(32, 96)
+    assert fits(256, 256) and not fits(16, 96) and not fits(96, 3) and not fits(96, 80)
+
+
+@pytest.mark.parametrize("form", FORMS + DOUBLED, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}")
+def test_compiles_for_hopper(form, tmp_path, monkeypatch):
+    """With NVRTC and without a GPU; the second time from the folder, unless the file is damaged."""
+    try:
+        driver.nvrtc_version()
+    except OSError as error:
+        pytest.skip(f"no NVRTC here (pip install nvidia-cuda-nvrtc): {error}")
+    source = 'extern "C" __global__ void nothing() {}'
+    made = driver.compile_cubin(source, {}, "sm_90a", tmp_path)
+    (file,) = tmp_path.glob("*.cubin")
+    monkeypatch.setattr(driver, "_compile", lambda *_: b"compiled anew")
+    assert driver.compile_cubin(source, {}, "sm_90a", tmp_path) == made
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert driver.compile_cubin(source, {}, "sm_90a", tmp_path) == b"compiled anew"
+    monkeypatch.undo()
+    monkeypatch.setenv("WAN_VAE_CACHE", str(tmp_path / "own"))
+    from wan_vae.kernels.cuda import conv3x3 as module
+
+    assert module.build.__wrapped__(form).startswith(b"\x7fELF")
+    with pytest.raises(driver.KernelBuildError, match="NVRTC: "):
+        driver.compile_cubin("nonsense", {}, "sm_90a", None)
+    assert "WAN_VAE_CACHE" in os.environ
+
+
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU",
+)
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}")
+@pytest.mark.parametrize("padding", [(1, 1), (0, 1), (1, 0)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 5, 7), (1, 5, 35, 53), (2, 4, 18, 33)], ids=str)
+def test_on_the_gpu_fifty_times(form, padding, size):
+    """Poisoned outputs, with and without a residual; equal bits in every run."""
+    torch.manual_seed(0)
+    b, t, h, w = size
+    x = features(b, t, h, w, form.cin, dtype=BF16, device="cuda")
+    history = features(b, 2, h, w, form.cin, device="cuda")
+    scale = norm_scale(torch.randn(form.cin, device="cuda"))
+    bias = torch.randn(form.cout, device="cuda")
+    weight = (torch.randn(form.cout, form.cin, 3, 3, 3, device="cuda") / 50).to(HALF)
+    packed = pack(weight, form)
+    past = form.taps - 1
+    joined, _ = norm_silu_join(x, scale, history if past else None, past, False, HALF)
+    operand = norm_silu_pairs(x, scale, history, False, HALF)[0] if form.winograd else joined
+    rows, columns = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        used = weight[:, :, 3 - form.taps :].float()
+        exact = F.conv3d(joined.float(), used, bias, padding=(0, *padding))
+    for residual in (None, features(b, t, rows, columns, form.cout, dtype=form.out, device="cuda")):
+        expected = exact if residual is None else exact + residual.float()
+        runs = []
+        for _ in range(50):
+            poison = torch.full_like(expected, float("nan"), dtype=form.out)
+            del poison
+            runs.append(conv3x3(operand, packed, bias, residual, form, t, padding))
+        assert all(torch.equal(run, runs[0]) for run in runs)
+        error = ((runs[0].float() - expected).norm() / expected.norm()).item()
+        assert error < (3e-3 if form.out == BF16 else 8e-4)
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("form", DOUBLED, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}")
+@pytest.mark.parametrize("padding", [(1, 1), (0, 1), (1, 0)], ids=str)
+@pytest.mark.parametrize("size", [(1, 5, 7), (5, 35, 53), (4, 18, 33)], ids=str)
+def test_upsampled_on_the_gpu_fifty_times(form, padding, size):
+    """Poisoned outputs; equal bits in every run, and in a part of the picture."""
+    torch.manual_seed(0)
+    n, h, w = size
+    x = torch.randn(n, h, w, form.cin, device="cuda").to(form.out).permute(0, 3, 1, 2)
+    weight = (torch.randn(form.cout, form.cin, 3, 3, device="cuda") / (9 * form.cin) ** 0.5).to(
+        HALF
+    )
+    bias = torch.randn(form.cout, device="cuda")
+    packed = pack_doubled(fold_upsample(weight), form)
+    expected = upsampled(x, weight, bias, padding)
+    runs = []
+    for _ in range(50):
+        poison = torch.full_like(expected, float("nan"), dtype=form.out)
+        del poison
+        runs.append(upsample_conv3x3(x, packed, bias, form, padding))
+    assert all(torch.equal(run, runs[0]) for run in runs)
+    error = ((runs[0].float() - expected).norm() / expected.norm()).item()
+    assert error < (6e-3 if form.out == BF16 else 1e-3)
+    whole = upsample_conv3x3(x, packed, bias, form)
+    (top, left), (rows, columns) = (2 - 2 * p for p in padding), whole.shape[2:]
+    assert torch.equal(runs[0], whole[..., top : rows - top, left : columns - left])
+
+
+@pytest.mark.gpu
+@hopper
+def test_the_norm_matches_the_reference_on_the_gpu():
+    x, gamma = features(1, 4, 9, 7, 96, dtype=BF16, device="cuda"), torch.randn(96, device="cuda")
+    joined, _ = norm_silu_join(x, norm_scale(gamma), None, 2, False, HALF)
+    expected = rms_norm_silu(x.float(), gamma)
+    assert ((joined[:, :, 2:].float() - expected).norm() / expected.norm()).item() < 5e-4

@@ -1,0 +1,1 @@
+"""Files, latents, images and videos, and the sinks where pixels go."""

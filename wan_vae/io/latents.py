@@ -1,0 +1,165 @@
+"""Latent files in and out, and the checks that catch a bad latent before minutes are spent."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from ..config import WanVAEConfig
+from ..errors import CheckpointError, LatentError
+from .checkpoint import read_safetensors, without_data
+from .files import first_line, save_tensors, why_unreadable, writing
+
+# Names under which tools store the tensor, most specific first.
+TENSOR_KEYS = ("latent_tensor", "latent", "latents", "samples")
+# ComfyUI marks files whose latents are in the model's own scale; older ones were multiplied by
+# Stable Diffusion's factor. Source: the behaviour of ComfyUI's SaveLatent / LoadLatent.
+VERSION_KEY = "latent_format_version_0"
+OLD_SCALE = 1.0 / 0.18215
+
+
+def load_latent(path: str | Path) -> torch.Tensor:
+    """Read a latent [B, z, T, H, W] in float32 from `.latent`, `.safetensors` or `.npy`.
+
+    Four dimensions are [z, T, H, W], but in a `.latent` they are ComfyUI's [B, z, H, W], images.
+    Raises LatentError, one line, with the path.
+    """
+    path = Path(path)
+    if reason := why_unreadable(path):
+        raise LatentError(f"{path}: {reason}")
+    suffix, scale = path.suffix.lower(), 1.0
+    if suffix == ".npy":
+        latent = _load_npy(path)
+    else:
+        try:
+            tensors = read_safetensors(path)
+        except CheckpointError as error:
+            raise LatentError(f"{path}: {error}") from error
+        key = next((k for k in TENSOR_KEYS if k in tensors), None)
+        others = [k for k in tensors if k != VERSION_KEY]
+        if key is None and len(others) == 1:
+            key = others[0]
+        if key is None:
+            raise LatentError(
+                f"{path}: no latent among {len(tensors)} tensors: expected a tensor named "
+                f"{', '.join(TENSOR_KEYS)}, or only one"
+            )
+        latent = tensors[key]
+        if suffix == ".latent" and VERSION_KEY not in tensors:
+            scale = OLD_SCALE
+    if latent.ndim == 4:
+        latent = latent.unsqueeze(2 if suffix == ".latent" else 0)
+    if latent.ndim != 5 or not latent.dtype.is_floating_point:
+        raise LatentError(
+            f"{path}: the latent is {tuple(latent.shape)} of {latent.dtype}: expected a floating "
+            "tensor [B, z, T, H, W]"
+        )
+    return latent.float() * scale if scale != 1 else latent.float()
+
+
+def _load_npy(path: Path) -> torch.Tensor:
+    try:
+        # mmap: a header that claims a huge array is held against the file's size, not allocated.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError, OverflowError, SyntaxError, MemoryError) as error:
+        raise LatentError(f"{path}: not a readable .npy array: {first_line(error)}") from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise LatentError(f"{path}: an .npz archive, not a .npy array: save one array as .npy")
+    if array.dtype.kind != "f":
+        raise LatentError(f"{path}: the array is {array.dtype}: expected floating numbers")
+    return torch.from_numpy(np.array(array, dtype=np.float32))
+
+
+def save_latent(path: str | Path, latent: torch.Tensor, name: Path | None = None) -> None:
+    """Write `latent` as ComfyUI's SaveLatent does, so that Load Latent takes it.
+
+    `name` is what an OutputError calls the file, where `path` is a passing one.
+    """
+    marker = torch.empty(0, dtype=torch.float32, device="cpu")
+    tensors = {"latent_tensor": latent.detach().cpu().contiguous(), VERSION_KEY: marker}
+    with writing(Path(name or path), SafetensorError):
+        save_tensors(tensors, Path(path))
+
+
+# What a sampler or a file can hold and arithmetic can read; float8 has no isfinite.
+_READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def as_batch(x: torch.Tensor, what: str) -> torch.Tensor:
+    """`x` with a batch dimension if it has four. Raises LatentError unless it is a dense tensor."""
+    if not isinstance(x, torch.Tensor):
+        raise LatentError(f"the {what} is a {type(x).__name__}: expected a torch.Tensor")
+    if kind := without_data(x):
+        raise LatentError(f"the {what} is a {kind} tensor: expected a dense one, with data")
+    return x.unsqueeze(0) if x.ndim == 4 else x
+
+
+def check_latent(latent: torch.Tensor, config: WanVAEConfig) -> None:
+    """Raise LatentError unless `latent` is a finite [B, z, T, H, W] of this VAE, sizes above 0."""
+    check_latent_shape(latent, config)
+    check_latent_values(latent)
+
+
+def check_latent_values(latent: torch.Tensor) -> None:
+    """Raise LatentError unless every value of `latent` [B, z, T, H, W] is finite."""
+    _check_finite(latent, "latent", "the sampler overflowed, so every decoder would give black")
+
+
+def check_latent_shape(latent: torch.Tensor, config: WanVAEConfig) -> None:
+    """The part of `check_latent` that reads no value."""
+    if latent.ndim != 5:
+        raise LatentError(f"the latent is {tuple(latent.shape)}: expected [B, z, T, H, W]")
+    if 0 in latent.shape:
+        raise LatentError(f"the latent is empty: its shape is {tuple(latent.shape)}")
+    if latent.dtype not in _READABLE:
+        raise LatentError(
+            f"the latent is of {latent.dtype}: expected a floating tensor of 16 to 64 bits"
+        )
+    if latent.shape[1] != config.z_dim:
+        other = {16: "Wan 2.1", 48: "Wan 2.2 (5B)"}.get(latent.shape[1])
+        hint = f"; {latent.shape[1]} channels are those of {other}" if other else ""
+        raise LatentError(
+            f"the latent has {latent.shape[1]} channels: this {config.family} VAE decodes "
+            f"{config.z_dim}{hint}"
+        )
+
+
+def check_pixels(pixels: torch.Tensor, config: WanVAEConfig) -> None:
+    """Raise LatentError unless `pixels` is a finite [B, 3, T, H, W], sizes above 0."""
+    if pixels.ndim != 5 or pixels.shape[1] != 3:
+        raise LatentError(f"the video is {tuple(pixels.shape)}: expected [B, 3, T, H, W]")
+    if 0 in pixels.shape:
+        raise LatentError(f"the video is empty: its shape is {tuple(pixels.shape)}")
+    if pixels.dtype not in _READABLE:
+        raise LatentError(f"the video is of {pixels.dtype}: expected floating values in [-1, 1]")
+    _check_finite(pixels, "video", "nothing can be encoded from it")
+
+
+def range_warning(pixels: torch.Tensor) -> str | None:
+    """What to say of values far outside [-1, 1], as of a video in [0, 255]; None if there are none.
+
+    A warning, no error: resampling overshoots, and high dynamic range exceeds the range on purpose.
+    """
+    largest = float(pixels.detach().abs().max())
+    if largest <= 2:
+        return None
+    return f"the video's values reach {largest:.0f}: expected [-1, 1] (x / 127.5 - 1 for 8-bit)"
+
+
+def _check_finite(x: torch.Tensor, what: str, consequence: str) -> None:
+    # One pass over memory; a NaN wins both.
+    if all(map(math.isfinite, torch.stack(x.detach().aminmax()).tolist())):
+        return
+    finite = torch.isfinite(x).all(dim=4).all(dim=3).all(dim=1).all(dim=0)
+    bad = (~finite).nonzero().flatten().tolist()
+    if bad:
+        shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+        raise LatentError(
+            f"the {what} itself holds NaN or inf in {len(bad)} of {len(finite)} frames "
+            f"({shown}): {consequence}"
+        )

@@ -1,0 +1,1 @@
+"""How a layer is computed faster: kernels by family, proven on the card before use."""

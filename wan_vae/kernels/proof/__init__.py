@@ -1,0 +1,1 @@
+"""The proof of a kernel on this device, and the verdicts that are kept."""

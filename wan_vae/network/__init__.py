@@ -1,0 +1,1 @@
+"""The causal network: encoder, decoder, their layers, and where each of them is."""

@@ -1,0 +1,427 @@
+"""The building blocks of decoder and encoder. Stateless modules: what a call needs is in `Step`.
+
+Shapes are [B, C, T, H, W] throughout. Attribute names are the native checkpoint's ("residual.2",
+"resample.1"), so a native state dict loads without renaming.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .. import layout
+from ..chunking import Chunk
+from ..layout import LayoutCounter
+from ..ops.opset import FusedConv, OpSet, eager_ops
+from ..sharding.context import SINGLE, ShardContext
+from ..sharding.halo import Shard
+from .cache import FeatureCache, may_overwrite
+
+
+@dataclass(frozen=True)
+class Step:
+    """Everything that one chunk's pass through the network needs, passed explicitly.
+
+    cache: past frames by slot. chunk: which latent frames these are. shard: which part of the
+    picture. ops: the backend of each operation. counter: what was done with memory formats.
+    pass_frames: how many frames each stage of the decoder takes at once; empty for all of them.
+    """
+
+    cache: FeatureCache
+    chunk: Chunk
+    shard: ShardContext | Shard = SINGLE
+    ops: OpSet = field(default_factory=eager_ops)
+    counter: LayoutCounter = field(default_factory=LayoutCounter)
+    pass_frames: tuple[int, ...] = ()
+
+    @staticmethod
+    def whole_clip(latent_frames: int) -> Step:
+        """A step that passes a whole clip at once with fresh history, as training does."""
+        return Step(FeatureCache(), Chunk(0, latent_frames, is_first=True, is_last=True))
+
+
+class RMSNorm(nn.Module):
+    """Holds the gain of an RMS norm over channels; `trailing` size-1 dimensions follow its C."""
+
+    def __init__(self, channels: int, trailing: int = 3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *([1] * trailing)))
+
+
+class CausalConv3d(nn.Module):
+    """Convolution that sees the present and the past: kernel (kT, kH, kW), spatial zero padding.
+
+    The past frames come from the cache under `slot`, which the owning network sets to the native
+    name of this layer when it is built.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: tuple[int, int, int] = (3, 3, 3),
+    ):
+        super().__init__()
+        self.kernel = kernel
+        self.slot = ""
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *kernel))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """[B, C, T, H, W] -> [B, O, T, H, W]; history is zero frames before the first chunk."""
+        return self.convolve(self.operand(x, step), step)
+
+    def operand(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """`x` as `convolve` reads it: with its halo rows, behind its history.
+
+        Apart from `convolve` so that a caller can let go of `x` before the convolution runs.
+        """
+        if not step.shard.is_single and any(self._padding):
+            # Before the history is joined: its frames then keep their halo rows.
+            x = step.shard.surround(x, self.slot)
+        past = self.kernel[0] - 1
+        if not past or step.chunk.is_only_frame:
+            return x
+        return with_history(x, self.slot, past, self.weight, step)
+
+    def convolve(self, operand: torch.Tensor, step: Step) -> torch.Tensor:
+        """The convolution of an `operand` [B, C, T + history, H (+ halo), W] -> [B, O, T, H, W]."""
+        # A video of one frame: all history is zero, only the kernel's last slice meets data.
+        only_frame = step.chunk.is_only_frame and self.kernel[0] > 1
+        return step.ops.conv3d(
+            operand, self.weight, self.bias, step.counter,
+            padding=self.padding(step), last_slice=only_frame,
+        )  # fmt: skip
+
+    @property
+    def _padding(self) -> tuple[int, int]:
+        return self.kernel[1] // 2, self.kernel[2] // 2
+
+    def padding(self, step: Step) -> tuple[int, int]:
+        """Zero rows and columns on each side; none on the axis where halo rows stand instead."""
+        padding = self._padding
+        if step.shard.is_single or not any(padding):
+            return padding
+        return step.shard.padding(padding)
+
+
+class StridedTimeConv3d(CausalConv3d):
+    """Temporal convolution that halves time: three frames in, one out, stride 2.
+
+    Sees one past frame; the very first frame of a video passes unchanged and becomes history.
+    """
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """[B, C, T, H, W]: T = 1 + 2n in the first chunk -> 1 + n frames; T = 2n later -> n."""
+        first, frames = step.chunk.is_first, x
+        if first:
+            passed, frames = x[:, :, :1], x
+        else:
+            history = step.cache.take(self.slot, x, 1)
+            frames = layout.join_frames((history, x), self.weight, step.counter)
+        if not step.chunk.is_last:
+            step.cache.store(self.slot, x[:, :, -1:].clone())
+        if first and x.shape[2] == 1:
+            return passed
+        y = step.ops.conv3d(frames, self.weight, self.bias, step.counter, stride=(2, 1, 1))
+        return torch.cat((passed, y), dim=2) if first else y
+
+
+class Conv2d(nn.Module):
+    """Holds weight and bias of a 2-D convolution applied to each frame."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+
+
+def with_history(
+    x: torch.Tensor, slot: str, past: int, weight: torch.Tensor, step: Step
+) -> torch.Tensor:
+    """`x` behind its `past` history frames, in the weight's format; keeps the new history.
+
+    Always `buffer = [history, x]; history = buffer[-past:]`, whatever the chunk length: this is
+    what makes every chunk schedule exact.
+    """
+    history = step.cache.take(slot, x, past)
+    buffer = layout.join_frames((history, x), weight, step.counter)
+    if step.chunk.is_last:
+        return buffer
+    tail = buffer[:, :, -past:]
+    if not step.chunk.is_first and may_overwrite(history):
+        step.cache.store(slot, history.copy_(tail))
+        return buffer
+    del history  # zeros, freed before the first one is made
+    # A copy: a view would keep the whole buffer of this chunk alive.
+    step.cache.store(slot, tail.clone())
+    return buffer
+
+
+def frames_to_batch(x: torch.Tensor) -> torch.Tensor:
+    """[B, C, T, H, W] -> [B*T, C, H, W]; a view of an NDHWC tensor."""
+    b, c, t, h, w = x.shape
+    return x.transpose(1, 2).reshape(b * t, c, h, w)
+
+
+def batch_to_frames(x: torch.Tensor, batch: int) -> torch.Tensor:
+    """[B*T, C, H, W] -> [B, C, T, H, W]; a view."""
+    n, c, h, w = x.shape
+    return x.view(batch, n // batch, c, h, w).transpose(1, 2)
+
+
+class ResidualBlock(nn.Module):
+    """Two (norm, SiLU, 3x3x3 convolution) and a shortcut (1x1x1 if the widths differ)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        # The gaps in the numbers are SiLU and dropout, which have no tensors.
+        self.residual = nn.ModuleDict(
+            {
+                "0": RMSNorm(in_channels),
+                "2": CausalConv3d(in_channels, out_channels),
+                "3": RMSNorm(out_channels),
+                "6": CausalConv3d(out_channels, out_channels),
+            }
+        )
+        self.shortcut = (
+            CausalConv3d(in_channels, out_channels, (1, 1, 1))
+            if in_channels != out_channels
+            else None
+        )
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        norm1, conv1, norm2, conv2 = self.residual.values()
+        y = norm_silu_conv(x, norm1, conv1, step)
+        # Not before: the wider first convolution is where memory peaks.
+        skip = x if self.shortcut is None else self.shortcut(x, step)
+        fused = fused_conv(conv2, step)
+        if fused is not None:
+            frames = y.shape[2]
+            y = fused_operand(fused, y, conv2, step)
+            return fused_convolve(fused, y, frames, conv2, step, skip)
+        # One name for all: each result replaces the one that it was made from.
+        y = step.ops.norm_silu(y, norm2.gamma)
+        y = conv2.operand(y, step)
+        y = conv2.convolve(y, step)
+        return add(y, skip)
+
+    def normed_convolutions(self) -> list[tuple[RMSNorm, CausalConv3d]]:
+        """The convolutions that read the result of a norm, with that norm."""
+        norm1, conv1, norm2, conv2 = self.residual.values()
+        return [(norm1, conv1), (norm2, conv2)]
+
+
+def add(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """y + x; written over `y`, which nobody else may read, where no gradient needs it."""
+    return y + x if y.requires_grad or x.requires_grad else y.add_(x)
+
+
+def norm_silu_conv(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, step: Step) -> torch.Tensor:
+    """`conv(silu(norm(x)))`: in one kernel where there is one, else step by step."""
+    fused = fused_conv(conv, step)
+    if fused is not None:
+        y = fused_operand(fused, x, conv, step)
+        return fused_convolve(fused, y, x.shape[2], conv, step)
+    y = step.ops.norm_silu(x, norm.gamma)
+    y = conv.operand(y, step)
+    return conv.convolve(y, step)
+
+
+def fused_conv(conv: CausalConv3d, step: Step) -> FusedConv | None:
+    """The kernel for norm, SiLU and `conv` in one, if there is one."""
+    return step.ops.fused_conv(conv.weight)
+
+
+def fused_operand(
+    fused: FusedConv, x: torch.Tensor, conv: CausalConv3d, step: Step
+) -> torch.Tensor:
+    """What the kernel of `conv` reads: `silu(norm(x))` behind its history. Keeps the new history.
+
+    Shards exchange rows of `x`, before the norm: it looks at one pixel at a time, so each rank
+    gets the bits of its neighbour, and zero rows stay zero.
+    """
+    only_frame = step.chunk.is_only_frame
+    before = None if only_frame else step.cache.peek(conv.slot)
+    operand, history = fused.operand(
+        x,
+        before,
+        only_frame=only_frame,
+        keep=not step.chunk.is_last,
+        overwrite=before is not None and may_overwrite(before),
+        halo=None if step.shard.is_single else step.shard.halo_rows_of(x, conv.slot),
+    )
+    if history is not None:
+        step.cache.store(conv.slot, history)
+    return operand
+
+
+def fused_convolve(
+    fused: FusedConv,
+    operand: torch.Tensor,
+    frames: int,
+    conv: CausalConv3d,
+    step: Step,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The convolution of an operand from `fused_operand`, plus `residual`: `frames` frames."""
+    return fused.convolve(
+        operand, frames, residual,
+        padding=conv.padding(step), only_frame=step.chunk.is_only_frame,
+    )  # fmt: skip
+
+
+class Attention(nn.Module):
+    """One attention head over all pixels of each frame, with a residual connection."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = RMSNorm(channels, trailing=2)
+        self.to_qkv = Conv2d(channels, 3 * channels, 1)
+        self.proj = Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        b, c, _, h, w = x.shape
+        y = step.ops.norm(frames_to_batch(x), self.norm.gamma)
+        if not step.shard.is_single:
+            # Keys and values of all pixels are needed. Their common input is half as large, and
+            # the 1x1 convolution is small beside the attention that is shared out by queries.
+            y = step.shard.gather_rows(y, "attention")
+        qkv = step.ops.conv2d(y, self.to_qkv.weight, self.to_qkv.bias, step.counter)
+        # Channels last also where the features are not: for any other strides CUDA's attention
+        # falls back to one that stores the scores of all pairs of pixels (4 GB at 1080p).
+        q, k, v = qkv.flatten(2).transpose(1, 2).contiguous().split(c, dim=2)
+        if not step.shard.is_single:
+            q = step.shard.own_rows(qkv[:, :c]).flatten(2).transpose(1, 2).contiguous()
+        y = step.ops.attention(q, k, v).transpose(1, 2).unflatten(2, (h, w))
+        y = step.ops.conv2d(y, self.proj.weight, self.proj.bias, step.counter)
+        return add(batch_to_frames(y, b), x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width and, if `temporal`, time (the first frame stays one)."""
+
+    def __init__(self, channels: int, out_channels: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": Conv2d(channels, out_channels, 3)})
+        self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        if self.time_conv is not None:
+            x = self._double_time(x, step)
+        conv = self.resample["1"]
+        frames, padding = frames_to_batch(x), (1, 1)
+        if not step.shard.is_single:
+            frames = step.shard.surround(frames, "upsample")
+            padding = step.shard.padding(padding)
+        y = step.ops.upsample_conv2d(frames, conv.weight, conv.bias, step.counter, padding=padding)
+        return batch_to_frames(y, x.shape[0])
+
+    def _double_time(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        # The video's first latent frame is one pixel frame: it skips the doubling, and the
+        # history of the temporal convolution starts (with zeros) behind it.
+        passed = x[:, :, :1] if step.chunk.is_first else x[:, :, :0]
+        rest = x[:, :, passed.shape[2] :]
+        if rest.shape[2] == 0:
+            return passed
+        doubled = _interleave(self.time_conv(rest, step))
+        return torch.cat((passed, doubled), dim=2) if passed.shape[2] else doubled
+
+
+def _interleave(pairs: torch.Tensor) -> torch.Tensor:
+    """[B, 2C, T, H, W], two frames side by side in channels -> [B, C, 2T, H, W], in its format."""
+    b, c, t, h, w = pairs.shape
+    if layout.detect(pairs) != "channels_last_3d":
+        frames = pairs.unflatten(1, (2, c // 2)).permute(0, 2, 3, 1, 4, 5)
+        return frames.reshape(b, c // 2, 2 * t, h, w)
+    # Whole pixels are moved, not numbers: through NCDHW and back this is 5% of a decode. In words
+    # of eight bytes: by numbers of two the copy runs at a third of the memory's speed.
+    # `to_format`: also of a stray stride of a dimension of one, which a view as words would refuse.
+    frames = layout.to_format(pairs, "channels_last_3d").permute(0, 2, 3, 4, 1)
+    words = not pairs.requires_grad and c // 2 * pairs.itemsize % 8 == 0
+    moved = frames.view(torch.int64) if words else frames
+    moved = moved.unflatten(4, (2, -1)).permute(0, 1, 4, 2, 3, 5).reshape(b, 2 * t, h, w, -1)
+    return (moved.view(pairs.dtype) if words else moved).permute(0, 4, 1, 2, 3)
+
+
+class Downsample(nn.Module):
+    """Halves height and width and, if `temporal`, time (the first frame stays one)."""
+
+    def __init__(self, channels: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": Conv2d(channels, channels, 3)})
+        self.time_conv = StridedTimeConv3d(channels, channels, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        conv = self.resample["1"]
+        # Padding on the right and bottom only, as the network was trained.
+        y, bottom, right = frames_to_batch(x), 1, 1
+        if not step.shard.is_single:
+            y = step.shard.surround(y, "downsample", before=0, after=1)
+            bottom, right = step.shard.padding((bottom, right))
+        y = step.ops.conv2d(
+            y, conv.weight, conv.bias, step.counter, stride=2, pad_after=(bottom, right)
+        )
+        y = batch_to_frames(y, x.shape[0])
+        return y if self.time_conv is None else self.time_conv(y, step)
+
+
+class DuplicateShortcut(nn.Module):
+    """Wan 2.2's parameter-free shortcut around an up-sampling stage: channels unfolded into space
+    (and time), repeated where there are too few. Source: Wan 2.2's `DupUp3D`."""
+
+    def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_s: int):
+        super().__init__()
+        self.out_channels, self.factor_t, self.factor_s = out_channels, factor_t, factor_s
+        self.groups = in_channels // out_channels
+        self.repeats = factor_t * factor_s**2 // self.groups
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        b, _, t, h, w = x.shape
+        ft, fs = self.factor_t, self.factor_s
+        # Repeated by strides, so that the one copy is the last reshape.
+        y = x.reshape(b, self.out_channels, self.groups, 1, t, h, w)
+        y = y.expand(-1, -1, -1, self.repeats, -1, -1, -1)
+        y = y.reshape(b, self.out_channels, ft, fs, fs, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        y = y.reshape(b, self.out_channels, t * ft, h * fs, w * fs)
+        return y[:, :, ft - 1 :] if step.chunk.is_first else y
+
+
+class AverageShortcut(nn.Module):
+    """Wan 2.2's parameter-free shortcut around a down-sampling stage: space (and time) folded into
+    channels, averaged in groups. Source: Wan 2.2's `AvgDown3D`.
+
+    Averages are sums in float32, term by term, rounded once. Not `mean`: on CUDA its order is that
+    of a reduction laid out by size, and the bits of a shard must be those of the whole picture."""
+
+    def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_s: int):
+        super().__init__()
+        self.out_channels, self.factor_t, self.factor_s = out_channels, factor_t, factor_s
+        self.group = in_channels * factor_t * factor_s**2 // out_channels
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        ft, fs = self.factor_t, self.factor_s
+        # Only the first chunk has an odd number of frames: a zero frame stands before the video.
+        if missing := -x.shape[2] % ft:
+            x = nn.functional.pad(x, (0, 0, 0, 0, missing, 0))
+        b, c, t, h, w = x.shape
+        y = x.reshape(b, c, t // ft, ft, h // fs, fs, w // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
+        y = y.reshape(b, self.out_channels, self.group, t // ft, h // fs, w // fs)
+        first, *others = y.unbind(2)
+        if not others:
+            return first
+        total = first.float()
+        for term in others:
+            total = total + term
+        return (total / self.group).to(x.dtype)
+
+
+def name_slots(network: nn.Module, prefix: str) -> None:
+    """Give each causal convolution its slot: its native name, such as `decoder.head.2`."""
+    for name, module in network.named_modules():
+        if isinstance(module, CausalConv3d):
+            module.slot = f"{prefix}{name}"

@@ -1,0 +1,114 @@
+"""The whole network under its native names: encoder, decoder and the 1x1x1 convolutions between.
+
+One nn.Module, so that a ComfyUI ModelPatcher can own it; its state dict is the canonical one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from ..config import WanVAEConfig
+from ..geometry import Strip
+from .blocks import CausalConv3d, Step
+from .decoder import Decoder, join_passes
+from .encoder import Encoder
+
+
+class WanVAEModel(nn.Module):
+    """Weights and arithmetic of one Wan VAE; all calls are stateless (see `Step`).
+
+    Without an encoder in the checkpoint, `encoder` and `conv1` are None.
+    """
+
+    def __init__(self, config: WanVAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config) if config.has_encoder else None
+        self.conv1 = (
+            CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
+            if config.has_encoder
+            else None
+        )
+        self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
+        self.decoder = Decoder(config)
+        # Copies of the weights that backends made for themselves, by what they were made for: see
+        # `ops.select`. Gone when the weights move, so that an offloaded model leaves nothing.
+        self.prepared: dict[tuple, tuple] = {}
+
+    def _apply(self, fn, recurse: bool = True):
+        self.prepared = {}
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        # Copies and pickles start without.
+        return self.__dict__ | {"prepared": {}}
+
+    def trunk(self, z: torch.Tensor, step: Step) -> torch.Tensor:
+        """Latent chunk [B, z, T, H, W] -> decoder features at latent resolution."""
+        return self.decoder.trunk(self.conv2(z, step), step)
+
+    def finish(self, features: torch.Tensor, step: Step) -> torch.Tensor:
+        """Features -> pixels [B, 3, T', H', W'] float32 in [-1, 1]."""
+        return join_passes(self.finish_passes(features, step))
+
+    def finish_passes(
+        self, features: torch.Tensor, step: Step, strip: Strip | None = None
+    ) -> Iterator[torch.Tensor]:
+        """`finish` (of a strip's rows), the frames of one pass after another: `Decoder.passes`."""
+        passes = self.decoder.passes(features, step, strip)
+        del features  # the passes free it once it was read
+        for pixels in passes:
+            yield pixels.float().clamp_(-1.0, 1.0)
+
+    def decode_chunk(self, z: torch.Tensor, step: Step) -> torch.Tensor:
+        """Latent chunk [B, z, T, H, W] -> pixels [B, 3, T', H', W'] float32 in [-1, 1]."""
+        return join_passes(self.decode_passes(z, step))
+
+    def decode_passes(self, z: torch.Tensor, step: Step) -> Iterator[torch.Tensor]:
+        """`decode_chunk`, the frames of one pass after another."""
+        yield from self.finish_passes(self.trunk(z, step), step)
+
+    def encode_chunk(self, pixels: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixel chunk [B, 3, T, H, W] -> mean and log-variance [B, z, t, h, w] of the posterior."""
+        mean, log_variance = self.conv1(self.encoder(pixels, step), step).chunk(2, dim=1)
+        return mean, log_variance
+
+
+def expected_shapes(config: WanVAEConfig) -> dict[str, tuple[int, ...]]:
+    """Native key -> shape of every tensor of this architecture; allocates nothing."""
+    with torch.device("meta"):
+        model = WanVAEModel(config)
+    return {name: tuple(p.shape) for name, p in model.state_dict().items()}
+
+
+def build_model(
+    config: WanVAEConfig,
+    state: Mapping[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> WanVAEModel:
+    """A frozen model on `device` in `dtype` whose tensors are copies of `state` (canonical keys).
+
+    Copies, so that the caller's tensors (a memory-mapped file, a live model of ComfyUI) are
+    neither kept alive nor changed by us. `state` must hold exactly the expected keys.
+    """
+    with torch.device("meta"):
+        model = WanVAEModel(config)
+    # Ordinary tensors also for a caller in inference mode: its own could not be moved or used
+    # outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        own = {
+            # A copy always, dense and contiguous whatever the source's strides are.
+            key: torch.empty(value.shape, dtype=dtype, device=device).copy_(value)
+            for key, value in state.items()
+        }
+        model.load_state_dict(own, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def tensor_version(p: torch.Tensor) -> int:
+    """How often `p` was changed in place; tensors of inference mode do not count it."""
+    return -1 if p.is_inference() else p._version

@@ -1,0 +1,1 @@
+"""The eager reference of each operation: plain PyTorch, right on every device."""

@@ -1,0 +1,1 @@
+"""One way through a decode or encode: chunks, passes, strips, shards, clock and report."""

@@ -1,0 +1,5 @@
+"""One picture over several devices from one program: worker processes, one a device."""
+
+from .pool import WorkerPool, decode_sharded
+
+__all__ = ["WorkerPool", "decode_sharded"]
