@@ -38,7 +38,7 @@ class Chunk:
 
     @property
     def is_only_frame(self) -> bool:
-        """True for a video of one frame: all history is zero; one temporal kernel slice is enough."""
+        """True for a video of one frame: all history is zero, one temporal slice is enough."""
         return self.is_first and self.is_last and self.frames == 1
 
 
