@@ -1,4 +1,4 @@
-"""Wan 2.1 / 2.2 video latents to pixels, right in every memory format.
+"""Decodes Wan 2.1 and 2.2 latents to pixels, and encodes pixels to latents.
 
     import wan_vae
     vae = wan_vae.load("wan_2.1_vae.safetensors")
@@ -6,8 +6,11 @@
     pixels = vae.decode(latent)            # [B, 3, 4T-3, 8H, 8W] float32 in [-1, 1]
     print(vae.last_report.as_dict())
 
-Knows nothing of ComfyUI; needs torch, numpy and safetensors. The command line, video and image
-files need av, Pillow and tqdm too.
+It knows nothing of ComfyUI and needs torch, numpy and safetensors. The command line and video and
+image files also need av, Pillow and tqdm.
+
+The names in `__all__` are the public interface, which semantic versioning covers; docs/python.md
+describes them. Everything else may change in any version.
 """
 
 from importlib import import_module
@@ -30,12 +33,16 @@ if TYPE_CHECKING:
         ShardingError,
         WanVAEError,
     )
-    from .io.latents import load_latent
+    from .io.latents import load_latent, save_latent
+    from .io.sink import CallbackSink, Sink, TensorSink
     from .pipeline import WanVAE, load
     from .report import DecodeReport
+    from .sharding.context import ShardContext
+    from .workers.pool import WorkerPool, decode_sharded
 
 __all__ = [
     "BackendError",
+    "CallbackSink",
     "CheckpointError",
     "DecodeCancelled",
     "DecodeMemoryError",
@@ -45,25 +52,38 @@ __all__ = [
     "LayoutError",
     "NotAWanVAEError",
     "OutputError",
+    "ShardContext",
     "ShardingError",
+    "Sink",
+    "TensorSink",
     "WanVAE",
     "WanVAEConfig",
     "WanVAEError",
+    "WorkerPool",
     "__version__",
+    "decode_sharded",
     "detect_config",
     "load",
     "load_latent",
+    "save_latent",
 ]
 
-# Imported when first asked for: `python -m wan_vae` comes through here, and importing torch takes
-# seconds in which Ctrl-C, --help and wrong usage are to be answered by the command line.
+# A name is imported on its first use. `python -m wan_vae` imports this module too, and torch takes
+# seconds to import; meanwhile the command line must answer --help, wrong usage and Ctrl-C.
 _HOMES = {
+    "CallbackSink": "io.sink",
     "DecodeReport": "report",
+    "ShardContext": "sharding.context",
+    "Sink": "io.sink",
+    "TensorSink": "io.sink",
     "WanVAE": "pipeline",
     "WanVAEConfig": "config",
+    "WorkerPool": "workers.pool",
+    "decode_sharded": "workers.pool",
     "detect_config": "config",
     "load": "pipeline",
     "load_latent": "io.latents",
+    "save_latent": "io.latents",
 }
 
 

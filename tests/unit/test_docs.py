@@ -157,10 +157,16 @@ def test_the_options_of_decode_are_those_of_the_page():
     assert named <= set(code)
 
 
-def test_every_error_is_explained():
-    errors = [n for n in wan_vae.__all__ if n.endswith("Error") or n.startswith("DecodeC")]
+def test_every_public_name_is_explained_and_no_other():
     page = text_of(DOCS / "python.md")
-    assert [name for name in errors if f"`{name}`" not in page] == []
+    tables = page.partition("## Errors")[2]
+    named = {
+        name
+        for cell in re.findall(r"^\| (`.+?) \|", tables, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", cell)
+    }
+    assert named | {"WanVAEError"} == set(wan_vae.__all__)
+    assert [name for name in wan_vae.__all__ if not hasattr(wan_vae, name)] == []
 
 
 # -- messages -------------------------------------------------------------------------------------

@@ -338,8 +338,8 @@ def _interleave(pairs: torch.Tensor) -> torch.Tensor:
     if layout.detect(pairs) != "channels_last_3d":
         frames = pairs.unflatten(1, (2, c // 2)).permute(0, 2, 3, 1, 4, 5)
         return frames.reshape(b, c // 2, 2 * t, h, w)
-    # Move whole pixels: through NCDHW and back this takes 5% of a decode. Move words of eight bytes:
-    # with numbers of two bytes the copy reaches a third of the memory's speed. `to_format`
+    # Move whole pixels: through NCDHW and back this takes 5% of a decode. Move words of eight
+    # bytes: with numbers of two bytes the copy reaches a third of the memory's speed. `to_format`
     # also normalises strides of size-1 dimensions, which a view as words would refuse.
     frames = layout.to_format(pairs, "channels_last_3d").permute(0, 2, 3, 4, 1)
     words = not pairs.requires_grad and c // 2 * pairs.itemsize % 8 == 0
