@@ -19,8 +19,8 @@ class WanVAEInspect(io.ComfyNode):
         return schema(
             node_id="WanVAEInspect",
             display_name="Wan VAE Inspect",
-            description="Says what a Wan VAE is, in which memory layout its weights came, which "
-            "one a decode would choose and why. Decodes nothing.",
+            description="Says which Wan VAE this is, how its weights are stored, which memory "
+            "layout a decode would use, and why. Decodes nothing.",
             search_aliases=["vae info", "memory format", "channels last", "wan inspect", "layout"],
             inputs=[vae_input()],
             outputs=[io.String.Output(display_name="report", tooltip="The report as text.")],
