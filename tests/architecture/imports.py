@@ -152,7 +152,7 @@ def _is_type_checking(test: ast.expr) -> bool:
 
 def _tables(tree: ast.Module) -> dict[str, set[str]]:
     """The dictionaries of strings at the top of a module, by name: the values of each."""
-    found = {}
+    found: dict[str, set[str]] = {}
     for node in tree.body:
         targets: list[ast.expr] = []
         if isinstance(node, ast.Assign):
