@@ -66,7 +66,7 @@ class WanVAEDecodeToVideo(io.ComfyNode):
         precision="auto",
         chunk_frames=0,
     ) -> io.NodeOutput:
-        from ..wan_vae.io.video import VideoFileSink
+        from ..wan_vae.io.video_write import VideoFileSink
 
         def decode(packed, hooks) -> list[SavedFile]:
             files = []

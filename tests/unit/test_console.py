@@ -23,7 +23,7 @@ from wan_vae.commands import cli, console, torchrun
 from wan_vae.commands.torchrun import Place
 from wan_vae.config import wan21
 from wan_vae.errors import GeometryError, OutputError, ShardingError
-from wan_vae.io import video
+from wan_vae.io import video_read, video_write
 from wan_vae.io.latents import load_latent, save_latent
 
 ROOT = Path(__file__).parents[2]
@@ -181,7 +181,7 @@ def test_progress_that_nobody_can_see_does_not_end_a_decode(stderr, good, tmp_pa
         patch.setattr(sys, "stderr", stderr)
         assert decode(good, tmp_path / "o.mp4") == 0
         assert decode(good, tmp_path / "o.gif") == 1, "nor does an error that nobody can read"
-    assert video.read_pixels(tmp_path / "o.mp4").shape == (1, 3, 5, 16, 16)
+    assert video_read.read_pixels(tmp_path / "o.mp4").shape == (1, 3, 5, 16, 16)
 
 
 @pytest.mark.parametrize(("stdout", "said"), [(Full(), "No space left"), (Gone(), "")])
@@ -227,7 +227,7 @@ def test_a_refused_argument_draws_no_bar(good, tmp_path, capsys):
 
 
 def test_encode_takes_a_backend(good, tmp_path, capsys):
-    video.save_png(np.full((16, 16, 3), 128, np.uint8), tmp_path / "p.png")
+    video_write.save_png(np.full((16, 16, 3), 128, np.uint8), tmp_path / "p.png")
     argv = ["encode", str(tmp_path / "p.png"), "--vae", str(good / "v.safetensors"), "--device",
             "cpu", "-o", str(tmp_path / "z.latent"), "--backend"]  # fmt: skip
     assert cli.main([*argv, "cuda"]) == 1
@@ -280,11 +280,11 @@ def test_an_output_that_exists_is_overwritten_only_when_told(latents, good, tmp_
     assert there.read_text() == "mine"
     assert [p.name for p in there.parent.iterdir()] == [there.name], "nothing was begun"
     assert decode(good, output, "--force", latents=latents) == 0
-    assert video.read_pixels(there).shape[2] == 5
+    assert video_read.read_pixels(there).shape[2] == 5
 
 
 def test_encode_keeps_the_latent_that_is_there(good, tmp_path, capsys):
-    video.save_png(np.full((16, 16, 3), 128, np.uint8), tmp_path / "p.png")
+    video_write.save_png(np.full((16, 16, 3), 128, np.uint8), tmp_path / "p.png")
     argv = ["encode", str(tmp_path / "p.png"), "--vae", str(good / "v.safetensors"), "--device",
             "cpu", "-o", str(tmp_path / "my.LATENT")]  # fmt: skip
     (tmp_path / "my.LATENT").write_text("hours of sampling")
@@ -342,7 +342,7 @@ def test_every_option_has_words_and_a_default(name):
 
 
 def test_help_names_every_kind_of_file(capsys):
-    for name, words in {"decode": video.VIDEO_SUFFIXES, "encode": ("image", ".png")}.items():
+    for name, words in {"decode": video_write.VIDEO_SUFFIXES, "encode": ("image", ".png")}.items():
         text = parsers()[name].format_help()
         assert all(word in text for word in words), text
 

@@ -527,7 +527,7 @@ def test_missing_video(tmp_path, good, capfd, monkeypatch):
 
 
 def test_a_picture_smaller_than_a_latent_pixel(tmp_path, good, capfd, monkeypatch):
-    from wan_vae.io.video import save_png
+    from wan_vae.io.video_write import save_png
 
     save_png(np.zeros((4, 4, 3), np.uint8), tmp_path / "v.png")
     argv = _encode(tmp_path / "v.png", good, tmp_path / "z.latent")

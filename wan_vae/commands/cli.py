@@ -242,7 +242,7 @@ def _decode_one(vae, latent, output: Path, args, extra=()) -> None:
     """Decode to `output` and to the sinks of `extra`; whatever fails leaves none of them behind."""
     from .. import geometry
     from ..io.latents import check_latent
-    from ..io.video import TeeSink, open_sink
+    from ..io.video_write import TeeSink, open_sink
 
     sinks, bar = list(extra), None
     try:
@@ -304,7 +304,7 @@ def _outputs(args) -> list[Path]:
 
 def _decode(args) -> int:
     from ..io.latents import load_latent
-    from ..io.video import check_sink
+    from ..io.video_write import check_sink
     from .torchrun import Place, decode_list
 
     outputs = _outputs(args)
@@ -337,7 +337,7 @@ def _decode(args) -> int:
 def _encode(args) -> int:
     from ..io.files import Partial, check_output
     from ..io.latents import save_latent
-    from ..io.video import read_pixels
+    from ..io.video_read import read_pixels
 
     check_output(args.output)
     if args.output.suffix.lower() not in (".latent", ".safetensors"):

@@ -28,7 +28,7 @@ def run_demo(args, load, decode_one, report_table) -> int:
     """
     from .. import geometry
     from ..io.latents import load_latent
-    from ..io.video import ContactSheetSink, check_sink
+    from ..io.video_write import ContactSheetSink, check_sink
 
     if not MINI_VAE.is_file() or not samples():
         raise CheckpointError(
@@ -78,7 +78,7 @@ def draw_garbled(vae, latent: torch.Tensor, path: Path) -> None:
     from the other rank, whose NDHWC bytes were read as NCDHW.
     """
     from ..chunking import Chunk
-    from ..io.video import save_png, to_uint8
+    from ..io.video_write import save_png, to_uint8
     from ..network.blocks import Step
     from ..network.cache import FeatureCache
 

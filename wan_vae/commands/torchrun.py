@@ -197,7 +197,7 @@ def decode_list(args, load, outputs: list[Path], place: Place, bar) -> int:
 
 
 def _open(output: Path, latent: torch.Tensor, config, args) -> _CarefulSink:
-    from ..io.video import open_sink
+    from ..io.video_write import open_sink
 
     shape = latent.shape if latent.ndim == 5 else (1, *latent.shape)
     return _CarefulSink(open_sink(output, geometry.pixel_shape(tuple(shape), config), args.fps))
