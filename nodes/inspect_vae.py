@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..wan_vae.commands.report_text import report_text
+from ..wan_vae.report import DecodeReport
 from . import bridge
-from .report_text import report_text
 from .reports import HIDDEN
 from .schema import schema, vae_input
 
@@ -34,5 +35,6 @@ class WanVAEInspect(io.ComfyNode):
             return packed.wan.inspect()
 
         result = bridge.run(cls.hidden, "inspect", lambda: bridge.COPIES.get(vae, "auto"), inspect)
-        text = report_text(result.report, bridge.weight_dtypes(vae))
+        report = DecodeReport.from_dict(result.report)
+        text = report_text(report, dtypes=bridge.weight_dtypes(vae), all_layers=True)
         return io.NodeOutput(text, ui={"wan_vae": [result.report], "text": [text]})
