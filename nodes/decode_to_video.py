@@ -68,7 +68,7 @@ class WanVAEDecodeToVideo(io.ComfyNode):
         precision="auto",
         chunk_frames=0,
     ) -> io.NodeOutput:
-        from ..wan_vae.io.video import VideoFileSink
+        from ..wan_vae.io.video_write import VideoFileSink
 
         files: list[SavedFile] = []
         with session(cls.hidden, vae, precision, "decode") as run:

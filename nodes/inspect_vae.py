@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..wan_vae.commands.report_text import report_text
 from .packed import weight_dtypes
-from .report_text import report_text
 from .reports import HIDDEN
 from .schema import schema, vae_input
 from .session import session
@@ -32,6 +32,6 @@ class WanVAEInspect(io.ComfyNode):
     def execute(cls, vae) -> io.NodeOutput:
         with session(cls.hidden, vae, "auto", "inspect") as run:
             run.packed.load(0)
-            run.wan.inspect()
-        text = report_text(run.report, weight_dtypes(vae))
+            report = run.wan.inspect()
+        text = report_text(report, dtypes=weight_dtypes(vae), all_layers=True)
         return io.NodeOutput(text, ui={**run.ui, "text": [text]})
