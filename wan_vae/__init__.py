@@ -1,4 +1,4 @@
-"""Decodes Wan 2.1 and 2.2 latents to pixels, and encodes pixels to latents.
+"""Wan 2.1 / 2.2 video latents to pixels, right in every memory format.
 
     import wan_vae
     vae = wan_vae.load("wan_2.1_vae.safetensors")
@@ -9,8 +9,9 @@
 It knows nothing of ComfyUI and needs torch, numpy and safetensors. The command line and video and
 image files also need av, Pillow and tqdm.
 
-The names in `__all__` are the public interface, which semantic versioning covers; docs/python.md
-describes them. Everything else may change in any version.
+The names in `__all__` are the public interface, which semantic versioning covers, with the wire
+format of a report and the command line; docs/python.md describes them. Everything else, also the
+exact text of errors and reports, may change in any version.
 """
 
 from importlib import import_module
@@ -33,27 +34,41 @@ if TYPE_CHECKING:
         ShardingError,
         WanVAEError,
     )
+    from .hooks import OnProgress, ShouldStop
+    from .io.image import ImageSink
     from .io.latents import load_latent, save_latent
-    from .io.sink import CallbackSink, Sink, TensorSink
+    from .io.sink import CallbackSink, NullSink, Sink, TensorSink
+    from .options import Backend, Gather, MemoryFormat, Precision
     from .pipeline import WanVAE, load
+    from .planning.plan import Plan
     from .report import DecodeReport
     from .sharding.context import ShardContext
-    from .workers.pool import WorkerPool, decode_sharded
+    from .workers.pool import WorkerPool
+    from .workers.sharded import decode_sharded
 
 __all__ = [
+    "Backend",
     "BackendError",
     "CallbackSink",
     "CheckpointError",
     "DecodeCancelled",
     "DecodeMemoryError",
     "DecodeReport",
+    "Gather",
     "GeometryError",
+    "ImageSink",
     "LatentError",
     "LayoutError",
+    "MemoryFormat",
     "NotAWanVAEError",
+    "NullSink",
+    "OnProgress",
     "OutputError",
+    "Plan",
+    "Precision",
     "ShardContext",
     "ShardingError",
+    "ShouldStop",
     "Sink",
     "TensorSink",
     "WanVAE",
@@ -71,15 +86,24 @@ __all__ = [
 # A name is imported on its first use. `python -m wan_vae` imports this module too, and torch takes
 # seconds to import; meanwhile the command line must answer --help, wrong usage and Ctrl-C.
 _HOMES = {
+    "Backend": "options",
     "CallbackSink": "io.sink",
     "DecodeReport": "report",
+    "Gather": "options",
+    "ImageSink": "io.image",
+    "MemoryFormat": "options",
+    "NullSink": "io.sink",
+    "OnProgress": "hooks",
+    "Plan": "planning.plan",
+    "Precision": "options",
     "ShardContext": "sharding.context",
+    "ShouldStop": "hooks",
     "Sink": "io.sink",
     "TensorSink": "io.sink",
     "WanVAE": "pipeline",
     "WanVAEConfig": "config",
     "WorkerPool": "workers.pool",
-    "decode_sharded": "workers.pool",
+    "decode_sharded": "workers.sharded",
     "detect_config": "config",
     "load": "pipeline",
     "load_latent": "io.latents",
@@ -87,7 +111,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOMES.get(name, 'errors')}", __name__), name)
