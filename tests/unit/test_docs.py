@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import wan_vae
+from tests.architecture.floors import drawing
 from wan_vae.commands.cli import main
 from wan_vae.io.latents import save_latent
 
@@ -153,8 +154,11 @@ def test_the_options_of_decode_are_those_of_the_page():
         for name in re.findall(r"`(\w+)`", cell)
     }
     code = wan_vae.WanVAE.decode.__kwdefaults__
-    assert set(code) - {"plan"} <= named | {"shard", "gather"}
-    assert named <= set(code)
+    assert named == set(code)
+
+
+def test_contributing_shows_the_floors():
+    assert f"```text\n{drawing()}```" in text_of(REPOSITORY / "CONTRIBUTING.md")
 
 
 def test_every_public_name_is_explained_and_no_other():
