@@ -418,11 +418,9 @@ def _doctor(args) -> int:
 
 
 def _bench(args) -> int:
-    if any(word.partition("=")[0] == "--ranks" for word in args.rest):
-        from benchmarks.suite.ranks import main as bench
-    else:
-        from benchmarks.suite import main as bench
-    return bench(args.rest)
+    from .bench import run_bench
+
+    return run_bench(args.rest)
 
 
 def _count(n: int, word: str) -> str:
