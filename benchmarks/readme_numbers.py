@@ -148,7 +148,8 @@ def _check(text: str, source: str, results: Path) -> list[str]:
     shown, unit = match.groups()
     value, kind = _evaluate(source, results)
     value *= _factor(unit, kind)
-    if _rounded_like(value, shown) != float(shown):
+    # Half a unit of the last digit that is shown; a tie may go either way.
+    if abs(value - float(shown)) > 0.5 * 10.0 ** -_digits(shown) * (1 + 1e-9):
         return [f"{text}: its source says {value:.5g}"]
     return []
 
@@ -164,11 +165,10 @@ def _factor(unit: str, kind: str) -> float:
     raise SourceError(f"its source is in {kind}, which is not a unit for this number")
 
 
-def _rounded_like(value: float, shown: str) -> float:
-    """`value` with as many digits as `shown` has."""
+def _digits(shown: str) -> int:
+    """Digits after the point, of "1.5e-2" as of "0.015"."""
     mantissa, _, exponent = shown.partition("e")
-    digits = len(mantissa.partition(".")[2]) - int(exponent or 0)
-    return round(value, digits)
+    return len(mantissa.partition(".")[2]) - int(exponent or 0)
 
 
 def _evaluate(source: str, results: Path) -> tuple[float, str]:
