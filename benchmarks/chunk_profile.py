@@ -27,7 +27,7 @@ from wan_vae.device import pick_device
 from wan_vae.network.blocks import Step
 from wan_vae.network.cache import FeatureCache
 from wan_vae.pipeline import WanVAE
-from wan_vae.runs.sharded import own_part
+from wan_vae.runs.shard_ranks import own_part
 from wan_vae.sharding.context import ShardContext
 from wan_vae.sharding.halo import Shard
 from wan_vae.sharding.plan import plan_shards

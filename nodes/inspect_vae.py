@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import bridge
+from .packed import weight_dtypes
 from .report_text import report_text
 from .reports import HIDDEN
 from .schema import schema, vae_input
+from .session import session
 
 
 class WanVAEInspect(io.ComfyNode):
@@ -29,10 +30,8 @@ class WanVAEInspect(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae) -> io.NodeOutput:
-        def inspect(packed, _hooks):
-            packed.load(0)
-            return packed.wan.inspect()
-
-        result = bridge.run(cls.hidden, "inspect", lambda: bridge.COPIES.get(vae, "auto"), inspect)
-        text = report_text(result.report, bridge.weight_dtypes(vae))
-        return io.NodeOutput(text, ui={"wan_vae": [result.report], "text": [text]})
+        with session(cls.hidden, vae, "auto", "inspect") as run:
+            run.packed.load(0)
+            run.wan.inspect()
+        text = report_text(run.report, weight_dtypes(vae))
+        return io.NodeOutput(text, ui={**run.ui, "text": [text]})

@@ -7,9 +7,9 @@ import inspect
 
 from comfy_api.latest import io
 
+from ..wan_vae.options import MEMORY_FORMATS, PRECISIONS
+
 CATEGORY = "Wan VAE"
-LAYOUTS = ("auto", "contiguous", "channels_last_3d")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def schema(**fields) -> io.Schema:
@@ -41,7 +41,7 @@ def layout_input() -> io.Input:
     return advanced(
         io.Combo.Input,
         "memory_layout",
-        options=list(LAYOUTS),
+        options=list(MEMORY_FORMATS),
         default="auto",
         tooltip="How weights and features lie in memory. auto takes the one that is fast and "
         "proven on this device. The picture is the same with each.",

@@ -81,3 +81,8 @@ def schedule(total_frames: int, chunk_frames: int | Sequence[int]) -> list[Chunk
         chunks.append(Chunk(start, start + n, start == 0, start + n == total_frames))
         start += n
     return chunks
+
+
+def chunk_lengths(total_frames: int, chunk_frames: int | Sequence[int]) -> tuple[int, ...]:
+    """Latent frames of each chunk of `schedule`. Raises GeometryError."""
+    return tuple(chunk.frames for chunk in schedule(total_frames, chunk_frames))

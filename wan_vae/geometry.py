@@ -43,6 +43,18 @@ def latent_shape(pixels: tuple[int, ...], config: WanVAEConfig) -> tuple[int, ..
     return (b, config.z_dim, latent_frames(t, config), h // s, w // s)
 
 
+def crop_for_encode(pixels: torch.Tensor, config: WanVAEConfig) -> torch.Tensor:
+    """The part of `pixels` [B, 3, T, H, W] that has a latent: 4n + 1 frames, whole latent pixels.
+
+    Rows and columns are cropped evenly from both sides (the extra one at the end). A view.
+    """
+    _, _, t, h, w = latent_shape(tuple(pixels.shape), config)
+    frames = pixel_frames(t, config)
+    height, width = h * config.spatial_factor, w * config.spatial_factor
+    top, left = (pixels.shape[3] - height) // 2, (pixels.shape[4] - width) // 2
+    return pixels[:, :, :frames, top : top + height, left : left + width]
+
+
 def chunk_frames_slice(start: int, stop: int, config: WanVAEConfig) -> tuple[int, int]:
     """Pixel frames [a, b) that latent frames [start, stop) decode to."""
     first = 0 if start == 0 else pixel_frames(start, config)

@@ -127,6 +127,8 @@ class DecodeReport:
     frames_per_s: float | None = None
     warnings: tuple[str, ...] = ()
     versions: dict[str, str | None] = field(default_factory=dict)
+    # What was planned, without what stands above: see `Plan.summary`; None if nothing was.
+    plan: dict[str, object] | None = None
 
     def as_dict(self) -> dict[str, object]:
         """The wire format `wan_vae.report/1`: only dicts, lists, strings, numbers, booleans, None.

@@ -22,7 +22,7 @@ from wan_vae.network.blocks import Step
 from wan_vae.network.cache import FeatureCache
 from wan_vae.ops.opset import Cut
 from wan_vae.planning import memory
-from wan_vae.runs.sharded import own_part
+from wan_vae.runs.shard_ranks import own_part
 from wan_vae.sharding.context import ShardContext
 from wan_vae.sharding.halo import Shard
 from wan_vae.sharding.plan import plan_shards

@@ -573,7 +573,7 @@ def test_whole_frames_that_do_not_fit_are_halved_too(small_vae, monkeypatch):
     assert "5 whole frames: CUDA out of memory" in small_vae.last_report.fallbacks[0]
 
 
-@pytest.mark.parametrize("free", [float("nan"), float("inf"), "much", [1]], ids=str)
+@pytest.mark.parametrize("free", [float("nan"), float("-inf"), "much", [1]], ids=str)
 def test_free_bytes_that_are_no_number_are_refused_in_words(small_vae, free):
     with pytest.raises(GeometryError, match="free_bytes is"):
         small_vae.decode(latent_of(small_vae, 2), free_bytes=free)

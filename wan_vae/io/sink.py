@@ -101,6 +101,21 @@ class CallbackSink:
         """Nothing to undo."""
 
 
+class NullSink:
+    """Drops the pixels: the sink of a rank that gets no picture."""
+
+    needs_whole_frames = False
+
+    def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
+        """Drop them."""
+
+    def close(self) -> None:
+        """Nothing to flush."""
+
+    def abort(self) -> None:
+        """Nothing to undo."""
+
+
 # What pixels are worth storing in; float8 keeps two or three bits of them.
 _OUT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

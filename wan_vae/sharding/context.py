@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from ..options import AxisRequest
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-Axis = Literal["height", "width"]
-AxisRequest = Literal["auto", "height", "width"]
 
 
 @dataclass(frozen=True)

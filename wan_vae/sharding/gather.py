@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from ..errors import ShardingError
+from ..options import GATHERS, Gather
 from .halo import Shard
 from .transport import Incoming, Outgoing
-
-Gather = Literal["all", "rank0", "own"]
-GATHERS: tuple[Gather, ...] = ("all", "rank0", "own")
 
 
 def check_gather(gather: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..chunking import Chunk
 from ..config import WanVAEConfig
 from ..errors import GeometryError
-from .context import Axis, AxisRequest
+from ..options import Axis, AxisRequest
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ lies and read as NCDHW: a silently garbled picture. Gloo copies right, so tests 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +16,8 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 
-from ..errors import ShardingError
+from ..clock import Mark
+from ..errors import ShardingError, first_line
 from ..layout import contiguous_for_collective, detect
 from .context import ShardContext
 
@@ -109,8 +109,7 @@ class Wire:
         on_host = "cpu:" in dist.get_backend_config(context.group)
         self._control = torch.device("cpu") if on_host else self._transport
         self._agreed: set[tuple] = set()
-        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._wait_s = 0.0
+        self._marks: list[tuple[Mark, Mark]] = []
         self._count = 0
         self.received_bytes = 0
         self.received_messages = 0
@@ -199,7 +198,7 @@ class Wire:
         except RuntimeError as error:
             raise ShardingError(
                 f"rank {self.context.rank} has no answer from {names} at {site} (waits at most "
-                f"{timeout_s:g} s): {_first_line(error)}",
+                f"{timeout_s:g} s): {first_line(error)}",
                 rank=peers[0] if len(set(peers)) == 1 else None,
             ) from error
 
@@ -235,7 +234,7 @@ class Wire:
         except RuntimeError as error:
             raise ShardingError(
                 f"rank {self.context.rank} got no gather over {self.context.world_size} ranks "
-                f"(waits at most {self.context.timeout_s:g} s): {_first_line(error)}"
+                f"(waits at most {self.context.timeout_s:g} s): {first_line(error)}"
             ) from error
         parts = gathered.view(self.context.world_size, -1).unbind(0)
         return [p.view(x.dtype).view(x.shape) for p in parts]
@@ -262,26 +261,19 @@ class Wire:
 
     # -- time ---------------------------------------------------------------------------------
 
-    def _mark(self):
-        if self._transport.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+    def _mark(self) -> Mark:
+        return Mark.now(self._transport if self.host_staged else self.device)
 
-    def _add_wait(self, start) -> None:
-        if isinstance(start, float):
-            self._wait_s += time.perf_counter() - start
-        else:
-            self._marks.append((start, self._mark()))
+    def _add_wait(self, start: Mark) -> None:
+        self._marks.append((start, self._mark()))
 
     def wait_ms(self) -> float:
         """Milliseconds in exchanges so far, waiting for slower ranks included. Waits for them."""
-        device_ms = 0.0
+        total_ms = 0.0
         for start, stop in self._marks:
-            stop.synchronize()
-            device_ms += start.elapsed_time(stop)
-        return self._wait_s * 1e3 + device_ms
+            stop.wait()
+            total_ms += start.ms_until(stop)
+        return total_ms
 
 
 def _as_bytes(x: torch.Tensor) -> torch.Tensor:
@@ -297,8 +289,3 @@ def _describe(header: torch.Tensor) -> str:
     name = str(DTYPES[dtype]).removeprefix("torch.")
     order = "dense NCDHW" if fmt == _DENSE_NCDHW else f"format {fmt}"
     return f"{sizes[:ndim]} {name} {order} (message {count}, place {site:08x})"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
