@@ -21,11 +21,12 @@ from benchmarks.suite.ranks import random_vae
 from wan_vae.arithmetic import own_arithmetic
 from wan_vae.chunking import Chunk
 from wan_vae.config import wan21
+from wan_vae.device import pick_device
 from wan_vae.network.blocks import Step
 from wan_vae.network.cache import FeatureCache
-from wan_vae.pipeline import WanVAE, pick_device
+from wan_vae.pipeline import WanVAE
 from wan_vae.runs.sharded import own_part
-from wan_vae.sharding.context import SINGLE, ShardContext
+from wan_vae.sharding.context import ShardContext
 from wan_vae.sharding.halo import Shard
 from wan_vae.sharding.plan import plan_shards
 
@@ -37,7 +38,7 @@ def profiled(vae: WanVAE, height: int, width: int, frames: int, ranks: int):
     plan = plan_shards(height, width, ranks)
     cut = "whole" if ranks == 1 else plan.axis
     run = vae._start_decode(z, False, 1, "auto", "auto", None, None, "auto", cut)
-    part, shard = run.z, SINGLE
+    part, shard = run.z, None
     if ranks > 1:
         part = own_part(run.z, plan, 0).contiguous()
         shard = Shard(ShardContext(0, ranks), plan, EmulatedWire(device))

@@ -22,8 +22,7 @@ from benchmarks.suite.ranks import random_vae
 from benchmarks.suite.results import repeatable
 from benchmarks.suite.scaling import LINKS
 from wan_vae.config import WanVAEConfig, wan21
-from wan_vae.pipeline import pick_device
-from wan_vae.report import device_name, versions
+from wan_vae.device import device_name, pick_device, versions
 
 # Efficiency that the emulation must reach, by ranks (NVLink).
 GOALS = {2: 0.90, 4: 0.80, 8: 0.65}

@@ -27,7 +27,7 @@ from ..wan_vae import (
     geometry,
 )
 from ..wan_vae import layout as wan_layout
-from ..wan_vae.pipeline import PRECISIONS
+from ..wan_vae.device import DTYPES
 from ..wan_vae.planning import memory as wan_memory
 from ..wan_vae.report import SCHEMA, DecodeReport
 from .fingerprint import fingerprint
@@ -73,15 +73,15 @@ class PackedCopies:
         It is made anew when another node has changed the weights since. Raises BackendError for an
         unknown precision, NotAWanVAEError with the name of the model it is, and CheckpointError.
         """
-        if precision != "auto" and precision not in PRECISIONS:
-            expected = ", ".join(map(repr, ("auto", *PRECISIONS)))
+        if precision != "auto" and precision not in DTYPES:
+            expected = ", ".join(map(repr, ("auto", *DTYPES)))
             raise BackendError(f"precision is {precision!r}: expected one of {expected}")
         if getattr(vae, "first_stage_model", None) is None:
             raise NotAWanVAEError(
                 "this VAE holds no weights (the checkpoint that it was loaded from has no VAE): "
                 "load a Wan VAE file with Load VAE"
             )
-        dtype = vae.vae_dtype if precision == "auto" else PRECISIONS[precision]
+        dtype = vae.vae_dtype if precision == "auto" else DTYPES[precision]
         state = vae.get_sd()
         source = fingerprint(state)
         copies = self._copies.setdefault(vae, {})

@@ -54,3 +54,9 @@ class ShardingError(WanVAEError):
 
 class OutputError(WanVAEError):
     """The output cannot be written: unknown kind of file, no encoder, unwritable folder."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says, at most 200 characters, or the name of its type."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

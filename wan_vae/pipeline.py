@@ -18,6 +18,8 @@ from . import geometry, layout
 from .arithmetic import own_arithmetic
 from .chunking import Chunk, schedule
 from .config import WanVAEConfig, detect_config
+from .device import DTYPES, is_out_of_memory, pick_device, pick_dtype
+from .device import free_bytes as device_memory
 from .errors import (
     BackendError,
     CheckpointError,
@@ -26,7 +28,9 @@ from .errors import (
     GeometryError,
     LatentError,
     OutputError,
+    first_line,
 )
+from .hooks import OnProgress, ShouldStop
 from .io.checkpoint import canonical_state_dict, load_checkpoint
 from .io.latents import (
     as_batch,
@@ -44,16 +48,11 @@ from .network.cache import FeatureCache
 from .network.model import WanVAEModel, build_model, tensor_version
 from .ops.opset import Cut, OpSet, eager_ops
 from .planning import memory
-from .report import ChunkRecord, DecodeReport, LayerRecord, ReportBuilder
+from .report import BackendOff, ChunkRecord, DecodeReport, LayerRecord, ReportBuilder
 from .runs.sharded import decode_shard, encode_shard
 from .sharding.context import SINGLE, ShardContext
 from .sharding.gather import Gather
 from .sharding.plan import plan_shards
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-OnProgress = Callable[[int, int, DecodeReport], None]
-ShouldStop = Callable[[], bool]
 
 
 def load(
@@ -339,11 +338,11 @@ class WanVAE:
 
     def _prepare(self, precision: str, memory_format, part: str):
         """The model in the wanted precision, and `part` of it in the wanted memory format."""
-        if precision != "auto" and (not isinstance(precision, str) or precision not in PRECISIONS):
+        if precision != "auto" and (not isinstance(precision, str) or precision not in DTYPES):
             raise BackendError(
                 f"precision is {precision!r}: expected 'auto', 'fp32', 'bf16' or 'fp16'"
             )
-        dtype = self.dtype if precision == "auto" else PRECISIONS[precision]
+        dtype = self.dtype if precision == "auto" else DTYPES[precision]
         decision = layout.decide(memory_format, self.device, dtype)
         with torch.inference_mode(False), torch.no_grad():
             model = self.model if dtype == self.dtype else self._in_dtype(dtype)
@@ -382,7 +381,7 @@ class WanVAE:
                 LayerRecord(name, op, tuple(p.shape), layout.detect(p), ops.backend_of(p))
             )
         builder.backends_used = dict(ops.used)
-        builder.backends_off = list(ops.off)
+        builder.backends_off = [BackendOff(r.op, r.family, r.reason) for r in ops.refusals]
         builder.memory["weights_bytes"] = sum(
             p.numel() * p.element_size() for _, m in modules for p in m.parameters()
         )
@@ -422,7 +421,7 @@ class _DecodeRun:
         number = free_bytes is None or isinstance(free_bytes, Real)
         if not number or (free_bytes is not None and not isfinite(free_bytes)):
             raise GeometryError(f"free_bytes is {free_bytes!r}: expected a number of bytes")
-        counts = (memory.free_bytes(device), free_bytes)
+        counts = (device_memory(device), free_bytes)
         free = min((n for n in counts if n is not None), default=None)
         plan = memory.plan_decode(
             self.config, tuple(self.z.shape), self.z.dtype, self.memory_format, free,
@@ -793,10 +792,10 @@ def _encode(
                 progress(last)
     except BaseException as error:
         failure = error
-        if memory.is_out_of_memory(error):
+        if is_out_of_memory(error):
             failure = DecodeMemoryError(
                 f"out of memory on {vae.device} while encoding {builder.total_frames} frames of "
-                f"{pixels.shape[3]}x{pixels.shape[4]}: {_first_line(error)}; encode a smaller "
+                f"{pixels.shape[3]}x{pixels.shape[4]}: {first_line(error)}; encode a smaller "
                 "video, or encode on the CPU"
             )
         fill()
@@ -827,49 +826,6 @@ def crop_for_encode(pixels: torch.Tensor, config: WanVAEConfig) -> torch.Tensor:
     height, width = h * config.spatial_factor, w * config.spatial_factor
     top, left = (pixels.shape[3] - height) // 2, (pixels.shape[4] - width) // 2
     return pixels[:, :, :frames, top : top + height, left : left + width]
-
-
-def pick_device(device: str | torch.device | None) -> torch.device:
-    """`device`, or the best one of this machine; a CUDA device always with its index."""
-    if device is None:
-        if torch.cuda.is_available():
-            device = "cuda"
-        elif torch.backends.mps.is_available():
-            device = "mps"
-        else:
-            device = "cpu"
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise BackendError(f"device {device!r} is unknown: {_first_line(error)}") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise BackendError(
-                f"device {device} was asked for, but PyTorch sees no CUDA device here"
-            )
-        index = torch.cuda.current_device() if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise BackendError(
-                f"device cuda:{index} was asked for: this machine has "
-                f"{torch.cuda.device_count()} CUDA device(s), counted from 0"
-            )
-        device = torch.device("cuda", index)
-    if device.type == "meta":
-        raise BackendError("device meta holds no data: nothing can be decoded on it")
-    module = torch.backends.mps if device.type == "mps" else getattr(torch, device.type, None)
-    if device.type not in ("cpu", "cuda") and not (module and module.is_available()):
-        raise BackendError(f"device {device} was asked for, but PyTorch sees none of its kind here")
-    return device
-
-
-def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The compute dtype that `dtype` names; auto is bf16 on CUDA, fp32 elsewhere."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = PRECISIONS.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if found not in PRECISIONS.values():
-        raise BackendError(f"dtype is {dtype!r}: expected 'auto', 'fp32', 'bf16' or 'fp16'")
-    return found
 
 
 def _abort(sink: Sink, error: BaseException) -> None:
@@ -906,9 +862,9 @@ def _guarded(what: str, work: Callable[[], torch.Tensor]) -> torch.Tensor:
     try:
         return work()
     except (RuntimeError, MemoryError) as error:
-        if not memory.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        failure = _first_line(error)
+        failure = first_line(error)
     # Out of the except block, so that no traceback holds the tensors of the failed attempt.
     raise DecodeMemoryError(f"{what}: {failure}")
 
@@ -924,8 +880,3 @@ def _strip_counts(rows: int) -> list[int]:
         counts.append(n)
         n *= 2
     return [*counts, rows] if rows > 1 else [1]
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

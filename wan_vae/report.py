@@ -6,16 +6,13 @@ the mutable side that a decode fills in; `build()` freezes it, at the end or for
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .version import __version__
+from .device import device_name, versions
 
 SCHEMA = "wan_vae.report/1"
 
@@ -215,32 +212,3 @@ class ReportBuilder:
             versions=versions(),
             **self.values,
         )
-
-
-def device_name(device: torch.device) -> str:
-    """What a person calls the device: the card's name, or CPU / MPS."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return device.type.upper()
-
-
-@functools.cache
-def _triton_version() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    try:
-        return version("triton")
-    except PackageNotFoundError:  # a triton built into another package has no metadata
-        return "unknown"
-
-
-def versions() -> dict[str, str | None]:
-    """Versions that decide which bits come out; None where a component is absent."""
-    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
-    return {
-        "wan_vae": __version__,
-        "torch": str(torch.__version__),
-        "cuda": torch.version.cuda,
-        "cudnn": None if cudnn is None else str(cudnn),
-        "triton": _triton_version(),
-    }

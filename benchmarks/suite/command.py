@@ -20,8 +20,8 @@ from benchmarks.suite.plot import draw
 from benchmarks.suite.results import Results, repeatable
 from benchmarks.suite.roofline import Roofline, measure_ceilings, measure_roofline
 from benchmarks.suite.weights import Weights
+from wan_vae.device import DTYPES, pick_device, pick_dtype
 from wan_vae.kernels.select import BACKENDS
-from wan_vae.pipeline import PRECISIONS, pick_device, pick_dtype
 
 PARTS = ("decode", "layers", "cold")
 _DEFAULT_BACKENDS = ("eager", "auto")
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--device", help="cuda:0, cpu, ... (default: the best one)")
     parser.add_argument(
-        "--precision", default="auto", choices=("auto", *PRECISIONS),
+        "--precision", default="auto", choices=("auto", *DTYPES),
         help="of every decoder (default: bf16 on a GPU, fp32 elsewhere)",
     )  # fmt: skip
     parser.add_argument("--repeats", type=_positive, default=5, help="timed decodes (default: 5)")

@@ -23,7 +23,7 @@ from wan_vae.network.cache import FeatureCache
 from wan_vae.ops.opset import Cut
 from wan_vae.planning import memory
 from wan_vae.runs.sharded import own_part
-from wan_vae.sharding.context import SINGLE, ShardContext
+from wan_vae.sharding.context import ShardContext
 from wan_vae.sharding.halo import Shard
 from wan_vae.sharding.plan import plan_shards
 from wan_vae.sharding.transport import Incoming, Outgoing
@@ -111,7 +111,7 @@ def emulate(
 
     whole = start("whole")
     alone = memory.plan_decode(config, clip, vae.dtype, "channels_last_3d", None).chunk_frames
-    one_ms, found = steady_ms(whole, whole.z, SINGLE, alone) / alone, []
+    one_ms, found = steady_ms(whole, whole.z, None, alone) / alone, []
     for count in ranks:
         plan = plan_shards(height, width, count)
         run, frames = start(plan.axis), planned_frames(config, clip, plan)

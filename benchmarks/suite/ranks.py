@@ -27,10 +27,10 @@ from benchmarks.suite.ranks_results import Check, Fault, Results, Timing, markdo
 from benchmarks.suite.results import repeatable
 from benchmarks.suite.scaling import LINKS, predict
 from wan_vae.config import WanVAEConfig, wan21, wan22
+from wan_vae.device import device_name, pick_device, versions
 from wan_vae.errors import DecodeCancelled, ShardingError
 from wan_vae.network.model import build_model, expected_shapes
-from wan_vae.pipeline import WanVAE, pick_device
-from wan_vae.report import device_name, versions
+from wan_vae.pipeline import WanVAE
 from wan_vae.workers.pool import WorkerPool
 
 # Float32 against one device, where a library takes other kernels for other sizes: of the largest

@@ -11,7 +11,7 @@ import torch
 from benchmarks.suite.cold_start import ColdStart
 from benchmarks.suite.measure import ROUTES, NoNumber, Result, Row
 from benchmarks.suite.roofline import Ceilings, Roofline
-from wan_vae.report import device_name, versions
+from wan_vae.device import device_name, versions
 
 SCHEMA = "wan_vae.bench/1"
 _PEERS = ("diffusers", "fastvae")

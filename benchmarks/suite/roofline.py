@@ -21,6 +21,7 @@ from benchmarks.suite.weights import Weights
 from wan_vae import layout
 from wan_vae.arithmetic import own_arithmetic
 from wan_vae.chunking import schedule
+from wan_vae.device import free_bytes
 from wan_vae.kernels.proof.prove import ProofBook, cache_folder, environment
 from wan_vae.kernels.select import Backend, select_ops
 from wan_vae.network.blocks import Step
@@ -141,7 +142,7 @@ def measure_roofline(
         lambda: ProofBook(environment(device), cache_folder()),
     )  # fmt: skip
     plan = memory.plan_decode(
-        vae.config, tuple(z.shape), dtype, chosen, memory.free_bytes(device),
+        vae.config, tuple(z.shape), dtype, chosen, free_bytes(device),
         backend=ops.used["conv3d"],
     )  # fmt: skip
     _walk(vae, z, ops, plan.lengths)

@@ -228,10 +228,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(args, path: Path):
-    from ..pipeline import PRECISIONS, load
+    from ..device import DTYPES
+    from ..pipeline import load
 
     vae = load(path, device=args.device)
-    if args.precision in ("fp32",) and vae.dtype != PRECISIONS["fp32"]:
+    if args.precision in ("fp32",) and vae.dtype != DTYPES["fp32"]:
         # Weights rounded at loading would not be the file's: load them as asked.
         vae = load(path, device=args.device, dtype=args.precision)
     return vae

@@ -10,11 +10,10 @@ import torch.nn.functional as F
 
 from .. import layout
 from ..config import wan21, wan22
+from ..device import DTYPES, device_name, pick_device, pick_dtype, versions
 from ..kernels.proof.prove import ProofBook, cache_folder, environment
 from ..kernels.select import Part, own_modules, select_ops, why_not, why_not_cuda
 from ..network.model import WanVAEModel
-from ..pipeline import PRECISIONS, pick_device, pick_dtype
-from ..report import device_name, versions
 
 # Shapes of the real decoder's layers, small in space: (in, out, kernel, frames, rows, columns).
 _LAYERS = (
@@ -95,7 +94,7 @@ def check_kernels(device: torch.device) -> list[str]:
                 what = f"{config.family} {part}, {'one image' if only_frame else 'video'}"
                 found = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
                 lines.append(f"kernels: {what}: of {len(weights)} layers {found}")
-                lines += [f"  {off.op} off: {off.reason}" for off in ops.off]
+                lines += [f"  {off.op} off: {off.reason}" for off in ops.refusals]
     return [*lines, *book.notes]
 
 
@@ -117,7 +116,7 @@ def run_doctor(wanted: str | None) -> int:
             print(f"  {dtype:<9} {formats:<36} {'right' if right else 'WRONG'}  {error:.1e}")
         dtype = pick_dtype("auto", device)
         decision = layout.decide("auto", device, dtype)
-        name = {v: k for k, v in PRECISIONS.items()}[dtype]
+        name = {v: k for k, v in DTYPES.items()}[dtype]
         print(f"  auto in {name}: {decision.chosen} ({decision.reason})")
         for line in check_kernels(device):
             print(f"  {line}")

@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 
 from .. import geometry
-from ..errors import DecodeCancelled, OutputError, ShardingError, WanVAEError
-from ..io.files import first_line
+from ..device import pick_device as best_device
+from ..errors import DecodeCancelled, OutputError, ShardingError, WanVAEError, first_line
 from ..io.latents import check_latent, load_latent
 from ..io.sink import Sink
-from ..pipeline import pick_device as best_device
 from ..sharding.context import SINGLE, ShardContext
 from ..sharding.transport import HOST_AND_DEVICE, Wire, group_environment
 from .console import say

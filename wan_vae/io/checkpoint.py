@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..config import WanVAEConfig, detect_config, identify_other_model
-from ..errors import CheckpointError, NotAWanVAEError
+from ..errors import CheckpointError, NotAWanVAEError, first_line
 from ..network.model import expected_shapes
-from .files import first_line, why_unreadable
+from .files import why_unreadable
 
 # Wrappers that trainers and bundles put in front of every key.
 PREFIXES = ("first_stage_model.", "vae.", "module.", "model.", "_orig_mod.")

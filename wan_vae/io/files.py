@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ..errors import OutputError
+from ..errors import OutputError, first_line
 
 # Bytes of one name, on every file system in use.
 _NAME_BYTES = 255
@@ -121,9 +121,3 @@ class Partial:
             with suppress(OSError):  # not empty: another writer's
                 folder.rmdir()
         self._made = []
-
-
-def first_line(error: BaseException) -> str:
-    """What `error` says, in one line of bounded length."""
-    text = str(error).strip().split("\n")[0]
-    return text[:200] if text else type(error).__name__

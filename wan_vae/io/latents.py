@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError
 
 from ..config import WanVAEConfig
-from ..errors import CheckpointError, LatentError
+from ..errors import CheckpointError, LatentError, first_line
 from .checkpoint import read_safetensors, without_data
-from .files import first_line, save_tensors, why_unreadable, writing
+from .files import save_tensors, why_unreadable, writing
 
 # Names under which tools store the tensor, most specific first.
 TENSOR_KEYS = ("latent_tensor", "latent", "latents", "samples")

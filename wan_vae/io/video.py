@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from ..errors import LatentError, OutputError, WanVAEError
-from .files import Partial, check_output, first_line, save_tensors, why_unreadable, writing
+from ..errors import LatentError, OutputError, WanVAEError, first_line
+from .files import Partial, check_output, save_tensors, why_unreadable, writing
 from .sink import sink_bytes
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")

@@ -31,8 +31,7 @@ from ..ops.eager import attention as eager_attention
 from ..ops.eager import conv3d as eager_conv3d
 from ..ops.eager import norm as eager_norm
 from ..ops.eager import upsample as eager_upsample
-from ..ops.opset import Cut, FusedConv
-from ..report import BackendOff
+from ..ops.opset import Cut, FusedConv, Refusal
 from .cuda.conv3x3 import Form, build, fits
 from .cuda.driver import KernelBuildError
 from .layer import OPERAND, CudaLayer, Layer, StridedLayer, UpsampleLayer, fit_channels
@@ -212,10 +211,10 @@ class KernelBackend:
     # -- for the report ------------------------------------------------------------------------
 
     @property
-    def off(self) -> tuple[BackendOff, ...]:
+    def off(self) -> tuple[Refusal, ...]:
         """Every refusal once, with the number of layers that it concerned."""
         return tuple(
-            BackendOff(
+            Refusal(
                 op,
                 "cuda" if " cuda " in reason else "triton",
                 f"{reason} ({layers} layer{'s' if layers > 1 else ''})",

@@ -15,8 +15,7 @@ from ..arithmetic import own_arithmetic
 from ..errors import BackendError
 from ..network.model import WanVAEModel, tensor_version
 from ..network.sites import decoder_sites, encoder_sites
-from ..ops.opset import Cut, OpSet, eager_ops
-from ..report import BackendOff
+from ..ops.opset import Cut, OpSet, Refusal, eager_ops
 from .proof.prove import ProofBook
 
 Backend = Literal["auto", "eager", "triton", "cuda"]
@@ -43,7 +42,7 @@ def select_ops(
     `part`: whose layers the operations are for; `model` must have it.
 
     "eager": the reference. "triton": our kernels in Triton for each layer where one is proven on
-    this device, the reference elsewhere, each refusal in `OpSet.off`. "cuda": as "triton", with
+    this device, the reference elsewhere, refusals in `OpSet.refusals`. "cuda": as "triton", with
     kernels in CUDA C++ for the wide 3x3x3 convolutions. "auto": "cuda" on the cards that they were
     measured on (Hopper), else the reference. `book` opens the verdicts of this device; it is not
     called when no kernel is asked for. The weights' memory format does not matter: kernels read
@@ -58,7 +57,7 @@ def select_ops(
     reason = why_not_backend(requested, weight.device, weight.dtype)
     if reason is not None:
         if requested == "auto":
-            return replace(eager_ops(), off=(BackendOff("conv3d", "cuda", reason),))
+            return replace(eager_ops(), refusals=(Refusal("conv3d", "cuda", reason),))
         raise BackendError(f"backend {requested!r} cannot run: {reason}")
     # Of this part alone: packing the other's weights must not cost this one its kernels.
     weights = [p for module in own_modules(model, part) for p in module.parameters()]
@@ -104,7 +103,7 @@ def _kernels(
         pixels=backend.pixels,
         backend_of=backend.backend_of,
         used=eager.used | backend.used,
-        off=backend.off,
+        refusals=backend.off,
     )
 
 

@@ -14,9 +14,7 @@ from torch import nn
 from .. import layout
 from ..chunking import Chunk
 from ..layout import LayoutCounter
-from ..ops.opset import FusedConv, OpSet, eager_ops
-from ..sharding.context import SINGLE, ShardContext
-from ..sharding.halo import Shard
+from ..ops.opset import FusedConv, HaloExchange, OpSet, eager_ops
 from .cache import FeatureCache, may_overwrite
 
 
@@ -24,14 +22,15 @@ from .cache import FeatureCache, may_overwrite
 class Step:
     """Everything that one chunk's pass through the network needs, passed explicitly.
 
-    cache: past frames by slot. chunk: which latent frames these are. shard: which part of the
-    picture. ops: the backend of each operation. counter: what was done with memory formats.
+    cache: past frames by slot. chunk: which latent frames these are. exchange: the neighbours of a
+    shard, None where the features are those of the whole picture. ops: the function of each
+    operation. counter: what was done with memory formats.
     pass_frames: how many frames each stage of the decoder takes at once; empty for all of them.
     """
 
     cache: FeatureCache
     chunk: Chunk
-    shard: ShardContext | Shard = SINGLE
+    exchange: HaloExchange | None = None
     ops: OpSet = field(default_factory=eager_ops)
     counter: LayoutCounter = field(default_factory=LayoutCounter)
     pass_frames: tuple[int, ...] = ()
@@ -79,9 +78,9 @@ class CausalConv3d(nn.Module):
 
         Apart from `convolve` so that a caller can let go of `x` before the convolution runs.
         """
-        if not step.shard.is_single and any(self._padding):
+        if step.exchange is not None and any(self._padding):
             # Before the history is joined: its frames then keep their halo rows.
-            x = step.shard.surround(x, self.slot)
+            x = step.exchange.surround(x, self.slot)
         past = self.kernel[0] - 1
         if not past or step.chunk.is_only_frame:
             return x
@@ -103,9 +102,9 @@ class CausalConv3d(nn.Module):
     def padding(self, step: Step) -> tuple[int, int]:
         """Zero rows and columns on each side; none on the axis where halo rows stand instead."""
         padding = self._padding
-        if step.shard.is_single or not any(padding):
+        if step.exchange is None or not any(padding):
             return padding
-        return step.shard.padding(padding)
+        return step.exchange.padding(padding)
 
 
 class StridedTimeConv3d(CausalConv3d):
@@ -253,7 +252,7 @@ def fused_operand(
         only_frame=only_frame,
         keep=not step.chunk.is_last,
         overwrite=before is not None and may_overwrite(before),
-        halo=None if step.shard.is_single else step.shard.halo_rows_of(x, conv.slot),
+        halo=None if step.exchange is None else step.exchange.halo_rows_of(x, conv.slot),
     )
     if history is not None:
         step.cache.store(conv.slot, history)
@@ -287,16 +286,16 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         b, c, _, h, w = x.shape
         y = step.ops.norm(frames_to_batch(x), self.norm.gamma)
-        if not step.shard.is_single:
+        if step.exchange is not None:
             # Keys and values of all pixels are needed. Their common input is half as large, and
             # the 1x1 convolution is small beside the attention that is shared out by queries.
-            y = step.shard.gather_rows(y, "attention")
+            y = step.exchange.gather_rows(y, "attention")
         qkv = step.ops.conv2d(y, self.to_qkv.weight, self.to_qkv.bias, step.counter)
         # Channels last also where the features are not: for any other strides CUDA's attention
         # falls back to one that stores the scores of all pairs of pixels (4 GB at 1080p).
         q, k, v = qkv.flatten(2).transpose(1, 2).contiguous().split(c, dim=2)
-        if not step.shard.is_single:
-            q = step.shard.own_rows(qkv[:, :c]).flatten(2).transpose(1, 2).contiguous()
+        if step.exchange is not None:
+            q = step.exchange.own_rows(qkv[:, :c]).flatten(2).transpose(1, 2).contiguous()
         y = step.ops.attention(q, k, v).transpose(1, 2).unflatten(2, (h, w))
         y = step.ops.conv2d(y, self.proj.weight, self.proj.bias, step.counter)
         return add(batch_to_frames(y, b), x)
@@ -315,9 +314,9 @@ class Upsample(nn.Module):
             x = self._double_time(x, step)
         conv = self.resample["1"]
         frames, padding = frames_to_batch(x), (1, 1)
-        if not step.shard.is_single:
-            frames = step.shard.surround(frames, "upsample")
-            padding = step.shard.padding(padding)
+        if step.exchange is not None:
+            frames = step.exchange.surround(frames, "upsample")
+            padding = step.exchange.padding(padding)
         y = step.ops.upsample_conv2d(frames, conv.weight, conv.bias, step.counter, padding=padding)
         return batch_to_frames(y, x.shape[0])
 
@@ -360,9 +359,9 @@ class Downsample(nn.Module):
         conv = self.resample["1"]
         # Padding on the right and bottom only, as the network was trained.
         y, bottom, right = frames_to_batch(x), 1, 1
-        if not step.shard.is_single:
-            y = step.shard.surround(y, "downsample", before=0, after=1)
-            bottom, right = step.shard.padding((bottom, right))
+        if step.exchange is not None:
+            y = step.exchange.surround(y, "downsample", before=0, after=1)
+            bottom, right = step.exchange.padding((bottom, right))
         y = step.ops.conv2d(
             y, conv.weight, conv.bias, step.counter, stride=2, pad_after=(bottom, right)
         )

@@ -1,18 +1,19 @@
-"""Which function runs each operation: the eager reference first, faster backends in its place.
+"""The operations of a run: which function computes each layer, and what a kernel must offer.
 
-An `OpSet` is chosen once for a decode and passed to every block, so that nothing depends on
-ambient state and the report can say what ran, what did not, and why.
+An `OpSet` is chosen once for a run and passed to every block, so that nothing depends on ambient
+state and the report can say what ran, what did not, and why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 import torch
 
-from ..report import BackendOff
+from ..options import Axis
 from .eager.attention import attention
 from .eager.conv3d import conv2d, conv3d
 from .eager.norm import rms_norm, rms_norm_silu
@@ -30,9 +31,77 @@ class HaloRows:
     the picture, where there are zeros.
     """
 
-    axis: Literal["height", "width"]
+    axis: Axis
     before: torch.Tensor | None
     after: torch.Tensor | None
+
+
+class HaloExchange(Protocol):
+    """What blocks need of a shard: the neighbours' rows, and for attention the rows of all ranks.
+
+    Every rank with rows must make the same calls in the same order.
+    """
+
+    def surround(self, x: torch.Tensor, site: str, before: int = 1, after: int = 1) -> torch.Tensor:
+        """`x` [..., H, W] with `before` rows above and `after` below, zeros at the picture's edge.
+
+        The result is dense in the memory format of `x`.
+        """
+        ...
+
+    def halo_rows_of(self, x: torch.Tensor, site: str) -> HaloRows:
+        """The neighbours' rows next to `x` [B, C, T, H, W], for a kernel that joins them itself."""
+        ...
+
+    def padding(self, padding: tuple[int, int]) -> tuple[int, int]:
+        """`padding` (rows, columns) without the axis on which halo rows stand."""
+        ...
+
+    def own_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's part of `x` [..., H, W] of the whole picture at latent resolution; a view."""
+        ...
+
+    def gather_rows(self, x: torch.Tensor, site: str) -> torch.Tensor:
+        """`x` [..., H, W] of the whole picture at latent resolution, from all ranks' parts."""
+        ...
+
+
+@dataclass(frozen=True)
+class CallSize:
+    """Size of the input of one call of a layer. `only_frame`: a video of one frame, which has no
+    history."""
+
+    batch: int
+    frames: int
+    rows: int
+    cols: int
+    only_frame: bool = False
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Bytes that one call of a prepared layer takes beside its input and its result.
+
+    operand_bytes: from the norm until the convolution has read it. history_bytes: kept for the next
+    pass. hidden_bytes: taken and given back inside the call.
+    """
+
+    operand_bytes: int = 0
+    history_bytes: int = 0
+    hidden_bytes: int = 0
+
+
+class Prepared(Protocol):
+    """A layer that a kernel runs: proven on this device, with its own copy of the weights."""
+
+    @property
+    def family(self) -> str:
+        """The family of the kernel, such as "triton"."""
+        ...
+
+    def workspace(self, size: CallSize) -> Workspace:
+        """What a call on an input of `size` takes. Allocates nothing."""
+        ...
 
 
 class FusedConv(Protocol):
@@ -77,16 +146,36 @@ class FusedConv(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why a family of kernels does not run some layers of an operation.
+
+    `layers`: their native names, empty where the reason concerns the device.
+    """
+
+    op: str
+    family: str
+    reason: str
+    layers: tuple[str, ...] = ()
+
+
+OPERATIONS = ("norm", "norm_silu", "conv3d", "conv2d", "upsample_conv2d", "attention")
+
+
 def no_fused_conv(weight: torch.Tensor) -> FusedConv | None:
     """The eager reference fuses nothing."""
     return None
 
 
+def _eager(weight: torch.Tensor) -> str:
+    return "eager"
+
+
 @dataclass(frozen=True)
 class OpSet:
-    """One callable for each operation; `used` names the backend of each for the report.
+    """One callable for each operation, and what a plan and a report need to know of them.
 
-    Signatures are those of the eager functions in the sibling modules.
+    Signatures are those of the eager functions in `eager/`.
     """
 
     norm: Callable[..., torch.Tensor] = rms_norm
@@ -99,14 +188,13 @@ class OpSet:
     fused_conv: Callable[[torch.Tensor], FusedConv | None] = no_fused_conv
     # The dtype in which an encode takes its pixels; None is that of the weights.
     pixels: torch.dtype | None = None
-    # The backend that runs the layer of this weight, for the report.
-    backend_of: Callable[[torch.Tensor], str] = lambda weight: "eager"
-    used: dict[str, str] = field(
-        default_factory=lambda: dict.fromkeys(
-            ("norm", "norm_silu", "conv3d", "conv2d", "upsample_conv2d", "attention"), "eager"
-        )
-    )
-    off: tuple[BackendOff, ...] = ()
+    # The family that runs the layer of this weight, for the report.
+    backend_of: Callable[[torch.Tensor], str] = _eager
+    # The family that runs each operation; "eager" where no layer of it has a kernel.
+    used: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(OPERATIONS, "eager"))
+    refusals: tuple[Refusal, ...] = ()
+    # Layers that kernels run, by native name ("decoder.head.2"); the others run eager.
+    layers: Mapping[str, Prepared] = field(default_factory=lambda: MappingProxyType({}))
 
 
 def eager_ops() -> OpSet:

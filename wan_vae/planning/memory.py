@@ -52,34 +52,6 @@ _SHARD_CHUNKS = 2
 _STRIP_COUNTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that a decode may still allocate on `device`; None where nobody can say (the CPU).
-
-    On CUDA: what the driver reports, plus what PyTorch's allocator holds and does not use, within
-    the process's memory fraction if one was set.
-    """
-    if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    allocated = torch.cuda.memory_allocated(device)
-    free += torch.cuda.memory_reserved(device) - allocated
-    # PyTorch before 2.8 does not say what was set.
-    fraction_of = getattr(torch.cuda, "get_per_process_memory_fraction", None)
-    if fraction_of is not None:
-        free = min(free, int(fraction_of(device) * total) - allocated)
-    return max(0, free)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out: PyTorch's own type, or what its CPU allocator says.
-
-    The CPU allocator raises a plain RuntimeError.
-    """
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
 @dataclass(frozen=True)
 class Plan:
     """How a decode goes: latent frames a chunk, strips (1: the whole picture), and what it takes.
@@ -118,7 +90,7 @@ def plan_decode(
     """Choose chunks and strips of a decode of latent [B, z, T, H, W] in `free` bytes.
 
     backend: what runs the 3x3x3 convolutions ("eager", "triton" or "cuda").
-    free: see `free_bytes`; None plans as if it all fitted. memory_format: of the weights.
+    free: see `device.free_bytes`; None plans as if it all fitted. memory_format: of the weights.
     whole_frames: the sink needs them, so strips are taken in each chunk and the history of all of
     them stays. chunk_frames, strips: what the caller asked for, kept as it is; but where not even
     one latent frame a chunk fits and `strips` is None, strips are planned whatever

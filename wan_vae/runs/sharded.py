@@ -14,6 +14,7 @@ import torch
 from .. import geometry, layout
 from ..arithmetic import own_arithmetic
 from ..chunking import Chunk, schedule
+from ..device import DTYPES, free_bytes, is_out_of_memory
 from ..errors import DecodeCancelled, DecodeMemoryError, ShardingError
 from ..network.blocks import Step
 from ..network.cache import FeatureCache
@@ -23,7 +24,8 @@ from ..sharding.context import ShardContext
 from ..sharding.gather import GATHERS, Gather, check_gather, gather_picture
 from ..sharding.halo import Shard
 from ..sharding.plan import ShardPlan, plan_shards
-from ..sharding.transport import DTYPES, Wire
+from ..sharding.transport import DTYPES as WIRE_DTYPES
+from ..sharding.transport import Wire
 
 _OPERATIONS = ("decode", "encode")
 _DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
@@ -66,7 +68,7 @@ def start_job(
         **dict(zip(("batch", "channels", "frames", "height", "width"), tensor.shape, strict=True)),
         axis=-plan.dim,
         gather=GATHERS.index(gather),
-        precision=DTYPES.index(dtype),
+        precision=WIRE_DTYPES.index(dtype),
     )
     own = lengths(plan)
     explicit = () if isinstance(own, int) else tuple(own)
@@ -148,11 +150,10 @@ def decode_shard(
     """`WanVAE.decode` on one rank; see there. A collective."""
     from ..io.latents import as_batch, check_latent_shape
     from ..io.sink import TensorSink, check_out
-    from ..pipeline import PRECISIONS
 
     latent = as_batch(latent, "latent")
     check_latent_shape(latent, vae.config)
-    dtype = vae.dtype if precision == "auto" else PRECISIONS.get(precision, vae.dtype)
+    dtype = vae.dtype if precision == "auto" else DTYPES.get(precision, vae.dtype)
     rank, config, device = context.rank, vae.config, vae.device
 
     plan = plan_shards(latent.shape[3], latent.shape[4], context.world_size, context.axis)
@@ -166,14 +167,14 @@ def decode_shard(
         if chunk_frames is not None:
             return [c.frames for c in schedule(latent.shape[2], chunk_frames)]
         own = plan.pixel_shape_of(0, tuple(latent.shape), 1)  # the tallest part
-        free = memory.free_bytes(device)
+        free = free_bytes(device)
         return memory.plan_chunk_frames(config, own, dtype, free, **modelled)
 
     job = start_job(context, "decode", latent, tuple(latent.shape), device, dtype, gather, lengths)
     shard = job.shard
     factor = config.spatial_factor
     z = own_part(run.z, plan, rank).contiguous()
-    run.builder.memory["free_bytes"] = memory.free_bytes(device)
+    run.builder.memory["free_bytes"] = free_bytes(device)
     run.builder.memory["planned_bytes"] = memory.planned_bytes(
         config, tuple(z.shape), dtype, max(job.lengths), **modelled
     )
@@ -217,7 +218,7 @@ def decode_shard(
         if sink is not None:
             sink.abort()
         vae.last_report = run.finish_failed(error)
-        if memory.is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise _out_of_memory(context, device, error) from None
         raise
     return out

@@ -19,8 +19,6 @@ from .transport import Incoming, Outgoing, Wire
 class Shard:
     """What blocks need of their rank: neighbours' rows, and for attention all ranks' rows."""
 
-    is_single = False
-
     def __init__(self, context: ShardContext, plan: ShardPlan, wire: Wire):
         self.context, self.plan, self.wire = context, plan, wire
         self.halo_rows = 0

@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 
 from .. import geometry
+from ..device import pick_device
 from ..errors import (
     BackendError,
     CheckpointError,
@@ -39,7 +40,7 @@ from ..io.image import ImageSink
 from ..io.latents import as_batch, check_latent, check_pixels
 from ..io.sink import TensorSink
 from ..network.model import tensor_version
-from ..pipeline import WanVAE, crop_for_encode, pick_device
+from ..pipeline import WanVAE, crop_for_encode
 from ..report import DecodeReport
 from ..sharding.context import AxisRequest
 from ..sharding.transport import group_environment

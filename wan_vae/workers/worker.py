@@ -19,12 +19,12 @@ from multiprocessing.connection import Connection
 import torch
 
 from ..config import WanVAEConfig
+from ..device import is_out_of_memory
 from ..errors import DecodeCancelled, DecodeMemoryError, WanVAEError
 from ..io.image import ImageSink
 from ..io.sink import TensorSink
 from ..network.model import build_model
 from ..pipeline import WanVAE
-from ..planning.memory import is_out_of_memory
 from ..sharding.context import SINGLE, ShardContext
 from ..sharding.plan import plan_shards
 from ..sharding.proof import check_wire

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ...report import device_name, versions
+from ...device import device_name, versions
 
 SCHEMA = "wan_vae.proof/1"
 # Of the largest single error, in units of the bound times the result's root mean square: rounding

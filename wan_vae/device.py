@@ -1,0 +1,125 @@
+"""Devices: which one, in which dtype, how much memory is free, and what a person calls it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from .errors import BackendError, first_line
+from .version import __version__
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """`device`, or the best one of this machine; a CUDA device always with its index.
+
+    Raises BackendError for a device that is unknown or not here.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            device = "cuda"
+        elif torch.backends.mps.is_available():
+            device = "mps"
+        else:
+            device = "cpu"
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise BackendError(f"device {device!r} is unknown: {first_line(error)}") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise BackendError(
+                f"device {device} was asked for, but PyTorch sees no CUDA device here"
+            )
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise BackendError(
+                f"device cuda:{index} was asked for: this machine has "
+                f"{torch.cuda.device_count()} CUDA device(s), counted from 0"
+            )
+        device = torch.device("cuda", index)
+    if device.type == "meta":
+        raise BackendError("device meta holds no data: nothing can be decoded on it")
+    module = torch.backends.mps if device.type == "mps" else getattr(torch, device.type, None)
+    if device.type not in ("cpu", "cuda") and not (module and module.is_available()):
+        raise BackendError(f"device {device} was asked for, but PyTorch sees none of its kind here")
+    return device
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The compute dtype that `dtype` names; "auto" is bf16 on CUDA and fp32 elsewhere.
+
+    Raises BackendError for any other dtype.
+    """
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in DTYPES.values():
+        raise BackendError(f"dtype is {dtype!r}: expected 'auto', 'fp32', 'bf16' or 'fp16'")
+    return chosen
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype without its module: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that a run may still allocate on `device`; None where nobody can say (the CPU).
+
+    On CUDA: what the driver reports, plus what PyTorch's allocator holds and does not use, within
+    the memory fraction of the process if one was set.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - allocated
+    # PyTorch before 2.8 does not say what was set.
+    fraction_of = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    if fraction_of is not None:
+        free = min(free, int(fraction_of(device) * total) - allocated)
+    return max(0, free)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out: PyTorch's own type, or what its CPU allocator says.
+
+    The CPU allocator raises a plain RuntimeError.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device: the card's name, or CPU / MPS."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return device.type.upper()
+
+
+@functools.cache
+def _triton_version() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return version("triton")
+    except PackageNotFoundError:  # a triton built into another package has no metadata
+        return "unknown"
+
+
+def versions() -> dict[str, str | None]:
+    """Versions that decide which bits come out; None where a component is absent."""
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return {
+        "wan_vae": __version__,
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "cudnn": None if cudnn is None else str(cudnn),
+        "triton": _triton_version(),
+    }
