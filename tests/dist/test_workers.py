@@ -5,6 +5,7 @@ Faults are real: signals to a worker's process, limits of the system on its memo
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import resource
@@ -23,6 +24,7 @@ import torch
 
 from tests.dist import jobs
 from tests.dist.sockets import local_addresses
+from wan_vae import WanVAE
 from wan_vae.errors import DecodeCancelled, GeometryError, LatentError, ShardingError
 from wan_vae.io.image import ImageSink
 from wan_vae.workers import WorkerPool, decode_sharded
@@ -501,8 +503,8 @@ def test_a_result_that_a_forked_process_has_is_not_written_over(pool, vae, laten
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_weights_that_were_changed_in_place_reach_the_workers(pool, latent):
-    own = jobs.model("wan2.1")
+def test_weights_that_were_changed_in_place_reach_the_workers(pool, vae, latent):
+    own = WanVAE(copy.deepcopy(vae.model))  # other tests decode with `vae`
     before = decode(pool, own, latent)
     with torch.no_grad():
         own.model.conv2.weight.mul_(0.5)
