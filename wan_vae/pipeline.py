@@ -426,7 +426,7 @@ class _DecodeRun:
         plan = memory.plan_decode(
             self.config, tuple(self.z.shape), self.z.dtype, self.memory_format, free,
             whole_frames=whole_frames, chunk_frames=frames, strips=self.strips,
-            backend=self.ops.used["conv3d"],
+            layers=self.ops.layers,
         )  # fmt: skip
         self.lengths, self.whole_frames = plan.lengths, whole_frames
         self.pass_elements = plan.pass_elements

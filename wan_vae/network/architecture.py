@@ -127,3 +127,9 @@ def stages(config: WanVAEConfig) -> tuple[Stage, ...]:
             layer += 1
         found.append(Stage(blocks, up, shortcut=config.residual_shortcuts and up is not None))
     return tuple(found)
+
+
+def residual_convolutions(config: WanVAEConfig) -> tuple[str, ...]:
+    """Names of the 3x3x3 convolutions of all residual blocks, which do most of the work."""
+    blocks = [*middle_blocks(config), *(b for stage in stages(config) for b in stage.blocks)]
+    return tuple(name for block in blocks for name in (block.conv1, block.conv2))

@@ -161,7 +161,7 @@ def decode_shard(
         latent, normalized, chunk_frames, memory_format, precision, None, None,
         cut=plan.axis, **options,
     )  # fmt: skip
-    modelled = {"memory_format": run.memory_format, "backend": run.ops.used["conv3d"]}
+    modelled = {"memory_format": run.memory_format, "layers": run.ops.layers}
 
     def lengths(plan: ShardPlan):
         if chunk_frames is not None:
