@@ -109,7 +109,7 @@ def measure_roofline(
     )  # fmt: skip
     plan = memory.plan_decode(
         vae.config, tuple(z.shape), dtype, chosen, free_bytes(device),
-        backend=ops.used["conv3d"],
+        layers=ops.layers,
     )  # fmt: skip
     _walk(vae, z, ops, plan.lengths)
     recorder = Recorder(vae.model, ops, device)

@@ -26,7 +26,7 @@ from ..layout import LayoutDecision
 from ..network.model import WanVAEModel, tensor_version
 from ..ops.opset import OpSet, eager_ops
 from ..options import Axis, Operation, Part, RunOptions
-from ..planning import memory
+from ..planning.choose import Choice, PlanRequest, choose, planned_bytes
 from ..planning.plan import LayerChoices, Plan
 from ..report import LayerRecord
 from ..sharding.plan import ShardPlan
@@ -238,37 +238,27 @@ class Engine:
         free: int | None,
         whole_frames: bool,
         lengths: tuple[int, ...] | None,
-    ) -> memory.Plan:
+    ) -> Choice:
         request, options = setup.request, setup.request.options
-        config, dtype = self.config, setup.dtype
-        backend, chosen = setup.ops.used["conv3d"], setup.layout.chosen
-        frames = request.latent_shape[2]
         asked = lengths if lengths is not None else options.chunk_frames
         if request.operation == "encode":
             # The encoder mirrors the decoder, which is as wide or wider: its walk covers both.
-            own = chunk_lengths(frames, 1 if asked is None else asked)
-            planned = memory.planned_bytes(config, setup.part_shape, dtype, 1)
-            return memory.Plan(own, 1, planned, None)
-        if request.shards is not None:
-            if asked is None:
-                asked = memory.plan_chunk_frames(
-                    config, setup.part_shape, dtype, free, chosen, backend
-                )
-            own = chunk_lengths(frames, asked)
-            planned = memory.planned_bytes(
-                config, setup.part_shape, dtype, max(own), chosen, backend
+            bound = planned_bytes(PlanRequest(self.config, setup.part_shape, setup.dtype))
+            frames = chunk_lengths(request.latent_shape[2], 1 if asked is None else asked)
+            return Choice(frames, None, 1, bound)
+        return choose(
+            PlanRequest(
+                config=self.config,
+                latent_shape=setup.part_shape,
+                dtype=setup.dtype,
+                memory_format=setup.layout.chosen,
+                layers=setup.ops.layers,
+                free_bytes=free,
+                whole_frames=whole_frames,
+                chunk_frames=asked,
+                strips=options.strips,
+                shards=request.shards is not None,
             )
-            return memory.Plan(own, 1, planned, None)
-        return memory.plan_decode(
-            config,
-            request.latent_shape,
-            dtype,
-            chosen,
-            free,
-            whole_frames=whole_frames,
-            chunk_frames=asked,
-            strips=options.strips,
-            backend=backend,
         )
 
 

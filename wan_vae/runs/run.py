@@ -22,7 +22,7 @@ from ..network.blocks import Step
 from ..network.cache import FeatureCache
 from ..network.model import WanVAEModel
 from ..ops.opset import OpSet
-from ..planning import memory
+from ..planning import passes
 from ..planning.plan import Plan
 from ..report import BackendOff, DecodeReport, ReportBuilder
 from .clock import RunClock
@@ -223,7 +223,7 @@ class Run(ABC):
         elements = self.plan.pass_elements
         if elements is not None:
             b, z, t, _, width = self.plan.latent_shape
-            frames = memory.pass_frames(self.config, (b, z, t, rows, width), elements)
+            frames = passes.pass_frames(self.config, (b, z, t, rows, width), elements)
         return Step(
             cache,
             chunk,
