@@ -40,15 +40,17 @@ from .io.latents import (
     range_warning,
 )
 from .io.sink import Sink, TensorSink, check_out, sink_bytes
-from .kernels.proof.prove import ProofBook, cache_folder, environment
-from .kernels.select import Backend, select_ops
+from .kernels.cache_folder import cache_folder
+from .kernels.proof.cache import ProofCache, environment
 from .layout import LayoutCounter
 from .network.blocks import Step
 from .network.cache import FeatureCache
 from .network.model import WanVAEModel, build_model, tensor_version
-from .ops.opset import Cut, OpSet, eager_ops
+from .ops.opset import OpSet, eager_ops
+from .options import Axis, Backend
 from .planning import memory
 from .report import BackendOff, ChunkRecord, DecodeReport, LayerRecord, ReportBuilder
+from .runs.kernel_choice import select_ops
 from .runs.sharded import decode_shard, encode_shard
 from .sharding.context import SINGLE, ShardContext
 from .sharding.gather import Gather
@@ -97,7 +99,7 @@ class WanVAE:
         self.last_report: DecodeReport | None = None
         self.weights_found = weights_found or _weights_found(model.state_dict())
         self._cast: tuple[tuple, WanVAEModel] | None = None
-        self._proofs: ProofBook | None = None
+        self._proofs: ProofCache | None = None
 
     @classmethod
     def from_state_dict(
@@ -303,14 +305,14 @@ class WanVAE:
 
     def _start_decode(
         self, latent, normalized, chunk_frames, memory_format, precision, should_stop, strips,
-        backend, cut: Cut = "whole",
+        backend, axis: Axis | None = None,
     ) -> _DecodeRun:  # fmt: skip
         latent = as_batch(latent, "latent")
         check_latent_shape(latent, self.config)
         model, decision = self._prepare(precision, memory_format, "decoder")
         dtype = model.conv2.weight.dtype
         builder = ReportBuilder("decode", self.config, self.device, dtype)
-        ops = select_ops(backend, model, latent.shape[2] == 1, self._proof_book, cut)
+        ops = select_ops(backend, model, latent.shape[2] == 1, self._proof_book, axis)
         self._describe(builder, model, ("decoder",), decision, ops)
         builder.layout["latent_format"] = layout.detect(latent)
         builder.values["precision_requested"] = precision
@@ -329,11 +331,11 @@ class WanVAE:
         builder.total_frames = run.total_frames
         return run
 
-    def _proof_book(self) -> ProofBook:
+    def _proof_book(self) -> ProofCache:
         """The verdicts on kernels for this device; read once."""
         wanted = environment(self.device)
         if self._proofs is None or self._proofs.environment != wanted:
-            self._proofs = ProofBook(wanted, cache_folder())
+            self._proofs = ProofCache(wanted, cache_folder())
         return self._proofs
 
     def _prepare(self, precision: str, memory_format, part: str):
@@ -381,7 +383,7 @@ class WanVAE:
                 LayerRecord(name, op, tuple(p.shape), layout.detect(p), ops.backend_of(p))
             )
         builder.backends_used = dict(ops.used)
-        builder.backends_off = [BackendOff(r.op, r.family, r.reason) for r in ops.refusals]
+        builder.backends_off = [BackendOff(r.op, r.family, r.text) for r in ops.refusals]
         builder.memory["weights_bytes"] = sum(
             p.numel() * p.element_size() for _, m in modules for p in m.parameters()
         )
@@ -739,10 +741,10 @@ def _encode(
     model, decision = vae._prepare(precision, memory_format, "encoder")
     dtype = model.conv2.weight.dtype
     builder = ReportBuilder("encode", config, vae.device, dtype)
-    cut: Cut = "whole"
+    axis: Axis | None = None
     if not shard.is_single:
-        cut = plan_shards(*out_shape[3:], shard.world_size, shard.axis).axis
-    ops = select_ops(backend, model, out_shape[2] == 1, vae._proof_book, cut, "encoder")
+        axis = plan_shards(*out_shape[3:], shard.world_size, shard.axis).axis
+    ops = select_ops(backend, model, out_shape[2] == 1, vae._proof_book, axis, "encoder")
     counter, clock = LayoutCounter(), _Clock(vae.device)
     vae._describe(builder, model, ("encoder",), decision, ops)
     builder.layout["latent_format"] = layout.detect(pixels)

@@ -16,7 +16,7 @@ from benchmarks.suite.cases import CASES
 from benchmarks.suite.contenders import contenders
 from benchmarks.suite.measure import HALF_GATE, relative_error, times_ms
 from benchmarks.suite.weights import Weights
-from wan_vae.kernels.select import BACKENDS
+from wan_vae.options import BACKENDS
 
 
 def main(job: dict) -> dict[str, float | bool]:

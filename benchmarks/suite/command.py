@@ -21,7 +21,7 @@ from benchmarks.suite.results import Results, repeatable
 from benchmarks.suite.roofline import Roofline, measure_ceilings, measure_roofline
 from benchmarks.suite.weights import Weights
 from wan_vae.device import DTYPES, pick_device, pick_dtype
-from wan_vae.kernels.select import BACKENDS
+from wan_vae.options import BACKENDS
 
 PARTS = ("decode", "layers", "cold")
 _DEFAULT_BACKENDS = ("eager", "auto")

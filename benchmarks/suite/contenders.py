@@ -11,8 +11,9 @@ from benchmarks.suite.comfyui import ComfyUICore
 from benchmarks.suite.contender import Built, Contender
 from benchmarks.suite.weights import Weights, diffusers_model
 from wan_vae.io.image import ImageSink
-from wan_vae.kernels.select import Backend, why_not_backend
+from wan_vae.options import Backend
 from wan_vae.pipeline import WanVAE
+from wan_vae.runs.kernel_choice import unavailable_reason
 
 
 def contenders(backends: Sequence[Backend]) -> list[Contender]:
@@ -30,7 +31,7 @@ class Ours:
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if self.backend in ("auto", "eager"):
             return None
-        return why_not_backend(self.backend, device, dtype)
+        return unavailable_reason(self.backend, device, dtype)
 
     def build(self, weights: Weights, device: torch.device, dtype: torch.dtype) -> Built:
         vae = WanVAE.from_state_dict(weights.native, device=device, dtype=dtype)

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from .. import layout
 from ..config import wan21, wan22
 from ..device import DTYPES, device_name, pick_device, pick_dtype, versions
-from ..kernels.proof.prove import ProofBook, cache_folder, environment
-from ..kernels.select import Part, own_modules, select_ops, why_not, why_not_cuda
+from ..kernels.cache_folder import cache_folder
+from ..kernels.proof.cache import ProofCache, environment
 from ..network.model import WanVAEModel
+from ..options import Backend, Part
+from ..runs.kernel_choice import own_modules, select_ops, unavailable_reason
 
 # Shapes of the real decoder's layers, small in space: (in, out, kernel, frames, rows, columns).
 _LAYERS = (
@@ -69,14 +71,15 @@ def known_faults() -> list[str]:
 
 def check_kernels(device: torch.device) -> list[str]:
     """Prove our kernels for the layers of both full-width models; one line a finding."""
-    reason = why_not(device, torch.bfloat16)
+    reason = unavailable_reason("triton", device, torch.bfloat16)
     if reason is not None:
         return [f"kernels: off ({reason})"]
-    lines, requested = [], "cuda"
-    reason = why_not_cuda(device)
+    lines: list[str] = []
+    requested: Backend = "cuda"
+    reason = unavailable_reason(requested, device, torch.bfloat16)
     if reason is not None:
         lines, requested = [f"kernels in CUDA C++: off ({reason})"], "triton"
-    book = ProofBook(environment(device), cache_folder())
+    book = ProofCache(environment(device), cache_folder())
     for config in (wan21(), wan22()):
         for only_frame in (False, True):
             with torch.device(device):
@@ -94,7 +97,7 @@ def check_kernels(device: torch.device) -> list[str]:
                 what = f"{config.family} {part}, {'one image' if only_frame else 'video'}"
                 found = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
                 lines.append(f"kernels: {what}: of {len(weights)} layers {found}")
-                lines += [f"  {off.op} off: {off.reason}" for off in ops.refusals]
+                lines += [f"  {off.op} off: {off.text}" for off in ops.refusals]
     return [*lines, *book.notes]
 
 

@@ -159,7 +159,7 @@ def decode_shard(
     plan = plan_shards(latent.shape[3], latent.shape[4], context.world_size, context.axis)
     run = vae._start_decode(
         latent, normalized, chunk_frames, memory_format, precision, None, None,
-        cut=plan.axis, **options,
+        axis=plan.axis, **options,
     )  # fmt: skip
     modelled = {"memory_format": run.memory_format, "backend": run.ops.used["conv3d"]}
 
