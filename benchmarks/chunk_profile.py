@@ -38,8 +38,8 @@ def profiled(vae: WanVAE, height: int, width: int, frames: int, ranks: int):
     device = vae.device
     z = torch.randn((1, vae.config.z_dim, frames + 1, height, width), device=device)
     plan = plan_shards(height, width, ranks)
-    cut = "whole" if ranks == 1 else plan.axis
-    run = vae._start_decode(z, False, 1, "auto", "auto", None, None, "auto", cut)
+    axis = None if ranks == 1 else plan.axis
+    run = vae._start_decode(z, False, 1, "auto", "auto", None, None, "auto", axis)
     part, shard = run.z, None
     if ranks > 1:
         part = own_part(run.z, plan, 0).contiguous()

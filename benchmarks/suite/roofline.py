@@ -19,13 +19,15 @@ from wan_vae import layout
 from wan_vae.arithmetic import own_arithmetic
 from wan_vae.chunking import schedule
 from wan_vae.device import dtype_name, free_bytes
-from wan_vae.kernels.proof.prove import ProofBook, cache_folder, environment
-from wan_vae.kernels.select import Backend, select_ops
+from wan_vae.kernels.cache_folder import cache_folder
+from wan_vae.kernels.proof.cache import ProofCache, environment
 from wan_vae.network.blocks import Step
 from wan_vae.network.cache import FeatureCache
 from wan_vae.ops.opset import OpSet
+from wan_vae.options import Backend
 from wan_vae.pipeline import WanVAE
 from wan_vae.planning import memory
+from wan_vae.runs.kernel_choice import select_ops
 
 # Side of the square matrices and bytes of the copied block. On a GPU large against its caches
 # (an H200 has 50 MB of L2) and long against a launch; on a CPU what takes a fraction of a second.
@@ -105,7 +107,7 @@ def measure_roofline(
     layout.pack_weights(vae.decoder, chosen)
     ops = select_ops(
         backend, vae.model, z.shape[2] == 1,
-        lambda: ProofBook(environment(device), cache_folder()),
+        lambda: ProofCache(environment(device), cache_folder()),
     )  # fmt: skip
     plan = memory.plan_decode(
         vae.config, tuple(z.shape), dtype, chosen, free_bytes(device),
