@@ -84,7 +84,7 @@ def decide(requested: Requested, device: torch.device, dtype: torch.dtype) -> La
             )
         if dtype in (torch.float16, torch.bfloat16):
             # NVIDIA H200, 96 -> 96 channels at 720x1280: 270 against 203 TFLOP/s; see
-            # benchmarks/NOTES.md for the layer table.
+            # docs/performance.md for whole decodes.
             return LayoutDecision(
                 requested, "channels_last_3d", "cuDNN's half-precision kernels are faster in NDHWC"
             )

@@ -17,10 +17,11 @@ from .. import layout
 from ..config import wan21, wan22
 from ..device import DTYPES, device_name, dtype_name, pick_device, pick_dtype, versions
 from ..errors import WanVAEError, first_line
-from ..kernels.proof.prove import ProofBook, cache_folder, environment
-from ..kernels.select import Part, own_modules, select_ops, why_not, why_not_cuda
+from ..kernels.cache_folder import cache_folder
+from ..kernels.proof.cache import ProofCache, environment
 from ..network.model import WanVAEModel
-from ..options import Backend
+from ..options import Backend, Part
+from ..runs.kernel_choice import own_modules, select_ops, unavailable_reason
 
 # Shapes of the real decoder's layers, small in space: (in, out, kernel, frames, rows, columns).
 _LAYERS = (
@@ -120,15 +121,15 @@ def known_faults() -> list[str]:
 
 def check_kernels(device: torch.device) -> list[str]:
     """Prove the kernels for the layers of both full-width models; one line for each finding."""
-    reason = why_not(device, torch.bfloat16)
+    reason = unavailable_reason("triton", device, torch.bfloat16)
     if reason is not None:
         return [f"kernels: off ({reason})"]
     lines: list[str] = []
     requested: Backend = "cuda"
-    reason = why_not_cuda(device)
+    reason = unavailable_reason(requested, device, torch.bfloat16)
     if reason is not None:
         lines, requested = [f"kernels in CUDA C++: off ({reason})"], "triton"
-    book = ProofBook(environment(device), cache_folder())
+    book = ProofCache(environment(device), cache_folder())
     for config in (wan21(), wan22()):
         for only_frame in (False, True):
             with torch.device(device):
@@ -146,7 +147,7 @@ def check_kernels(device: torch.device) -> list[str]:
                 what = f"{config.family} {part}, {'one image' if only_frame else 'video'}"
                 numbers = ", ".join(f"{n} {name}" for name, n in sorted(backends.items()))
                 lines.append(f"kernels: {what}: of {len(weights)} layers {numbers}")
-                lines += [f"  {refusal.op} off: {refusal.reason}" for refusal in ops.refusals]
+                lines += [f"  {refusal.op} off: {refusal.text}" for refusal in ops.refusals]
     return [*lines, *book.notes]
 
 

@@ -331,9 +331,6 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    rest: list[str] = args.rest
-    if any(word.partition("=")[0] == "--ranks" for word in rest):
-        from benchmarks.suite.ranks import main as bench
-    else:
-        from benchmarks.suite import main as bench
-    return bench(rest)
+    from .bench import run_bench
+
+    return run_bench(args.rest)

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 from torch import nn
 
 from ..config import WanVAEConfig
 from ..geometry import Strip, strip_halos
+from .architecture import Stage, middle_blocks, stages
 from .blocks import (
     Attention,
     CausalConv3d,
@@ -37,15 +38,13 @@ from .blocks import (
 class UpStage(nn.Module):
     """Residual blocks and an up-sampler with Wan 2.2's shortcut around them."""
 
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, up: bool, temporal: bool):
+    def __init__(self, stage: Stage):
         super().__init__()
-        widths = [in_channels] + [out_channels] * blocks
-        layers: list[nn.Module] = [ResidualBlock(a, b) for a, b in pairwise(widths)]
-        if up:
-            layers.append(Upsample(out_channels, out_channels, temporal))
-        self.upsamples = nn.ModuleList(layers)
+        self.upsamples = nn.ModuleList(_layers(stage))
         self.shortcut = (
-            DuplicateShortcut(in_channels, out_channels, 2 if temporal else 1, 2) if up else None
+            DuplicateShortcut(stage.channels_in, stage.channels, 2 if stage.temporal else 1, 2)
+            if stage.shortcut
+            else None
         )
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
@@ -55,44 +54,39 @@ class UpStage(nn.Module):
         return y if self.shortcut is None else add(y, self.shortcut(x, step))
 
 
+def _layers(stage: Stage) -> list[nn.Module]:
+    """The residual blocks of a stage and its up-sampler."""
+    layers: list[nn.Module] = [ResidualBlock(b.channels_in, b.channels) for b in stage.blocks]
+    if stage.up is not None:
+        layers.append(Upsample(stage.up.channels_in, stage.up.channels, stage.up.temporal))
+    return layers
+
+
 class Decoder(nn.Module):
     """Decoder of Wan 2.1 and 2.2. Parameter names are native names without `decoder.`."""
 
     def __init__(self, config: WanVAEConfig):
         super().__init__()
         self.config = config
-        base, mult = config.decoder_dim, config.dim_mult
-        widths = [base * m for m in (mult[-1], *reversed(mult))]
-        temporal_up = (*reversed(config.temporal_downsample), False)
-        blocks = config.num_res_blocks + 1
-        self.conv1 = CausalConv3d(config.z_dim, widths[0])
+        first, last = middle_blocks(config)
+        self.conv1 = CausalConv3d(config.z_dim, first.channels_in)
         self.middle = nn.ModuleList(
             [
-                ResidualBlock(widths[0], widths[0]),
-                Attention(widths[0]),
-                ResidualBlock(widths[0], widths[0]),
+                ResidualBlock(first.channels_in, first.channels),
+                Attention(first.channels),
+                ResidualBlock(last.channels_in, last.channels),
             ]
         )
-        stages: list[list[nn.Module]] = []
-        for i, out in enumerate(widths[1:]):
-            up = i < len(mult) - 1
-            if config.residual_shortcuts:
-                stages.append([UpStage(widths[i], out, blocks, up, temporal_up[i])])
-                continue
-            # Wan 2.1's up-samplers halve the channels, so the next stage starts with half of them.
-            width = widths[i] if i == 0 else widths[i] // 2
-            layers: list[nn.Module] = []
-            for _ in range(blocks):
-                layers.append(ResidualBlock(width, out))
-                width = out
-            if up:
-                layers.append(Upsample(out, out // 2, temporal_up[i]))
-            stages.append(layers)
-        self.upsamples = nn.ModuleList([layer for layers in stages for layer in layers])
-        # Stage i has the layers from _stage_starts[i] up to _stage_starts[i + 1].
-        self._stage_starts = tuple(accumulate((len(layers) for layers in stages), initial=0))
+        described = stages(config)
+        modules: list[list[nn.Module]] = [
+            [UpStage(stage)] if config.residual_shortcuts else _layers(stage) for stage in described
+        ]
+        self.upsamples = nn.ModuleList([module for layers in modules for module in layers])
+        # The layers of stage i are those from _stage_starts[i] to _stage_starts[i + 1].
+        self._stage_starts = tuple(accumulate((len(layers) for layers in modules), initial=0))
+        channels = described[-1].channels
         self.head = nn.ModuleDict(
-            {"0": RMSNorm(widths[-1]), "2": CausalConv3d(widths[-1], config.image_channels)}
+            {"0": RMSNorm(channels), "2": CausalConv3d(channels, config.image_channels)}
         )
         name_slots(self, "decoder.")
 

@@ -5,11 +5,8 @@ Rows are latent rows, or columns if the width is divided. Pixel rows follow by t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..chunking import Chunk
-from ..config import WanVAEConfig
 from ..errors import GeometryError
 from ..options import Axis, AxisRequest
 
@@ -90,71 +87,3 @@ def plan_shards(height: int, width: int, ranks: int, axis: AxisRequest = "auto")
         bounds.append((start, stop))
         start = stop
     return ShardPlan(axis, tuple(bounds), ranks)
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """One exchange of boundary rows before a convolution; `name` is the convolution's native name.
-
-    `channels` and `scale` (rows for each latent row) describe its input; `frames(chunk)` is the
-    number of its frames in a chunk. A rank needs `before` rows of the rank above and `after` rows
-    of the rank below.
-    """
-
-    name: str
-    channels: int
-    scale: int
-    time_scale: int
-    before: int
-    after: int
-
-    def frames(self, chunk: Chunk) -> int:
-        """Frames of the layer's input for `chunk`. The video's first frame is never doubled."""
-        n = chunk.frames * self.time_scale
-        return n - (self.time_scale - 1) if chunk.is_first else n
-
-
-def decoder_exchanges(config: WanVAEConfig) -> Iterator[Exchange]:
-    """All exchanges of one chunk on its way through the decoder, in order."""
-    base, mult = config.decoder_dim, config.dim_mult
-    widths = [base * m for m in (mult[-1], *reversed(mult))]
-    temporal_up = (*reversed(config.temporal_downsample), False)
-    yield Exchange("decoder.conv1", config.z_dim, 1, 1, 1, 1)
-    for block in (0, 2):
-        for conv in (2, 6):
-            yield Exchange(f"decoder.middle.{block}.residual.{conv}", widths[0], 1, 1, 1, 1)
-    scale, time, layer = 1, 1, 0
-    for i, out in enumerate(widths[1:]):
-        width = widths[i] if config.residual_shortcuts or i == 0 else widths[i] // 2
-        up = i < len(mult) - 1
-        prefix = f"decoder.upsamples.{i}.upsamples" if config.residual_shortcuts else None
-        if prefix:
-            layer = 0
-        for _ in range(config.num_res_blocks + 1):
-            name = f"{prefix or 'decoder.upsamples'}.{layer}"
-            yield Exchange(f"{name}.residual.2", width, scale, time, 1, 1)
-            yield Exchange(f"{name}.residual.6", out, scale, time, 1, 1)
-            width, layer = out, layer + 1
-        if up:
-            time *= 2 if temporal_up[i] else 1
-            name = f"{prefix or 'decoder.upsamples'}.{layer}"
-            yield Exchange(f"{name}.resample.1", out, scale, time, 1, 1)
-            scale, layer = scale * 2, layer + 1
-    yield Exchange("decoder.head.2", widths[-1], scale, time, 1, 1)
-
-
-def halo_bytes(
-    config: WanVAEConfig, plan: ShardPlan, rank: int, chunk: Chunk, cross: int, itemsize: int
-) -> int:
-    """Bytes that `rank` receives from its neighbours while it decodes `chunk` of one video.
-
-    `cross` is the latent size of the axis that is not divided. The gather for attention is not
-    counted.
-    """
-    if rank >= plan.active:
-        return 0
-    total = 0
-    for site in decoder_exchanges(config):
-        rows = site.before * (rank > 0) + site.after * (rank < plan.active - 1)
-        total += site.channels * site.frames(chunk) * cross * site.scale * rows * itemsize
-    return total

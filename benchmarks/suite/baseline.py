@@ -12,17 +12,17 @@ from benchmarks.suite.weights import Weights
 
 
 def _nothing() -> None:
-    """A contender that leaves nothing behind."""
+    """A decoder that leaves nothing behind."""
 
 
 def _no_note() -> str:
-    """A contender with nothing to say about its last decode."""
+    """A decoder with nothing to say about its last decode."""
     return ""
 
 
 @dataclass(frozen=True)
 class Built:
-    """A contender with its weights in place.
+    """A decoder with its weights in place.
 
     decode: latent [B, z, T, H, W] float32 on the device -> pixels [B, 3, T', H', W'] on it.
     image: latent float32 on the CPU -> [B, T', H', W', 3] float32 in [0, 1] on the CPU, freshly
@@ -35,11 +35,18 @@ class Built:
     note: Callable[[], str] = _no_note
 
 
-class Contender(Protocol):
-    """`why_not` says why it cannot run here, or None; `build` may raise what the peer raises."""
+class Baseline(Protocol):
+    """A decoder to compare: this pack with one backend, or somebody else's."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        ...
 
-    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None: ...
+    def unavailable_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot run here, or None."""
+        ...
 
-    def build(self, weights: Weights, device: torch.device, dtype: torch.dtype) -> Built: ...
+    def build(self, weights: Weights, device: torch.device, dtype: torch.dtype) -> Built:
+        """Put `weights` on `device`. Raises what its own code raises."""
+        ...

@@ -8,7 +8,7 @@ import gc
 import pytest
 import torch
 
-from benchmarks.suite.ranks import random_vae
+from benchmarks.suite.weights import random_vae
 from wan_vae import WanVAE
 from wan_vae.config import wan21, wan22
 

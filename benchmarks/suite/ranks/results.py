@@ -1,8 +1,12 @@
-"""What `wan-vae bench --ranks` found, and how it reads."""
+"""What `wan-vae bench ranks` found, and how it reads."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+
+from benchmarks.suite.facts import Facts
+
+SCHEMA = "wan_vae.bench.ranks/1"
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,12 @@ class Fault:
 
 
 @dataclass
-class Results:
-    """Everything that one run found; `facts` are versions, devices and the command."""
+class RanksResults:
+    """Everything that one run found. `devices`: the most that it used; `seconds` for everything."""
 
-    facts: dict[str, str] = field(default_factory=dict)
+    facts: Facts
+    devices: int
+    seconds: float = 0.0
     backends: dict[int, str] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
@@ -67,13 +73,19 @@ class Results:
     @property
     def all_good(self) -> bool:
         """Nothing that ran failed."""
-        return all(x.passed for x in (*self.checks, *self.faults))
+        return all(c.passed for c in self.checks) and all(f.passed for f in self.faults)
+
+    def as_dict(self) -> dict[str, object]:
+        """JSON-ready."""
+        found = asdict(self)
+        del found["facts"]
+        return {**self.facts.as_dict(), **found}
 
 
-def markdown(results: Results) -> str:
+def ranks_markdown(results: RanksResults) -> str:
     """The results as Markdown."""
-    lines = ["# One decode over several devices", ""]
-    lines += [f"- {key}: {value}" for key, value in results.facts.items()]
+    lines = ["# One decode over several devices", "", *results.facts.lines()]
+    lines += [f"- devices: {results.devices}", f"- seconds: {results.seconds:.0f}"]
     lines += [f"- transport on {n} ranks: {name}" for n, name in results.backends.items()]
     lines += ["", "## Correct", "", "| ranks | what | | found |", "|---:|---|---|---|"]
     lines += [f"| {c.ranks} | {c.name} | {_word(c.passed)} | {c.said} |" for c in results.checks]
@@ -82,7 +94,7 @@ def markdown(results: Results) -> str:
         "## Time",
         "",
         "LATENT to IMAGE on the host, median (min to max); the device's part; speed-ups over one",
-        "rank, beside what the model (scaling.py) and the emulation on one device said for NVLink.",
+        "rank, with what the model (scaling.py) and the emulation on one device said for NVLink.",
         "",
         "| case | ranks | image ms | speed-up | device ms | speed-up | model | emulated "
         "| chunks | halo MB a chunk | wait ms a chunk | peak GiB a rank |",
@@ -103,7 +115,7 @@ def markdown(results: Results) -> str:
         for f in results.faults
     ]
     if results.skipped:
-        lines += ["", "## Not run, for lack of time", ""]
+        lines += ["", "## Not run", ""]
         lines += [f"- {text}" for text in results.skipped]
     return "\n".join(lines) + "\n"
 
