@@ -34,7 +34,10 @@ FLOORS = (
         ),
         "sizes, strides, number formats, devices",
     ),
-    Floor(("wan_vae.ops.*", "wan_vae.report"), "what a layer computes; what a run reports"),
+    Floor(
+        ("wan_vae.ops.*", "wan_vae.report", "wan_vae.hooks"),
+        "what a layer computes; what a run reports, and to whom",
+    ),
     Floor(
         ("wan_vae.network.*", "wan_vae.sharding.*", "wan_vae.io.*"),
         "the VAE; one picture over ranks; files",
