@@ -20,9 +20,9 @@ from wan_vae.chunking import Chunk
 from wan_vae.layout import contiguous_for_collective
 from wan_vae.network.blocks import Step
 from wan_vae.network.cache import FeatureCache
-from wan_vae.ops.opset import Cut
+from wan_vae.options import Axis
 from wan_vae.planning import memory
-from wan_vae.runs.sharded import own_part
+from wan_vae.runs.shard_ranks import own_part
 from wan_vae.sharding.context import ShardContext
 from wan_vae.sharding.halo import Shard
 from wan_vae.sharding.plan import plan_shards
@@ -93,10 +93,10 @@ def emulate(
     clip = (1, config.z_dim, clip_frames, height, width)
     z = torch.randn((*clip[:2], 1, height, width), device=device)
 
-    def start(cut: Cut):
+    def start(axis: Axis | None):
         # As a video, which one frame is not.
         z2 = z.expand(-1, -1, 2, -1, -1)
-        return vae._start_decode(z2, False, 1, "auto", "auto", None, None, "auto", cut)
+        return vae._start_decode(z2, False, 1, "auto", "auto", None, None, "auto", axis)
 
     def steady_ms(run, part: torch.Tensor, shard, frames: int) -> float:
         """Of `frames` latent frames."""
