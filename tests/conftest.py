@@ -24,7 +24,6 @@ from wan_vae.config import WanVAEConfig, wan21, wan22
 from wan_vae.network.model import expected_shapes
 from wan_vae.planning.passes import pass_frames
 
-
 # Nothing here depends on a clock: the machine may be busy.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")

@@ -31,6 +31,7 @@ FLOORS = (
             "wan_vae.layout",
             "wan_vae.arithmetic",
             "wan_vae.device",
+            "wan_vae.clock",
         ),
         "sizes, strides, number formats, devices",
     ),
@@ -47,8 +48,8 @@ FLOORS = (
         "how a layer is computed on a device; bytes before the first chunk",
     ),
     Floor(("wan_vae.runs.*",), "one way through a decode or an encode"),
-    Floor(("wan_vae.pipeline", "wan_vae"), "the public interface: load, WanVAE"),
-    Floor(("wan_vae.workers.*",), "worker processes, one a device"),
+    Floor(("wan_vae.pipeline",), "one VAE on one device: load, WanVAE"),
+    Floor(("wan_vae.workers.*", "wan_vae"), "worker processes, one a device; the public names"),
     Floor(("wan_vae.commands.*", "wan_vae.__main__"), "the command line"),
     Floor(("nodes.*", "benchmarks.*", "examples.*"), "ComfyUI's nodes; measurements; the demo"),
 )
