@@ -31,10 +31,14 @@ FLOORS = (
             "wan_vae.layout",
             "wan_vae.arithmetic",
             "wan_vae.device",
+            "wan_vae.clock",
         ),
         "sizes, strides, number formats, devices",
     ),
-    Floor(("wan_vae.ops.*", "wan_vae.report"), "what a layer computes; what a run reports"),
+    Floor(
+        ("wan_vae.ops.*", "wan_vae.report", "wan_vae.hooks"),
+        "what a layer computes; what a run reports, and to whom",
+    ),
     Floor(
         ("wan_vae.network.*", "wan_vae.sharding.*", "wan_vae.io.*"),
         "the VAE; one picture over ranks; files",
@@ -44,8 +48,8 @@ FLOORS = (
         "how a layer is computed on a device; bytes before the first chunk",
     ),
     Floor(("wan_vae.runs.*",), "one way through a decode or an encode"),
-    Floor(("wan_vae.pipeline", "wan_vae"), "the public interface: load, WanVAE"),
-    Floor(("wan_vae.workers.*",), "worker processes, one a device"),
+    Floor(("wan_vae.pipeline",), "one VAE on one device: load, WanVAE"),
+    Floor(("wan_vae.workers.*", "wan_vae"), "worker processes, one a device; the public names"),
     Floor(("wan_vae.commands.*", "wan_vae.__main__"), "the command line"),
     Floor(("nodes.*", "benchmarks.*", "examples.*"), "ComfyUI's nodes; measurements; the demo"),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,7 +151,7 @@ def _is_type_checking(test: ast.expr) -> bool:
 
 
 def _tables(tree: ast.Module) -> dict[str, set[str]]:
-    """The dictionaries of strings at the top of a module, by name: the values of each."""
+    """What strings the names at the top of a module hold: a constant, or a table's values."""
     found: dict[str, set[str]] = {}
     for node in tree.body:
         targets: list[ast.expr] = []
@@ -160,19 +160,14 @@ def _tables(tree: ast.Module) -> dict[str, set[str]]:
         elif isinstance(node, ast.AnnAssign):
             targets = [node.target]
         value = getattr(node, "value", None)
-        if isinstance(value, ast.Dict):
-            texts = {text for part in value.values for text in _constants(part)}
+        values = value.values if isinstance(value, ast.Dict) else [value]
+        texts = {text for part in values for text in _values(part, {})}
+        if texts:
             found |= {name.id: texts for name in targets if isinstance(name, ast.Name)}
     return found
 
 
-def _constants(node: ast.AST) -> Iterator[str]:
-    for part in ast.walk(node):
-        if isinstance(part, ast.Constant) and isinstance(part.value, str):
-            yield part.value
-
-
-def _values(node: ast.expr, tables: Mapping[str, set[str]]) -> set[str]:
+def _values(node: ast.expr | None, tables: Mapping[str, set[str]]) -> set[str]:
     """The strings that an expression may be; empty where that cannot be read."""
     match node:
         case ast.Constant(value=str(text)):
@@ -183,6 +178,8 @@ def _values(node: ast.expr, tables: Mapping[str, set[str]]) -> set[str]:
                 ends = _values(part.value if isinstance(part, ast.FormattedValue) else part, tables)
                 texts = {start + end for start in texts for end in ends}
             return texts
+        case ast.Name(id=name):
+            return tables.get(name, set())
         case ast.Subscript(value=ast.Name(id=name)):
             return tables.get(name, set())
         case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="get"), args=[_, *default]):

@@ -69,17 +69,9 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-# The network still imports shards, and these torch.distributed: to be cut.
-CUT_LATER = pytest.mark.xfail(strict=True, reason="network/blocks imports sharding/transport")
-
-
 @pytest.mark.parametrize(
     "missing",
-    [
-        pytest.param(["torch.distributed"], marks=CUT_LATER),
-        ["triton"],
-        ["av", "PIL", "tqdm"],
-    ],
+    [["torch.distributed"], ["triton", "av", "PIL", "tqdm"]],
     ids=lambda names: "-".join(names),
 )
 def test_a_decode_needs_none_of(missing):

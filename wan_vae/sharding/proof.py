@@ -51,7 +51,7 @@ def unguarded_gather(context: ShardContext, device: torch.device) -> str:
     x = in_format(wanted[context.rank], 0)
     out = x.new_empty((context.world_size, *x.shape[1:]))
     try:
-        all_gather_flat(out, x, group=context.group)
+        all_gather_flat(out, x, context.group).wait()
     except (RuntimeError, ValueError) as error:
         return str(error).splitlines()[0]
     return "equal" if torch.equal(out, torch.cat(wanted)) else "garbled"

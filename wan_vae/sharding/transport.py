@@ -24,13 +24,23 @@ from ..layout import contiguous_for_collective, detect
 from .context import ShardContext
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64)
-# Renamed in PyTorch 2.13, where the old name warns.
-all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # The backend of a group in which each rank has a CUDA device.
 HOST_AND_DEVICE = "cpu:gloo,cuda:nccl"
 _MAGIC = 0x57414E31
 _DENSE_NCDHW = 1
 _HEADER_WORDS = 12
+
+
+# No name of torch.distributed is looked up at import: a torch that was built without it has the
+# module, and nothing in it.
+def all_gather_flat(
+    out: torch.Tensor, x: torch.Tensor, group: dist.ProcessGroup | None
+) -> dist.Work:
+    """Start to gather every rank's `x` into `out`, in rank order. A collective of the group."""
+    # Renamed in PyTorch 2.13, where the old name warns.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work: dist.Work = gather(out, x, group=group, async_op=True)
+    return work
 
 
 def group_environment() -> dict[str, str]:
@@ -231,7 +241,7 @@ class Wire:
             self.context.world_size * flat.numel(), dtype=torch.uint8, device=transport
         )
         try:
-            work = all_gather_flat(gathered, flat, group=self.context.group, async_op=True)
+            work = all_gather_flat(gathered, flat, self.context.group)
             self._wait(work, transport)
         except RuntimeError as error:
             raise ShardingError(
