@@ -18,7 +18,7 @@ RANKS ?= all
 help:
 	@echo "make demo      decode the sample latents to $(OUT)/ (mp4, contact sheet, layout report)"
 	@echo "make test      run every test that this machine can run"
-	@echo "make check     lint only"
+	@echo "make check     lint, format, spelling, large files, types (Linux, Windows, macOS)"
 	@echo "make test-gpu  run the tests that need a CUDA device (PYTHON with its own torch: VENV=...)"
 	@echo "make pictures  take the screenshots of README and example workflows anew"
 	@echo "make bench-multi  one decode over this machine's GPUs: right, timed, broken (RANKS=1,2)"
@@ -39,7 +39,10 @@ demo: $(VENV)/.demo
 
 check: $(VENV)/.test
 	$(RUN) ruff check .
-	$(RUN) ruff format --check wan_vae nodes examples tests benchmarks
+	$(RUN) ruff format --check .
+	$(RUN) codespell_lib
+	$(RUN) tests.architecture.check_files
+	$(RUN) tests.architecture.check_types
 
 # Two processes, most tests keep one core busy; by file, because the tests of a file share servers
 # and browsers. What both need is provisioned before.

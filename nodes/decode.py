@@ -19,9 +19,9 @@ class WanVAEDecode(io.ComfyNode):
         return schema(
             node_id="WanVAEDecode",
             display_name="Wan VAE Decode",
-            description="Decodes a Wan 2.1 / 2.2 (or Qwen-Image) latent to images: the same "
-            "picture as VAE Decode, in planned memory, with no tiles and a report of what "
-            "happened.",
+            description="Decodes a Wan 2.1, Wan 2.2 or Qwen-Image latent to images. The picture "
+            "is that of VAE Decode. Memory is planned in advance, there are no tiles, and a "
+            "report says what happened.",
             search_aliases=["vae decode", "decode latent", "wan decode", "latent to image"],
             inputs=[
                 latent_input(),

@@ -106,8 +106,8 @@ class WanVAEDecodeSharded(io.ComfyNode):
         return schema(
             node_id="WanVAEDecodeSharded",
             display_name="Wan VAE Decode (Sharded)",
-            description="Decodes one Wan latent over several GPUs at once: each decodes its rows "
-            "of every frame. The same picture as Wan VAE Decode.",
+            description="Decodes one Wan latent on several GPUs. Each GPU decodes its part of "
+            "every frame. The picture is that of Wan VAE Decode.",
             search_aliases=["multi gpu vae", "parallel vae decode", "sharded decode"],
             inputs=[
                 latent_input(),
@@ -115,27 +115,29 @@ class WanVAEDecodeSharded(io.ComfyNode):
                 io.String.Input(
                     "devices",
                     default="all",
-                    tooltip="all, a list of GPUs such as 0,1,3, or cpu,cpu to try it without one.",
+                    tooltip="all, or a list of GPUs such as 0,1,3. With cpu,cpu you can try it "
+                    "without a GPU.",
                 ),
                 io.Combo.Input(
                     "axis",
                     options=list(AXES),
                     default="auto",
-                    tooltip="Which side of the picture is cut. auto takes the one with less "
-                    "to exchange.",
+                    tooltip="The side along which the picture is divided. auto takes the one with "
+                    "less exchange between the devices.",
                 ),
                 io.Combo.Input(
                     "gather",
                     options=list(COLLECTS),
                     default="shared",
-                    tooltip="shared: every device writes its rows into the image. rank0 and all: "
-                    "the devices exchange pixels first; for comparison.",
+                    tooltip="How the parts become one image. shared: every device writes its own "
+                    "part. rank0 and all: the devices exchange pixels first, which is only for "
+                    "comparison.",
                 ),
                 advanced(
                     io.Boolean.Input,
                     "allow_fallback",
                     default=True,
-                    tooltip="When a device fails, decode on one device and say so in the report, "
+                    tooltip="If a device fails, decode on one device and say so in the report, "
                     "instead of stopping with an error.",
                 ),
                 advanced(
@@ -144,7 +146,8 @@ class WanVAEDecodeSharded(io.ComfyNode):
                     default=30.0,
                     min=1.0,
                     max=3600.0,
-                    tooltip="Seconds that a device waits for another before the decode fails.",
+                    tooltip="How many seconds a device waits for another one before the decode "
+                    "fails.",
                 ),
                 layout_input(),
                 precision_input(),

@@ -23,7 +23,8 @@ class WanVAEDecodeToVideo(io.ComfyNode):
             node_id="WanVAEDecodeToVideo",
             display_name="Wan VAE Decode to Video",
             description="Decodes a Wan latent straight into a video file in the output folder. "
-            "Frames are written as they are decoded, so memory does not grow with the length.",
+            "Frames are written as they are decoded, so a long clip needs no more memory than a "
+            "short one.",
             search_aliases=["save video", "vae decode video", "wan video", "long video", "mp4"],
             inputs=[
                 latent_input(),
@@ -49,7 +50,7 @@ class WanVAEDecodeToVideo(io.ComfyNode):
                 io.Video.Output(
                     display_name="VIDEO",
                     is_output_list=True,
-                    tooltip="The file as a video: one for each latent of a batch.",
+                    tooltip="The video file. A batch gives one file for each latent.",
                 )
             ],
             hidden=list(HIDDEN),
@@ -67,7 +68,7 @@ class WanVAEDecodeToVideo(io.ComfyNode):
         precision="auto",
         chunk_frames=0,
     ) -> io.NodeOutput:
-        from ..wan_vae.io.video import VideoFileSink
+        from ..wan_vae.io.video_write import VideoFileSink
 
         files: list[SavedFile] = []
         with session(cls.hidden, vae, precision, "decode") as run:

@@ -20,9 +20,9 @@ class WanVAEEncode(io.ComfyNode):
         return schema(
             node_id="WanVAEEncode",
             display_name="Wan VAE Encode",
-            description="Encodes images, taken as the frames of one video, with a Wan 2.1 / 2.2 "
-            "(or Qwen-Image) VAE. Frames past 4n + 1 are dropped and sizes cropped to whole latent "
-            "pixels, as VAE Encode does.",
+            description="Encodes images as the frames of one video, with a Wan 2.1, Wan 2.2 or "
+            "Qwen-Image VAE. Only 4n + 1 frames are kept, and sizes are cropped to whole latent "
+            "pixels, as in VAE Encode.",
             search_aliases=["vae encode", "encode image", "wan encode", "image to latent"],
             inputs=[
                 io.Image.Input("pixels", tooltip="The frames of one video, or one image."),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..wan_vae.commands.report_text import report_text
 from .packed import weight_dtypes
-from .report_text import report_text
 from .reports import HIDDEN
 from .schema import schema, vae_input
 from .session import session
@@ -19,8 +19,8 @@ class WanVAEInspect(io.ComfyNode):
         return schema(
             node_id="WanVAEInspect",
             display_name="Wan VAE Inspect",
-            description="Says what a Wan VAE is, in which memory layout its weights came, which "
-            "one a decode would choose and why. Decodes nothing.",
+            description="Says which Wan VAE this is, how its weights are stored, which memory "
+            "layout a decode would use, and why. Decodes nothing.",
             search_aliases=["vae info", "memory format", "channels last", "wan inspect", "layout"],
             inputs=[vae_input()],
             outputs=[io.String.Output(display_name="report", tooltip="The report as text.")],
@@ -32,6 +32,6 @@ class WanVAEInspect(io.ComfyNode):
     def execute(cls, vae) -> io.NodeOutput:
         with session(cls.hidden, vae, "auto", "inspect") as run:
             run.packed.load(0)
-            run.wan.inspect()
-        text = report_text(run.report, weight_dtypes(vae))
+            report = run.wan.inspect()
+        text = report_text(report, dtypes=weight_dtypes(vae), all_layers=True)
         return io.NodeOutput(text, ui={**run.ui, "text": [text]})

@@ -43,8 +43,8 @@ def layout_input() -> io.Input:
         "memory_layout",
         options=list(MEMORY_FORMATS),
         default="auto",
-        tooltip="How weights and features lie in memory. auto takes the one that is fast and "
-        "proven on this device. The picture is the same with each.",
+        tooltip="In which order the numbers lie in memory. auto takes the fastest order that is "
+        "right on this device. Every choice gives the same picture.",
     )
 
 
@@ -54,8 +54,8 @@ def precision_input() -> io.Input:
         "precision",
         options=list(PRECISIONS),
         default="auto",
-        tooltip="Number format of the computation. auto takes the one that ComfyUI chose for "
-        "this VAE (--fp32-vae and the like are respected).",
+        tooltip="Number format of the computation. auto takes the one that ComfyUI chose for this "
+        "VAE, so flags such as --fp32-vae are respected.",
     )
 
 
@@ -66,6 +66,6 @@ def chunk_input() -> io.Input:
         default=0,
         min=0,
         max=1024,
-        tooltip="Latent frames decoded at a time. 0 plans it from the free memory. Any value "
-        "gives the same picture. On a GPU smaller ones need less memory; more chunks are slower.",
+        tooltip="How many latent frames are decoded at a time. 0: planned from the free memory. "
+        "Every value gives the same picture. Smaller values need less GPU memory and take longer.",
     )

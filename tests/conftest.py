@@ -14,13 +14,13 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
     # Triton asks when functions are decorated, its own at its first import: so now, before a test
     # imports something that imports it. What the kernels' tests need besides is in `interpreted`.
     os.environ["TRITON_INTERPRET"] = "1"
-    importlib.import_module("wan_vae.kernels.backend")
+    importlib.import_module("wan_vae.kernels.triton")
     del os.environ["TRITON_INTERPRET"]
 
 from wan_vae import WanVAE
 from wan_vae.config import WanVAEConfig, wan21, wan22
 from wan_vae.network.model import expected_shapes
-from wan_vae.planning import memory
+from wan_vae.planning.passes import pass_frames
 
 
 def random_state(config: WanVAEConfig, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -41,10 +41,10 @@ def random_state(config: WanVAEConfig, seed: int = 0) -> dict[str, torch.Tensor]
 def pass_elements(config: WanVAEConfig, latent_shape: tuple[int, ...], frames: int) -> int:
     """Numbers that a pass may hold, so that the decoder's last stage takes `frames` at once.
 
-    latent_shape: [B, z, T, rows, W], as for `memory.pass_frames`; frames: an even number.
+    latent_shape: [B, z, T, rows, W], as for `pass_frames`; frames: an even number.
     """
     plenty = 10**12
-    return frames * -(-plenty // memory.pass_frames(config, latent_shape, plenty)[-1])
+    return frames * -(-plenty // pass_frames(config, latent_shape, plenty)[-1])
 
 
 SMALL_CONFIGS = {"wan2.1": wan21(dim=8), "wan2.2": wan22(dim=8, decoder_dim=16)}

@@ -6,12 +6,12 @@
     pixels = vae.decode(latent)            # [B, 3, 4T-3, 8H, 8W] float32 in [-1, 1]
     print(vae.last_report.as_dict())
 
-The names in `__all__`, their public attributes and their keyword arguments are the public
-interface: semantic versioning covers them, the wire format of a report, and the command line.
-Modules below this one are not covered; neither are the exact texts of errors and reports.
+It knows nothing of ComfyUI and needs torch, numpy and safetensors. The command line and video and
+image files also need av, Pillow and tqdm.
 
-Knows nothing of ComfyUI; needs torch, numpy and safetensors. The command line, video and image
-files need av, Pillow and tqdm too.
+The names in `__all__` are the public interface, which semantic versioning covers, with the wire
+format of a report and the command line; docs/python.md describes them. Everything else, also the
+exact text of errors and reports, may change in any version.
 """
 
 from importlib import import_module
@@ -83,8 +83,8 @@ __all__ = [
     "save_latent",
 ]
 
-# Imported when first asked for: `python -m wan_vae` comes through here, and importing torch takes
-# seconds in which Ctrl-C, --help and wrong usage are to be answered by the command line.
+# A name is imported on its first use. `python -m wan_vae` imports this module too, and torch takes
+# seconds to import; meanwhile the command line must answer --help, wrong usage and Ctrl-C.
 _HOMES = {
     "Backend": "options",
     "CallbackSink": "io.sink",

@@ -1,7 +1,7 @@
-"""DecodeReport: what happened, in units, frozen. `as_dict()` is the wire format of the panel.
+"""DecodeReport: a frozen record of what one run did. `as_dict()` is the panel's wire format.
 
-Last step of the sentence: pixels stream out, and a report says what happened. `ReportBuilder` is
-the mutable side that a decode fills in; `build()` freezes it, at the end or for a progress event.
+A run fills in a mutable `ReportBuilder`; `build()` freezes it, at the end and for each progress
+event. Names of fields end in their unit.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ SCHEMA = "wan_vae.report/1"
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One convolution: native name, operation, weight shape, memory format of its weight as used
-    (contiguous, channels_last_3d, either, other) and the backend that runs it."""
+    """One convolution: native name, operation, shape of its weight, format and backend.
+
+    `format`: memory format of the weight as used (contiguous, channels_last_3d, either, other).
+    `backend`: what runs this layer.
+    """
 
     name: str
     op: str
@@ -31,9 +34,10 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class ChunkRecord:
-    """One chunk: latent frames [start, stop), its pixel frames, milliseconds of its passes so far.
+    """One chunk: latent frames [start, stop), number of pixel frames, milliseconds so far.
 
-    `frames` are all that the chunk makes, also while it is under way."""
+    `frames` counts all pixel frames of the chunk, also before they are finished.
+    """
 
     start: int
     stop: int
@@ -44,7 +48,7 @@ class ChunkRecord:
 
 @dataclass(frozen=True)
 class BackendOff:
-    """A backend that was not used for an operation, and why."""
+    """A backend that was not used for an operation, and the reason."""
 
     op: str
     backend: str
@@ -53,9 +57,9 @@ class BackendOff:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One rank's share: latent rows [start_row, stop_row), what it exchanged.
+    """The part of one rank: latent rows [start_row, stop_row), and what it exchanged.
 
-    Where `axis` is "width" its rows are columns, those of the halo too.
+    If `axis` is "width", all rows are columns, also those of the halo.
     """
 
     rank: int
@@ -70,10 +74,10 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class LayoutRecord:
-    """Memory formats: asked for, chosen and why; weights as found and as used; the latent's.
+    """Memory formats: requested, chosen and why; weights as found and as used; the latent's.
 
-    `conversions` counts convolution inputs that were matched to their weight (mixed calls
-    prevented); `mixed_calls` counts convolutions that ran with differing formats: 0 is normal.
+    `conversions` counts convolution inputs that were converted to the format of their weight.
+    `mixed_calls` counts convolutions whose input and weight had different formats; normally 0.
     """
 
     requested: str = "auto"
@@ -88,8 +92,10 @@ class LayoutRecord:
 
 @dataclass(frozen=True)
 class MemoryRecord:
-    """Bytes: free on the device before the start, planned, peak above the start, output, weights.
-    `peak_bytes` and `free_bytes` are None where the device does not count them (the CPU)."""
+    """Bytes: free before the start, planned, peak above the start, output, weights.
+
+    `peak_bytes` and `free_bytes` are None if the device does not count them (the CPU).
+    """
 
     free_bytes: int | None = None
     planned_bytes: int | None = None
@@ -100,7 +106,7 @@ class MemoryRecord:
 
 @dataclass(frozen=True)
 class DecodeReport:
-    """What one decode, encode or inspection did. `as_dict()` gives JSON-ready values."""
+    """What one decode, encode or inspection did. `as_dict()` returns values for JSON."""
 
     operation: str
     status: str
@@ -131,11 +137,10 @@ class DecodeReport:
     plan: dict[str, object] | None = None
 
     def as_dict(self) -> dict[str, object]:
-        """The wire format `wan_vae.report/1`: only dicts, lists, strings, numbers, booleans, None.
+        """Return the wire format `wan_vae.report/1`: dicts, lists, strings, numbers, bools, None.
 
-        Field names are those of this class, except that `backends_used` and `backends_off` become
-        `backends: {used, off}`; a `schema` key comes first. Nested records keep their names, and
-        every size, time and count has its unit in its name.
+        Keys are the field names of this class, with two exceptions: `schema` comes first, and
+        `backends_used` and `backends_off` become `backends: {used, off}`.
         """
         plain = {"schema": SCHEMA, **asdict(self)}
         plain["backends"] = {"used": plain.pop("backends_used"), "off": plain.pop("backends_off")}
@@ -143,7 +148,7 @@ class DecodeReport:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, object]) -> DecodeReport:
-        """The report that `as_dict` made `plain` of, in this process or another."""
+        """Rebuild the report from the result of `as_dict`, of this process or another."""
         values = {k: v for k, v in plain.items() if k not in ("schema", "backends")}
         values["layout"] = LayoutRecord(**values["layout"])
         values["memory"] = MemoryRecord(**values["memory"])
@@ -166,7 +171,7 @@ def _jsonable(value):
 
 
 class ReportBuilder:
-    """Collects facts while an operation runs; `build()` makes the frozen report of this moment."""
+    """Collects facts while an operation runs; `build()` freezes them into a report."""
 
     def __init__(self, operation: str, config, device: torch.device, dtype: torch.dtype):
         self.operation = operation
@@ -188,7 +193,7 @@ class ReportBuilder:
         self._started = time.perf_counter()
 
     def build(self, status: str, error: str | None = None) -> DecodeReport:
-        """Freeze what is known now; `duration_ms` counts from the builder's creation."""
+        """Make a report of what is known now. `duration_ms` counts from the builder's creation."""
         seconds = time.perf_counter() - self._started
         return DecodeReport(
             operation=self.operation,

@@ -12,9 +12,9 @@ from benchmarks.suite.baseline import Baseline, Built
 from benchmarks.suite.comfyui import ComfyUICore
 from benchmarks.suite.weights import Weights, diffusers_model
 from wan_vae.io.image import ImageSink
-from wan_vae.kernels.select import why_not_backend
 from wan_vae.options import Backend
 from wan_vae.pipeline import WanVAE
+from wan_vae.runs.kernel_choice import unavailable_reason
 
 # Packages of other decoders, whose versions belong into a results file.
 PACKAGES = ("diffusers", "fastvae")
@@ -40,7 +40,7 @@ class Ours:
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if self.backend in ("auto", "eager"):
             return None
-        return why_not_backend(self.backend, device, dtype)
+        return unavailable_reason(self.backend, device, dtype)
 
     def build(self, weights: Weights, device: torch.device, dtype: torch.dtype) -> Built:
         vae = WanVAE.from_state_dict(weights.native, device=device, dtype=dtype)

@@ -12,8 +12,10 @@ import torch
 
 from wan_vae.chunking import Chunk
 from wan_vae.config import WanVAEConfig
-from wan_vae.planning import memory
-from wan_vae.sharding.plan import ShardPlan, decoder_exchanges, halo_bytes, plan_shards
+from wan_vae.planning.choose import PlanRequest, choose
+from wan_vae.sharding.plan import ShardPlan, plan_shards
+
+from .exchanges import decoder_exchanges, halo_bytes
 
 # NVIDIA H200, device copy, read and write counted (docs/performance.md).
 COPY_BYTES_PER_MS = 4.2e9
@@ -167,4 +169,4 @@ def predict(
 def planned_frames(config: WanVAEConfig, latent_shape: tuple[int, ...], plan: ShardPlan) -> int:
     """Latent frames a chunk of a decode of [B, z, T, H, W] by `plan`, where memory is no limit."""
     own = plan.pixel_shape_of(0, latent_shape, 1)
-    return memory.plan_chunk_frames(config, own, torch.bfloat16, None)
+    return choose(PlanRequest(config, own, torch.bfloat16, shards=True)).chunk_frames

@@ -10,11 +10,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks.suite.exchanges import halo_bytes
 from tests.dist import jobs
 from tests.dist.ranks import RankFailed
 from wan_vae.chunking import schedule
 from wan_vae.geometry import latent_shape
-from wan_vae.sharding.plan import halo_bytes, plan_shards
+from wan_vae.sharding.plan import plan_shards
 
 MODELS = ("wan2.1", "wan2.2", "mini")
 

@@ -1,1 +1,1 @@
-"""How a layer is computed faster: kernels by family, proven on the card before use."""
+"""How a layer is computed faster: kernels proven on the card before use. See README.md."""

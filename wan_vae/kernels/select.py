@@ -1,149 +1,171 @@
-"""Choose the operations of a decode or encode: which backend runs a layer, why others do not."""
+"""Chooses the kernel of every layer: requires, candidates, build, proof, prepare.
+
+Nothing here knows an operation or a family. Each layer takes the first kernel, in the order of the
+registry, in the first configuration that is proven on this device; a layer without one runs eager,
+with the reason in the report. Where every layer has a kernel, the bits of the result depend on
+neither chunks, strips nor shards: each kernel sums in its own order, for every size of its input.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Literal, get_args
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..arithmetic import own_arithmetic
-from ..errors import BackendError
-from ..network.model import WanVAEModel, tensor_version
-from ..network.sites import decoder_sites, encoder_sites
-from ..ops.opset import Cut, OpSet, Refusal, eager_ops
-from .proof.prove import ProofBook
-
-Backend = Literal["auto", "eager", "triton", "cuda"]
-# Which half of the model is to run.
-Part = Literal["decoder", "encoder"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
-# Tensor descriptors (TMA) came with Hopper.
-_MIN_CAPABILITY = (9, 0)
-# wgmma is Hopper's alone.
-_CUDA_CAPABILITY = (9, 0)
+from ..ops.opset import OpSet
+from ..ops.problem import LayerSite, Problem
+from ..options import Axis
+from . import registry
+from .device import Device
+from .kernel import BuildError, Kernel
+from .proof.cache import ProofCache
+from .proof.cases import prove_kernel
+from .proof.prove import Verdict
+from .table import LayerTable
 
 
-def select_ops(
-    requested: Backend,
-    model: WanVAEModel,
-    only_frame: bool,
-    book: Callable[[], ProofBook],
-    cut: Cut = "whole",
-    part: Part = "decoder",
-) -> OpSet:
-    """The operations for a decode or encode with `model`, whose weights decide device and dtype.
+@dataclass(frozen=True)
+class SelectRequest:
+    """What kernels are wanted for.
 
-    `cut`: the axis along which the picture is cut into shards, whose kernels take halo rows.
-    `part`: whose layers the operations are for; `model` must have it.
-
-    "eager": the reference. "triton": our kernels in Triton for each layer where one is proven on
-    this device, the reference elsewhere, refusals in `OpSet.refusals`. "cuda": as "triton", with
-    kernels in CUDA C++ for the wide 3x3x3 convolutions. "auto": "cuda" on the cards that they were
-    measured on (Hopper), else the reference. `book` opens the verdicts of this device; it is not
-    called when no kernel is asked for. The weights' memory format does not matter: kernels read
-    copies of their own. What was prepared stays with `model` for the next call, for each part.
-    Raises BackendError for an unknown request, or for "triton" and "cuda" where they cannot run.
+    families: in order of preference. device: the card as which kernels are chosen. runs_on: where
+    they are built, proven and run; usually the same card. axis: along which features have halo
+    rows, as those of a shard.
     """
-    if requested not in BACKENDS:
-        raise BackendError(f"backend is {requested!r}: expected one of {', '.join(BACKENDS)}")
-    if requested == "eager":
-        return eager_ops()
-    weight = model.decoder.conv1.weight
-    reason = why_not_backend(requested, weight.device, weight.dtype)
-    if reason is not None:
-        if requested == "auto":
-            return replace(eager_ops(), refusals=(Refusal("conv3d", "cuda", reason),))
-        raise BackendError(f"backend {requested!r} cannot run: {reason}")
-    # Of this part alone: packing the other's weights must not cost this one its kernels.
-    weights = [p for module in own_modules(model, part) for p in module.parameters()]
-    state = [(p.data_ptr(), tensor_version(p)) for p in weights]
-    key = (requested, only_frame, cut, part)
-    kept = model.prepared.get(key)
-    if kept is None or kept[0] != state:
-        made = _kernels(requested, model, only_frame, book(), cut, part)
-        model.prepared[key] = kept = state, made
-    return kept[1]
+
+    sites: Sequence[LayerSite]
+    families: tuple[str, ...]
+    device: Device
+    runs_on: torch.device
+    proofs: ProofCache
+    axis: Axis | None = None
 
 
-def own_modules(model: WanVAEModel, part: Part) -> tuple[nn.Module, nn.Module]:
-    """What holds the weights of `part`: decoder or encoder, and the convolution at its latent."""
-    return (model.decoder, model.conv2) if part == "decoder" else (model.encoder, model.conv1)
+def select_kernels(request: SelectRequest) -> OpSet:
+    """The operations of a run over the layers of `request.sites`: kernels where they are proven."""
+    with own_arithmetic(request.runs_on):
+        return _Selection(request).table().ops()
 
 
-def _kernels(
-    requested: Backend,
-    model: WanVAEModel,
-    only_frame: bool,
-    book: ProofBook,
-    cut: Cut,
-    part: Part,
-) -> OpSet:
-    from .backend import KernelBackend
+def proof_key(kernel: Kernel[Any, Any], problem: Problem, config: str, axis: Axis | None) -> str:
+    """Names a verdict: family, kernel, class of problems, configuration, axis of a halo."""
+    key = f"{kernel.family} {kernel.name}: {problem.key()}: {config}"
+    return key if axis is None or not problem.has_halo else f"{key}: halo along {axis}"
 
-    weight = model.decoder.conv1.weight
-    sites = decoder_sites(model) if part == "decoder" else encoder_sites(model)
-    with own_arithmetic(weight.device):
-        backend = KernelBackend(
-            sites, weight.device, weight.dtype, book, only_frame, requested != "triton", cut
+
+class _Selection:
+    """One walk over the layers of a request."""
+
+    def __init__(self, request: SelectRequest):
+        self.request = request
+        self.target = Device.of(request.runs_on)
+        # What a configuration could not be built for, or None; by proof key.
+        self.builds: dict[str, str | None] = {}
+
+    def table(self) -> LayerTable:
+        request, table = self.request, LayerTable(self.request.families)
+        self._build_ahead()
+        largest = _largest_operands(request.sites)
+        for site, number in zip(request.sites, largest, strict=True):
+            for kernel in self._kernels(site):
+                if self._take(table, site, kernel, number):
+                    break
+        return table
+
+    def _kernels(self, site: LayerSite) -> Iterable[Kernel[Any, Any]]:
+        return registry.kernels_of(site.problem.operation, self.request.families)
+
+    def _take(
+        self, table: LayerTable, site: LayerSite, kernel: Kernel[Any, Any], largest: float
+    ) -> bool:
+        """Bind the first configuration of `kernel` that is proven; False if there is none."""
+        problem, device = site.problem, self.request.device
+        reason = kernel.requires.unmet(device, problem)
+        if reason is not None:
+            table.refuse(site, kernel.family, reason, failed=False)
+            return False
+        if not largest < kernel.requires.largest_operand:  # NaN too
+            reason = f"its operand may reach {largest:.0e}, too large for float16"
+            table.refuse(site, kernel.family, reason, failed=True)
+            return False
+        configs = kernel.candidates(problem, device)
+        for config in configs:
+            verdict = self._verdict(kernel, problem, config)
+            if verdict.passed:
+                table.bind(site, kernel, kernel.prepare(site.weights, problem, config))
+                return True
+            key = proof_key(kernel, problem, config, self.request.axis)
+            table.refuse(site, kernel.family, f"{key}: {verdict.reason}", failed=True)
+        if not configs:
+            channels = f"{problem.in_channels} to {problem.out_channels} channels"
+            table.refuse(site, kernel.family, f"no configuration for {channels}", failed=False)
+        return False
+
+    def _verdict(self, kernel: Kernel[Any, Any], problem: Problem, config: str) -> Verdict:
+        request = self.request
+        failure = self._build(kernel, problem, config)
+        if failure is not None:
+            return Verdict(False, failure)
+        return request.proofs.verdict(
+            proof_key(kernel, problem, config, request.axis),
+            lambda: prove_kernel(kernel, problem, config, request.runs_on, request.axis),
         )
-    eager = eager_ops()
-    return replace(
-        eager,
-        norm=backend.norm,
-        conv3d=backend.conv3d,
-        conv2d=backend.conv2d,
-        upsample_conv2d=backend.upsample_conv2d,
-        attention=backend.attention,
-        fused_conv=backend.fused_conv,
-        pixels=backend.pixels,
-        backend_of=backend.backend_of,
-        used=eager.used | backend.used,
-        refusals=backend.off,
-    )
+
+    def _build(self, kernel: Kernel[Any, Any], problem: Problem, config: str) -> str | None:
+        """Build it once; the reason if that fails."""
+        key = proof_key(kernel, problem, config, None)
+        if key not in self.builds:
+            self.builds[key] = _build_failure(kernel, problem, config, self.target)
+        return self.builds[key]
+
+    def _build_ahead(self) -> None:
+        """Build what each layer tries first, side by side: compilers take seconds."""
+        device, jobs = self.request.device, {}
+        for site in self.request.sites:
+            for kernel in self._kernels(site):
+                if kernel.requires.unmet(device, site.problem) is None:
+                    for config in kernel.candidates(site.problem, device)[:1]:
+                        key = proof_key(kernel, site.problem, config, None)
+                        jobs[key] = kernel, site.problem, config
+                    break
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            running = {
+                key: pool.submit(_build_failure, *job, self.target) for key, job in jobs.items()
+            }
+        self.builds |= {key: job.result() for key, job in running.items()}
 
 
-def why_not_backend(requested: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels that `requested` asks for cannot run here, or None if they can."""
-    reason = why_not(device, dtype)
-    return why_not_cuda(device) if reason is None and requested != "triton" else reason
-
-
-def why_not_cuda(device: torch.device) -> str | None:
-    """Why the kernels in CUDA C++ cannot run on `device`, or None if they can."""
-    if device.type != "cuda":
-        return "no CUDA device"
-    capability = torch.cuda.get_device_capability(device)
-    if capability != _CUDA_CAPABILITY:
-        have = ".".join(map(str, capability))
-        return f"written for compute capability 9.0 (Hopper), this card has {have}"
-    from .cuda.driver import why_not as why_no_compiler
-
-    return why_no_compiler()
-
-
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why our kernels cannot run here, or None if they can.
-
-    On the CPU they can only in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
-    """
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "no CUDA device"
-    if device.type not in ("cpu", "cuda"):
-        return f"no kernels for {device.type} devices"
-    if device.type == "cuda":
-        if torch.version.hip is not None:
-            return "written for NVIDIA cards"
-        capability = torch.cuda.get_device_capability(device)
-        if capability < _MIN_CAPABILITY:
-            have = ".".join(map(str, capability))
-            return f"needs compute capability 9.0 (TMA), this card has {have}"
-        if dtype == torch.float32:
-            return "float32 was asked for, the kernels' operands are float16"
+def _build_failure(
+    kernel: Kernel[Any, Any], problem: Problem, config: str, target: Device
+) -> str | None:
+    try:
+        kernel.build(problem, config, target)
+    except BuildError as error:
+        return str(error)
     return None
+
+
+def _largest_operands(sites: Iterable[LayerSite]) -> list[float]:
+    """The largest absolute value that each layer may have to read behind its norm; 0 without one.
+
+    The norm bounds the length of a pixel, and so what a row of the weight in front of attention can
+    make of it. One message from the device for all of them.
+    """
+    peaks: list[torch.Tensor | None] = []
+    for site in sites:
+        gamma, weight = site.weights.gamma, site.weights.weight
+        if gamma is None:
+            peaks.append(None)
+            continue
+        peak = gamma.detach().abs().max().float() * weight.shape[1] ** 0.5
+        if site.weights.projection is not None:
+            reach = weight.detach().float().flatten(1).norm(dim=1).max()
+            peak = torch.maximum(peak, peak * reach)
+        peaks.append(peak)
+    known = [peak for peak in peaks if peak is not None]
+    numbers = iter(torch.stack(known).tolist() if known else ())
+    return [0.0 if peak is None else next(numbers) for peak in peaks]

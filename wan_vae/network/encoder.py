@@ -1,4 +1,4 @@
-"""The causal encoder: pixel chunk in, latent chunk out."""
+"""The causal encoder: turns a chunk of pixels into a chunk of the latent."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .blocks import (
 
 
 class DownStage(nn.Module):
-    """Residual blocks and a down-sampler, with Wan 2.2's shortcut around them."""
+    """Residual blocks and a down-sampler with Wan 2.2's shortcut around them."""
 
     def __init__(
         self, in_channels: int, out_channels: int, blocks: int, down: bool, temporal: bool
@@ -45,7 +45,7 @@ class DownStage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Encoder of Wan 2.1 and 2.2. Parameter names are native names less `encoder.`."""
+    """Encoder of Wan 2.1 and 2.2. Parameter names are native names without `encoder.`."""
 
     def __init__(self, config: WanVAEConfig):
         super().__init__()

@@ -1,88 +1,155 @@
-"""Where decoder and encoder compute: every layer that a backend may take over, in order, with what
-its kernel has to know."""
+"""Every layer of decoder and encoder that a kernel may run: native name, problem and weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
-from .blocks import Attention, Downsample, ResidualBlock, Upsample
+from ..ops.problem import (
+    AttentionProblem,
+    ConvProblem,
+    HeadProblem,
+    LayerSite,
+    LayerWeights,
+    NormConvProblem,
+    Problem,
+    Source,
+    StridedProblem,
+    UpsampleProblem,
+)
+from ..options import Part
+from .blocks import (
+    Attention,
+    CausalConv3d,
+    Conv2d,
+    Downsample,
+    ResidualBlock,
+    RMSNorm,
+    Upsample,
+)
 from .decoder import UpStage
 from .encoder import DownStage
 from .model import WanVAEModel
 
-Kind = Literal[
-    "latent", "normed", "head", "stream", "upsample", "attention", "pixels", "strided", "moments"
-]
 
+def layer_sites(model: WanVAEModel, part: Part, only_frame: bool = False) -> Iterator[LayerSite]:
+    """The layers of `part` of `model`, each once, in the order in which they run.
 
-@dataclass(frozen=True)
-class Site:
-    """One layer. `frames`: how many it has for each latent frame of a steady chunk. `bias`: of a
-    layer behind a norm or of an up-sampler.
-
-    kind says where its input comes from: "latent" (the latent, or almost), "normed" (norm and
-    SiLU, with `gamma`), "head" (the same; its result is float32: the pixels, or almost the latent),
-    "stream" (features as blocks hand them on), "upsample" (features, doubled in height and width
-    first), "attention" (norm; `weight` makes queries, keys and values and `projection` follows),
-    "pixels" (an encode's input), "strided" (features; every second pixel is made if `weight` is
-    4-D, every second frame if it is 5-D), "moments" (the result of an encode's head).
+    The dtype of the weights is that of the features. `only_frame`: the video has one frame.
     """
-
-    kind: Kind
-    weight: torch.Tensor
-    frames: int
-    gamma: torch.Tensor | None = None
-    projection: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
+    make = decoder_sites if part == "decoder" else encoder_sites
+    return make(model, only_frame)
 
 
-def decoder_sites(model: WanVAEModel) -> Iterator[Site]:
-    """Every convolution of a decode once, and its attention."""
-    decoder, frames = model.decoder, 1
-    yield Site("latent", model.conv2.weight, frames)
-    yield Site("latent", decoder.conv1.weight, frames)
+def decoder_sites(model: WanVAEModel, only_frame: bool = False) -> Iterator[LayerSite]:
+    """The layers of a decode; see `layer_sites`."""
+    sites, decoder = _Sites(model, only_frame), model.decoder
+    yield sites.conv(model.conv2, "latent")
+    yield sites.conv(decoder.conv1, "latent")
     for layer in (*decoder.middle, *_flat(decoder.upsamples)):
-        yield from _block_sites(layer, frames)
+        yield from sites.block(layer)
         if isinstance(layer, Upsample):
             if layer.time_conv is not None:
-                yield Site("stream", layer.time_conv.weight, frames)
-                frames *= 2
-            conv = layer.resample["1"]
-            yield Site("upsample", conv.weight, frames, bias=conv.bias)
-    norm, conv = decoder.head.values()
-    yield Site("head", conv.weight, frames, norm.gamma, bias=conv.bias)
+                yield sites.conv(layer.time_conv, "features")
+                sites.double_time()
+            yield sites.upsample(layer)
+    yield sites.head(decoder.head)
 
 
-def encoder_sites(model: WanVAEModel) -> Iterator[Site]:
-    """Every convolution of an encode once, and its attention. `model` must have an encoder."""
-    encoder, frames = model.encoder, model.config.temporal_factor
-    yield Site("pixels", encoder.conv1.weight, frames)
+def encoder_sites(model: WanVAEModel, only_frame: bool = False) -> Iterator[LayerSite]:
+    """The layers of an encode; see `layer_sites`. Raises ValueError without an encoder."""
+    encoder, last = model.encoder, model.conv1
+    if encoder is None or last is None:
+        raise ValueError("the model has no encoder")
+    sites = _Sites(model, only_frame, frames=model.config.temporal_factor)
+    yield sites.conv(encoder.conv1, "pixels")
     for layer in (*_flat(encoder.downsamples), *encoder.middle):
-        yield from _block_sites(layer, frames)
+        yield from sites.block(layer)
         if isinstance(layer, Downsample):
-            yield Site("strided", layer.resample["1"].weight, frames)
+            conv = layer.resample["1"]
+            assert isinstance(conv, Conv2d)
+            yield sites.strided(conv)
             if layer.time_conv is not None:
-                frames //= 2
-                yield Site("strided", layer.time_conv.weight, frames)
-    norm, conv = encoder.head.values()
-    yield Site("head", conv.weight, frames, norm.gamma, bias=conv.bias)
-    yield Site("moments", model.conv1.weight, frames)
+                yield sites.strided(layer.time_conv)
+                sites.halve_time()
+    yield sites.head(encoder.head)
+    yield sites.conv(last, "latent", out_dtype=torch.float32)
 
 
-def _block_sites(layer: nn.Module, frames: int) -> Iterator[Site]:
-    """The sites of a residual block or an attention; none of any other layer."""
-    if isinstance(layer, ResidualBlock):
-        for norm, conv in layer.normed_convolutions():
-            yield Site("normed", conv.weight, frames, norm.gamma, bias=conv.bias)
-        if layer.shortcut is not None:
-            yield Site("stream", layer.shortcut.weight, frames)
-    elif isinstance(layer, Attention):
-        yield Site("attention", layer.to_qkv.weight, frames, layer.norm.gamma, layer.proj.weight)
+class _Sites:
+    """Makes the sites of one model; knows how many frames a latent frame is at this layer."""
+
+    def __init__(self, model: WanVAEModel, only_frame: bool, frames: int = 1):
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.dtype = model.conv2.weight.dtype
+        self.only_frame = only_frame
+        self.frames = 1 if only_frame else frames
+
+    def double_time(self) -> None:
+        self.frames *= 1 if self.only_frame else 2
+
+    def halve_time(self) -> None:
+        self.frames //= 1 if self.only_frame else 2
+
+    def site(self, module: nn.Module, problem: Problem, weights: LayerWeights) -> LayerSite:
+        return LayerSite(self.names[id(module)], problem, weights)
+
+    def conv(
+        self, conv: CausalConv3d, source: Source, out_dtype: torch.dtype | None = None
+    ) -> LayerSite:
+        out, channels = conv.weight.shape[:2]
+        problem = ConvProblem(
+            source,
+            channels,
+            out,
+            conv.kernel,
+            self.dtype,
+            out_dtype or self.dtype,
+            self.frames,
+            self.only_frame,
+        )
+        return self.site(conv, problem, LayerWeights(conv.weight, conv.bias))
+
+    def norm_conv(self, norm: RMSNorm, conv: CausalConv3d) -> LayerSite:
+        out, channels = conv.weight.shape[:2]
+        problem = NormConvProblem(channels, out, self.dtype, self.frames, self.only_frame)
+        return self.site(conv, problem, LayerWeights(conv.weight, conv.bias, norm.gamma))
+
+    def head(self, layers: nn.ModuleDict) -> LayerSite:
+        norm, conv = layers.values()
+        assert isinstance(norm, RMSNorm)
+        assert isinstance(conv, CausalConv3d)
+        out, channels = conv.weight.shape[:2]
+        problem = HeadProblem(channels, out, self.dtype, self.frames, self.only_frame)
+        return self.site(conv, problem, LayerWeights(conv.weight, conv.bias, norm.gamma))
+
+    def upsample(self, layer: Upsample) -> LayerSite:
+        conv = layer.resample["1"]
+        assert isinstance(conv, Conv2d)
+        out, channels = conv.weight.shape[:2]
+        problem = UpsampleProblem(channels, out, self.dtype, self.frames)
+        return self.site(conv, problem, LayerWeights(conv.weight, conv.bias))
+
+    def strided(self, conv: Conv2d | CausalConv3d) -> LayerSite:
+        out, channels = conv.weight.shape[:2]
+        kernel = (1, 3, 3) if isinstance(conv, Conv2d) else conv.kernel
+        problem = StridedProblem(channels, out, kernel, self.dtype)
+        return self.site(conv, problem, LayerWeights(conv.weight, conv.bias))
+
+    def block(self, layer: nn.Module) -> Iterator[LayerSite]:
+        """The sites of a residual block or of an attention; none of any other layer."""
+        if isinstance(layer, ResidualBlock):
+            for norm, conv in layer.normed_convolutions():
+                yield self.norm_conv(norm, conv)
+            if layer.shortcut is not None:
+                yield self.conv(layer.shortcut, "features")
+        elif isinstance(layer, Attention):
+            qkv, projection = layer.to_qkv, layer.proj
+            weights = LayerWeights(qkv.weight, qkv.bias, layer.norm.gamma, projection.weight)
+            problem = AttentionProblem(qkv.weight.shape[1], self.dtype)
+            yield self.site(layer, problem, weights)
 
 
 def _flat(layers: nn.ModuleList) -> Iterator[nn.Module]:

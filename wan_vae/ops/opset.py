@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
@@ -18,9 +18,6 @@ from .eager.attention import attention
 from .eager.conv3d import conv2d, conv3d
 from .eager.norm import rms_norm, rms_norm_silu
 from .eager.upsample import upsample_conv2d
-
-# Along which axis a picture is cut into shards.
-Cut = Literal["whole", "height", "width"]
 
 
 @dataclass(frozen=True)
@@ -157,6 +154,13 @@ class Refusal:
     family: str
     reason: str
     layers: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The reason, with the number of layers that it concerns."""
+        if not self.layers:
+            return self.reason
+        return f"{self.reason} ({len(self.layers)} layer{'s' if len(self.layers) > 1 else ''})"
 
 
 OPERATIONS = ("norm", "norm_silu", "conv3d", "conv2d", "upsample_conv2d", "attention")

@@ -20,16 +20,17 @@ from ..config import WanVAEConfig
 from ..device import DTYPES, dtype_name
 from ..device import free_bytes as device_free_bytes
 from ..errors import BackendError, CheckpointError, GeometryError, LatentError
-from ..kernels.proof.prove import ProofBook, cache_folder, environment
-from ..kernels.select import select_ops
+from ..kernels.cache_folder import cache_folder
+from ..kernels.proof.cache import ProofCache, environment
 from ..layout import LayoutDecision
 from ..network.model import WanVAEModel, tensor_version
 from ..ops.opset import OpSet, eager_ops
-from ..options import Axis, Operation, Part, RunOptions
-from ..planning import memory
+from ..options import Operation, Part, RunOptions
+from ..planning.choose import Choice, PlanRequest, choose, planned_bytes
 from ..planning.plan import LayerChoices, Plan
 from ..report import LayerRecord
 from ..sharding.plan import ShardPlan
+from .kernel_choice import select_ops
 
 _PARTS: dict[Operation, Part] = {"decode": "decoder", "encode": "encoder"}
 
@@ -85,7 +86,7 @@ class Engine:
         self.config: WanVAEConfig = model.config
         self.weights_found = weights_found or count_weight_formats(model.state_dict())
         self._cast: tuple[object, WanVAEModel] | None = None
-        self._proofs: ProofBook | None = None
+        self._proofs: ProofCache | None = None
 
     @property
     def device(self) -> torch.device:
@@ -111,8 +112,8 @@ class Engine:
             options.backend,
             model,
             request.latent_shape[2] == 1,
-            self._proof_book,
-            "whole" if request.shards is None else request.shards.axis,
+            self._proof_cache,
+            None if request.shards is None else request.shards.axis,
             part,
         )
         # What is impossible is refused at the call, before an output is allocated.
@@ -213,11 +214,11 @@ class Engine:
             self._cast = state, copy.deepcopy(self.model).to(dtype)
         return self._cast[1]
 
-    def _proof_book(self) -> ProofBook:
+    def _proof_cache(self) -> ProofCache:
         """The verdicts on kernels for this device; read once."""
         wanted = environment(self.device)
         if self._proofs is None or self._proofs.environment != wanted:
-            self._proofs = ProofBook(wanted, cache_folder())
+            self._proofs = ProofCache(wanted, cache_folder())
         return self._proofs
 
     def _free_bytes(self, asked: float | None) -> int | None:
@@ -238,37 +239,27 @@ class Engine:
         free: int | None,
         whole_frames: bool,
         lengths: tuple[int, ...] | None,
-    ) -> memory.Plan:
+    ) -> Choice:
         request, options = setup.request, setup.request.options
-        config, dtype = self.config, setup.dtype
-        backend, chosen = setup.ops.used["conv3d"], setup.layout.chosen
-        frames = request.latent_shape[2]
         asked = lengths if lengths is not None else options.chunk_frames
         if request.operation == "encode":
             # The encoder mirrors the decoder, which is as wide or wider: its walk covers both.
-            own = chunk_lengths(frames, 1 if asked is None else asked)
-            planned = memory.planned_bytes(config, setup.part_shape, dtype, 1)
-            return memory.Plan(own, 1, planned, None)
-        if request.shards is not None:
-            if asked is None:
-                asked = memory.plan_chunk_frames(
-                    config, setup.part_shape, dtype, free, chosen, backend
-                )
-            own = chunk_lengths(frames, asked)
-            planned = memory.planned_bytes(
-                config, setup.part_shape, dtype, max(own), chosen, backend
+            bound = planned_bytes(PlanRequest(self.config, setup.part_shape, setup.dtype))
+            frames = chunk_lengths(request.latent_shape[2], 1 if asked is None else asked)
+            return Choice(frames, None, 1, bound)
+        return choose(
+            PlanRequest(
+                config=self.config,
+                latent_shape=setup.part_shape,
+                dtype=setup.dtype,
+                memory_format=setup.layout.chosen,
+                layers=setup.ops.layers,
+                free_bytes=free,
+                whole_frames=whole_frames,
+                chunk_frames=asked,
+                strips=options.strips,
+                shards=request.shards is not None,
             )
-            return memory.Plan(own, 1, planned, None)
-        return memory.plan_decode(
-            config,
-            request.latent_shape,
-            dtype,
-            chosen,
-            free,
-            whole_frames=whole_frames,
-            chunk_frames=asked,
-            strips=options.strips,
-            backend=backend,
         )
 
 
@@ -323,8 +314,3 @@ def latent_statistics(
         like.new_tensor(config.latents_mean).view(shape),
         like.new_tensor(config.latents_std).view(shape),
     )
-
-
-def axis_of(shards: ShardPlan | None) -> Axis | None:
-    """The axis along which features have halo rows."""
-    return None if shards is None else shards.axis

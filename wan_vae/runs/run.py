@@ -22,7 +22,7 @@ from ..network.blocks import Step
 from ..network.cache import FeatureCache
 from ..network.model import WanVAEModel
 from ..ops.opset import OpSet
-from ..planning import memory
+from ..planning import passes
 from ..planning.plan import Plan
 from ..report import BackendOff, DecodeReport, ReportBuilder
 from .clock import RunClock
@@ -115,10 +115,7 @@ class Run(ABC):
         builder.layout.update(self.engine.describe(plan))
         builder.layers = list(plan.choices.layers)
         builder.backends_used = dict(plan.choices.used)
-        builder.backends_off = [
-            BackendOff(r.op, r.family, _with_layers(r.reason, len(r.layers)))
-            for r in plan.choices.refusals
-        ]
+        builder.backends_off = [BackendOff(r.op, r.family, r.text) for r in plan.choices.refusals]
         builder.memory.update(
             free_bytes=plan.free_bytes,
             planned_bytes=plan.planned_bytes,
@@ -223,7 +220,7 @@ class Run(ABC):
         elements = self.plan.pass_elements
         if elements is not None:
             b, z, t, _, width = self.plan.latent_shape
-            frames = memory.pass_frames(self.config, (b, z, t, rows, width), elements)
+            frames = passes.pass_frames(self.config, (b, z, t, rows, width), elements)
         return Step(
             cache,
             chunk,
@@ -325,9 +322,3 @@ def in_memory(what: str, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         failure = first_line(error)
     # Outside of the except block, so that no traceback holds the tensors of the failed attempt.
     raise DecodeMemoryError(f"{what}: {failure}")
-
-
-def _with_layers(reason: str, layers: int) -> str:
-    if not layers:
-        return reason
-    return f"{reason} ({layers} layer{'s' if layers > 1 else ''})"

@@ -1,9 +1,9 @@
 """3x3x3 convolution behind a norm on Hopper: Winograd along time, or direct; and the 3x3 behind an
 up-sampler. See conv3x3.cu.
 
-Eager twins: `conv3d.conv3d`, `upsample.upsample_conv2d`. Winograd F(2,3) makes two output frames
-from four products instead of six; pairs end with a chunk's last frame, so which frames are a pair
-does not depend on the chunk schedule.
+Eager twins: `eager.conv3d.conv3d`, `eager.upsample.upsample_conv2d`. Winograd F(2,3) makes two
+output frames from four products instead of six; pairs end with a chunk's last frame, so which
+frames are a pair does not depend on the chunk schedule.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import functools
 from ctypes import c_int, c_void_p
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import NamedTuple
 
 import torch
 
 from ...errors import LayoutError
-from ..proof.prove import cache_folder
+from ..cache_folder import cache_folder
 from .driver import Function, compile_cubin, frames_map
 
-ARCHITECTURE = "sm_90a"
+# What the source is written for: wgmma is Hopper's alone.
+ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
 _BLOCK_K, _TILE = 32, 16
 _BOX, _RESIDUAL_BOX = (_TILE + 2, _TILE + 2, _BLOCK_K), (_TILE, _TILE, _BLOCK_K)
 # As in conv3x3.cu: bytes of a halo tile, and by the number of tiles in the ring and the block, the
@@ -28,7 +30,7 @@ _INPUT_STAGE, _WEIGHT_STAGES = 21504, {(3, 96): 8, (3, 64): 12, (4, 96): 7, (4, 
 
 
 @dataclass(frozen=True)
-class Form:
+class Variant:
     """What one compiled kernel is for. `taps`: temporal taps of a direct one (3, or 1). `doubled`:
     it is the 3x3 of an up-sampler, and its operand has the dtype of the result."""
 
@@ -63,13 +65,8 @@ class Form:
         return "winograd" if self.winograd else "doubled" if self.doubled else f"direct{self.taps}"
 
 
-def fits(cin: int, cout: int) -> bool:
-    """True if there is a kernel for `cin` to `cout` channels."""
-    return cin % _BLOCK_K == 0 and (cout % 96 == 0 or cout % 64 == 0)
-
-
-def pack(weight: torch.Tensor, form: Form) -> torch.Tensor:
-    """[O, C, 3, 3, 3] -> float16, flat, in the order in which the kernel of `form` reads it.
+def pack(weight: torch.Tensor, variant: Variant) -> torch.Tensor:
+    """[O, C, 3, 3, 3] -> float16, flat, in the order in which the kernel of `variant` reads it.
 
     By block of output channels, phase (transformed or temporal tap), 32 input channels, row of
     taps, (block within a tile,) tap, output channel, input channel; each row of 64 bytes swizzled.
@@ -78,26 +75,26 @@ def pack(weight: torch.Tensor, form: Form) -> torch.Tensor:
     w = weight.detach().float()
     o, c = w.shape[:2]
     g0, g1, g2 = w.unbind(2)
-    if form.winograd:
+    if variant.winograd:
         phases = torch.stack([(g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g0, -g2])
     else:
-        phases = torch.stack([g0, g1, g2][3 - form.taps :])
-    n, block = form.blocks, form.block
+        phases = torch.stack([g0, g1, g2][3 - variant.taps :])
+    n, block = variant.blocks, variant.block
     # [phase, tile block, block, row, chunk, 4 x 8 channels, ky, kx]
     p = phases.to(torch.float16).view(len(phases), o // (n * block), n, block, c // 32, 4, 8, 3, 3)
     p = p.permute(1, 0, 4, 7, 2, 8, 3, 5, 6)  # tile block, phase, chunk, ky, block, kx, row, 4, 8
     return _swizzled(p)
 
 
-def pack_doubled(folded: torch.Tensor, form: Form) -> torch.Tensor:
-    """[4 * O, 4 * C] of `triton_conv3d.fold_upsample` -> `form.out`, flat, as the kernel reads it.
+def pack_doubled(folded: torch.Tensor, variant: Variant) -> torch.Tensor:
+    """[4 * O, 4 * C] of `weights.fold_upsample` -> `variant.out`, flat, as the kernel reads it.
 
     By block of output channels, parity of the output's row, 32 input channels, row of taps, parity
     of the column, tap, output channel, input channel; each row of 64 bytes swizzled.
     """
-    o, c, block = form.cout, form.cin, form.block
+    o, c, block = variant.cout, variant.cin, variant.block
     # [py, px, tile block, row, ky, kx, chunk, 4 x 8 channels]
-    p = folded.to(form.out).view(2, 2, o // block, block, 2, 2, c // 32, 4, 8)
+    p = folded.to(variant.out).view(2, 2, o // block, block, 2, 2, c // 32, 4, 8)
     return _swizzled(p.permute(2, 0, 6, 4, 1, 5, 3, 7, 8))
 
 
@@ -113,15 +110,15 @@ def conv3x3(
     packed: torch.Tensor,
     bias: torch.Tensor,
     residual: torch.Tensor | None,
-    form: Form,
+    variant: Variant,
     frames: int,
     padding: tuple[int, int],
 ) -> torch.Tensor:
     """[B, C, T', H, W] float16 channels_last_3d -> [B, O, frames, H', W'], channels_last_3d.
 
-    `buffer`: with `form.winograd` the four transformed frames of each pair one after the other
-    (`triton_norm.norm_silu_pairs`), else frames + taps - 1 frames. `packed`: from `pack`. `bias`
-    [O] float32. `residual`: as the result, which has dtype `form.out`. `padding`: zero rows and
+    `buffer`: with `variant.winograd` the four transformed frames of each pair one after the other
+    (`FusedNorm.pairs`), else frames + taps - 1 frames. `packed`: from `pack`. `bias` [O] float32.
+    `residual`: as the result, which has dtype `variant.out`. `padding`: zero rows and
     columns on each side.
     """
     if not buffer.is_contiguous(memory_format=torch.channels_last_3d):
@@ -131,14 +128,15 @@ def conv3x3(
         )
     b, c, frames_in, h, w = buffer.shape
     height, width = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
-    out = torch.empty((b, frames, height, width, form.cout), dtype=form.out, device=buffer.device)
-    groups = (frames + 1) // 2 if form.winograd else frames
+    out = torch.empty(
+        (b, frames, height, width, variant.cout), dtype=variant.out, device=buffer.device
+    )
+    groups = (frames + 1) // 2 if variant.winograd else frames
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last_3d)
-    _launch(
-        form, (buffer.data_ptr(), (b * frames_in, h, w, c)), packed, bias, out, residual,
-        (frames, height, width, groups, 4 if form.winograd else 1, frames_in, *padding), b,
-    )  # fmt: skip
+    sizes = (frames, height, width, groups, 4 if variant.winograd else 1, frames_in, *padding)
+    operand = buffer.data_ptr(), (b * frames_in, h, w, c)
+    _launch(variant, _Call(operand, packed, bias, out, residual, sizes, b))
     return out.permute(0, 4, 1, 2, 3)
 
 
@@ -146,53 +144,57 @@ def upsample_conv3x3(
     x: torch.Tensor,
     packed: torch.Tensor,
     bias: torch.Tensor,
-    form: Form,
+    variant: Variant,
     padding: tuple[int, int] = (1, 1),
 ) -> torch.Tensor:
-    """[N, C, H, W] in channels_last -> [N, O, 2H, 2W], both of `form.out`: doubled, then a 3x3.
+    """[N, C, H, W] in channels_last -> [N, O, 2H, 2W], both of `variant.out`: doubled, then a 3x3.
 
     `packed`: from `pack_doubled`. `bias` [O] float32. `padding` 0 on an axis: see
-    `upsample.upsample_conv2d`.
+    `eager.upsample.upsample_conv2d`.
     """
     n, c, h, w = x.shape
     x = x.permute(0, 2, 3, 1).contiguous()
     height, width = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
-    out = torch.empty((n, 2 * height, 2 * width, form.cout), dtype=form.out, device=x.device)
-    _launch(
-        form, (x.data_ptr(), (n, h, w, c)), packed, bias, out, None,
-        (n, height, width, n, 1, n, *padding), 1,
-    )  # fmt: skip
+    out = torch.empty((n, 2 * height, 2 * width, variant.cout), dtype=variant.out, device=x.device)
+    sizes = (n, height, width, n, 1, n, *padding)
+    operand = x.data_ptr(), (n, h, w, c)
+    _launch(variant, _Call(operand, packed, bias, out, None, sizes, 1))
     return out.permute(0, 3, 1, 2)
 
 
-def _launch(
-    form: Form,
-    operand: tuple[int, tuple[int, int, int, int]],
-    packed: torch.Tensor,
-    bias: torch.Tensor,
-    out: torch.Tensor,
-    residual: torch.Tensor | None,
-    sizes: tuple[int, ...],
-    clips: int,
-) -> None:
-    """`operand`: address and size [N, H, W, C]. `sizes`: the kernel's, from `frames` to `pad_x`."""
+class _Call(NamedTuple):
+    """One launch. operand: address and size [N, H, W, C]. sizes: the kernel's, from `frames` to
+    `pad_x`."""
+
+    operand: tuple[int, tuple[int, int, int, int]]
+    packed: torch.Tensor
+    bias: torch.Tensor
+    out: torch.Tensor
+    residual: torch.Tensor | None
+    sizes: tuple[int, ...]
+    clips: int
+
+
+def _launch(variant: Variant, call: _Call) -> None:
+    operand, packed, bias, out, residual, sizes, clips = call
     frames, height, width, groups, *_ = sizes
     tiles = -(-height // _TILE) * -(-width // _TILE) * groups * clips
-    tiles *= form.cout // (form.block * form.blocks)
+    tiles *= variant.cout // (variant.block * variant.blocks)
+    # Without a residual its map is not used.
+    added = out if residual is None else residual
     with torch.cuda.device(out.device):
-        function, processors = _function(form, out.device.index)
+        function, processors = _function(variant, out.device.index)
         arguments = [
-            # Two bytes a number, whatever their kind. Without a residual its map is not used.
+            # Two bytes a number, whatever their kind.
             frames_map(*operand, _BOX),
             frames_map(
-                (out if residual is None else residual).data_ptr(),
-                (clips * frames, height, width, form.cout), _RESIDUAL_BOX,
+                added.data_ptr(), (clips * frames, height, width, variant.cout), _RESIDUAL_BOX
             ),
             c_void_p(packed.data_ptr()),
             c_void_p(bias.data_ptr()),
             c_void_p(out.data_ptr()),
             *_integers(int(residual is not None), *sizes, tiles),
-        ]  # fmt: skip
+        ]
         function.launch(min(tiles, processors), 384, arguments)
 
 
@@ -203,20 +205,27 @@ def _integers(*numbers: int) -> tuple[c_int, ...]:
 
 
 @functools.cache
-def build(form: Form) -> bytes:
-    """Machine code of the kernel of `form`; seconds, unless it is in the cache folder."""
+def build(variant: Variant) -> bytes:
+    """Machine code of the kernel of `variant`; seconds, unless it is in the cache folder."""
     defines = {
-        "CIN": form.cin, "COUT": form.cout, "WINOGRAD": int(form.winograd), "KT": form.taps,
-        "DOUBLED": int(form.doubled), "BN": form.block, "NB": form.blocks,
-        "BF16_OUT": int(form.out == torch.bfloat16),
-        "BF16_IN": int(form.doubled and form.out == torch.bfloat16),
-    }  # fmt: skip
+        "CIN": variant.cin,
+        "COUT": variant.cout,
+        "WINOGRAD": int(variant.winograd),
+        "KT": variant.taps,
+        "DOUBLED": int(variant.doubled),
+        "BN": variant.block,
+        "NB": variant.blocks,
+        "BF16_OUT": int(variant.out == torch.bfloat16),
+        "BF16_IN": int(variant.doubled and variant.out == torch.bfloat16),
+    }
+    folder = cache_folder()
     source = files(__package__).joinpath("conv3x3.cu").read_text(encoding="utf-8")
-    return compile_cubin(source, defines, ARCHITECTURE, cache_folder() / "kernels")
+    kept = None if folder is None else folder / "kernels"
+    return compile_cubin(source, defines, ARCHITECTURE, kept)
 
 
 @functools.cache
-def _function(form: Form, device: int) -> tuple[Function, int]:
-    """The kernel of `form` loaded on the current device, and its number of multiprocessors."""
+def _function(variant: Variant, device: int) -> tuple[Function, int]:
+    """The kernel of `variant` loaded on the current device, and its number of multiprocessors."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return Function(build(form), "conv3x3", form.shared_bytes), processors
+    return Function(build(variant), "conv3x3", variant.shared_bytes), processors

@@ -19,14 +19,10 @@ from pathlib import Path
 
 import torch
 
-from ...errors import BackendError
+from ..kernel import BuildError
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _FLOAT16, _NO_INTERLEAVE, _SWIZZLE_64, _PROMOTE_L2_128, _ZERO_FILL = 6, 0, 2, 2, 0
-
-
-class KernelBuildError(BackendError):
-    """A kernel cannot be compiled, loaded or launched here; one line, with the library's reason."""
 
 
 class TensorMap(ctypes.Structure):
@@ -67,10 +63,10 @@ class Function:
 def compile_cubin(source: str, defines: dict[str, int], arch: str, folder: Path | None) -> bytes:
     """Machine code of `source` for `arch` ("sm_90a"), from `folder` if it was compiled before.
 
-    A file in the folder holds a digest of its content in front: a damaged one is compiled anew.
+    A file in the folder starts with a digest of its content: a damaged one is compiled again.
     Safe under several processes: a file appears whole or not at all; one that cannot be written
     costs the next process the compilation.
-    Raises KernelBuildError with the compiler's first message.
+    Raises BuildError with the compiler's first message.
     """
     options = [f"--gpu-architecture={arch}", "-std=c++17"]
     options += [f"-D{name}={value}" for name, value in sorted(defines.items())]
@@ -113,7 +109,7 @@ def _compile(source: str, options: list[str]) -> bytes:
     program = c_void_p()
     code = nvrtc.nvrtcCreateProgram(byref(program), source.encode(), b"wan_vae.cu", 0, None, None)
     if code:
-        raise KernelBuildError(f"NVRTC cannot start: {nvrtc.nvrtcGetErrorString(code).decode()}")
+        raise BuildError(f"NVRTC cannot start: {nvrtc.nvrtcGetErrorString(code).decode()}")
     try:
         flags = (c_char_p * len(options))(*(o.encode() for o in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), flags):
@@ -122,7 +118,7 @@ def _compile(source: str, options: list[str]) -> bytes:
             log = ctypes.create_string_buffer(size.value)
             nvrtc.nvrtcGetProgramLog(program, log)
             lines = [line for line in log.value.decode(errors="replace").splitlines() if line]
-            raise KernelBuildError(f"NVRTC: {lines[0][:200] if lines else 'no message'}")
+            raise BuildError(f"NVRTC: {lines[0][:200] if lines else 'no message'}")
         size = c_size_t()
         nvrtc.nvrtcGetCUBINSize(program, byref(size))
         cubin = ctypes.create_string_buffer(size.value)
@@ -165,7 +161,7 @@ def nvrtc_version() -> tuple[int, int]:
     return major.value, minor.value
 
 
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """Why kernels cannot be compiled and launched here, or None if they can."""
     try:
         _nvrtc()
@@ -214,4 +210,4 @@ def _check(code: int, what: str) -> None:
         text = c_char_p()
         _driver().cuGetErrorString(code, byref(text))
         reason = text.value.decode() if text.value else f"error {code}"
-        raise KernelBuildError(f"cannot {what}: {reason}")
+        raise BuildError(f"cannot {what}: {reason}")

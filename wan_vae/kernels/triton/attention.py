@@ -1,7 +1,7 @@
 """Triton: attention of one wide head (384, 1024 channels), which library kernels stop short of.
 
-Eager twin: `attention.attention`. Keys and values pass once in blocks, in a fixed order, with a
-running maximum and sum; scores, softmax and result are float32, probabilities float16. A query's
+Eager twin: `eager.attention.attention`. Keys and values pass once in blocks, in a fixed order, with
+a running maximum and sum; scores, softmax and result are float32, probabilities float16. A query's
 bits depend on its own row and all keys, never on which other queries its program holds: shards
 that decode some rows get the bits of one device. Source: Milakov and Gimelshein, Online normalizer
 calculation for softmax (2018); Dao et al., FlashAttention (2022).
@@ -9,34 +9,14 @@ calculation for softmax (2018); Dao et al., FlashAttention (2022).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .configs import AttentionConfig
+
 _LOG2_E = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Tile of one program: M queries, BN keys a step, DC channels a product, NC products wide.
-
-    A program makes DC * NC channels of the result and, for each, all scores anew: fewer programs
-    share less work, more registers hold more channels.
-    """
-
-    M: int
-    BN: int
-    DC: int
-    NC: int
-    warps: int
-    stages: int
-
-    @property
-    def name(self) -> str:
-        return f"m{self.M}_n{self.BN}_d{self.DC}x{self.NC}_w{self.warps}_s{self.stages}"
 
 
 @triton.jit(do_not_specialize=["queries", "keys"])
@@ -99,9 +79,19 @@ def attention(
         for x, block in ((q, config.M), (k, config.BN), (v, config.BN))
     ]
     _attention[(triton.cdiv(p, config.M), n, c // (config.DC * config.NC))](
-        *descriptors, out, p, keys, _LOG2_E / c**0.5, D=c, DC=config.DC, NC=config.NC,
-        M=config.M, BN=config.BN, num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+        *descriptors,
+        out,
+        p,
+        keys,
+        _LOG2_E / c**0.5,
+        D=c,
+        DC=config.DC,
+        NC=config.NC,
+        M=config.M,
+        BN=config.BN,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
     return out
 
 

@@ -1,12 +1,14 @@
 """Triton: the head (norm + SiLU + 3x3x3 convolution to few channels) near memory speed.
 
-Eager twin: `norm.rms_norm_silu` then `conv3d.conv3d`. With few output channels, fetching 27
-shifted inputs a pixel is the cost. Instead every pixel is read once and multiplied with all nine
-spatial taps (a GEMM of 9 * O columns, summed over the three temporal taps in registers); a second
-pass adds the nine shifted partial sums.
+Eager twin: `eager.norm.rms_norm_silu`, then `eager.conv3d.conv3d`. With few output channels,
+fetching 27 shifted inputs for each pixel is the cost. Instead every pixel is read once and
+multiplied with all nine spatial taps (a GEMM of 9 * O columns, summed over the three temporal taps
+in registers); a second pass adds the nine shifted partial sums.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -70,37 +72,67 @@ def _gather(
         tl.store(out + ((b * OUT + o) * frames + t) * made + p, acc, mask=p < made)
 
 
-def head_conv(
-    buffer: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    padding: tuple[int, int] = (1, 1),
-    last_slice: bool = False,
-) -> torch.Tensor:
-    """[B, C, T + 2, H, W] channels_last_3d (history in front) -> float32 [B, O, T, H', W'], NCDHW.
-
-    weight [O, C, 3, 3, 3], O * 9 at most 128. `padding` (0 or 1 each) and `last_slice`: see
-    `triton_conv3d.conv3d`. float32 from the first product to the result.
-    """
+def pack_head(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[O, C, kT, 3, 3] -> [kT, C, columns]: nine taps of each output channel, then zeros."""
     o, c, kt = weight.shape[:3]
+    columns = max(16, triton.next_power_of_2(9 * o))
+    packed = torch.zeros((kt, c, columns), dtype=dtype, device=weight.device)
+    packed[..., : 9 * o] = weight.detach().permute(2, 1, 0, 3, 4).reshape(kt, c, 9 * o)
+    return packed
+
+
+class HeadOperands(NamedTuple):
+    """buffer [B, C, T + kT - 1, H, W], dense channels_last_3d; packed: from `pack_head`.
+
+    padding: 0 or 1 each. last_slice: as in `conv3d.conv3d`.
+    """
+
+    buffer: torch.Tensor
+    packed: torch.Tensor
+    bias: torch.Tensor | None
+    out_channels: int
+    padding: tuple[int, int] = (1, 1)
+    last_slice: bool = False
+
+
+def head_conv(operands: HeadOperands) -> torch.Tensor:
+    """float32 [B, O, T, H', W'] in NCDHW, O * 9 at most 128; float32 from the first product on."""
+    buffer, packed, bias, o, padding, last_slice = operands
     if last_slice:
-        weight, kt = weight[:, :, -1:], 1
+        packed = packed[-1:]
+    kt, c, columns = packed.shape
     nd = buffer.permute(0, 2, 3, 4, 1)
     b, frames, h, w, _ = nd.shape
     t = frames - kt + 1
-    cols = max(16, triton.next_power_of_2(9 * o))
-    packed = torch.zeros((kt * c, cols), dtype=buffer.dtype, device=buffer.device)
-    packed[:, : 9 * o] = weight.permute(2, 1, 0, 3, 4).reshape(kt * c, 9 * o)
     partial = torch.empty((b, t, 9 * o, h * w), dtype=torch.float32, device=buffer.device)
     rows, cols_out = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
     out = torch.empty((b, o, t, rows, cols_out), dtype=torch.float32, device=buffer.device)
     _partials[(triton.cdiv(h * w, 128), t, b)](
-        nd, packed, partial, h * w, t, C=c, BLOCK_C=32 if c % 32 == 0 else 16, COLS=cols,
-        USED=9 * o, M=128, KT=kt, num_warps=4,
-    )  # fmt: skip
+        nd,
+        packed,
+        partial,
+        h * w,
+        t,
+        C=c,
+        BLOCK_C=32 if c % 32 == 0 else 16,
+        COLS=columns,
+        USED=9 * o,
+        M=128,
+        KT=kt,
+        num_warps=4,
+    )
     _gather[(triton.cdiv(rows * cols_out, 1024), t, b)](
-        partial, out if bias is None else bias, out, t, h, w, OUT=o, M=1024,
-        PAD_Y=padding[0], PAD_X=padding[1], HAS_BIAS=bias is not None, num_warps=4,
-    )  # fmt: skip
+        partial,
+        out if bias is None else bias,
+        out,
+        t,
+        h,
+        w,
+        OUT=o,
+        M=1024,
+        PAD_Y=padding[0],
+        PAD_X=padding[1],
+        HAS_BIAS=bias is not None,
+        num_warps=4,
+    )
     return out

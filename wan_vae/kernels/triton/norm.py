@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from ...ops.opset import HaloRows
+from ..kernel import FusedNorm, NormCall, NormResult
 
-PAST = 2  # history frames of a convolution of three
 _ROWS = 32
 
 
@@ -73,53 +73,53 @@ def _norm_silu_join(
         tl.store(out + inside, y, mask=mask)
 
 
-def norm_scale(gamma: torch.Tensor) -> torch.Tensor:
-    """The norm's gain [C] as its kernels read it: float32, with the root of the channel count."""
-    return gamma.detach().reshape(-1).float() * gamma.numel() ** 0.5
-
-
-def norm_silu_join(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    history: torch.Tensor | None,
-    past: int,
-    keep: bool,
-    dtype: torch.dtype | None = None,
-    *,
-    silu: bool = True,
-    overwrite: bool = False,
-    halo: HaloRows | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def norm_silu_join(call: NormCall) -> NormResult:
     """silu(rms_norm(x)) behind `past` history frames, and the last `past` frames of the result.
 
-    x [B, C, T, H, W], history [B, C, past, H', W'] or None for zeros; all dense channels_last_3d.
-    `scale`: from `norm_scale`. `halo`: the neighbours' rows, which make H' (or W') larger than H
-    (W) by two; None for the whole picture. Returns the buffer [B, C, past + T, H', W']
+    See `NormCall`; features are dense channels_last_3d. Returns the buffer [B, C, past + T, H', W']
     (channels_last_3d) and, if `keep`, the new history in memory of its own (with `overwrite`, in
-    that of `history`). float32 inside, one rounding to `dtype` (x's if None). `silu=False`: the
-    norm alone.
+    that of `history`). float32 inside, one rounding.
     """
+    x, scale, history, past, keep, dtype, silu, overwrite, halo = call
     b, c, t, _, _ = x.shape
     parts, (h, w) = _parts(x, halo)
     dtype = x.dtype if dtype is None else dtype
     buffer = torch.empty((b, past + t, h, w, c), dtype=dtype, device=x.device)
     if history is not None:
         history = history.contiguous(memory_format=torch.channels_last_3d)
-    keep, over = keep and past > 0, overwrite and keep and history is not None
-    keep = keep and not over  # other programs of the same launch read what would be written over
+    keep = keep and past > 0
+    over = history if overwrite and keep else None
+    # Not over the old history: other programs of the same launch read what would be written over.
+    keep = keep and over is None
     kept = torch.empty((b, past, h, w, c), dtype=dtype, device=x.device) if keep else buffer
     for part in parts:
         _norm_silu_join[(triton.cdiv(part.pixels, _ROWS), past + t, b)](
-            part.x, scale, buffer if history is None else history, buffer, kept,
-            part.pixels, part.width, h * w, w, part.first, t,
-            _flag(part.has_x), _flag(history is not None), _flag(keep),
-            C=c, BLOCK_C=triton.next_power_of_2(c), ROWS=_ROWS, PAST_FRAMES=past, SILU=silu,
-            PLACED=halo is not None, num_warps=8 if c > 256 else 4,
-        )  # fmt: skip
-    found = buffer.permute(0, 4, 1, 2, 3)
-    if over:
-        return found, history.copy_(found[:, :, -past:])
-    return found, kept.permute(0, 4, 1, 2, 3) if keep else None
+            part.x,
+            scale,
+            buffer if history is None else history,
+            buffer,
+            kept,
+            part.pixels,
+            part.width,
+            h * w,
+            w,
+            part.first,
+            t,
+            _flag(part.has_x),
+            _flag(history is not None),
+            _flag(keep),
+            C=c,
+            BLOCK_C=triton.next_power_of_2(c),
+            ROWS=_ROWS,
+            PAST_FRAMES=past,
+            SILU=silu,
+            PLACED=halo is not None,
+            num_warps=8 if c > 256 else 4,
+        )
+    result = buffer.permute(0, 4, 1, 2, 3)
+    if over is not None:
+        return result, over.copy_(result[:, :, -past:])
+    return result, kept.permute(0, 4, 1, 2, 3) if keep else None
 
 
 @dataclass(frozen=True)
@@ -137,18 +137,17 @@ class _Part:
 def _parts(x: torch.Tensor, halo: HaloRows | None) -> tuple[tuple[_Part, ...], tuple[int, int]]:
     """What the result is made of, one launch each, and its size (H', W')."""
     x = x.contiguous(memory_format=torch.channels_last_3d)
-    h, w = x.shape[3:]
+    h, w = x.shape[3], x.shape[4]
     if halo is None:
         return (_Part(x, h * w, w, 0),), (h, w)
     across, start, end = (w, w, (h + 1) * w) if halo.axis == "height" else (h, 1, w + 1)
     size = (h + 2, w) if halo.axis == "height" else (h, w + 2)
     edge = w if halo.axis == "height" else 1
-    found = [_Part(x, h * w, w, start)]
+    parts = [_Part(x, h * w, w, start)]
     for rows, first in ((halo.before, 0), (halo.after, end)):
         has_rows = rows is not None
-        rows = rows.contiguous() if has_rows else x
-        found.append(_Part(rows, across, edge, first, has_rows))
-    return tuple(found), size
+        parts.append(_Part(x if rows is None else rows.contiguous(), across, edge, first, has_rows))
+    return tuple(parts), size
 
 
 def _flag(value: bool) -> float:
@@ -216,16 +215,7 @@ def pair_rows(channels: int) -> int:
     return 16 if channels <= 128 else 8 if channels <= 256 else 4
 
 
-def norm_silu_pairs(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    history: torch.Tensor | None,
-    keep: bool,
-    dtype: torch.dtype,
-    *,
-    overwrite: bool = False,
-    halo: HaloRows | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def norm_silu_pairs(call: NormCall) -> NormResult:
     """As `norm_silu_join` with two past frames, but transformed for Winograd F(2,3) along time.
 
     x [B, C, T, H, W]. Returns [B, C, 4 * ceil(T / 2), H', W']: for each two frames d2, d3 behind
@@ -235,24 +225,42 @@ def norm_silu_pairs(
     T is odd (a chunk with the video's first frame, which stands alone), the first pair's d2 is of
     the past. So which frames are a pair does not depend on the chunk schedule.
     """
+    x, scale, history, past, keep, dtype, _, overwrite, halo = call
     b, c, t, _, _ = x.shape
     parts, (h, w) = _parts(x, halo)
+    dtype = x.dtype if dtype is None else dtype
     out = torch.empty((b, (t + 1) // 2 * 4, h, w, c), dtype=dtype, device=x.device)
     if history is not None:
         history = history.contiguous(memory_format=torch.channels_last_3d)
+    kept: torch.Tensor | None = None
     if keep and overwrite and history is not None:
         kept = history
     elif keep:
-        kept = torch.empty((b, PAST, h, w, c), dtype=dtype, device=x.device).permute(0, 4, 1, 2, 3)
-    else:
-        kept = None
+        kept = torch.empty((b, past, h, w, c), dtype=dtype, device=x.device).permute(0, 4, 1, 2, 3)
     rows = pair_rows(c)
     for part in parts:
         _norm_silu_pairs[(triton.cdiv(part.pixels, rows), b)](
-            part.x, scale, out if history is None else history, out, out if kept is None else kept,
-            part.pixels, part.width, h * w, w, part.first, t,
-            _flag(part.has_x), _flag(history is not None), _flag(keep),
-            C=c, BLOCK_C=triton.next_power_of_2(c), ROWS=rows, PLACED=halo is not None,
+            part.x,
+            scale,
+            out if history is None else history,
+            out,
+            out if kept is None else kept,
+            part.pixels,
+            part.width,
+            h * w,
+            w,
+            part.first,
+            t,
+            _flag(part.has_x),
+            _flag(history is not None),
+            _flag(keep),
+            C=c,
+            BLOCK_C=triton.next_power_of_2(c),
+            ROWS=rows,
+            PLACED=halo is not None,
             num_warps=4,
-        )  # fmt: skip
+        )
     return out.permute(0, 4, 1, 2, 3), kept
+
+
+NORM = FusedNorm("triton", norm_silu_join, norm_silu_pairs)

@@ -1,12 +1,12 @@
 """Triton: the encoder's strided convolutions: 3x3 over every second pixel, 3x1x1 over every second
 frame.
 
-Eager twin: `conv3d.conv2d(stride=2)` and `conv3d.conv3d(stride=(2, 1, 1))`. An implicit GEMM as in
-`triton_conv3d`, but loaded through pointers: with a stride of two a tile of pixels is not a box
-that a tensor descriptor could fetch. Reads past the last row or column are zero, which is the
-padding on the right and at the bottom that the network was trained with; a shard that has its
-neighbour's row there reads that. So nothing is padded in memory, and a shard's sums are those of
-the whole picture.
+Eager twins: `eager.conv3d.conv2d(stride=2)` and `eager.conv3d.conv3d(stride=(2, 1, 1))`. An
+implicit GEMM as in `conv3d_tma.py`, but loaded through pointers: with a stride of two a tile of
+pixels is not a box that a tensor descriptor could fetch. Reads past the last row or column are
+zero, which is the padding on the right and at the bottom that the network was trained with; a shard
+that has its neighbour's row there reads that. So nothing is padded in memory, and a shard's sums
+are those of the whole picture.
 
 The sum of an output pixel runs over (taps, blocks of BK input channels) in this order, whatever its
 place in the picture, the length of the chunk or the size of the shard: its bits depend on nothing
@@ -15,52 +15,14 @@ but its inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .configs import StridedConfig
 from .conv3d import FLOAT32_PRECISION
-
-
-@dataclass(frozen=True)
-class StridedConfig:
-    """Tile of one program: M output pixels, N0 + N1 output channels, BK of the sum."""
-
-    M: int
-    N0: int
-    N1: int
-    BK: int
-    warps: int
-    stages: int
-
-    @property
-    def name(self) -> str:
-        return f"m{self.M}_n{self.N0}+{self.N1}_k{self.BK}_w{self.warps}_s{self.stages}"
-
-
-# Output channels that a width must divide by -> N0 and N1, the best first.
-_BLOCKS = {
-    128: (128, 0), 160: (128, 32), 96: (64, 32), 64: (64, 0), 32: (32, 0), 16: (16, 0)
-}  # fmt: skip
-
-
-def strided_candidates(cin: int, cout: int) -> tuple[StridedConfig, ...]:
-    """Configurations for `cin` to `cout` channels, the best first.
-
-    They depend on the layer alone: see `triton_configs`. Not timed yet: chosen by what they cost
-    compiled for compute capability 9.0, where none spills registers.
-    """
-    split = next((two for width, two in _BLOCKS.items() if cout % width == 0), None)
-    if split is None or cin % 16:
-        return ()
-    n0, n1 = split
-    if cin % 32:
-        return (StridedConfig(32, n0, n1, 16, 4, 2),)
-    k = 64 if cin % 64 == 0 else 32
-    return (StridedConfig(128, n0, n1, k, 8, 3), StridedConfig(64, n0, n1, 32, 4, 2))
-
 
 # Compiled once for all sizes: a picture's own would cost a user seconds at each new size.
 _SIZES = ["frames_in", "frames_out", "height", "width", "rows", "cols"]
@@ -122,23 +84,27 @@ def _strided(
         tl.store(to + n[None, :], a1.to(out.dtype.element_ty), mask=inside[:, None])
 
 
-def strided_conv3d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    config: StridedConfig,
-    *,
-    stride: tuple[int, int, int],
-    pad_after: tuple[int, int] = (0, 0),
-) -> torch.Tensor:
-    """Convolution of `x` [B, C, T, H, W] in steps of `stride` frames, rows and columns.
+class StridedOperands(NamedTuple):
+    """x [B, C, T, H, W], dense channels_last_3d; weight [O, C, kT, kH, kW] of its dtype and format.
 
-    `x` dense channels_last_3d; `weight` [O, C, kT, kH, kW] of the same dtype and format, its
-    channels multiples of what `config` needs (float32 is multiplied as three TF32 products).
-    `pad_after`: zero rows below and columns on the right, which are not made in memory.
-    Returns [B, O, T', H', W'], T' = (T - kT) // sT + 1, H' = (H + pad - kH) // sY + 1, W' alike, in
-    the dtype of `x`, channels_last_3d.
+    stride: steps in frames, rows and columns. pad_after: zero rows below and columns on the right,
+    which are not made in memory.
     """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    stride: tuple[int, int, int]
+    pad_after: tuple[int, int] = (0, 0)
+
+
+def strided_conv3d(operands: StridedOperands, config: StridedConfig) -> torch.Tensor:
+    """Convolution in steps of `stride`: [B, O, T', H', W'] in the dtype of `x`, channels_last_3d.
+
+    T' = (T - kT) // sT + 1, H' = (H + pad - kH) // sY + 1, W' alike. Channels are multiples of what
+    `config` needs; float32 is multiplied as three TF32 products.
+    """
+    x, weight, bias, stride, pad_after = operands
     o, c, *kernel = weight.shape
     nd = x.permute(0, 2, 3, 4, 1)
     b, *sizes, _ = nd.shape
@@ -147,11 +113,31 @@ def strided_conv3d(
     out = torch.empty((b, t, rows, cols, o), dtype=x.dtype, device=x.device)
     n_blocks = o // (config.N0 + config.N1)
     _strided[(n_blocks * triton.cdiv(rows * cols, config.M), t * b)](
-        nd, weight.permute(0, 2, 3, 4, 1), out if bias is None else bias, out,
-        sizes[0], t, sizes[1], sizes[2], rows, cols, CIN=c, COUT=o,
-        M=config.M, N0=config.N0, N1=config.N1, BK=config.BK,
-        KT=kernel[0], KH=kernel[1], KW=kernel[2], ST=stride[0], SY=stride[1], SX=stride[2],
-        PRECISION=FLOAT32_PRECISION, HAS_BIAS=bias is not None,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+        nd,
+        weight.permute(0, 2, 3, 4, 1),
+        out if bias is None else bias,
+        out,
+        sizes[0],
+        t,
+        sizes[1],
+        sizes[2],
+        rows,
+        cols,
+        CIN=c,
+        COUT=o,
+        M=config.M,
+        N0=config.N0,
+        N1=config.N1,
+        BK=config.BK,
+        KT=kernel[0],
+        KH=kernel[1],
+        KW=kernel[2],
+        ST=stride[0],
+        SY=stride[1],
+        SX=stride[2],
+        PRECISION=FLOAT32_PRECISION,
+        HAS_BIAS=bias is not None,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
     return out.permute(0, 4, 1, 2, 3)

@@ -1,0 +1,132 @@
+"""What a device can do, as data: the capability by which kernels are chosen.
+
+Kernels are chosen for a `Device`, and run on a `torch.device`. These are two things: a test (or a
+measurement) can choose as for one card and run on another. What is compiled is compiled for the
+card that it runs on.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+
+# "interpreter" is Triton's, which runs kernels in Python on the CPU, for tests.
+Vendor = Literal["nvidia", "amd", "apple", "intel", "cpu", "interpreter", "other"]
+# cp_async: copies to shared memory that the program does not wait for. tma: whole tiles, copied by
+# one instruction. wgmma, tcgen05: tensor cores that read shared memory. mfma, wmma: AMD's.
+Feature = Literal["cp_async", "tma", "wgmma", "tcgen05", "mfma", "wmma"]
+
+_KIB = 1024
+# Shared memory that one program may have, in KiB, by compute capability.
+_SHARED_KIB = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227}
+_SHARED_KIB_OF_OTHERS = 99
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of card. `architecture` is what a compiler calls it: "sm_90", "gfx1100".
+
+    capability: NVIDIA's compute capability. shared_bytes: of one program. multiprocessors: also
+    what other vendors call compute units or cores.
+    """
+
+    name: str
+    vendor: Vendor
+    architecture: str
+    features: frozenset[Feature] = frozenset()
+    shared_bytes: int = 0
+    multiprocessors: int = 1
+    capability: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, device: torch.device) -> Device:
+        """The device that `device` names. Reads TRITON_INTERPRET for the CPU."""
+        if device.type == "cpu":
+            return INTERPRETER if os.environ.get("TRITON_INTERPRET") == "1" else CPU
+        if device.type == "mps":
+            return cls("Apple GPU", "apple", "mps")
+        if device.type == "xpu":
+            return cls("Intel GPU", "intel", "xpu")
+        if device.type != "cuda":
+            return cls(device.type, "other", device.type)
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip is not None:
+            architecture = str(properties.gcnArchName).partition(":")[0]
+            return amd(properties.name, architecture, properties.multi_processor_count)
+        return nvidia(
+            properties.name,
+            (properties.major, properties.minor),
+            properties.multi_processor_count,
+        )
+
+    @property
+    def spoken(self) -> str:
+        """The device in a sentence: "this card has 8.9"."""
+        if self.capability is not None:
+            return f"this card has {self.capability[0]}.{self.capability[1]}"
+        return f"this device is {self.architecture}"
+
+
+def nvidia(name: str, capability: tuple[int, int], multiprocessors: int) -> Device:
+    """An NVIDIA card of compute capability `capability`."""
+    features: set[Feature] = set()
+    if capability >= (8, 0):
+        features.add("cp_async")
+    if capability >= (9, 0):
+        features.add("tma")
+    if capability == (9, 0):
+        features.add("wgmma")
+    if capability[0] == 10:
+        features.add("tcgen05")
+    shared = _SHARED_KIB.get(capability, _SHARED_KIB_OF_OTHERS) * _KIB
+    architecture = f"sm_{capability[0]}{capability[1]}"
+    return Device(
+        name, "nvidia", architecture, frozenset(features), shared, multiprocessors, capability
+    )
+
+
+def amd(name: str, architecture: str, multiprocessors: int) -> Device:
+    """An AMD card of `architecture`, such as "gfx1100"."""
+    features: set[Feature] = set()
+    if architecture.startswith("gfx9"):
+        features.add("mfma")
+    elif architecture.startswith(("gfx11", "gfx12")):
+        features.add("wmma")
+    return Device(name, "amd", architecture, frozenset(features), 64 * _KIB, multiprocessors)
+
+
+CPU = Device("CPU", "cpu", "cpu")
+INTERPRETER = Device(
+    "Triton's interpreter", "interpreter", "interpreter", frozenset({"cp_async", "tma"}), 1 << 30
+)
+
+# Cards that people have, by the name that they use.
+CARDS = MappingProxyType(
+    {
+        card.name: card
+        for card in (
+            nvidia("RTX 2060", (7, 5), 30),
+            nvidia("RTX 3060", (8, 6), 28),
+            nvidia("RTX 3090", (8, 6), 82),
+            nvidia("A100", (8, 0), 108),
+            nvidia("RTX 4060", (8, 9), 24),
+            nvidia("RTX 4090", (8, 9), 128),
+            nvidia("L40S", (8, 9), 142),
+            nvidia("RTX 5060 Ti", (12, 0), 36),
+            nvidia("RTX 5090", (12, 0), 170),
+            nvidia("H100", (9, 0), 132),
+            nvidia("H200", (9, 0), 132),
+            nvidia("B200", (10, 0), 148),
+            amd("RX 7900 XTX", "gfx1100", 96),
+            amd("RX 9070 XT", "gfx1201", 64),
+            amd("MI300X", "gfx942", 304),
+            Device("Apple M3", "apple", "mps"),
+            Device("Intel Arc", "intel", "xpu"),
+            CPU,
+        )
+    }
+)

@@ -1,0 +1,115 @@
+"""Which families of kernels there are, in order of preference; each is imported at first use.
+
+To add a family: a package in this folder with `make_family`, and a line in `_MODULES`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ..errors import BackendError, first_line
+from ..ops.problem import Operation
+from ..options import BACKENDS, Backend
+from .device import Device
+from .kernel import Family, Kernel
+
+_MODULES = {"cuda": ".cuda", "triton": ".triton"}
+# Python packages without which a family cannot be imported.
+_PACKAGES = {"triton": "triton"}
+# Families that borrow the norm of another one, which must then be there too.
+_NORM_FROM = {"cuda": "triton"}
+
+FAMILIES = tuple(_MODULES)
+# The families that a request may use, in order of preference.
+REQUESTS = MappingProxyType({"eager": (), "triton": ("triton",), "cuda": ("cuda", "triton")})
+# What "auto" asks for, by architecture: only what was measured there. Elsewhere "eager".
+AUTO = MappingProxyType({"sm_90": "cuda"})
+
+
+def missing_package(family: str) -> str | None:
+    """The package that `family`, or the one whose norm it borrows, lacks here; None if none."""
+    needed = (family, _NORM_FROM.get(family, family))
+    packages = [_PACKAGES[name] for name in needed if name in _PACKAGES]
+    return next((name for name in packages if importlib.util.find_spec(name) is None), None)
+
+
+@functools.cache
+def load(name: str) -> Family | str:
+    """The family of this name, or why it cannot be imported."""
+    missing = missing_package(name)
+    if missing is not None:
+        return f"{missing} is not installed"
+    norm = None
+    if name in _NORM_FROM:
+        lender = load(_NORM_FROM[name])
+        if isinstance(lender, str):
+            return lender
+        norm = lender.norm
+    try:
+        module = importlib.import_module(_MODULES[name], __package__)
+    except ImportError as error:  # an older release of what it needs
+        return f"cannot be imported: {first_line(error)}"
+    family: Family = module.make_family(norm)
+    return family
+
+
+def families_of(requested: Backend, device: Device) -> tuple[str, ...]:
+    """The families that `requested` stands for on `device`. Raises BackendError."""
+    if requested not in BACKENDS:
+        raise BackendError(f"backend is {requested!r}: expected one of {', '.join(BACKENDS)}")
+    backend = AUTO.get(device.architecture, "eager") if requested == "auto" else requested
+    return REQUESTS[backend]
+
+
+def auto_reason(device: Device) -> str | None:
+    """Why "auto" asks for no kernels on `device`, or None."""
+    if device.architecture in AUTO:
+        return None
+    if device.vendor in ("cpu", "interpreter"):
+        return "no CUDA device"
+    return f"used by default on compute capability 9.0 (Hopper) only, {device.spoken}"
+
+
+def unavailable_reason(name: str, device: Device, feature_dtype: torch.dtype) -> str | None:
+    """Why no kernel of the family can run on `device`, or None if one can."""
+    missing = missing_package(name)
+    if missing is not None:
+        return f"{missing} is not installed"
+    # Not imported for nothing: where there is no card, PyTorch may have none of what it needs.
+    if device.vendor == "cpu":
+        return "no CUDA device"
+    family = load(name)
+    if isinstance(family, str):
+        return family
+    reasons = [
+        kernel.requires.unmet_by_device(device)
+        or kernel.requires.unmet_by_dtype(device, feature_dtype)
+        for kernel in family.kernels
+    ]
+    if None not in reasons:
+        return _least_demanding(family, reasons)
+    return family.unavailable_reason(device)
+
+
+def _least_demanding(family: Family, reasons: list[str | None]) -> str | None:
+    """The reason of the kernel that asks for the lowest capability: what is missing at least."""
+    order = [
+        (kernel.requires.capability or (99, 0), len(kernel.requires.features), reason)
+        for kernel, reason in zip(family.kernels, reasons, strict=True)
+    ]
+    return min(order, key=lambda entry: entry[:2])[2]
+
+
+def kernels_of(operation: Operation, families: tuple[str, ...]) -> Iterator[Kernel[Any, Any]]:
+    """The kernels for `operation` of those of `families` that can be imported, the best first."""
+    for name in families:
+        family = load(name)
+        if isinstance(family, Family):
+            yield from (kernel for kernel in family.kernels if kernel.operation == operation)

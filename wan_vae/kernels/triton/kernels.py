@@ -1,0 +1,300 @@
+"""The Triton family: which kernels there are, what each requires, how each makes its layers.
+
+The best of an operation comes first. Below sm_90 Triton turns tensor descriptors into plain loads
+that nothing overlaps, so kernels that use them require TMA for the sake of speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import triton
+
+from ... import layout
+from ...ops.problem import (
+    AttentionProblem,
+    ConvProblem,
+    HeadProblem,
+    LayerWeights,
+    NormConvProblem,
+    Operation,
+    StridedProblem,
+    UpsampleProblem,
+)
+from ..device import Device, Vendor
+from ..kernel import BuildError, Family, FusedNorm, Kernel, Requires
+from ..weights import filled_channels, fit_channels, fold_upsample, norm_scale
+from . import conv3d_pointer, conv3d_tma
+from .configs import (
+    AttentionConfig,
+    ConvConfig,
+    StridedConfig,
+    attention_candidates,
+    conv_candidates,
+    pointer_candidates,
+    strided_candidates,
+)
+from .conv3d import Launch
+from .head import pack_head
+from .layers import (
+    OPERAND,
+    TritonAttention,
+    TritonConv,
+    TritonHead,
+    TritonNormConv,
+    TritonStrided,
+    TritonUpsample,
+)
+from .norm import NORM
+
+_VENDORS: frozenset[Vendor] = frozenset({"nvidia", "interpreter"})
+_LARGEST = torch.finfo(OPERAND).max
+# A convolution of few output channels has a kernel of its own: nine columns for each of them.
+_NARROW = 128 // 9
+Candidates = Callable[[int, int, int], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class _TritonKernel:
+    """What all of them have in common. `used`: see `Kernel`."""
+
+    name: str
+    operation: Operation
+    requires: Requires
+    used: Mapping[str, str]
+    family: str = "triton"
+    build_failures: tuple[type[Exception], ...] = field(
+        default=(
+            BuildError,
+            triton.runtime.errors.OutOfResources,
+            triton.runtime.errors.PTXASError,
+            triton.compiler.errors.CompilationError,
+        ),
+        repr=False,
+    )
+
+    def build(self, problem: object, config: str, target: Device) -> None:
+        """See `Kernel`. Triton compiles at the first launch, for the card in use."""
+        if target.vendor not in _VENDORS:
+            raise BuildError(f"Triton does not compile for {target.architecture}")
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """How a convolution is loaded: its candidates by (input channels, output channels, frames)."""
+
+    candidates: Candidates
+    launch: Launch
+
+
+_TMA = _Tiles(conv_candidates, conv3d_tma.launch)
+_POINTER = _Tiles(pointer_candidates, conv3d_pointer.launch)
+
+
+@dataclass(frozen=True)
+class ConvKernel(_TritonKernel):
+    """Convolutions alone."""
+
+    tiles: _Tiles = _TMA
+
+    def candidates(self, problem: ConvProblem, device: Device) -> Sequence[str]:
+        """See `Kernel`."""
+        channels = problem.in_channels
+        if problem.source == "pixels":
+            channels = filled_channels(channels)
+        return self.tiles.candidates(channels, problem.out_channels, problem.frames)
+
+    def prepare(self, weights: LayerWeights, problem: ConvProblem, config: str) -> TritonConv:
+        """See `Kernel`."""
+        weight = weights.weight.detach()
+        if problem.source == "pixels":
+            weight = fit_channels(weight)
+        weight = layout.to_format(weight.to(problem.operand_dtype), "channels_last_3d")
+        is_copied = problem.operand_dtype != problem.feature_dtype or problem.source == "pixels"
+        return TritonConv(
+            self.name,
+            config,
+            weight,
+            problem.out_dtype,
+            is_copied,
+            ConvConfig.parse(config),
+            self.tiles.launch,
+        )
+
+
+@dataclass(frozen=True)
+class NormConvKernel(_TritonKernel):
+    """Convolutions behind norm and SiLU, wide heads too."""
+
+    tiles: _Tiles = _TMA
+
+    def candidates(self, problem: NormConvProblem | HeadProblem, device: Device) -> Sequence[str]:
+        """See `Kernel`."""
+        return self.tiles.candidates(problem.in_channels, problem.out_channels, problem.frames)
+
+    def prepare(
+        self, weights: LayerWeights, problem: NormConvProblem | HeadProblem, config: str
+    ) -> TritonNormConv:
+        """See `Kernel`."""
+        weight = layout.to_format(weights.weight.detach().to(OPERAND), "channels_last_3d")
+        scale, bias = _behind_norm(weights)
+        return TritonNormConv(
+            self.name,
+            config,
+            scale,
+            bias,
+            weight,
+            problem.out_dtype,
+            ConvConfig.parse(config),
+            self.tiles.launch,
+        )
+
+
+@dataclass(frozen=True)
+class HeadKernel(_TritonKernel):
+    """Narrow heads. There is one configuration."""
+
+    def candidates(self, problem: HeadProblem, device: Device) -> Sequence[str]:
+        """See `Kernel`."""
+        return ("partials",)
+
+    def prepare(self, weights: LayerWeights, problem: HeadProblem, config: str) -> TritonHead:
+        """See `Kernel`."""
+        scale, bias = _behind_norm(weights)
+        packed = pack_head(weights.weight, OPERAND)
+        return TritonHead(self.name, config, scale, bias, packed, problem.out_channels)
+
+
+@dataclass(frozen=True)
+class UpsampleKernel(_TritonKernel):
+    """Up-samplers."""
+
+    tiles: _Tiles = _TMA
+
+    def candidates(self, problem: UpsampleProblem, device: Device) -> Sequence[str]:
+        """See `Kernel`."""
+        return self.tiles.candidates(problem.in_channels, problem.out_channels, problem.frames)
+
+    def prepare(
+        self, weights: LayerWeights, problem: UpsampleProblem, config: str
+    ) -> TritonUpsample:
+        """See `Kernel`."""
+        folded = fold_upsample(weights.weight.detach()).to(problem.feature_dtype)
+        bias = None if weights.bias is None else weights.bias.detach()
+        tile = ConvConfig.parse(config)
+        return TritonUpsample(self.name, config, folded, bias, tile, self.tiles.launch)
+
+
+@dataclass(frozen=True)
+class StridedKernel(_TritonKernel):
+    """Down-samplers."""
+
+    def candidates(self, problem: StridedProblem, device: Device) -> Sequence[str]:
+        """See `Kernel`."""
+        return strided_candidates(problem.in_channels, problem.out_channels)
+
+    def prepare(self, weights: LayerWeights, problem: StridedProblem, config: str) -> TritonStrided:
+        """See `Kernel`."""
+        weight = weights.weight.detach().to(problem.feature_dtype)
+        weight = weight[:, :, None] if weight.ndim == 4 else weight
+        weight = layout.to_format(weight, "channels_last_3d")
+        tile = StridedConfig.parse(config)
+        return TritonStrided(self.name, config, weight, problem.stride, tile)
+
+
+@dataclass(frozen=True)
+class AttentionKernel(_TritonKernel):
+    """Attention. A configuration names those of attention, queries / keys / values, projection."""
+
+    tiles: _Tiles = _TMA
+
+    def candidates(self, problem: AttentionProblem, device: Device) -> Sequence[str]:
+        """See `Kernel`. Every attention with the best convolutions, then with the smaller ones."""
+        c = problem.channels
+        qkv, projection = self.tiles.candidates(c, 3 * c, 1), self.tiles.candidates(c, c, 1)
+        return [
+            _SEPARATOR.join((core, qkv[min(i, len(qkv) - 1)], projection[i]))
+            for i in range(len(projection))
+            for core in attention_candidates(c)
+        ]
+
+    def prepare(
+        self, weights: LayerWeights, problem: AttentionProblem, config: str
+    ) -> TritonAttention:
+        """See `Kernel`."""
+        core, qkv, projection = config.split(_SEPARATOR)
+        if weights.gamma is None or weights.projection is None:
+            raise ValueError("attention needs the gain of its norm and a projection")
+        return TritonAttention(
+            self.name,
+            config,
+            norm_scale(weights.gamma),
+            self._pointwise(weights.weight, OPERAND, qkv),
+            self._pointwise(weights.projection, problem.feature_dtype, projection),
+            AttentionConfig.parse(core),
+        )
+
+    def _pointwise(self, weight: torch.Tensor, out_dtype: torch.dtype, config: str) -> TritonConv:
+        """A 1x1 convolution of float16."""
+        weight = layout.to_format(weight.detach().to(OPERAND)[:, :, None], "channels_last_3d")
+        tile = ConvConfig.parse(config)
+        return TritonConv(self.name, config, weight, out_dtype, False, tile, self.tiles.launch)
+
+
+_SEPARATOR = " / "
+
+
+def _behind_norm(weights: LayerWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm's scale and the bias as the kernels read them."""
+    if weights.gamma is None or weights.bias is None:
+        raise ValueError("a layer behind a norm needs the gain of the norm, and a bias")
+    return norm_scale(weights.gamma), weights.bias.detach().float()
+
+
+def _used(*operations: str) -> Mapping[str, str]:
+    return MappingProxyType(dict.fromkeys(operations, "triton"))
+
+
+def _tma(**others: Any) -> Requires:
+    return Requires(_VENDORS, features=frozenset({"tma"}), **others)
+
+
+def _ampere(**others: Any) -> Requires:
+    return Requires(_VENDORS, capability=(8, 0), **others)
+
+
+_CONV, _FUSED = _used("conv3d"), _used("conv3d", "norm_silu")
+_BELOW = {"largest_operand": _LARGEST}
+_WIDE = {"out_channels": (_NARROW + 1, 1 << 30), "largest_operand": _LARGEST}
+
+KERNELS: tuple[Kernel[Any, Any], ...] = (
+    ConvKernel("tma", "conv3d", _tma(), _CONV),
+    ConvKernel("pointer", "conv3d", _ampere(), _CONV, tiles=_POINTER),
+    NormConvKernel("tma", "norm_conv3d", _tma(**_BELOW), _FUSED),
+    NormConvKernel("pointer", "norm_conv3d", _ampere(**_BELOW), _FUSED, tiles=_POINTER),
+    HeadKernel(
+        "narrow", "head", _ampere(out_channels=(1, _NARROW), largest_operand=_LARGEST), _FUSED
+    ),
+    NormConvKernel("tma", "head", _tma(**_WIDE), _FUSED),
+    NormConvKernel("pointer", "head", _ampere(**_WIDE), _FUSED, tiles=_POINTER),
+    UpsampleKernel("tma", "upsample_conv2d", _tma(), _used("upsample_conv2d")),
+    StridedKernel("pointer", "strided_conv", _ampere(), _used("conv2d")),
+    AttentionKernel("tma", "attention", _tma(**_BELOW), _used("norm", "conv2d", "attention")),
+)
+
+
+def unavailable_reason(device: Device) -> str | None:
+    """Nothing is needed besides Triton itself."""
+    return None
+
+
+FAMILY = Family("triton", KERNELS, unavailable_reason, NORM)
+
+
+def make_family(norm: FusedNorm | None) -> Family:
+    """This family; it has a norm of its own."""
+    return FAMILY
