@@ -13,11 +13,13 @@ from benchmarks.suite.recorder import Recorder
 from benchmarks.suite.roofline import Ceilings, measure_ceilings, measure_roofline
 from benchmarks.suite.weights import Weights
 from tests.bench.conftest import CPU
+from tests.conftest import pass_elements
 from wan_vae import WanVAE
 from wan_vae.chunking import schedule
 from wan_vae.network.blocks import Step
 from wan_vae.network.cache import FeatureCache
 from wan_vae.ops.opset import eager_ops
+from wan_vae.planning import memory
 
 VIDEO = CASES["wan2.1-narrow"]
 
@@ -42,6 +44,14 @@ def test_every_convolution_of_the_decoder_is_timed(name):
     assert 0 < sum(row.total_ms for row in roofline.layers) < roofline.decode_ms
     totals = [row.total_ms for row in roofline.layers]
     assert totals == sorted(totals, reverse=True)
+
+
+def test_the_layers_are_those_of_a_decode_in_passes(monkeypatch):
+    elements = pass_elements(VIDEO.config, VIDEO.latent, 2)
+    monkeypatch.setattr(memory, "_PASSES", (elements, elements))
+    (head,) = (row for row in measured(VIDEO).layers if row.name == "decoder.head.2")
+    # The first frame of the video alone, then the four of the second latent frame in pairs.
+    assert head.calls > 1 and head.layer.frames < VIDEO.pixels[2]
 
 
 def test_flops_and_bytes_of_a_known_layer():

@@ -30,6 +30,7 @@ from benchmarks.suite.weights import random_vae
 from wan_vae.commands.cli import main as cli
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import ShardingError
+from wan_vae.sharding.context import ShardContext
 from wan_vae.sharding.plan import plan_shards
 from wan_vae.sharding.transport import Incoming, Outgoing
 
@@ -151,7 +152,7 @@ def test_the_command_line_knows_ranks(capsys):
 
 
 def test_an_emulated_wire_gives_what_was_asked_for():
-    wire = EmulatedWire(CPU)
+    wire = EmulatedWire(ShardContext(0, 2), CPU)
     x = torch.ones(1, 2, 1, 3, 4)
     (found,) = wire.exchange("here", x.dtype, [Outgoing(1, x)], [Incoming(1, (1, 2, 1, 1, 4))])
     assert found.shape == (1, 2, 1, 1, 4) and not found.any()
