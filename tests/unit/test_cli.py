@@ -209,6 +209,68 @@ def test_doctor_reports_a_wrong_convolution(monkeypatch, capsys):
     assert "WRONG" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("fails", "code"), [("channels last", 0), ("all", 1), ("kernels", 0)])
+def test_doctor_reports_what_cannot_run(fails, code, monkeypatch, capsys):
+    """Planted: a device without an operator, and kernels that cannot be checked."""
+    from wan_vae.commands import doctor
+
+    real = doctor.F.conv3d
+
+    def missing(x, weight, **options):
+        if x.dtype == torch.float32 and (fails == "all" or not x.is_contiguous()):
+            raise NotImplementedError("conv3d is not here\nmore lines")
+        return real(x, weight, **options)
+
+    def broken(device):
+        raise RuntimeError("CUDA error: no kernel image")
+
+    if fails == "kernels":
+        monkeypatch.setattr(doctor, "check_kernels", broken)
+    else:
+        monkeypatch.setattr(doctor.F, "conv3d", missing)
+    assert main(["doctor", "--device", "cpu"]) == code
+    out = capsys.readouterr().out
+    number = {"channels last": 2, "all": 4, "kernels": 0}[fails]
+    assert out.count("cannot run: conv3d is not here\n") == number
+    assert out.count("right") == 4 - number
+    assert ("kernels: cannot be checked: CUDA error: no kernel image" in out) == (not number)
+
+
+def test_inspect_prints_the_plan_that_a_decode_executes(files, capsys):
+    argv = ["inspect", str(files / "vae.safetensors"), "--plan", str(files / "clip.latent"), *CPU]
+    options = ["--chunk-frames", "1", "--strips", "2", "--free-bytes", "1e9"]
+    assert main([*argv, *options, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    vae = wan_vae.load(files / "vae.safetensors", device="cpu")
+    latent = load_latent(files / "clip.latent")
+    expected = vae.plan(tuple(latent.shape), chunk_frames=1, strips=2, free_bytes=1e9)
+    assert plan == json.loads(json.dumps(expected.as_dict()))
+    vae.decode(latent, plan=expected)
+    assert vae.last_report.memory.planned_bytes == plan["planned_bytes"]
+    assert main([*argv, *options, "--layers"]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "chunks    3 (latent frames: 3 x 1)",
+        "strips    2, ",
+        "layer     decoder.conv1 ",
+    ):
+        assert words in text
+
+
+def test_a_latent_of_another_model_has_no_plan(files, tmp_path, capsys):
+    save_latent(tmp_path / "z.latent", torch.zeros(1, 48, 1, 2, 2))
+    argv = ["inspect", str(files / "vae.safetensors"), "--plan", str(tmp_path / "z.latent"), *CPU]
+    assert main(argv) == 1
+    assert "48 channels" in capsys.readouterr().err
+
+
+def test_options_of_a_plan_without_a_plan_are_wrong_usage(files, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", str(files / "vae.safetensors"), "--strips", "2"])
+    assert stopped.value.code == 2
+    assert "--strips is an option of --plan LATENT" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["decode", "encode", "inspect", "demo", "doctor", "bench"])
 def test_help_shows_an_example(name, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -27,6 +27,7 @@ from wan_vae.config import wan21
 from wan_vae.errors import GeometryError, OutputError, ShardingError
 from wan_vae.io import video_read, video_write
 from wan_vae.io.latents import load_latent, save_latent
+from wan_vae.io.sink import NullSink
 from wan_vae.options import RunOptions
 
 ROOT = Path(__file__).parents[2]
@@ -426,6 +427,7 @@ def test_a_rank_that_decodes_nothing_aborts_its_sink(error, good, tmp_path, monk
         output=output,
         device="cpu",
         options=RunOptions(),
+        normalized=False,
         fps=16.0,
         overwrite=False,
     )
@@ -435,6 +437,35 @@ def test_a_rank_that_decodes_nothing_aborts_its_sink(error, good, tmp_path, monk
         code = 3
     assert code == 3
     assert not list(tmp_path.iterdir())
+
+
+class FullDisk(NullSink):
+    """A sink that fails from its second write on, and counts what happens to it."""
+
+    writes = closes = aborts = 0
+
+    def write(self, pixels, start_frame, first_row):
+        self.writes += 1
+        if self.writes == 2:
+            raise OSError(28, "No space left on device")
+
+    def close(self):
+        self.closes += 1
+
+    def abort(self):
+        self.aborts += 1
+
+
+def test_an_error_of_a_sink_waits_until_the_ranks_can_stop_together():
+    full = FullDisk()
+    sink = torchrun.DeferredErrorSink(full)
+    sink.write(torch.zeros(1), 0, 0)
+    assert sink.error is None
+    for frame in (1, 2):
+        sink.write(torch.zeros(1), frame, 0)
+    assert isinstance(sink.error, OutputError) and "No space left" in str(sink.error)
+    sink.close()
+    assert (full.writes, full.closes, full.aborts) == (2, 0, 1)
 
 
 def test_an_error_of_the_output_has_its_name_not_the_partial_ones(tmp_path):
