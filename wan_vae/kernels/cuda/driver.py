@@ -49,7 +49,7 @@ class Function:
         self._shared, self._name = shared_bytes, name
 
     def launch(
-        self, blocks: int, threads: int, arguments: Sequence[ctypes._SimpleCData | TensorMap]
+        self, blocks: int, threads: int, arguments: Sequence[c_int | c_void_p | TensorMap]
     ) -> None:
         """Queue it on the current stream. The driver copies the arguments before it returns."""
         pointers = (c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
