@@ -1,5 +1,5 @@
-# One command each: demo, test, check, test-gpu, pictures, bench. All work from a fresh clone; the virtual
-# environment is made on first use and again when pyproject.toml changes.
+# One command each: demo, test, test-all, check, test-gpu, pictures, bench. All work from a fresh
+# clone; the virtual environment is made on first use and again when pyproject.toml changes.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,12 +13,13 @@ OUT ?= demo_output
 JOBS ?= 2
 RANKS ?= all
 
-.PHONY: help demo test check test-gpu pictures bench bench-multi clean
+.PHONY: help demo test test-all check provision test-gpu pictures bench bench-multi clean
 
 help:
 	@echo "make demo      decode the sample latents to $(OUT)/ (mp4, contact sheet, layout report)"
-	@echo "make test      run every test that this machine can run"
-	@echo "make check     lint only"
+	@echo "make test      check, and run the tests without the expensive variants"
+	@echo "make test-all  check, and run every test that this machine can run"
+	@echo "make check     lint, format, spelling, large files, types (Linux, Windows, macOS)"
 	@echo "make test-gpu  run the tests that need a CUDA device (PYTHON with its own torch: VENV=...)"
 	@echo "make pictures  take the screenshots of README and example workflows anew"
 	@echo "make bench-multi  one decode over this machine's GPUs: right, timed, broken (RANKS=1,2)"
@@ -39,14 +40,24 @@ demo: $(VENV)/.demo
 
 check: $(VENV)/.test
 	$(RUN) ruff check .
-	$(RUN) ruff format --check wan_vae nodes examples tests benchmarks
+	$(RUN) ruff format --check .
+	$(RUN) codespell_lib
+	$(RUN) tests.architecture.check_files
+	$(RUN) tests.architecture.check_types
 
-# Two processes, most tests keep one core busy; by file, because the tests of a file share servers
-# and browsers. What both need is provisioned before.
-test: check
-	node --test tests/js/
+# A ComfyUI, its frontends and the registry's tools, in the user's cache folder.
+provision: $(VENV)/.test
 	$(RUN) tests.comfy.provision
-	$(RUN) pytest -n $(JOBS) --dist loadfile
+
+# Two processes, as most tests keep one core busy. tests/conftest.py says which tests share a
+# process, because they share servers or browsers.
+PYTEST = node --test tests/js/ && $(RUN) pytest -n $(JOBS) --dist loadgroup
+
+test: check provision
+	$(PYTEST) -m "not full"
+
+test-all: check provision
+	$(PYTEST)
 
 test-gpu:
 	$(PYTHON) -m pytest -m "gpu or nccl"

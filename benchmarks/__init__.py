@@ -1,0 +1,1 @@
+"""Benchmarks of this repository, outside what users install; `wan-vae bench` runs them."""

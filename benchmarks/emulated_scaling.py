@@ -1,6 +1,7 @@
 """What a sharded decode would take on 2, 4 and 8 GPUs, emulated on one.
 
-    python benchmarks/emulated_scaling.py [--output FOLDER] [--device cuda:0] [--repeats 5]
+    wan-vae bench scaling [--output FOLDER] [--device cuda:0] [--repeats 5]
+    python benchmarks/emulated_scaling.py     # the same
 
 Each shard's real shapes, halos and kernels are timed in turn; the slowest shard and the modelled
 exchange give a chunk's time. Prints Markdown; a folder gets emulated.md and emulated.json. On the
@@ -12,18 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.suite.emulation import Emulated, emulate
-from benchmarks.suite.ranks import random_vae
-from benchmarks.suite.results import repeatable
-from benchmarks.suite.scaling import LINKS
-from wan_vae.config import WanVAEConfig, wan21
-from wan_vae.device import device_name, pick_device, versions
+import torch
 
+from benchmarks.scaling_model import table
+from benchmarks.suite.emulation import Emulated, emulate
+from benchmarks.suite.facts import Facts, repeatable
+from benchmarks.suite.scaling import LINKS
+from benchmarks.suite.weights import random_vae
+from wan_vae.config import WanVAEConfig, wan21
+from wan_vae.device import pick_device
+
+SCHEMA = "wan_vae.bench.scaling/1"
 # Efficiency that the emulation must reach, by ranks (NVLink).
 GOALS = {2: 0.90, 4: 0.80, 8: 0.65}
 
@@ -43,21 +49,19 @@ SMALL = (Picture("small", 6, 10, (2, 4)),)
 
 
 def measure(
-    config: WanVAEConfig, pictures: tuple[Picture, ...], device, repeats: int
+    config: WanVAEConfig, pictures: Sequence[Picture], device: torch.device, repeats: int
 ) -> dict[str, list[Emulated]]:
     """Picture name -> emulations on every link and rank count."""
     vae = random_vae(config, device)
     return {p.name: emulate(vae, p.height, p.width, p.ranks, LINKS, repeats) for p in pictures}
 
 
-def markdown(found: dict[str, list[Emulated]], device, command: str) -> str:
+def scaling_markdown(found: dict[str, list[Emulated]], facts: Facts) -> str:
     """The results as Markdown."""
-    made = ", ".join(f"{k} {v}" for k, v in versions().items() if v)
     lines = [
         "# Emulated scaling",
         "",
-        f"- {device_name(device)}; {made}",
-        f"- command: `{command}`",
+        *facts.lines(),
         "- emulated on one device: shards in turn, milliseconds a steady chunk; the link modelled",
         "",
         "| picture | ranks | cut | latent frames a chunk | one device | slowest shard | link "
@@ -73,6 +77,16 @@ def markdown(found: dict[str, list[Emulated]], device, command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def as_dict(found: dict[str, list[Emulated]], facts: Facts) -> dict[str, object]:
+    """The results for a JSON file."""
+    rows = [
+        {"picture": name, **asdict(e), "efficiency": e.efficiency}
+        for name, emulated in found.items()
+        for e in emulated
+    ]
+    return {**facts.as_dict(), "rows": rows}
+
+
 def missed(found: dict[str, list[Emulated]]) -> list[str]:
     """Emulations on NVLink below the goal, in words."""
     return [
@@ -83,37 +97,40 @@ def missed(found: dict[str, list[Emulated]]) -> list[str]:
     ]
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; 1 if a CUDA device misses a goal."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="wan-vae bench scaling",
+        description="What a sharded decode would take on 2, 4 and 8 GPUs, emulated on one.",
+    )
     parser.add_argument("--device", help="cuda:0, cpu (default: the best one here)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="folder for emulated.md and emulated.json")
+    parser.add_argument(
+        "--model",
+        action="store_true",
+        help="only print the table of docs/sharding.md, which is calculated",
+    )
     args = parser.parse_args(argv)
+    if args.model:
+        print(table())
+        return 0
     device = pick_device(args.device)
     full = device.type == "cuda"
     config, pictures = (wan21(), PICTURES) if full else (wan21(dim=8), SMALL)
     found = measure(config, pictures, device, args.repeats)
-    words = repeatable(sys.argv[1:] if argv is None else argv)
-    command = words.replace("wan-vae bench", "python benchmarks/emulated_scaling.py")
-    text = markdown(found, device, command)
+    facts = Facts.begin(SCHEMA, repeatable(["scaling", *argv]), device)
+    text = scaling_markdown(found, facts)
     print(text)
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "emulated.md").write_text(text, encoding="utf-8")
-        data = {
-            "versions": versions(),
-            "device": device_name(device),
-            "rows": [
-                {"picture": name, **asdict(e), "efficiency": e.efficiency}
-                for name, rows in found.items()
-                for e in rows
-            ],
-        }
-        (args.output / "emulated.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
+        data = json.dumps(as_dict(found, facts), indent=1) + "\n"
+        (args.output / "emulated.json").write_text(data, encoding="utf-8")
     problems = missed(found) if full else []
-    for text in problems:
-        print(f"emulated scaling: {text}", file=sys.stderr)
+    for problem in problems:
+        print(f"emulated scaling: {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 

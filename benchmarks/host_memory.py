@@ -1,6 +1,6 @@
 """What fresh host memory costs a copy from the GPU: PyTorch's, NumPy's, and memory in use before.
 
-    python benchmarks/host_memory.py [--megabytes 388]
+    wan-vae bench host [--megabytes 388]      # or python benchmarks/host_memory.py
 
 388 MB is the IMAGE of 81 frames of 480p. Medians of five; without a GPU the source is on the CPU.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -27,9 +27,12 @@ def median_ms(work: Callable[[], object], repeats: int = 5) -> float:
     return statistics.median(times)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="wan-vae bench host",
+        description="What fresh host memory costs a copy from the GPU.",
+    )
     parser.add_argument("--megabytes", type=float, default=388.0)
     n = int(parser.parse_args(argv).megabytes * 1e6) // 4
     source = torch.zeros(n, device="cuda" if torch.cuda.is_available() else "cpu")

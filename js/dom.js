@@ -1,6 +1,6 @@
 /**
- * `element("button", { class: "copy", onclick: f }, "Copy")`: properties that start with "on" are
- * listeners, true and false switch attributes, strings become text nodes, null children are left out.
+ * Makes an element: `element("button", { class: "copy", onclick: f }, "Copy")`. Properties that
+ * start with "on" are listeners, booleans switch attributes, and null children are left out.
  */
 export function element(tag, properties = {}, ...children) {
   const made = document.createElement(tag);

@@ -1,4 +1,4 @@
-/** Reports as text. Pure functions; every value may be absent, for a run can end before it is known. */
+/** Reports as text. Pure functions. Every value may be absent: a run can end before it is known. */
 
 const DTYPES = { float32: "fp32", bfloat16: "bf16", float16: "fp16" };
 const BYTE_UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -36,8 +36,8 @@ export function shapeText(shape) {
 }
 
 /**
- * How many of the weights that say something about the layout lie in the chosen format.
- * 1x1x1 kernels are both formats at once ("either") and are left out.
+ * Counts the weights that are in the chosen format, and all that have a format. The weights of
+ * 1x1x1 convolutions ("either") have the same bytes in both formats and are left out.
  */
 export function inChosenFormat(layout) {
   const counts = layout?.weights_used ?? {};
@@ -68,7 +68,7 @@ export function toneOf(report) {
   return "good";
 }
 
-/** Sign of a tone, for those who cannot tell the colours apart. */
+/** The sign of each tone, for people who cannot tell the colours apart. */
 export const SIGNS = { running: "▸", good: "✓", notice: "!", bad: "✕" };
 
 /**
@@ -94,8 +94,8 @@ export function lineText(report, t) {
 }
 
 /**
- * The layers counted by operation and format, [{op: "conv3d", format: "contiguous", count: 32}]:
- * the layout's own counts are those of conv3d, and must be found again here.
+ * Counts the layers by operation and format: [{op: "conv3d", format: "contiguous", count: 32}].
+ * The counts of conv3d are the same as those in `report.layout.weights_used`.
  */
 export function layerGroups(layers) {
   const groups = new Map();
@@ -115,7 +115,7 @@ export function layerText(layer) {
     .join(" · ");
 }
 
-/** The report as it is copied: indented JSON, for an issue. */
+/** The report as *Copy report* copies it: indented JSON, for an issue. */
 export function reportText(report) {
   return JSON.stringify(report, null, 2);
 }

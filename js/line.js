@@ -2,7 +2,7 @@ import { element } from "./dom.js";
 import { lineText, SIGNS, toneOf } from "./formatting.js";
 
 /**
- * `<wan-vae-line>`: the last report of one node in one line; a button that opens the panel.
+ * `<wan-vae-line>`: the last report of one node in one line. It is a button that opens the panel.
  * Set `context` = {store, find(): message | undefined, t, openPanel()} before it is connected.
  */
 export class WanVAELine extends HTMLElement {

@@ -37,7 +37,7 @@ async function fetchReports() {
 const refresh = () =>
   fetchReports().catch((error) => console.warn("Wan VAE: no reports from the server:", error));
 
-/** Words of the pack in the language of the interface; English where there are none. */
+/** Load the texts in the language of the interface; English is the default. */
 async function loadWords() {
   const locale = app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
   const answer = await api.fetchApi("/i18n");
@@ -60,8 +60,8 @@ function showNode(node) {
 
 function showLine(widget, shown) {
   widget.hidden = !shown; // canvas: takes no room
-  // Nodes 2.0: an element that is not displayed takes none either. `options.hidden` would be read
-  // once, when the node is made, and a line hidden then could not be shown again.
+  // Nodes 2.0: a hidden element takes no room either. `options.hidden` is read only once, when the
+  // node is made, so a line that is hidden then could never be shown again.
   widget.element.hidden = !shown;
 }
 
@@ -145,7 +145,7 @@ app.registerExtension({
     await loadWords();
     addPanel();
     api.addEventListener(EVENT, ({ detail }) => store.put(detail));
-    // A cached run sends no report, a reconnected page missed some.
+    // A cached run sends no report, and a page that reconnects has missed some.
     api.addEventListener("execution_cached", refresh);
     api.addEventListener("reconnected", refresh);
     await refresh();

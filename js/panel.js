@@ -14,7 +14,7 @@ import {
 } from "./formatting.js";
 
 /**
- * `<wan-vae-panel>`: a card for each node of the workflow that has a report, the latest first.
+ * `<wan-vae-panel>`: one card for each node of the workflow that has a report, the latest first.
  * Set `context` = {store, t, locate(message): {title, show()} | null} before it is connected.
  */
 export class WanVAEPanel extends HTMLElement {
@@ -22,7 +22,7 @@ export class WanVAEPanel extends HTMLElement {
   #cards = new Map();
   #frame = 0;
   #schedule = () => {
-    // Reports come faster than the screen is drawn.
+    // Reports can come faster than the screen is drawn.
     this.#frame ||= requestAnimationFrame(() => {
       this.#frame = 0;
       this.#render();
@@ -68,7 +68,7 @@ export class WanVAEPanel extends HTMLElement {
     });
     this.#cards = new Map(cards);
     const elements = cards.map(([, card]) => card.root);
-    // Moving an element takes the focus from it: the order changes only when it must.
+    // Moving an element takes the focus from it, so the order changes only if necessary.
     const present = [...this.children];
     if (present.length !== elements.length || elements.some((e, i) => e !== present[i])) {
       const focused = document.activeElement;
@@ -78,7 +78,7 @@ export class WanVAEPanel extends HTMLElement {
   }
 }
 
-/** One report. Sections whose facts did not change keep their elements, and so focus and hover. */
+/** One report. A section whose facts did not change keeps its elements, with focus and hover. */
 class ReportCard {
   #t;
   #sections = new Map();
@@ -157,7 +157,7 @@ class ReportCard {
       await navigator.clipboard.writeText(text);
       this.notice.textContent = this.#t("panel.copied");
     } catch (error) {
-      // Pages over plain http from another machine have no clipboard; say so, keep the reason.
+      // A page over plain http from another machine has no clipboard. Log the reason.
       console.warn("Wan VAE:", error);
       this.notice.textContent = this.#t("panel.copy_failed");
     }
@@ -200,7 +200,7 @@ function layoutFacts(report, t) {
   ]);
 }
 
-/** One cell a convolution: a toolbar with one tab stop, arrow keys, and the layer's facts below. */
+/** One cell for each convolution: a toolbar with one tab stop and arrow keys, details below. */
 function layerStrip(report, t) {
   const layers = report.layers ?? [];
   if (layers.length === 0) return null;
@@ -235,7 +235,7 @@ function layerStrip(report, t) {
         };
         const next = moves[event.key];
         if (next === undefined) return;
-        // The canvas pans and nudges nodes with the same keys.
+        // The canvas uses the same keys to pan and to move nodes.
         event.preventDefault();
         event.stopPropagation();
         cells[next]?.focus();

@@ -19,8 +19,8 @@ export class ReportStore extends EventTarget {
   }
 
   /**
-   * Merge what the server kept. A running report of ours is newer than anything kept there for
-   * the same node, so it stays; everything else is replaced. Listeners hear of it once.
+   * Merge the reports that the server kept. A running report in this page is newer than what the
+   * server kept for the same node, so it stays; all others are replaced. Fires one event.
    */
   merge(messages) {
     for (const message of messages.filter(isMessage)) {
@@ -30,7 +30,7 @@ export class ReportStore extends EventTarget {
     this.#changed(null);
   }
 
-  /** Tell listeners that what they show may belong to other nodes now (another workflow). */
+  /** Tell listeners to look again: another workflow with other nodes may be on screen. */
   touch() {
     this.#changed(null);
   }
@@ -47,7 +47,7 @@ export class ReportStore extends EventTarget {
 
   #keep(message) {
     const key = keyOf(message);
-    this.#messages.delete(key); // so that the order is that of the last change
+    this.#messages.delete(key); // keeps the most recently changed message last
     this.#messages.set(key, message);
   }
 
@@ -65,8 +65,8 @@ function isMessage(message) {
 }
 
 /**
- * The node of `graph` that an execution id names: "5", or "5:3" for node 3 in the subgraph that
- * node 5 stands for. Null where the graph has no such node.
+ * Finds the node of `graph` with an execution id: "5", or "5:3" for node 3 in the subgraph of
+ * node 5. Returns null if the graph has no such node.
  */
 export function nodeByExecutionId(graph, executionId) {
   let node = null;
@@ -78,7 +78,7 @@ export function nodeByExecutionId(graph, executionId) {
   return node;
 }
 
-/** Whether a message belongs to the workflow on screen. Messages and graphs without an id fit all. */
+/** True if a message belongs to the workflow on screen. A message or graph without an id fits all. */
 export function fitsWorkflow(message, graph) {
   return !message.workflow || !graph?.id || message.workflow === graph.id;
 }

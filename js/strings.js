@@ -1,6 +1,6 @@
 /**
- * The words of panel and line. English lives here; other languages come from
- * locales/<language>/main.json, under "wanVae", through ComfyUI's own route for them.
+ * The texts of the panel and of the line on nodes. English is here. Other languages come from
+ * "wanVae" in locales/<language>/main.json, which ComfyUI serves.
  */
 export const ENGLISH = {
   "line.idle": "No report yet: run the workflow",
@@ -13,7 +13,7 @@ export const ENGLISH = {
   "panel.title": "Wan VAE",
   "panel.empty": "No report yet",
   "panel.empty_hint":
-    "Add a Wan VAE Decode node in place of VAE Decode, or Wan VAE Inspect beside Load VAE, and run the workflow. What happened shows up here.",
+    "Add a Wan VAE Decode node in place of VAE Decode, or connect Wan VAE Inspect to Load VAE, and run the workflow. The report appears here.",
   "panel.show_node": "Show this node",
   "panel.copy": "Copy report",
   "panel.copied": "Copied",
@@ -34,15 +34,15 @@ export const ENGLISH = {
   "layout.latent": "Latent",
   "layout.pixels": "Pixels",
   "layout.chosen": "Chosen",
-  "layout.conversions": "Inputs matched to their weight",
-  "layout.mixed": "Mixed calls",
-  "layers.hint": "One cell is one convolution. Arrow keys move along the strip.",
+  "layout.conversions": "Format conversions",
+  "layout.mixed": "Calls with mixed formats (should be 0)",
+  "layers.hint": "Each cell is one convolution. Use the arrow keys to move along the strip.",
   "layers.strip": "{count} convolutions by memory format",
-  "chunks.summary": "{count} chunks, {first} the first, {median} each after",
-  "chunks.one": "1 chunk, {first}",
+  "chunks.summary": "{count} chunks: the first took {first}, the others {median} each",
+  "chunks.one": "1 chunk in {first}",
   "chunks.bar": "Chunk {number}: {frames} frames in {time}",
-  "chunks.strips": "{count} strips in turn",
-  "memory.free": "Free before",
+  "chunks.strips": "{count} strips, one after another",
+  "memory.free": "Free at the start",
   "memory.planned": "Planned",
   "memory.peak": "Peak",
   "memory.output": "Output",
@@ -54,12 +54,12 @@ export const ENGLISH = {
   "shards.wait": "Waited",
   "backends.off": "{op}: {backend} is off: {reason}",
   "setting.line": "Show the report line on nodes",
-  "setting.line_tip": "One line at the bottom of each Wan VAE node that says how its last run went.",
+  "setting.line_tip": "A line at the bottom of each Wan VAE node that says how its last run went.",
 };
 
 /**
- * A function `t(key, values)` that looks up `words`, then English, and fills in `{names}`.
- * An unknown key is a mistake in this pack and throws.
+ * Makes a function `t(key, values)` that looks up a text in `words`, then in English, and fills in
+ * `{names}`. An unknown key is a mistake in this pack and throws.
  */
 export function translator(words = {}) {
   return (key, values = {}) => {

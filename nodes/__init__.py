@@ -1,1 +1,1 @@
-"""Thin ComfyUI glue: schemas, one bridge to the library, one store of reports. No arithmetic."""
+"""Thin ComfyUI glue: schemas, one session for each run, one store of reports. No arithmetic."""

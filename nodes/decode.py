@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..wan_vae.io.image import ImageSink
-from . import bridge
+from ..wan_vae.options import MemoryFormat
+from . import inputs
 from .reports import HIDDEN
 from .schema import chunk_input, latent_input, layout_input, precision_input, schema, vae_input
+from .session import session
 
 
 class WanVAEDecode(io.ComfyNode):
@@ -18,9 +23,9 @@ class WanVAEDecode(io.ComfyNode):
         return schema(
             node_id="WanVAEDecode",
             display_name="Wan VAE Decode",
-            description="Decodes a Wan 2.1 / 2.2 (or Qwen-Image) latent to images: the same "
-            "picture as VAE Decode, in planned memory, with no tiles and a report of what "
-            "happened.",
+            description="Decodes a Wan 2.1, Wan 2.2 or Qwen-Image latent to images. The picture "
+            "is that of VAE Decode. Memory is planned in advance, there are no tiles, and a "
+            "report says what happened.",
             search_aliases=["vae decode", "decode latent", "wan decode", "latent to image"],
             inputs=[
                 latent_input(),
@@ -35,22 +40,18 @@ class WanVAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, samples, vae, memory_layout="auto", precision="auto", chunk_frames=0
+        cls,
+        samples: Mapping[str, Any],
+        vae: Any,
+        memory_layout: MemoryFormat = "auto",
+        precision: str = "auto",
+        chunk_frames: int = 0,
     ) -> io.NodeOutput:
-        def decode(packed, hooks):
-            latent = bridge.latent_5d(samples)
-            plan = bridge.plan_chunk(packed, tuple(latent.shape), memory_layout, chunk_frames)
-            sink = ImageSink.allocate(
-                tuple(latent.shape), packed.wan.config, vae.output_device, bridge.output_dtype(vae)
-            )
-            packed.wan.decode(
-                latent,
-                memory_format=memory_layout,
-                sink=sink,
-                **plan,
-                **hooks,
-            )
-            return sink.image
-
-        result = bridge.run(cls.hidden, "decode", lambda: bridge.COPIES.get(vae, precision), decode)
-        return io.NodeOutput(result.value.flatten(0, 1), ui={"wan_vae": [result.report]})
+        with session(cls.hidden, vae, precision, "decode") as run:
+            config = run.wan.config
+            latent = inputs.latent_5d(samples)
+            shape = tuple(latent.shape)
+            plan = run.plan(shape, memory_format=memory_layout, chunk_frames=chunk_frames)
+            sink = ImageSink.allocate(shape, config, vae.output_device, inputs.output_dtype(vae))
+            run.wan.decode(latent, sink=sink, plan=plan, free_bytes=run.free_bytes(), **run.hooks)
+        return io.NodeOutput(sink.image.flatten(0, 1), ui=run.ui)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import comfy.model_management as model_management
 import comfy.model_patcher
@@ -10,10 +12,14 @@ import torch
 from comfy_api.latest import io
 
 from ..wan_vae import ShardingError
+from ..wan_vae.hooks import Hooks
 from ..wan_vae.io.image import ImageSink
-from ..wan_vae.planning import memory as wan_memory
-from ..wan_vae.workers.pool import WorkerPool, parse_devices
-from . import bridge
+from ..wan_vae.options import AXES, COLLECTS, AxisRequest, Collect, MemoryFormat
+from ..wan_vae.runs.decode import DecodeRequest
+from ..wan_vae.workers.devices import parse_devices
+from ..wan_vae.workers.pool import WorkerPool
+from ..wan_vae.workers.sharded import fallback_note
+from . import inputs
 from .reports import HIDDEN
 from .schema import (
     advanced,
@@ -24,10 +30,7 @@ from .schema import (
     schema,
     vae_input,
 )
-
-AXES = ("auto", "height", "width")
-GATHERS = ("shared", "rank0", "all")
-ONE_DEVICE = "one device: nothing to shard; name more devices, or use Wan VAE Decode"
+from .session import PROOF_BYTES, session
 
 
 class WanVAEWorkers(torch.nn.Module):
@@ -47,11 +50,11 @@ class WorkersPatcher(comfy.model_patcher.ModelPatcher):
     def loaded_size(self) -> int:
         return self.size if self.model.pool.pids else 0
 
-    def partially_unload(self, *_, **__) -> int:
+    def partially_unload(self, *_: object, **__: object) -> int:
         """Nothing: workers go together or not at all."""
         return 0
 
-    def detach(self, unpatch_all: bool = True):
+    def detach(self, unpatch_all: bool = True) -> object:
         if unpatch_all:  # else ComfyUI only reorders its list, or drops the patcher
             self.model.pool.close()
         return super().detach(unpatch_all)
@@ -78,9 +81,11 @@ class Pools:
     def count(self, device: torch.device, weights_bytes: int, needed_bytes: int) -> None:
         """Put the workers among the models that ComfyUI holds on `device`.
 
-        It makes room there first: for the weights and for `needed_bytes` of a decode, if `device`
-        is one of theirs. The workers' memory is not ComfyUI's to see.
+        ComfyUI makes room there for their weights and for `needed_bytes`, if `device` is one of
+        theirs. The memory of other processes is not ComfyUI's to see.
         """
+        if self._pool is None:
+            raise ShardingError("workers are counted before there are any")
         theirs = device in self._pool.devices
         size = weights_bytes if theirs else 1
         if self._patcher is None or self._patcher.load_device != device:
@@ -103,8 +108,8 @@ class WanVAEDecodeSharded(io.ComfyNode):
         return schema(
             node_id="WanVAEDecodeSharded",
             display_name="Wan VAE Decode (Sharded)",
-            description="Decodes one Wan latent over several GPUs at once: each decodes its rows "
-            "of every frame. The same picture as Wan VAE Decode.",
+            description="Decodes one Wan latent on several GPUs. Each GPU decodes its part of "
+            "every frame. The picture is that of Wan VAE Decode.",
             search_aliases=["multi gpu vae", "parallel vae decode", "sharded decode"],
             inputs=[
                 latent_input(),
@@ -112,27 +117,29 @@ class WanVAEDecodeSharded(io.ComfyNode):
                 io.String.Input(
                     "devices",
                     default="all",
-                    tooltip="all, a list of GPUs such as 0,1,3, or cpu,cpu to try it without one.",
+                    tooltip="all, or a list of GPUs such as 0,1,3. With cpu,cpu you can try it "
+                    "without a GPU.",
                 ),
                 io.Combo.Input(
                     "axis",
                     options=list(AXES),
                     default="auto",
-                    tooltip="Which side of the picture is cut. auto takes the one with less "
-                    "to exchange.",
+                    tooltip="The side along which the picture is divided. auto takes the one with "
+                    "less exchange between the devices.",
                 ),
                 io.Combo.Input(
                     "gather",
-                    options=list(GATHERS),
+                    options=list(COLLECTS),
                     default="shared",
-                    tooltip="shared: every device writes its rows into the image. rank0 and all: "
-                    "the devices exchange pixels first; for comparison.",
+                    tooltip="How the parts become one image. shared: every device writes its own "
+                    "part. rank0 and all: the devices exchange pixels first, which is only for "
+                    "comparison.",
                 ),
                 advanced(
                     io.Boolean.Input,
                     "allow_fallback",
                     default=True,
-                    tooltip="When a device fails, decode on one device and say so in the report, "
+                    tooltip="If a device fails, decode on one device and say so in the report, "
                     "instead of stopping with an error.",
                 ),
                 advanced(
@@ -141,7 +148,8 @@ class WanVAEDecodeSharded(io.ComfyNode):
                     default=30.0,
                     min=1.0,
                     max=3600.0,
-                    tooltip="Seconds that a device waits for another before the decode fails.",
+                    tooltip="How many seconds a device waits for another one before the decode "
+                    "fails.",
                 ),
                 layout_input(),
                 precision_input(),
@@ -154,47 +162,54 @@ class WanVAEDecodeSharded(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        samples,
-        vae,
-        devices="all",
-        axis="auto",
-        gather="shared",
-        allow_fallback=True,
-        timeout_s=30.0,
-        memory_layout="auto",
-        precision="auto",
-        chunk_frames=0,
+        samples: Mapping[str, Any],
+        vae: Any,
+        devices: str = "all",
+        axis: AxisRequest = "auto",
+        gather: Collect = "shared",
+        allow_fallback: bool = True,
+        timeout_s: float = 30.0,
+        memory_layout: MemoryFormat = "auto",
+        precision: str = "auto",
+        chunk_frames: int = 0,
     ) -> io.NodeOutput:
-        options = {"memory_format": memory_layout}
-
-        def decode(packed, hooks):
-            latent = bridge.latent_5d(samples)
-            shape, dtype = tuple(latent.shape), bridge.output_dtype(vae)
+        with session(cls.hidden, vae, precision, "decode") as run:
+            wan, device = run.wan, run.packed.device
+            latent = inputs.latent_5d(samples)
+            shape, dtype, note = tuple(latent.shape), inputs.output_dtype(vae), ""
             try:
                 pool = POOLS.get(devices, timeout_s)
-                weights = sum(p.nbytes for p in packed.wan.model.parameters())
-                needed = wan_memory.planned_bytes(packed.wan.config, shape, packed.wan.dtype, 1)
-                POOLS.count(vae.device, weights, needed // len(pool.devices))
+                weights = sum(p.nbytes for p in wan.model.parameters())
+                # Workers prove their kernels before anybody knows what the decode will take.
+                POOLS.count(vae.device, weights, PROOF_BYTES)
+                plans = pool.plan(
+                    wan,
+                    shape,
+                    axis=axis,
+                    chunk_frames=chunk_frames or None,
+                    memory_format=memory_layout,
+                )
+                own = [plan for plan in plans if plan.device == str(vae.device)]
+                POOLS.count(vae.device, weights, sum(plan.planned_bytes for plan in own))
                 image = pool.decode(
-                    packed.wan, latent, axis=axis, gather=gather, form="image",
-                    chunk_frames=chunk_frames or None, **options, **hooks,
-                )  # fmt: skip
-                if len(pool.devices) == 1:
-                    report = packed.wan.last_report
-                    packed.wan.last_report = replace(
-                        report, warnings=(*report.warnings, ONE_DEVICE)
-                    )
-                return image.to(device=vae.output_device, dtype=dtype)
+                    wan, latent, axis=axis, gather=gather, form="image", plans=plans, **run.hooks
+                ).to(device=vae.output_device, dtype=dtype)
             except ShardingError as error:
                 if not allow_fallback:
                     raise
-                reason = f"decoded on {packed.device} alone, because sharding failed: {error}"
-            plan = bridge.plan_chunk(packed, shape, memory_layout, chunk_frames)
-            sink = ImageSink.allocate(shape, packed.wan.config, vae.output_device, dtype)
-            packed.wan.decode(latent, sink=sink, **plan, **options, **hooks)
-            report = packed.wan.last_report
-            packed.wan.last_report = replace(report, fallbacks=(reason, *report.fallbacks))
-            return sink.image
-
-        result = bridge.run(cls.hidden, "decode", lambda: bridge.COPIES.get(vae, precision), decode)
-        return io.NodeOutput(result.value.flatten(0, 1), ui={"wan_vae": [result.report]})
+                note = fallback_note(device, error)
+            if note:
+                plan = run.plan(shape, memory_format=memory_layout, chunk_frames=chunk_frames)
+                sink = ImageSink.allocate(shape, wan.config, vae.output_device, dtype)
+                wan.run_decode(
+                    DecodeRequest(
+                        latent,
+                        options=replace(plan.options, free_bytes=run.free_bytes()),
+                        hooks=Hooks(**run.hooks),
+                        plan=plan,
+                        sink=sink,
+                        notes=(note,),
+                    )
+                )
+                image = sink.image
+        return io.NodeOutput(image.flatten(0, 1), ui=run.ui)

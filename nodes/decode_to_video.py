@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import InputImpl, io
 
 from ..wan_vae import geometry
-from . import bridge
+from ..wan_vae.options import MemoryFormat
+from . import inputs
 from .reports import HIDDEN
 from .schema import chunk_input, latent_input, layout_input, precision_input, schema, vae_input
+from .session import session
 
 
 class WanVAEDecodeToVideo(io.ComfyNode):
@@ -22,7 +26,8 @@ class WanVAEDecodeToVideo(io.ComfyNode):
             node_id="WanVAEDecodeToVideo",
             display_name="Wan VAE Decode to Video",
             description="Decodes a Wan latent straight into a video file in the output folder. "
-            "Frames are written as they are decoded, so memory does not grow with the length.",
+            "Frames are written as they are decoded, so a long clip needs no more memory than a "
+            "short one.",
             search_aliases=["save video", "vae decode video", "wan video", "long video", "mp4"],
             inputs=[
                 latent_input(),
@@ -48,7 +53,7 @@ class WanVAEDecodeToVideo(io.ComfyNode):
                 io.Video.Output(
                     display_name="VIDEO",
                     is_output_list=True,
-                    tooltip="The file as a video: one for each latent of a batch.",
+                    tooltip="The video file. A batch gives one file for each latent.",
                 )
             ],
             hidden=list(HIDDEN),
@@ -58,40 +63,40 @@ class WanVAEDecodeToVideo(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        samples,
-        vae,
-        fps,
-        filename_prefix,
-        memory_layout="auto",
-        precision="auto",
-        chunk_frames=0,
+        samples: Mapping[str, Any],
+        vae: Any,
+        fps: float,
+        filename_prefix: str,
+        memory_layout: MemoryFormat = "auto",
+        precision: str = "auto",
+        chunk_frames: int = 0,
     ) -> io.NodeOutput:
-        from ..wan_vae.io.video import VideoFileSink
+        from ..wan_vae.io.video_write import VideoFileSink
 
-        def decode(packed, hooks) -> list[SavedFile]:
-            files = []
-            for latent in bridge.latent_5d(samples).split(1):
-                plan = bridge.plan_chunk(
-                    packed, tuple(latent.shape), memory_layout, chunk_frames, whole_frames=True
-                )
-                shape = geometry.pixel_shape(tuple(latent.shape), packed.wan.config)
-                file = SavedFile.new(filename_prefix, width=shape[4], height=shape[3])
-                packed.wan.decode(
-                    latent,
+        files: list[SavedFile] = []
+        with session(cls.hidden, vae, precision, "decode") as run:
+            config = run.wan.config
+            for latent in inputs.latent_5d(samples).split(1):
+                plan = run.plan(
+                    tuple(latent.shape),
                     memory_format=memory_layout,
+                    chunk_frames=chunk_frames,
+                    whole_frames=True,
+                )
+                shape = geometry.pixel_shape(tuple(latent.shape), config)
+                file = SavedFile.new(filename_prefix, width=shape[4], height=shape[3])
+                run.wan.decode(
+                    latent,
                     sink=VideoFileSink(file.path, shape[3], shape[4], fps),
-                    **plan,
-                    **hooks,
+                    plan=plan,
+                    free_bytes=run.free_bytes(),
+                    **run.hooks,
                 )
                 files.append(file)
-            return files
-
-        result = bridge.run(cls.hidden, "decode", lambda: bridge.COPIES.get(vae, precision), decode)
-        files = result.value
         videos = [InputImpl.VideoFromFile(str(file.path)) for file in files]
         shown = [file.as_ui() for file in files]
         # `images` with `animated` is how ComfyUI's own Save Video has its file shown on the node.
-        ui = {"images": shown, "animated": (True,), "wan_vae": [result.report]}
+        ui = {"images": shown, "animated": (True,), **run.ui}
         return io.NodeOutput(videos, ui=ui)
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from comfy_api.latest import io
 
+from ..wan_vae import geometry
 from ..wan_vae.io.image import frames_to_pixels
-from . import bridge
+from ..wan_vae.options import MemoryFormat
+from . import inputs
 from .reports import HIDDEN
 from .schema import layout_input, precision_input, schema, vae_input
+from .session import session
 
 
 class WanVAEEncode(io.ComfyNode):
@@ -18,9 +24,9 @@ class WanVAEEncode(io.ComfyNode):
         return schema(
             node_id="WanVAEEncode",
             display_name="Wan VAE Encode",
-            description="Encodes images, taken as the frames of one video, with a Wan 2.1 / 2.2 "
-            "(or Qwen-Image) VAE. Frames past 4n + 1 are dropped and sizes cropped to whole latent "
-            "pixels, as VAE Encode does.",
+            description="Encodes images as the frames of one video, with a Wan 2.1, Wan 2.2 or "
+            "Qwen-Image VAE. Only 4n + 1 frames are kept, and sizes are cropped to whole latent "
+            "pixels, as in VAE Encode.",
             search_aliases=["vae encode", "encode image", "wan encode", "image to latent"],
             inputs=[
                 io.Image.Input("pixels", tooltip="The frames of one video, or one image."),
@@ -33,14 +39,18 @@ class WanVAEEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, pixels, vae, memory_layout="auto", precision="auto") -> io.NodeOutput:
-        def encode(packed, hooks):
-            frames = bridge.frames(pixels)
-            bridge.plan_encode(packed, tuple(frames.shape))
-            latent = packed.wan.encode(
-                frames_to_pixels(frames), memory_format=memory_layout, **hooks
-            )
-            return latent.to(device=vae.output_device, dtype=bridge.output_dtype(vae))
-
-        result = bridge.run(cls.hidden, "encode", lambda: bridge.COPIES.get(vae, precision), encode)
-        return io.NodeOutput({"samples": result.value}, ui={"wan_vae": [result.report]})
+    def execute(
+        cls,
+        pixels: torch.Tensor,
+        vae: Any,
+        memory_layout: MemoryFormat = "auto",
+        precision: str = "auto",
+    ) -> io.NodeOutput:
+        with session(cls.hidden, vae, precision, "encode") as run:
+            config = run.wan.config
+            video = frames_to_pixels(inputs.frames(pixels))
+            shape = geometry.latent_shape(tuple(video.shape), config)
+            plan = run.plan(shape, operation="encode", memory_format=memory_layout)
+            latent = torch.empty(shape, device=vae.output_device, dtype=inputs.output_dtype(vae))
+            latent.copy_(run.encode(video, plan))
+        return io.NodeOutput({"samples": latent}, ui=run.ui)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
-from . import bridge
-from .report_text import report_text
+from ..wan_vae.commands.report_text import report_text
+from .packed import weight_dtypes
 from .reports import HIDDEN
 from .schema import schema, vae_input
+from .session import session
 
 
 class WanVAEInspect(io.ComfyNode):
@@ -18,8 +21,8 @@ class WanVAEInspect(io.ComfyNode):
         return schema(
             node_id="WanVAEInspect",
             display_name="Wan VAE Inspect",
-            description="Says what a Wan VAE is, in which memory layout its weights came, which "
-            "one a decode would choose and why. Decodes nothing.",
+            description="Says which Wan VAE this is, how its weights are stored, which memory "
+            "layout a decode would use, and why. Decodes nothing.",
             search_aliases=["vae info", "memory format", "channels last", "wan inspect", "layout"],
             inputs=[vae_input()],
             outputs=[io.String.Output(display_name="report", tooltip="The report as text.")],
@@ -28,11 +31,9 @@ class WanVAEInspect(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, vae) -> io.NodeOutput:
-        def inspect(packed, _hooks):
-            packed.load(0)
-            return packed.wan.inspect()
-
-        result = bridge.run(cls.hidden, "inspect", lambda: bridge.COPIES.get(vae, "auto"), inspect)
-        text = report_text(result.report, bridge.weight_dtypes(vae))
-        return io.NodeOutput(text, ui={"wan_vae": [result.report], "text": [text]})
+    def execute(cls, vae: Any) -> io.NodeOutput:
+        with session(cls.hidden, vae, "auto", "inspect") as run:
+            run.packed.load(0)
+            report = run.wan.inspect()
+        text = report_text(report, dtypes=weight_dtypes(vae), all_layers=True)
+        return io.NodeOutput(text, ui={**run.ui, "text": [text]})

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 from comfy_api.latest import io
 
+from ..wan_vae.options import MEMORY_FORMATS, PRECISIONS
+
 CATEGORY = "Wan VAE"
-LAYOUTS = ("auto", "contiguous", "channels_last_3d")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
-def schema(**fields) -> io.Schema:
+def schema(**fields: Any) -> io.Schema:
     """An `io.Schema` of `fields`, less those that this ComfyUI does not have (search aliases)."""
     known = {field.name for field in dataclasses.fields(io.Schema)}
     fields = {"category": CATEGORY, **fields}
     return io.Schema(**{name: value for name, value in fields.items() if name in known})
 
 
-def advanced(input_type: type, name: str, **options) -> io.Input:
+def advanced(input_type: Callable[..., io.Input], name: str, **options: Any) -> io.Input:
     """An optional input, folded away as advanced where this ComfyUI can do that."""
-    parameters = inspect.signature(input_type.__init__).parameters
+    parameters = inspect.signature(input_type).parameters
     if "advanced" in parameters:
         options["advanced"] = True
     return input_type(name, optional=True, **options)
@@ -41,10 +43,10 @@ def layout_input() -> io.Input:
     return advanced(
         io.Combo.Input,
         "memory_layout",
-        options=list(LAYOUTS),
+        options=list(MEMORY_FORMATS),
         default="auto",
-        tooltip="How weights and features lie in memory. auto takes the one that is fast and "
-        "proven on this device. The picture is the same with each.",
+        tooltip="In which order the numbers lie in memory. auto takes the fastest order that is "
+        "right on this device. Every choice gives the same picture.",
     )
 
 
@@ -54,8 +56,8 @@ def precision_input() -> io.Input:
         "precision",
         options=list(PRECISIONS),
         default="auto",
-        tooltip="Number format of the computation. auto takes the one that ComfyUI chose for "
-        "this VAE (--fp32-vae and the like are respected).",
+        tooltip="Number format of the computation. auto takes the one that ComfyUI chose for this "
+        "VAE, so flags such as --fp32-vae are respected.",
     )
 
 
@@ -66,6 +68,6 @@ def chunk_input() -> io.Input:
         default=0,
         min=0,
         max=1024,
-        tooltip="Latent frames decoded at a time. 0 plans it from the free memory. Any value "
-        "gives the same picture. On a GPU smaller ones need less memory; more chunks are slower.",
+        tooltip="How many latent frames are decoded at a time. 0: planned from the free memory. "
+        "Every value gives the same picture. Smaller values need less GPU memory and take longer.",
     )

@@ -6,9 +6,11 @@ import importlib
 import importlib.util
 import os
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
     # Triton asks when functions are decorated, its own at its first import: so now, before a test
@@ -20,7 +22,25 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
 from wan_vae import WanVAE
 from wan_vae.config import WanVAEConfig, wan21, wan22
 from wan_vae.network.model import expected_shapes
-from wan_vae.planning import memory
+from wan_vae.planning.passes import pass_frames
+
+# Nothing here depends on a clock: the machine may be busy.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
+
+# Tests that share servers, browsers or processes which start slowly. pytest-xdist runs a group in
+# one process and every other test in any (`--dist loadgroup`).
+GROUPS = {
+    "comfy": "comfy",
+    "browser": "browser",
+    "registry": "registry",
+    "dist/test_workers.py": "workers",
+    "dist/test_equal.py": "ranks",
+    "dist/test_kernels.py": "ranks",
+    "dist/test_plan.py": "ranks",
+    "unit/test_cli.py": "demo",
+    "unit/test_demo.py": "demo",
+}
 
 
 def random_state(config: WanVAEConfig, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -41,10 +61,10 @@ def random_state(config: WanVAEConfig, seed: int = 0) -> dict[str, torch.Tensor]
 def pass_elements(config: WanVAEConfig, latent_shape: tuple[int, ...], frames: int) -> int:
     """Numbers that a pass may hold, so that the decoder's last stage takes `frames` at once.
 
-    latent_shape: [B, z, T, rows, W], as for `memory.pass_frames`; frames: an even number.
+    latent_shape: [B, z, T, rows, W], as for `pass_frames`; frames: an even number.
     """
     plenty = 10**12
-    return frames * -(-plenty // memory.pass_frames(config, latent_shape, plenty)[-1])
+    return frames * -(-plenty // pass_frames(config, latent_shape, plenty)[-1])
 
 
 SMALL_CONFIGS = {"wan2.1": wan21(dim=8), "wan2.2": wan22(dim=8, decoder_dim=16)}
@@ -70,7 +90,14 @@ def pytest_configure(config):
         torch.set_num_threads(1)  # several test processes share the cores
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.pluginmanager.hasplugin("xdist"):
+        here = Path(__file__).parent
+        for item in items:
+            place = item.path.relative_to(here)
+            group = GROUPS.get(place.as_posix()) or GROUPS.get(place.parts[0])
+            if group:
+                item.add_marker(pytest.mark.xdist_group(group))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device here; run `make test-gpu` on a machine with one")

@@ -1,4 +1,4 @@
-"""The context in which all of the library's arithmetic runs, whatever the caller's is."""
+"""The context in which all arithmetic of the library runs, independent of the caller's."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 
 @contextmanager
 def own_arithmetic(device: torch.device) -> Iterator[None]:
-    """No gradients, and no autocast of the caller's: it would round what is promised in float32.
+    """Run without gradients, without the caller's autocast, and with `device` as current device.
 
-    Not inference mode: its tensors could not be changed in place by the caller that gets them.
-    `device` is the current one: Triton launches on that, wherever the tensors are.
+    Autocast would round results that are promised in float32. Inference mode is not used, because
+    the caller could not change its tensors in place. Triton launches on the current device, also
+    if the tensors are on another one.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())

@@ -1,8 +1,8 @@
-"""Chunk schedules: in how many calls the decoder walks along time.
+"""Chunk schedules: how many latent frames the decoder takes at a time.
 
-Any schedule gives the same pixels (history is exact), so the schedule is only a matter of memory
-and speed. A chunk's latent frames pass the small layers together; where features have become large,
-they go on in passes of fewer frames.
+Every schedule gives the same pixels, because the history is exact. The schedule only decides about
+memory and speed. All frames of a chunk go through the small layers together. Where features are
+large, they go on in passes of fewer frames.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import SupportsIndex, cast
 
 from .errors import GeometryError
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Latent frames [start, stop) of one call. `is_first` skips the temporal up-samplers for frame
-    0; after `is_last` no history is kept.
+    """Latent frames [start, stop) of one call.
 
-    Where features are large, a chunk goes on in several passes of fewer frames, one after another
-    (`split`): to a layer, each is a chunk like any other."""
+    `is_first`: frame 0 skips the temporal up-samplers. `is_last`: no history is kept afterwards.
+    Where features are large, a chunk is split into passes (`split`). A layer sees each pass as a
+    chunk of its own.
+    """
 
     start: int
     stop: int
@@ -28,7 +30,7 @@ class Chunk:
     is_last: bool
 
     def split(self) -> tuple[Chunk, Chunk]:
-        """The chunk to layers that see its first frames now, and to those that see the rest."""
+        """The chunk as a layer sees it in a first pass, and in the passes after it."""
         return replace(self, is_last=False), replace(self, is_first=False)
 
     @property
@@ -37,29 +39,28 @@ class Chunk:
 
     @property
     def is_only_frame(self) -> bool:
-        """A video of one frame: all history is zero, one temporal slice of a kernel is enough."""
+        """True for a video of one frame: all history is zero, one temporal slice is enough."""
         return self.is_first and self.is_last and self.frames == 1
 
 
 def whole_number(value: object, what: str) -> int:
-    """`value` as int if it is a whole number of any library. Raises GeometryError.
+    """Return `value` as an int if it is a whole number of any library. Raises GeometryError.
 
-    Truth values are refused: True would silently be 1.
+    Booleans are refused, because True would silently be 1.
     """
     try:
         if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
             raise TypeError
-        return operator.index(value)
+        return operator.index(cast(SupportsIndex, value))
     except TypeError as error:
         raise GeometryError(f"{what} is {value!r}: expected a whole number") from error
 
 
 def schedule(total_frames: int, chunk_frames: int | Sequence[int]) -> list[Chunk]:
-    """Chunks that cover `total_frames` latent frames.
+    """Make the chunks that cover `total_frames` latent frames.
 
-    `chunk_frames` is the frames of each chunk (the first may be shorter than a full one only at
-    the end), or an explicit list of chunk lengths that must add up to `total_frames`.
-    Raises GeometryError for an empty or impossible schedule.
+    `chunk_frames`: frames per chunk (only the last chunk may be shorter), or a list of chunk
+    lengths that add up to `total_frames`. Raises GeometryError for an impossible schedule.
     """
     if total_frames < 1:
         raise GeometryError(f"a latent of {total_frames} frames cannot be decoded: need at least 1")
@@ -81,3 +82,8 @@ def schedule(total_frames: int, chunk_frames: int | Sequence[int]) -> list[Chunk
         chunks.append(Chunk(start, start + n, start == 0, start + n == total_frames))
         start += n
     return chunks
+
+
+def chunk_lengths(total_frames: int, chunk_frames: int | Sequence[int]) -> tuple[int, ...]:
+    """Latent frames of each chunk of `schedule`. Raises GeometryError."""
+    return tuple(chunk.frames for chunk in schedule(total_frames, chunk_frames))

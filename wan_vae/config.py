@@ -1,6 +1,6 @@
-"""Which Wan VAE this is: a frozen description, detected from state-dict keys and shapes alone.
+"""The architecture of a Wan VAE, detected from the keys and shapes of its weights.
 
-First step of the sentence: before a latent goes in, the weights say what shape it must have.
+This is the first step of every run: the weights decide which latents fit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WAN22_STD = (
 
 @dataclass(frozen=True)
 class WanVAEConfig:
-    """Everything that the architecture depends on.
+    """All sizes and switches that define the architecture.
 
     `dim` and `decoder_dim` are the base widths of encoder and decoder (96 / 96 for Wan 2.1,
     160 / 256 for Wan 2.2); a stage has `base * dim_mult[i]` channels. `temporal_downsample[i]`
@@ -68,26 +68,26 @@ class WanVAEConfig:
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels along one side of a latent pixel: 8 (Wan 2.1) or 16 (Wan 2.2)."""
-        return 2 ** len(self.temporal_downsample) * self.patch_size
+        """Pixels on one side of a latent pixel: 8 (Wan 2.1) or 16 (Wan 2.2)."""
+        return (1 << len(self.temporal_downsample)) * self.patch_size
 
     @property
     def temporal_factor(self) -> int:
         """Pixel frames for each latent frame after the first: 4."""
-        return 2 ** sum(self.temporal_downsample)
+        return 1 << sum(self.temporal_downsample)
 
     @property
     def image_channels(self) -> int:
-        """Channels that the network sees: 3 pixels times patch area."""
+        """Channels of the network's pixels: 3 colours times the area of a patch."""
         return 3 * self.patch_size**2
 
     @property
     def residual_shortcuts(self) -> bool:
-        """True for Wan 2.2: a parameter-free shortcut runs around every stage that resamples."""
+        """True for Wan 2.2: every stage that resamples has a shortcut without parameters."""
         return self.family == "wan2.2"
 
     def as_dict(self) -> dict[str, object]:
-        """The part of the report's wire format named `config`."""
+        """The entry `config` of the report, ready for JSON."""
         return {
             "family": self.family,
             "z_dim": self.z_dim,
@@ -101,7 +101,7 @@ class WanVAEConfig:
 
 
 def wan21(dim: int = 96, z_dim: int = 16, has_encoder: bool = True) -> WanVAEConfig:
-    """The Wan 2.1 architecture at base width `dim` (also Qwen-Image's and others' VAE)."""
+    """The Wan 2.1 architecture with base width `dim`; Qwen-Image and others use it too."""
     known = z_dim == len(WAN21_MEAN)
     return WanVAEConfig(
         family="wan2.1",
@@ -117,7 +117,7 @@ def wan21(dim: int = 96, z_dim: int = 16, has_encoder: bool = True) -> WanVAECon
 def wan22(
     dim: int = 160, decoder_dim: int = 256, z_dim: int = 48, has_encoder: bool = True
 ) -> WanVAEConfig:
-    """The Wan 2.2 (TI2V-5B) architecture at base widths `dim` and `decoder_dim`."""
+    """The Wan 2.2 (TI2V-5B) architecture with base widths `dim` and `decoder_dim`."""
     known = z_dim == len(WAN22_MEAN)
     return WanVAEConfig(
         family="wan2.2",
@@ -131,7 +131,7 @@ def wan22(
     )
 
 
-# One telling key for each model that users mix up with a Wan VAE, most specific first.
+# One key that identifies each model that users confuse with a Wan VAE, most specific first.
 # Source: the state-dict keys that each project publishes.
 _LOOK_ALIKES: tuple[tuple[str, str], ...] = (
     (
@@ -163,7 +163,7 @@ _LOOK_ALIKES: tuple[tuple[str, str], ...] = (
 
 
 def identify_other_model(keys: Mapping[str, object]) -> str | None:
-    """Name the model that `keys` belong to, or None if no known one."""
+    """Return the name of the model that has `keys`, or None if it is unknown."""
     for key, name in _LOOK_ALIKES:
         if key in keys:
             return name
@@ -171,9 +171,9 @@ def identify_other_model(keys: Mapping[str, object]) -> str | None:
 
 
 def detect_config(state: Mapping[str, torch.Tensor]) -> WanVAEConfig:
-    """Read the architecture off the keys and shapes of a native state dict.
+    """Detect the architecture from the keys and shapes of a native state dict.
 
-    Raises NotAWanVAEError for another model (by name where it is known) and CheckpointError when
+    Raises NotAWanVAEError for another model, with its name if it is known, and CheckpointError if
     a tensor that decides the architecture is missing or has an impossible shape.
     """
     if not state:
@@ -207,7 +207,7 @@ def detect_config(state: Mapping[str, torch.Tensor]) -> WanVAEConfig:
             raise NotAWanVAEError(
                 f"not a Wan 2.2 VAE: decoder.head.2.weight has {head[0]} outputs, expected 12"
             )
-        # A decoder-only file does not say how wide the encoder was; Wan 2.2's ratio is 160 / 256.
+        # A file without an encoder does not tell its width; Wan 2.2's ratio is 160 / 256.
         return wan22(dim or decoder_dim * 160 // 256, decoder_dim, z_dim, has_encoder)
     if head[0] != 3:
         raise NotAWanVAEError(

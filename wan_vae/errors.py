@@ -1,20 +1,20 @@
-"""Typed errors. Each is one readable line: what was wrong, the value, what was expected, the cure.
+"""Typed errors. Each message is one line: what was wrong, the value, what was expected, the cure.
 
-A ComfyUI user reads them in a red box and a command line user on one line of stderr, so no message
-spans lines, and the numbers an engineer needs are in it.
+ComfyUI users read it in a red box, users of the command line on one line of stderr. It contains the
+numbers that an engineer needs.
 """
 
 
 class WanVAEError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose."""
 
 
 class CheckpointError(WanVAEError):
-    """A checkpoint cannot be read, or its tensors are missing, extra, mis-shaped or not finite."""
+    """A checkpoint is unreadable, or a tensor is missing, extra, not finite or mis-shaped."""
 
 
 class NotAWanVAEError(CheckpointError):
-    """The tensors are those of another model; the message names it where it is recognised."""
+    """The tensors belong to another model. The message names it if it is known."""
 
 
 class LatentError(WanVAEError):
@@ -22,19 +22,19 @@ class LatentError(WanVAEError):
 
 
 class GeometryError(WanVAEError, ValueError):
-    """A size, chunk schedule, strip or shard count is impossible for this latent."""
+    """A size, chunk schedule, or number of strips or shards is impossible for this latent."""
 
 
 class LayoutError(WanVAEError):
-    """A tensor is not in the memory format that an operation was promised."""
+    """A tensor does not have the memory format that an operation needs."""
 
 
 class DecodeMemoryError(WanVAEError):
-    """The device is out of memory after every smaller schedule was tried."""
+    """The device ran out of memory, even with the smallest schedule."""
 
 
 class DecodeCancelled(WanVAEError):
-    """`should_stop` returned true; what was written to the sink so far is incomplete."""
+    """`should_stop` returned true. What the sink received so far is incomplete."""
 
 
 class BackendError(WanVAEError):
@@ -44,7 +44,7 @@ class BackendError(WanVAEError):
 class ShardingError(WanVAEError):
     """Ranks disagree about shape, dtype or format, or one of them failed.
 
-    `rank` is the one that is at fault, None where that is not known.
+    `rank` is the rank at fault, or None if it is unknown.
     """
 
     def __init__(self, message: str, rank: int | None = None):

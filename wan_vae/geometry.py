@@ -1,4 +1,4 @@
-"""Latent sizes <-> pixel sizes. Pure arithmetic; the only place that knows 4t - 3."""
+"""Converts between latent sizes and pixel sizes. Only this module knows that T frames give 4T-3."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from .errors import GeometryError
 
 
 def pixel_frames(latent_frames: int, config: WanVAEConfig) -> int:
-    """Pixel frames that `latent_frames` decode to: 4 t - 3; the first latent frame gives one."""
+    """Pixel frames that `latent_frames` decode to: 4t - 3; the first one gives one frame."""
     return (latent_frames - 1) * config.temporal_factor + 1
 
 
 def latent_frames(frames: int, config: WanVAEConfig) -> int:
-    """Latent frames that `frames` pixel frames encode to; frames past 4 n + 1 are dropped."""
+    """Latent frames that `frames` pixel frames encode to; only 4n + 1 frames are kept."""
     return (frames - 1) // config.temporal_factor + 1
 
 
 def pixel_shape(latent_shape: tuple[int, ...], config: WanVAEConfig) -> tuple[int, ...]:
-    """[B, z, T, H, W] -> [B, 3, 4T-3, 8H, 8W] (16H, 16W for Wan 2.2)."""
+    """Shape of the pixels of a latent: [B, z, T, H, W] -> [B, 3, 4T-3, 8H, 8W] (2.2: 16H, 16W)."""
     b, _, t, h, w = latent_shape
     s = config.spatial_factor
     return (b, 3, pixel_frames(t, config), h * s, w * s)
 
 
 def latent_shape(pixels: tuple[int, ...], config: WanVAEConfig) -> tuple[int, ...]:
-    """[B, 3, T, H, W] -> [B, z, (T-1)//4+1, H//8, W//8] (16 for Wan 2.2).
+    """Shape of the latent of pixels: [B, 3, T, H, W] -> [B, z, (T-1)//4+1, H//8, W//8] (2.2: 16).
 
-    Raises GeometryError below one frame or one latent pixel.
+    Raises GeometryError for less than one frame or one latent pixel.
     """
     b, _, t, h, w = pixels
     s = config.spatial_factor
@@ -43,15 +43,27 @@ def latent_shape(pixels: tuple[int, ...], config: WanVAEConfig) -> tuple[int, ..
     return (b, config.z_dim, latent_frames(t, config), h // s, w // s)
 
 
+def crop_for_encode(pixels: torch.Tensor, config: WanVAEConfig) -> torch.Tensor:
+    """The part of `pixels` [B, 3, T, H, W] that has a latent: 4n + 1 frames, whole latent pixels.
+
+    Rows and columns are cropped evenly from both sides (the extra one at the end). A view.
+    """
+    _, _, t, h, w = latent_shape(tuple(pixels.shape), config)
+    frames = pixel_frames(t, config)
+    height, width = h * config.spatial_factor, w * config.spatial_factor
+    top, left = (pixels.shape[3] - height) // 2, (pixels.shape[4] - width) // 2
+    return pixels[:, :, :frames, top : top + height, left : left + width]
+
+
 def chunk_frames_slice(start: int, stop: int, config: WanVAEConfig) -> tuple[int, int]:
-    """Pixel frames [a, b) that latent frames [start, stop) decode to."""
+    """Pixel frames [first, last) that latent frames [start, stop) decode to."""
     first = 0 if start == 0 else pixel_frames(start, config)
     return first, pixel_frames(stop, config)
 
 
 @dataclass(frozen=True)
 class Strip:
-    """Latent rows [start, stop) of a picture of `rows`, decoded with `halo` rows around."""
+    """Latent rows [start, stop) of a picture of `rows` rows, decoded with a halo of `halo` rows."""
 
     start: int
     stop: int
@@ -67,7 +79,7 @@ class Strip:
         return min(self.rows, self.stop + self.halo)
 
     def bounds(self, scale: int, halo: int) -> tuple[int, int]:
-        """Rows of the whole picture, `scale` times larger than the latent, with `halo` around."""
+        """First and last row with `halo`, in a picture `scale` times as high as the latent."""
         return (
             max(0, self.start * scale - halo),
             min(self.rows * scale, self.stop * scale + halo),
@@ -76,10 +88,10 @@ class Strip:
     def crop(
         self, x: torch.Tensor, scale_from: int, halo_from: int, scale_to: int, halo_to: int
     ) -> torch.Tensor:
-        """Drop the rows of `x` that nothing needs any more.
+        """Drop the rows of `x` that no later layer needs; returns a view.
 
-        `x` [B, C, T, H, W] covers `bounds(scale_from, halo_from)`, up-sampled to `scale_to`; the
-        result covers `bounds(scale_to, halo_to)`. A view.
+        `x` [B, C, T, H, W] covers `bounds(scale_from, halo_from)`, up-sampled to `scale_to`. The
+        result covers `bounds(scale_to, halo_to)`.
         """
         ratio = scale_to // scale_from
         have, _ = self.bounds(scale_from, halo_from)
@@ -90,9 +102,9 @@ class Strip:
 def strip_halos(config: WanVAEConfig) -> tuple[int, ...]:
     """Halo rows that each decoder stage needs at its input, on its own grid, first stage first.
 
-    Counted backwards: a stage has two 3x3 convolutions a residual block, the last one the head
-    too; the convolution after an up-sampler sees one row around on the larger grid.
-    (13, 12, 10, 7) for Wan 2.1 and 2.2.
+    Counted backwards. Each residual block has two 3x3 convolutions, and the last stage also has
+    the head. The convolution after an up-sampler needs one row on each side of the larger grid.
+    Wan 2.1 and 2.2: (13, 12, 10, 7).
     """
     convolutions = 2 * (config.num_res_blocks + 1)
     halos = [convolutions + 1]
@@ -102,7 +114,7 @@ def strip_halos(config: WanVAEConfig) -> tuple[int, ...]:
 
 
 def strips(rows: int, count: int, config: WanVAEConfig) -> list[Strip]:
-    """Cut `rows` latent rows into `count` strips, as even as possible, taller ones first.
+    """Divide `rows` latent rows into `count` strips, as evenly as possible, taller ones first.
 
     Raises GeometryError for more strips than rows or fewer than one.
     """

@@ -1,10 +1,10 @@
-"""The one layout decision: detect memory formats, decide, convert, assert.
+"""Memory formats: detects them, decides which one a run uses, converts and checks.
 
-The only module that asks a tensor about its strides. Everything else says what it wants.
+Only this module asks a tensor about its strides. All others say which format they want.
 
-Words: *NCDHW* is `contiguous`, *NDHWC* is `channels_last_3d`. A tensor whose strides satisfy both
-(one channel, or one pixel: every 1x1x1 kernel) is `either`: it carries no information and never
-needs a conversion. A tensor that is neither (a permuted or expanded view) is `other`.
+Words: *NCDHW* is `contiguous`, *NDHWC* is `channels_last_3d`. A tensor is `either` if its strides
+fit both (it has one channel, or one pixel as every 1x1x1 kernel has); it never needs a conversion.
+A tensor that fits neither, such as a permuted or expanded view, is `other`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def detect(x: torch.Tensor) -> Format:
-    """The memory format of a 4-D or 5-D tensor, seen through strides of size-1 dimensions.
+    """The memory format of a 4-D or 5-D tensor. Strides of size-1 dimensions are ignored.
 
-    Written from sizes and strides alone: `is_contiguous(memory_format=...)` also looks at strides
-    of size-1 dimensions on some paths, which say nothing about where elements lie.
+    `is_contiguous(memory_format=...)` also looks at those strides on some paths, although they do
+    not matter for the place of any element.
     """
     if x.ndim not in _CHANNELS_LAST:
         raise LayoutError(f"memory format of a {x.ndim}-D tensor: expected 4 or 5 dimensions")
@@ -44,7 +44,7 @@ def detect(x: torch.Tensor) -> Format:
 
 
 def _dense_in_order(x: torch.Tensor, order: list[int]) -> bool:
-    """True if walking dimensions in `order`, outermost first, meets no gap and no overlap."""
+    """True if the elements are dense when dimensions are ordered as `order`, outermost first."""
     expected = 1
     for dim in reversed(order):
         if x.shape[dim] != 1:
@@ -56,7 +56,7 @@ def _dense_in_order(x: torch.Tensor, order: list[int]) -> bool:
 
 @dataclass(frozen=True)
 class LayoutDecision:
-    """What was asked for, what was chosen, and why. `chosen` is a real format, never "auto"."""
+    """The requested format, the chosen one, and the reason. `chosen` is never "auto"."""
 
     requested: Requested
     chosen: Literal["contiguous", "channels_last_3d"]
@@ -66,7 +66,7 @@ class LayoutDecision:
 def decide(requested: Requested, device: torch.device, dtype: torch.dtype) -> LayoutDecision:
     """Choose the memory format of the convolution weights for `device` and `dtype`.
 
-    auto: channels_last_3d where the device gains by it and is right with it. Raises LayoutError
+    "auto" chooses channels_last_3d where it is faster and gives right results. Raises LayoutError
     for an unknown request.
     """
     if requested not in ("auto", "contiguous", "channels_last_3d"):
@@ -78,11 +78,13 @@ def decide(requested: Requested, device: torch.device, dtype: torch.dtype) -> La
     if device.type == "cuda":
         if torch.version.hip is not None:
             return LayoutDecision(
-                requested, "contiguous", "ROCm: MIOpen searches anew for each channels-last shape"
+                requested,
+                "contiguous",
+                "ROCm: MIOpen repeats its search for each channels-last shape",
             )
         if dtype in (torch.float16, torch.bfloat16):
             # NVIDIA H200, 96 -> 96 channels at 720x1280: 270 against 203 TFLOP/s; see
-            # benchmarks/NOTES.md for the layer table.
+            # docs/performance.md for whole decodes.
             return LayoutDecision(
                 requested, "channels_last_3d", "cuDNN's half-precision kernels are faster in NDHWC"
             )
@@ -97,10 +99,10 @@ def decide(requested: Requested, device: torch.device, dtype: torch.dtype) -> La
 
 
 def to_format(x: torch.Tensor, fmt: str) -> torch.Tensor:
-    """`x` (4-D or 5-D) dense in `fmt` ("contiguous" or "channels_last_3d"); a copy only if needed.
+    """Return `x` (4-D or 5-D) dense in `fmt` ("contiguous" or "channels_last_3d").
 
-    The result has canonical strides, also for size-1 dimensions, so that ATen takes the path
-    that the format names.
+    Copies only if needed. The result has canonical strides, also for size-1 dimensions, so that
+    ATen takes the code path of that format.
     """
     if fmt == "channels_last_3d":
         if detect(x) in ("channels_last_3d", "either"):
@@ -114,7 +116,7 @@ def to_format(x: torch.Tensor, fmt: str) -> torch.Tensor:
 
 
 def _canonical(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """The same elements under canonical strides; a view, since only size-1 strides can differ."""
+    """A view of `x` with canonical `strides`; only strides of size-1 dimensions can differ."""
     return x if x.stride() == strides else x.as_strided(x.shape, strides)
 
 
@@ -133,14 +135,14 @@ def _channels_last_strides(shape: torch.Size) -> tuple[int, ...]:
 
 
 def empty_like_format(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Uninitialised memory of `shape`, dense in the memory format of `x` (NCDHW for a view)."""
+    """Allocate `shape`, uninitialised, in the memory format of `x` (NCDHW if that is a view)."""
     last = detect(x) == "channels_last_3d"
     fmt = _CHANNELS_LAST[x.ndim] if last else torch.contiguous_format
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=fmt)
 
 
 class LayoutCounter:
-    """Counts what a decode did with formats: conversions done, and mixed calls (0 is normal)."""
+    """Counts the format conversions and the calls with mixed formats (normally 0) of one run."""
 
     def __init__(self) -> None:
         self.conversions = 0
@@ -148,9 +150,9 @@ class LayoutCounter:
 
 
 def match_input(x: torch.Tensor, weight: torch.Tensor, counter: LayoutCounter) -> torch.Tensor:
-    """`x` in the memory format of `weight`: once, at the convolution's input.
+    """Return `x` in the memory format of `weight`; called once, for the input of a convolution.
 
-    A weight that is `either` asks for nothing, and so does an input that is: neither is copied.
+    If the format of one of them is `either`, nothing is copied.
     """
     wanted = detect(weight)
     if wanted == "other":
@@ -174,8 +176,8 @@ def join_frames(
 ) -> torch.Tensor:
     """Concatenate `parts` [B, C, T_i, H, W] along time, in the memory format of `weight`.
 
-    One copy does both, so history costs a mismatched input no second pass. Counted as a
-    conversion if the last part (the new frames) was in another format.
+    The copy that joins the parts also converts them, so the conversion is free. It is counted if
+    the last part (the new frames) had another format.
     """
     wanted = detect(weight)
     fmt = "channels_last_3d" if wanted == "channels_last_3d" else "contiguous"
@@ -199,15 +201,15 @@ def join_frames(
 
 
 def record_call(x: torch.Tensor, weight: torch.Tensor, counter: LayoutCounter) -> None:
-    """Count a convolution that is about to run; a mixed call is one whose formats contradict."""
+    """Count a convolution as a mixed call if its input and weight have different formats."""
     if {detect(x), detect(weight)} == {"contiguous", "channels_last_3d"} or detect(x) == "other":
         counter.mixed_calls += 1
 
 
 def pack_weights(module: torch.nn.Module, fmt: str) -> None:
-    """Give every 4-D and 5-D convolution weight of `module` the format, in place.
+    """Convert every 4-D and 5-D convolution weight of `module` to the format, in place.
 
-    Gammas are left alone: they are 4-D by accident, `Module.to(memory_format=...)` trips on them.
+    Gammas stay as they are. They are 4-D too, and `Module.to(memory_format=...)` fails on them.
     """
     for name, p in module.named_parameters():
         if name.endswith("weight") and p.ndim in _CHANNELS_LAST:
@@ -215,16 +217,17 @@ def pack_weights(module: torch.nn.Module, fmt: str) -> None:
 
 
 def count_formats(weights: Iterable[torch.Tensor]) -> dict[str, int]:
-    """How many of the 5-D convolution weights are in each format; all four keys are present."""
+    """Count the 5-D convolution weights of each format. All four keys are present."""
     counts = Counter(detect(w) for w in weights if w.ndim == 5)
     return {fmt: counts.get(fmt, 0) for fmt in FORMATS}
 
 
 def contiguous_for_collective(x: torch.Tensor) -> torch.Tensor:
-    """`x` as dense NCDHW, for a collective or send that copies raw bytes.
+    """Return `x` as dense NCDHW, for a collective or send that copies raw bytes.
 
-    NCCL accepts a dense NDHWC tensor, sends its bytes as they lie, and the receiver reads them as
-    NCDHW: a silently garbled picture. Every tensor that leaves this process passes here.
+    NCCL accepts a dense NDHWC tensor and sends its bytes in that order. The receiver reads them as
+    NCDHW, and the picture is silently garbled. Every tensor that leaves this process comes through
+    this function.
     """
     out = x.contiguous()
     if out.ndim in _CHANNELS_LAST and detect(out) not in ("contiguous", "either"):

@@ -36,13 +36,12 @@ COLLECTS: tuple[Collect, ...] = get_args(Collect)
 class RunOptions:
     """How a decode or encode is to be done; None and "auto" leave the choice to the plan.
 
-    normalized: latents are normalised, as diffusers holds them. chunk_frames: latent frames a
-    chunk, or the list of all chunk lengths. memory_format: of weights and features. precision: the
-    compute dtype. strips: bands of rows to decode one after another. backend: the kernels to use.
-    free_bytes: device memory to count on, where that is less than the device has free.
+    chunk_frames: latent frames a chunk, or the list of all chunk lengths. memory_format: of weights
+    and features. precision: the compute dtype. strips: bands of rows to decode one after another.
+    backend: the kernels to use. free_bytes: device memory to count on, where that is less than the
+    device has free; infinity plans as if all of it fitted.
     """
 
-    normalized: bool = False
     chunk_frames: int | Sequence[int] | None = None
     memory_format: MemoryFormat = "auto"
     precision: Precision = "auto"

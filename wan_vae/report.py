@@ -1,7 +1,7 @@
-"""DecodeReport: what happened, in units, frozen. `as_dict()` is the wire format of the panel.
+"""DecodeReport: a frozen record of what one run did. `as_dict()` is the panel's wire format.
 
-Last step of the sentence: pixels stream out, and a report says what happened. `ReportBuilder` is
-the mutable side that a decode fills in; `build()` freezes it, at the end or for a progress event.
+A run fills in a mutable `ReportBuilder`; `build()` freezes it, at the end and for each progress
+event. Names of fields end in their unit.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
+from .config import WanVAEConfig
 from .device import device_name, versions
 
 SCHEMA = "wan_vae.report/1"
@@ -19,8 +21,11 @@ SCHEMA = "wan_vae.report/1"
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One convolution: native name, operation, weight shape, memory format of its weight as used
-    (contiguous, channels_last_3d, either, other) and the backend that runs it."""
+    """One convolution: native name, operation, shape of its weight, format and backend.
+
+    `format`: memory format of the weight as used (contiguous, channels_last_3d, either, other).
+    `backend`: what runs this layer.
+    """
 
     name: str
     op: str
@@ -31,9 +36,10 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class ChunkRecord:
-    """One chunk: latent frames [start, stop), its pixel frames, milliseconds of its passes so far.
+    """One chunk: latent frames [start, stop), number of pixel frames, milliseconds so far.
 
-    `frames` are all that the chunk makes, also while it is under way."""
+    `frames` counts all pixel frames of the chunk, also before they are finished.
+    """
 
     start: int
     stop: int
@@ -44,7 +50,7 @@ class ChunkRecord:
 
 @dataclass(frozen=True)
 class BackendOff:
-    """A backend that was not used for an operation, and why."""
+    """A backend that was not used for an operation, and the reason."""
 
     op: str
     backend: str
@@ -53,9 +59,9 @@ class BackendOff:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One rank's share: latent rows [start_row, stop_row), what it exchanged.
+    """The part of one rank: latent rows [start_row, stop_row), and what it exchanged.
 
-    Where `axis` is "width" its rows are columns, those of the halo too.
+    If `axis` is "width", all rows are columns, also those of the halo.
     """
 
     rank: int
@@ -70,10 +76,10 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class LayoutRecord:
-    """Memory formats: asked for, chosen and why; weights as found and as used; the latent's.
+    """Memory formats: requested, chosen and why; weights as found and as used; the latent's.
 
-    `conversions` counts convolution inputs that were matched to their weight (mixed calls
-    prevented); `mixed_calls` counts convolutions that ran with differing formats: 0 is normal.
+    `conversions` counts convolution inputs that were converted to the format of their weight.
+    `mixed_calls` counts convolutions whose input and weight had different formats; normally 0.
     """
 
     requested: str = "auto"
@@ -88,8 +94,10 @@ class LayoutRecord:
 
 @dataclass(frozen=True)
 class MemoryRecord:
-    """Bytes: free on the device before the start, planned, peak above the start, output, weights.
-    `peak_bytes` and `free_bytes` are None where the device does not count them (the CPU)."""
+    """Bytes: free before the start, planned, peak above the start, output, weights.
+
+    `peak_bytes` and `free_bytes` are None if the device does not count them (the CPU).
+    """
 
     free_bytes: int | None = None
     planned_bytes: int | None = None
@@ -100,7 +108,7 @@ class MemoryRecord:
 
 @dataclass(frozen=True)
 class DecodeReport:
-    """What one decode, encode or inspection did. `as_dict()` gives JSON-ready values."""
+    """What one decode, encode or inspection did. `as_dict()` returns values for JSON."""
 
     operation: str
     status: str
@@ -127,22 +135,23 @@ class DecodeReport:
     frames_per_s: float | None = None
     warnings: tuple[str, ...] = ()
     versions: dict[str, str | None] = field(default_factory=dict)
+    # What was planned, without what stands above: see `Plan.summary`; None if nothing was.
+    plan: dict[str, object] | None = None
 
     def as_dict(self) -> dict[str, object]:
-        """The wire format `wan_vae.report/1`: only dicts, lists, strings, numbers, booleans, None.
+        """Return the wire format `wan_vae.report/1`: dicts, lists, strings, numbers, bools, None.
 
-        Field names are those of this class, except that `backends_used` and `backends_off` become
-        `backends: {used, off}`; a `schema` key comes first. Nested records keep their names, and
-        every size, time and count has its unit in its name.
+        Keys are the field names of this class, with two exceptions: `schema` comes first, and
+        `backends_used` and `backends_off` become `backends: {used, off}`.
         """
-        plain = {"schema": SCHEMA, **asdict(self)}
+        plain: dict[str, object] = {"schema": SCHEMA, **asdict(self)}
         plain["backends"] = {"used": plain.pop("backends_used"), "off": plain.pop("backends_off")}
-        return _jsonable(plain)
+        return {key: _jsonable(value) for key, value in plain.items()}
 
     @classmethod
-    def from_dict(cls, plain: Mapping[str, object]) -> DecodeReport:
-        """The report that `as_dict` made `plain` of, in this process or another."""
-        values = {k: v for k, v in plain.items() if k not in ("schema", "backends")}
+    def from_dict(cls, plain: Mapping[str, Any]) -> DecodeReport:
+        """Rebuild the report from the result of `as_dict`, of this process or another."""
+        values: dict[str, Any] = {k: v for k, v in plain.items() if k not in ("schema", "backends")}
         values["layout"] = LayoutRecord(**values["layout"])
         values["memory"] = MemoryRecord(**values["memory"])
         values["backends_used"] = plain["backends"]["used"]
@@ -152,10 +161,13 @@ class DecodeReport:
         ]
         values["chunks"] = [ChunkRecord(**v) for v in plain["chunks"]]
         values["shards"] = [ShardRecord(**v) for v in plain["shards"]]
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        for name, value in values.items():
+            if isinstance(value, list):
+                values[name] = tuple(value)
+        return cls(**values)
 
 
-def _jsonable(value):
+def _jsonable(value: object) -> object:
     if isinstance(value, dict):
         return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -164,15 +176,21 @@ def _jsonable(value):
 
 
 class ReportBuilder:
-    """Collects facts while an operation runs; `build()` makes the frozen report of this moment."""
+    """Collects facts while an operation runs; `build()` freezes them into a report."""
 
-    def __init__(self, operation: str, config, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, operation: str, config: WanVAEConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.operation = operation
         self.config = config.as_dict()
         self.device = device
         self.dtype = dtype
-        self.values: dict[str, object] = {}
-        self.layout: dict[str, object] = {}
+        self.latent_shape: tuple[int, ...] | None = None
+        self.pixel_shape: tuple[int, ...] | None = None
+        self.precision_requested = "auto"
+        self.strips = 1
+        self.plan: dict[str, object] | None = None
+        self.layout: dict[str, Any] = {}
         self.memory: dict[str, int | None] = {}
         self.layers: list[LayerRecord] = []
         self.backends_used: dict[str, str] = {}
@@ -186,7 +204,7 @@ class ReportBuilder:
         self._started = time.perf_counter()
 
     def build(self, status: str, error: str | None = None) -> DecodeReport:
-        """Freeze what is known now; `duration_ms` counts from the builder's creation."""
+        """Make a report of what is known now. `duration_ms` counts from the builder's creation."""
         seconds = time.perf_counter() - self._started
         return DecodeReport(
             operation=self.operation,
@@ -210,5 +228,9 @@ class ReportBuilder:
             duration_ms=seconds * 1e3,
             frames_per_s=self.done_frames / seconds if self.done_frames and seconds > 0 else None,
             versions=versions(),
-            **self.values,
+            latent_shape=self.latent_shape,
+            pixel_shape=self.pixel_shape,
+            precision_requested=self.precision_requested,
+            strips=self.strips,
+            plan=self.plan,
         )

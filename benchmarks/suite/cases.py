@@ -21,7 +21,7 @@ class Case:
     latent: tuple[int, int, int, int, int]
 
     def random_latent(self) -> torch.Tensor:
-        """The latent that every contender decodes: seeded, float32, on the CPU."""
+        """The latent that every decoder gets: seeded, float32, on the CPU."""
         generator = torch.Generator().manual_seed(_LATENT_SEED)
         return torch.randn(self.latent, generator=generator)
 
@@ -45,6 +45,6 @@ CASES: dict[str, Case] = {
         Case("wan2.2-narrow", wan22(dim=8, decoder_dim=16), (1, 48, 2, 2, 2)),
     )
 }
-# The table of the README; the others are there to be asked for.
+# The table of the README; the others run only when they are named.
 GPU_CASES = ("wan2.1-720p-81", "wan2.1-480p-81", "wan2.2-720p-121", "wan2.1-1024-image")
 CPU_CASES = ("wan2.1-tiny", "wan2.2-tiny")

@@ -1,6 +1,6 @@
 """How long a user waits the first time: fresh processes, first without and then with kernel caches.
 
-Two processes after each other for each contender, both with cache folders of their own, empty for
+Two processes after each other for each decoder, both with cache folders of their own, empty for
 the first. Each decodes twice; the second decode says what a warm one costs in that process.
 """
 
@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
+from benchmarks.suite.baseline import Baseline
 from benchmarks.suite.cases import Case
-from benchmarks.suite.contender import Contender
-from benchmarks.suite.measure import NoNumber
+from benchmarks.suite.measure import NoNumber, Setting
+from wan_vae.device import dtype_name
 
 # Where Triton, Inductor, CUDA, PyTorch's run-time compiler and our proofs keep what they made.
 CACHE_VARIABLES = (
@@ -31,18 +30,20 @@ CACHE_VARIABLES = (
     "PYTORCH_KERNEL_CACHE_PATH",
     "WAN_VAE_CACHE",
 )
+Caches = Literal["fresh", "warm"]
+CACHES: tuple[Caches, ...] = ("fresh", "warm")
 _LIMIT_S = 600
 
 
 @dataclass(frozen=True)
 class ColdStart:
     """One fresh process. `start_ms`: interpreter and imports; `build_ms`: model onto the device
-    (weights made before, a peer's own imports within); `first_decode_ms`: latent and pixels on the
-    device; `next_decode_ms`: the same again."""
+    (weights made before; another decoder's own imports are in it); `first_decode_ms`: latent and
+    pixels on the device; `next_decode_ms`: the same again."""
 
     case: str
-    contender: str
-    caches: Literal["fresh", "warm"]
+    decoder: str
+    caches: Caches
     start_ms: float
     build_ms: float
     first_decode_ms: float
@@ -50,28 +51,30 @@ class ColdStart:
 
 
 def cold_starts(
-    case: Case, entrants: Sequence[Contender], device: torch.device, dtype: torch.dtype
+    case: Case, decoders: Sequence[Baseline], setting: Setting
 ) -> Iterator[ColdStart | NoNumber]:
-    """Two rows of each contender: caches fresh, then warm; or one that says why not."""
-    for contender in entrants:
-        reason = contender.why_not(device, dtype)
+    """Two rows of each decoder: caches fresh, then warm; or one that says why not."""
+    for decoder in decoders:
+        reason = decoder.unavailable_reason(setting.device, setting.dtype)
         if reason is not None:
-            yield NoNumber(case.name, contender.name, "device", "unavailable", reason)
+            yield NoNumber(case.name, decoder.name, "device", "unavailable", reason)
             continue
         with tempfile.TemporaryDirectory(prefix="wan_vae_bench_") as folder:
-            for caches in ("fresh", "warm"):
-                row = _one_process(case, contender.name, caches, Path(folder), device, dtype)
+            for caches in CACHES:
+                row = _one_process(case, decoder.name, caches, Path(folder), setting)
                 yield row
                 if isinstance(row, NoNumber):
                     break
 
 
-def _one_process(case, name, caches, folder: Path, device, dtype) -> ColdStart | NoNumber:
+def _one_process(
+    case: Case, name: str, caches: Caches, folder: Path, setting: Setting
+) -> ColdStart | NoNumber:
     job = {
         "case": case.name,
-        "contender": name,
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "decoder": name,
+        "device": str(setting.device),
+        "dtype": dtype_name(setting.dtype),
         "started_s": time.time(),
     }
     # The child must find this very package, installed or not.
@@ -82,7 +85,8 @@ def _one_process(case, name, caches, folder: Path, device, dtype) -> ColdStart |
         **{name: str(folder / name.lower()) for name in CACHE_VARIABLES},
         "PYTHONPATH": os.pathsep.join(paths),
     }
-    command = [sys.executable, "-m", "benchmarks.suite.cold_process", json.dumps(job)]
+    # -P: another `benchmarks` in the working directory would come first.
+    command = [sys.executable, "-P", "-m", "benchmarks.suite.cold_process", json.dumps(job)]
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=_LIMIT_S
@@ -92,7 +96,7 @@ def _one_process(case, name, caches, folder: Path, device, dtype) -> ColdStart |
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return NoNumber(case.name, name, "device", "failed", said[-1][:200])
-    # Peers print while they are imported: ours is the last line.
+    # Other decoders print while they are imported: ours is the last line.
     times = json.loads(done.stdout.strip().splitlines()[-1])
     if not times["same"]:
         return NoNumber(case.name, name, "device", "refused", "two decodes differ, or NaN")

@@ -1,6 +1,6 @@
-"""ComfyUI's core as a contender: imported from `COMFYUI_PATH` into this process, run, not copied.
+"""ComfyUI's core as a decoder: imported from `COMFYUI_PATH` into this process, not copied.
 
-It is imported as a library: what its `main.py` sets up beside that (allocator, dynamic VRAM) is
+It is imported as a library: what its `main.py` sets up besides (allocator, dynamic VRAM) is
 not part of the comparison.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.suite.contender import Built
+from benchmarks.suite.baseline import Built
 from benchmarks.suite.weights import Weights
 
 
@@ -53,7 +53,7 @@ class ComfyUICore:
         self._flags: BackendFlags | None = None
         self._failure: str | None = None
 
-    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unavailable_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Imports ComfyUI the first time it is asked."""
         if not self._path:
             return "COMFYUI_PATH is not set"
@@ -76,9 +76,11 @@ class ComfyUICore:
         """ComfyUI's version once it has been imported."""
         if self._flags is None:
             return None
-        return importlib.import_module("comfyui_version").__version__
+        return str(importlib.import_module("comfyui_version").__version__)
 
     def build(self, weights: Weights, device: torch.device, dtype: torch.dtype) -> Built:
+        if self._flags is None:
+            raise RuntimeError("ComfyUI was not imported: ask for unavailable_reason first")
         management = importlib.import_module("comfy.model_management")
         before = BackendFlags.read()
         self._flags.apply()
@@ -92,10 +94,12 @@ class ComfyUICore:
             raise
 
         def decode(z: torch.Tensor) -> torch.Tensor:
-            return vae.first_stage_model.decode(z.to(vae.vae_dtype))
+            pixels: torch.Tensor = vae.first_stage_model.decode(z.to(vae.vae_dtype))
+            return pixels
 
         def image(z: torch.Tensor) -> torch.Tensor:
-            return vae.decode(z)
+            frames: torch.Tensor = vae.decode(z)
+            return frames
 
         def close() -> None:
             management.unload_all_models()

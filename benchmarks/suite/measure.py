@@ -1,4 +1,4 @@
-"""Gate, then time: one contender at a time, on the device and all the way to a host picture.
+"""Gate, then time: one decoder at a time, on the device and all the way to a host picture.
 
 Two routes. *device*: latent on the device to pixels on it. *image*: latent on the CPU to float32
 IMAGE frames on the CPU, which is what a ComfyUI user waits for. The reference is this pack's eager
@@ -8,6 +8,8 @@ decode in float32 with TF32 off, itself held against diffusers in float32 where 
 from __future__ import annotations
 
 import gc
+import importlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +18,13 @@ from typing import Literal
 
 import torch
 
+from benchmarks.suite.baseline import Baseline, Built
 from benchmarks.suite.cases import Case
-from benchmarks.suite.contender import Built, Contender
 from benchmarks.suite.weights import Weights, diffusers_model
+from wan_vae.device import dtype_name
 from wan_vae.errors import WanVAEError
 from wan_vae.io.image import frames_to_pixels
+from wan_vae.options import MemoryFormat
 from wan_vae.pipeline import WanVAE
 
 Route = Literal["device", "image"]
@@ -38,12 +42,21 @@ _CHECKED = (2, 8, 8)
 
 
 @dataclass(frozen=True)
+class Setting:
+    """Where and how every decoder runs; `repeats`: timed decodes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    repeats: int = 5
+
+
+@dataclass(frozen=True)
 class Result:
-    """One contender on one route of one case. Times in ms. `peak_bytes`: device memory above
+    """One decoder on one route of one case. Times in ms. `peak_bytes`: device memory above
     weights and output, None where nobody counts it. `error`: relative to the reference."""
 
     case: str
-    contender: str
+    decoder: str
     route: Route
     dtype: str
     median_ms: float
@@ -57,11 +70,11 @@ class Result:
 
 @dataclass(frozen=True)
 class NoNumber:
-    """A contender without a time: unavailable here, failed while it ran, or refused for a wrong
+    """A decoder without a time: unavailable here, failed while it ran, or refused for a wrong
     picture. `reason` says more."""
 
     case: str
-    contender: str
+    decoder: str
     route: Route
     kind: Kind
     reason: str
@@ -71,20 +84,27 @@ Row = Result | NoNumber
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What a contender may raise that becomes a row: the run goes on with the others.
+    """What a decoder may raise that becomes a row: the run goes on with the others.
 
-    Wide, because peers are other people's code in versions that we do not choose; the row names
-    the error, and one of ours makes the command fail.
+    Wide, because other decoders are other people's code in versions that we do not choose; the row
+    names the error, and one of ours makes the command fail.
     """
     known: tuple[type[Exception], ...] = (
-        WanVAEError, RuntimeError, ImportError, OSError, ValueError, TypeError, AttributeError,
-        LookupError, AssertionError,
-    )  # fmt: skip
+        WanVAEError,
+        RuntimeError,
+        ImportError,
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        AssertionError,
+    )
     try:
-        from triton.errors import TritonError
+        triton = importlib.import_module("triton.errors")
     except ImportError:
         return known
-    return (*known, TritonError)
+    return (*known, triton.TritonError)
 
 
 def synchronise(device: torch.device) -> None:
@@ -94,7 +114,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what dropped contenders held, so that the next one starts from nothing."""
+    """Give back what dropped decoders held, so that the next one starts from nothing."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -125,7 +145,7 @@ def relative_error(pixels: torch.Tensor, reference: torch.Tensor) -> float:
         r = reference[:, :, t].to(pixels.device).double()
         top += (pixels[:, :, t].double().clamp(-1, 1) - r).square().sum().item()
         bottom += r.square().sum().item()
-    return (top / bottom) ** 0.5
+    return math.sqrt(top / bottom)
 
 
 def reference_pixels(case: Case, weights: Weights, device: torch.device) -> torch.Tensor:
@@ -136,77 +156,65 @@ def reference_pixels(case: Case, weights: Weights, device: torch.device) -> torc
     t, h, w = _CHECKED
     crop = z[:, :, :t, :h, :w].contiguous()
     try:
-        peer = diffusers_model(weights, device, torch.float32)
+        other = diffusers_model(weights, device, torch.float32)
     except ImportError:
-        peer = None
-    if peer is not None:
+        other = None
+    if other is not None:
         with torch.inference_mode():
-            drift = relative_error(vae.decode(crop, backend="eager"), peer.decode(crop).sample)
-        del peer
+            drift = relative_error(_eager(vae, crop, "auto"), other.decode(crop).sample)
+        del other
         if not drift < REFERENCE_GATE:
             raise SystemExit(
                 f"wan-vae bench: {case.name}: the float32 reference differs from diffusers by "
                 f"{drift:.1e}: no numbers"
             )
-    return vae.decode(z, memory_format="contiguous", backend="eager").cpu()
+    return _eager(vae, z, "contiguous").cpu()
+
+
+def _eager(vae: WanVAE, z: torch.Tensor, memory_format: MemoryFormat) -> torch.Tensor:
+    pixels = vae.decode(z, memory_format=memory_format, backend="eager")
+    assert pixels is not None  # None only with a sink
+    return pixels
 
 
 def measure_case(
-    case: Case,
-    entrants: Sequence[Contender],
-    weights: Weights,
-    device: torch.device,
-    dtype: torch.dtype,
-    repeats: int,
+    case: Case, decoders: Sequence[Baseline], weights: Weights, setting: Setting
 ) -> Iterator[Row]:
-    """Two rows of each contender, one contender in memory at a time."""
-    reference = reference_pixels(case, weights, device)
-    for contender in entrants:
-        free_memory(device)
-        yield from _measure_contender(case, contender, weights, reference, device, dtype, repeats)
-    free_memory(device)
+    """Two rows of each decoder, one decoder in memory at a time."""
+    reference = reference_pixels(case, weights, setting.device)
+    for decoder in decoders:
+        free_memory(setting.device)
+        yield from _measure_decoder(case, decoder, weights, reference, setting)
+    free_memory(setting.device)
 
 
-def _measure_contender(
-    case: Case,
-    contender: Contender,
-    weights: Weights,
-    reference: torch.Tensor,
-    device: torch.device,
-    dtype: torch.dtype,
-    repeats: int,
+def _measure_decoder(
+    case: Case, decoder: Baseline, weights: Weights, reference: torch.Tensor, setting: Setting
 ) -> Iterator[Row]:
     def without(kind: Kind, reason: str) -> list[Row]:
-        return [NoNumber(case.name, contender.name, route, kind, reason) for route in ROUTES]
+        return [NoNumber(case.name, decoder.name, route, kind, reason) for route in ROUTES]
 
-    reason = contender.why_not(device, dtype)
+    reason = decoder.unavailable_reason(setting.device, setting.dtype)
     if reason is not None:
         yield from without("unavailable", reason)
         return
     try:
-        built = contender.build(weights, device, dtype)
+        built = decoder.build(weights, setting.device, setting.dtype)
     except failures() as error:
         yield from without("failed", one_line(error))
         return
     try:
         for route in ROUTES:
-            yield measure_route(case, contender.name, route, built, reference, device, dtype,
-                                repeats)  # fmt: skip
+            yield measure_route(case, decoder.name, route, built, reference, setting)
     finally:
         built.close()
 
 
 def measure_route(
-    case: Case,
-    name: str,
-    route: Route,
-    built: Built,
-    reference: torch.Tensor,
-    device: torch.device,
-    dtype: torch.dtype,
-    repeats: int,
+    case: Case, name: str, route: Route, built: Built, reference: torch.Tensor, setting: Setting
 ) -> Row:
-    """Decode once for the gate and the memory, then `repeats` times for the clock."""
+    """Decode once for the gate and the memory, then `setting.repeats` times for the clock."""
+    device, dtype = setting.device, setting.dtype
     z = case.random_latent()
     run = built.image if route == "image" else built.decode
     if route == "device":
@@ -214,19 +222,28 @@ def measure_route(
     try:
         with torch.inference_mode():
             pixels, peak = _with_peak(lambda: run(z), device)
-            error = relative_error(_as_pixels(pixels, route), reference)
+            drift = relative_error(_as_pixels(pixels, route), reference)
             del pixels
             gate = FLOAT_GATE if dtype == torch.float32 else HALF_GATE
-            if not error < gate:
-                reason = f"relative error {error:.2e} is above the gate {gate:.0e}"
+            if not drift < gate:
+                reason = f"relative error {drift:.2e} is above the gate {gate:.0e}"
                 return NoNumber(case.name, name, route, "refused", reason)
-            times = times_ms(lambda: run(z), device, repeats)
+            times = times_ms(lambda: run(z), device, setting.repeats)
     except failures() as error:
         return NoNumber(case.name, name, route, "failed", one_line(error))
     return Result(
-        case.name, name, route, str(dtype).removeprefix("torch."), statistics.median(times),
-        min(times), max(times), repeats, peak, error, built.note(),
-    )  # fmt: skip
+        case=case.name,
+        decoder=name,
+        route=route,
+        dtype=dtype_name(dtype),
+        median_ms=statistics.median(times),
+        min_ms=min(times),
+        max_ms=max(times),
+        repeats=setting.repeats,
+        peak_bytes=peak,
+        error=drift,
+        note=built.note(),
+    )
 
 
 def _as_pixels(result: torch.Tensor, route: Route) -> torch.Tensor:

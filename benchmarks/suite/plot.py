@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.suite.cases import CASES
-from benchmarks.suite.measure import Result
-from benchmarks.suite.results import Results
+from benchmarks.suite.comparison import Comparison
+from benchmarks.suite.measure import ROUTES, Result
 from benchmarks.suite.roofline import Ceilings, Roofline
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Distinguishable without colour vision (Okabe and Ito).
 _COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#009E73")
@@ -16,7 +20,7 @@ _AREA, _LEAST_AREA = 1200, 12
 _LABELLED = 4
 
 
-def draw(results: Results, folder: Path) -> list[Path]:
+def draw(results: Comparison, folder: Path) -> list[Path]:
     """Write `time.png` and, for each layer list, `roofline-CASE-BACKEND.png`; returns the files.
 
     Needs matplotlib (ImportError); draws only what has numbers.
@@ -26,27 +30,27 @@ def draw(results: Results, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     figures = {}
     if any(isinstance(row, Result) for row in results.rows):
-        size = (2 + 2.6 * len(results.cases), 1.4 + 0.42 * len(results.contenders))
+        size = (2 + 2.6 * len(results.cases), 1.4 + 0.42 * len(results.decoders))
         figures["time.png"] = _times(Figure(figsize=size, layout="constrained"), results)
     for found in results.rooflines:
         if isinstance(found, Roofline) and results.ceilings is not None:
             figure = Figure(figsize=(8, 5), layout="constrained")
             figures[f"roofline-{found.case}-{found.backend}.png"] = _roof(
-                figure, found, results.ceilings, results.device
+                figure, found, results.ceilings, results.facts.device
             )
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=120)
     return [folder / name for name in figures]
 
 
-def _times(figure, results: Results):
+def _times(figure: Figure, results: Comparison) -> Figure:
     """A panel for each case, a bar for each decoder; pale: on to the host IMAGE."""
-    names, cases = results.contenders, results.cases
+    names, cases = results.decoders, results.cases
     panels = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
     for axes, case in zip(panels, cases, strict=True):
         for i, name in enumerate(names):
             colour = _COLOURS[i % len(_COLOURS)]
-            device, image = (results.find(case, name, route) for route in ("device", "image"))
+            device, image = (results.find(case, name, route) for route in ROUTES)
             text = "" if device is None else getattr(device, "kind", "")
             if isinstance(image, Result):
                 axes.barh(i, image.median_ms, color=colour, alpha=0.35)
@@ -61,11 +65,11 @@ def _times(figure, results: Results):
         axes.tick_params(labelsize=8)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    figure.suptitle(f"Decode on {results.device}; pale: LATENT to host IMAGE", fontsize=10)
+    figure.suptitle(f"Decode on {results.facts.device}; pale: LATENT to host IMAGE", fontsize=10)
     return figure
 
 
-def _roof(figure, roofline: Roofline, ceilings: Ceilings, device: str):
+def _roof(figure: Figure, roofline: Roofline, ceilings: Ceilings, device: str) -> Figure:
     """TFLOP/s by intensity on logarithmic axes; area by share of the decode."""
     axes = figure.add_subplot()
     layers = [row for row in roofline.layers if row.flops]

@@ -12,10 +12,12 @@ import torch
 
 from wan_vae.chunking import Chunk
 from wan_vae.config import WanVAEConfig
-from wan_vae.planning import memory
-from wan_vae.sharding.plan import ShardPlan, decoder_exchanges, halo_bytes, plan_shards
+from wan_vae.planning.choose import PlanRequest, choose
+from wan_vae.sharding.plan import ShardPlan, plan_shards
 
-# NVIDIA H200, device copy, read and write counted (benchmarks/NOTES.md).
+from .exchanges import decoder_exchanges, halo_bytes
+
+# NVIDIA H200, device copy, read and write counted (docs/performance.md).
 COPY_BYTES_PER_MS = 4.2e9
 
 
@@ -45,7 +47,7 @@ def steady(frames: int) -> Chunk:
 
 
 def cross_size(plan: ShardPlan, height: int, width: int) -> int:
-    """Latent size of the axis that `plan` does not cut."""
+    """Latent size of the axis along which `plan` does not divide."""
     return width if plan.axis == "height" else height
 
 
@@ -124,35 +126,47 @@ class Prediction:
     efficiency: float
 
 
+@dataclass(frozen=True)
+class MeasuredPicture:
+    """A latent of `height` x `width`, and the measured time of one latent frame on one GPU."""
+
+    name: str
+    height: int
+    width: int
+    one_gpu_ms: float
+
+
 def predict(
     config: WanVAEConfig,
-    height: int,
-    width: int,
+    picture: MeasuredPicture,
     ranks: int,
     link: Link,
-    one_gpu_ms: float,
+    *,
     itemsize: int = 2,
     frames: int = 1,
 ) -> Prediction:
-    """A latent of `height` x `width` on `ranks` GPUs in chunks of `frames` latent frames.
-
-    `one_gpu_ms`: of one latent frame on one GPU.
-    """
-    plan = plan_shards(height, width, ranks)
-    cross = cross_size(plan, height, width)
+    """`picture` on `ranks` GPUs in chunks of `frames` latent frames."""
+    plan = plan_shards(picture.height, picture.width, ranks)
+    cross = cross_size(plan, picture.height, picture.width)
     start, stop = plan.rows_of(0)
     rows = stop - start
     found = exchanged(config, plan, cross, link, itemsize, frames)
-    compute_ms = one_gpu_ms * frames * rows / plan.rows
+    compute_ms = picture.one_gpu_ms * frames * rows / plan.rows
     copy_ms = surround_bytes(config, rows, cross, itemsize, frames) / COPY_BYTES_PER_MS
     chunk_ms = max(compute_ms + copy_ms + found.link_ms, HOST_ISSUE_MS)
     return Prediction(
-        plan.axis, rows, frames, found.messages, found.halo_bytes, found.attention_bytes, chunk_ms,
-        one_gpu_ms * frames / (ranks * chunk_ms),
-    )  # fmt: skip
+        axis=plan.axis,
+        rows=rows,
+        frames=frames,
+        messages=found.messages,
+        halo_bytes=found.halo_bytes,
+        attention_bytes=found.attention_bytes,
+        chunk_ms=chunk_ms,
+        efficiency=picture.one_gpu_ms * frames / (ranks * chunk_ms),
+    )
 
 
 def planned_frames(config: WanVAEConfig, latent_shape: tuple[int, ...], plan: ShardPlan) -> int:
     """Latent frames a chunk of a decode of [B, z, T, H, W] by `plan`, where memory is no limit."""
     own = plan.pixel_shape_of(0, latent_shape, 1)
-    return memory.plan_chunk_frames(config, own, torch.bfloat16, None)
+    return choose(PlanRequest(config, own, torch.bfloat16, shards=True)).chunk_frames

@@ -1,21 +1,52 @@
-"""The same random weights for every contender, each in its own key layout.
+"""The random weights of every benchmark, and the same ones for each decoder in its own key layout.
 
-The masters are float32 tensors on the CPU under native keys (what ComfyUI loads). Diffusers' keys
-are found by sending its own names through our checkpoint reader, so that no table is kept twice.
+Weights are float32 tensors under native keys (what ComfyUI loads). Diffusers' keys are found by
+sending its own names through our checkpoint reader, so that no table is kept twice.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 
 from wan_vae.config import WanVAEConfig
 from wan_vae.io.checkpoint import canonical_state_dict
-from wan_vae.network.model import expected_shapes
+from wan_vae.network.model import build_model, expected_shapes
+from wan_vae.pipeline import WanVAE
 
 _WEIGHT_SEED = 0
+_CPU = torch.device("cpu")
+
+
+def random_state(config: WanVAEConfig, device: torch.device = _CPU) -> dict[str, torch.Tensor]:
+    """Seeded weights, made on `device`: kernels uniform as PyTorch's own layers start, gains near
+    1, small biases. Another kind of device has other numbers."""
+    generator = torch.Generator(device).manual_seed(_WEIGHT_SEED)
+    state = {}
+    for name, shape in expected_shapes(config).items():
+        if name.endswith("gamma"):
+            noise = torch.randn(shape, generator=generator, device=device)
+            state[name] = 1 + 0.1 * noise
+        elif name.endswith("bias"):
+            noise = torch.randn(shape, generator=generator, device=device)
+            state[name] = 0.02 * noise
+        else:
+            bound = prod(shape[1:]) ** -0.5
+            empty = torch.empty(shape, device=device)
+            state[name] = empty.uniform_(-bound, bound, generator=generator)
+    return state
+
+
+def random_vae(config: WanVAEConfig, device: torch.device) -> WanVAE:
+    """A VAE with `random_state` on `device`, in bfloat16 on CUDA and float32 elsewhere."""
+    vae = WanVAE(build_model(config, random_state(config, device), device, torch.float32))
+    if device.type == "cuda":
+        vae.model.to(torch.bfloat16)
+    return vae
 
 
 @dataclass(frozen=True)
@@ -27,24 +58,13 @@ class Weights:
 
     @classmethod
     def random(cls, config: WanVAEConfig) -> Weights:
-        """Seeded: kernels uniform as PyTorch's own layers start, gains near 1, small biases."""
-        generator = torch.Generator().manual_seed(_WEIGHT_SEED)
-        native = {}
-        for name, shape in expected_shapes(config).items():
-            if name.endswith("gamma"):
-                native[name] = 1 + 0.1 * torch.randn(shape, generator=generator)
-            elif name.endswith("bias"):
-                native[name] = 0.02 * torch.randn(shape, generator=generator)
-            else:
-                bound = prod(shape[1:]) ** -0.5
-                native[name] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-        return cls(config, native)
+        """`random_state`, made on the CPU: the same on every machine."""
+        return cls(config, random_state(config))
 
 
-def diffusers_model(weights: Weights, device: torch.device, dtype: torch.dtype):
+def diffusers_model(weights: Weights, device: torch.device, dtype: torch.dtype) -> Any:
     """diffusers' AutoencoderKLWan with copies of `weights` on `device`. Raises ImportError."""
-    import diffusers
-
+    diffusers = importlib.import_module("diffusers")
     with torch.device("meta"):
         model = diffusers.AutoencoderKLWan(**_diffusers_options(weights.config))
     named = model.state_dict()

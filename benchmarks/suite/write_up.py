@@ -6,30 +6,28 @@ import json
 from pathlib import Path
 
 from benchmarks.suite.cold_start import ColdStart
-from benchmarks.suite.measure import NoNumber, Result
-from benchmarks.suite.results import Results, is_ours, times_faster
+from benchmarks.suite.comparison import Comparison
+from benchmarks.suite.decoders import is_ours
+from benchmarks.suite.measure import ROUTES, NoNumber, Result, Route
 from benchmarks.suite.roofline import Ceilings, Roofline
 
 # Layers below this share of the decode are summed in the table; the JSON file has all.
 _SHOWN_SHARE = 0.01
+_ROUTE_NAMES: dict[Route, str] = {"device": "on the device", "image": "LATENT to IMAGE"}
 
 
-def write(results: Results, folder: Path) -> None:
+def write(results: Comparison, folder: Path) -> None:
     """Write `results.md` and `results.json` into `folder`, replacing those of earlier calls."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.md").write_text(markdown(results), encoding="utf-8")
+    (folder / "results.md").write_text(comparison_markdown(results), encoding="utf-8")
     text = json.dumps(results.as_dict(), indent=1)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
 
 
-def markdown(results: Results) -> str:
+def comparison_markdown(results: Comparison) -> str:
     """The whole run: facts, times, ratios, cold starts, layers."""
-    facts = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     lines = [
-        f"- date: {results.date}",
-        f"- device: {results.device}",
-        f"- versions: {facts}",
-        f"- command: `{results.command}`",
+        *results.facts.lines(),
         "- weights and latents random and the same for all; error is relative, from a float32",
         "  decode; peak is device memory above weights and output",
         *(f"- {note}" for note in results.notes),
@@ -42,7 +40,7 @@ def markdown(results: Results) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _times(results: Results) -> list[str]:
+def _times(results: Comparison) -> list[str]:
     lines = [
         "## Decode",
         "",
@@ -54,8 +52,8 @@ def _times(results: Results) -> list[str]:
         "|---|---|---|---:|---:|---:|---:|---:|---|",
     ]
     for case in results.cases:
-        for name in results.contenders:
-            device, image = (results.find(case, name, route) for route in ("device", "image"))
+        for name in results.decoders:
+            device, image = (results.find(case, name, route) for route in ROUTES)
             if device is None:
                 continue
             dtype = peak = error = ratio = ""
@@ -76,29 +74,29 @@ def _times(results: Results) -> list[str]:
     return [*lines, ""]
 
 
-def _ratios(results: Results) -> list[str]:
-    """The peers' time over ours: above 1, ours is faster."""
-    ours = [name for name in results.contenders if is_ours(name)]
-    peers = [name for name in results.contenders if not is_ours(name)]
-    if not ours or not peers:
+def _ratios(results: Comparison) -> list[str]:
+    """The time of the others over ours: above 1, ours is faster."""
+    ours = [name for name in results.decoders if is_ours(name)]
+    others = [name for name in results.decoders if not is_ours(name)]
+    if not ours or not others:
         return []
     lines = [
         "## Times faster than",
         "",
-        _row("case", "decoder", "route", *peers),
-        "|---|---|---|" + "---:|" * len(peers),
+        _row("case", "decoder", "route", *others),
+        "|---|---|---|" + "---:|" * len(others),
     ]
     for case in results.cases:
         for name in ours:
-            for route, label in (("device", "on the device"), ("image", "LATENT to IMAGE")):
-                ratios = [times_faster(results, case, name, peer, route) for peer in peers]
+            for route in ROUTES:
+                ratios = [results.times_faster(case, name, other, route) for other in others]
                 if any(ratios):
                     shown = ["" if r is None else f"{r:.2f}" for r in ratios]
-                    lines.append(_row(case, name, label, *shown))
+                    lines.append(_row(case, name, _ROUTE_NAMES[route], *shown))
     return [*lines, ""]
 
 
-def _cold(results: Results) -> list[str]:
+def _cold(results: Comparison) -> list[str]:
     lines = [
         "## Cold start",
         "",
@@ -110,16 +108,14 @@ def _cold(results: Results) -> list[str]:
     for row in results.cold:
         if isinstance(row, ColdStart):
             times = (row.start_ms, row.build_ms, row.first_decode_ms, row.next_decode_ms)
-            lines.append(
-                _row(row.case, row.contender, row.caches, *(f"{t:.0f}" for t in times), "")
-            )
+            lines.append(_row(row.case, row.decoder, row.caches, *(f"{t:.0f}" for t in times), ""))
         else:
             reason = f"{row.kind}: {row.reason}"
-            lines.append(_row(row.case, row.contender, "", "", "", "", "", reason))
+            lines.append(_row(row.case, row.decoder, "", "", "", "", "", reason))
     return [*lines, ""]
 
 
-def _layers(results: Results) -> list[str]:
+def _layers(results: Comparison) -> list[str]:
     lines = ["## Layers", ""]
     ceilings = results.ceilings
     if ceilings is not None:
@@ -132,7 +128,7 @@ def _layers(results: Results) -> list[str]:
         ]
     for found in results.rooflines:
         if isinstance(found, NoNumber):
-            lines += [f"{found.case}, {found.contender}: {found.kind}: {found.reason}", ""]
+            lines += [f"{found.case}, {found.decoder}: {found.kind}: {found.reason}", ""]
         elif ceilings is not None:
             lines += _layer_table(found, ceilings)
     return lines

@@ -11,16 +11,16 @@ import torch
 from benchmarks.suite import cold_start
 from benchmarks.suite.cases import CASES
 from benchmarks.suite.cold_start import CACHE_VARIABLES, ColdStart, cold_starts
-from benchmarks.suite.contenders import Ours
-from benchmarks.suite.measure import NoNumber
+from benchmarks.suite.decoders import Ours
+from benchmarks.suite.measure import NoNumber, Setting
 from tests.bench.conftest import CPU, Altered
 
 CASE = CASES["wan2.1-narrow"]
 TIMES = '{"start_ms": 1.0, "build_ms": 2.0, "first_decode_ms": 3.0, "next_decode_ms": 4.0'
 
 
-def starts(contender):
-    return list(cold_starts(CASE, [contender], CPU, torch.float32))
+def starts(decoder):
+    return list(cold_starts(CASE, [decoder], Setting(CPU, torch.float32)))
 
 
 def test_a_real_process_decodes(monkeypatch):
@@ -71,6 +71,6 @@ def test_what_goes_wrong_is_one_row(monkeypatch, outcome, kind, reason):
 def test_who_is_unavailable_starts_no_process(monkeypatch):
     monkeypatch.setattr(cold_start.subprocess, "run", lambda *_, **__: pytest.fail("started"))
     absent = Altered("absent", lambda x: x)
-    absent.why_not = lambda device, dtype: "not here"
+    absent.unavailable_reason = lambda device, dtype: "not here"
     (row,) = starts(absent)
     assert (row.kind, row.reason) == ("unavailable", "not here")

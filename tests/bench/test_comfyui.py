@@ -1,4 +1,4 @@
-"""ComfyUI's core as a contender: a stand-in checkout here, a real one where COMFYUI_PATH is set."""
+"""ComfyUI's core as a decoder: a stand-in checkout here, a real one where COMFYUI_PATH is set."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_its_switches_hold_for_its_own_decodes_only(checkout):
     assert not before.cudnn_benchmark
     core = ComfyUICore(str(checkout))
     assert core.version is None
-    assert core.why_not(CPU, torch.float32) is None
+    assert core.unavailable_reason(CPU, torch.float32) is None
     assert BackendFlags.read() == before and sys.argv == arguments
     assert core.version == "0.0.1"
     assert sys.modules["comfy.cli_args"].seen == ["main.py", "--cpu"]
@@ -71,7 +71,7 @@ def test_its_switches_hold_for_its_own_decodes_only(checkout):
 
 def test_weights_that_it_does_not_know_are_an_error(checkout):
     core = ComfyUICore(str(checkout))
-    assert core.why_not(CPU, torch.float32) is None
+    assert core.unavailable_reason(CPU, torch.float32) is None
     before = BackendFlags.read()
     with pytest.raises(RuntimeError, match="does not take"):
         core.build(Weights(CASES["wan2.1-narrow"].config, {}), CPU, torch.float32)
@@ -80,14 +80,14 @@ def test_weights_that_it_does_not_know_are_an_error(checkout):
 
 def test_why_it_cannot_run(checkout, tmp_path, monkeypatch):
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
-    assert ComfyUICore().why_not(CPU, torch.float32) == "COMFYUI_PATH is not set"
-    reason = ComfyUICore(str(tmp_path / "nowhere")).why_not(CPU, torch.float32)
+    assert ComfyUICore().unavailable_reason(CPU, torch.float32) == "COMFYUI_PATH is not set"
+    reason = ComfyUICore(str(tmp_path / "nowhere")).unavailable_reason(CPU, torch.float32)
     assert "not a ComfyUI checkout" in reason and str(tmp_path) not in reason
     (checkout / "comfy" / "sd.py").write_text("import no_such_module_at_all\n")
     core = ComfyUICore(str(checkout))
-    reason = core.why_not(CPU, torch.float32)
+    reason = core.unavailable_reason(CPU, torch.float32)
     assert "no_such_module_at_all" in reason
-    assert core.why_not(CPU, torch.float32) == reason and core.version is None
+    assert core.unavailable_reason(CPU, torch.float32) == reason and core.version is None
 
 
 @pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH names no checkout")

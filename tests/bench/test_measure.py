@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.suite.baseline import Built
 from benchmarks.suite.cases import CASES
-from benchmarks.suite.contender import Built
-from benchmarks.suite.contenders import Diffusers, FastVAE, Ours
+from benchmarks.suite.decoders import Diffusers, FastVAE, Ours
 from benchmarks.suite.measure import (
     FLOAT_GATE,
     NoNumber,
     Result,
+    Setting,
     measure_case,
     measure_route,
     reference_pixels,
@@ -24,6 +25,7 @@ from benchmarks.suite.weights import Weights
 from tests.bench.conftest import CPU, Altered
 
 CASE = CASES["wan2.1-narrow"]
+ONCE = Setting(CPU, torch.float32, 1)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +38,8 @@ def reference(weights) -> torch.Tensor:
     return reference_pixels(CASE, weights, CPU)
 
 
-def rows_of(contender, weights, repeats=1):
-    return list(measure_case(CASE, [contender], weights, CPU, torch.float32, repeats))
+def rows_of(decoder, weights, repeats=1):
+    return list(measure_case(CASE, [decoder], weights, Setting(CPU, torch.float32, repeats)))
 
 
 def test_both_routes_are_gated_and_timed(weights):
@@ -62,28 +64,28 @@ def test_both_routes_are_gated_and_timed(weights):
 )
 def test_a_wrong_picture_is_refused(weights, reference, alter):
     built = Altered("wrong", alter).build(weights, CPU, torch.float32)
-    row = measure_route(CASE, "wrong", "device", built, reference, CPU, torch.float32, 1)
+    row = measure_route(CASE, "wrong", "device", built, reference, ONCE)
     assert isinstance(row, NoNumber) and row.kind == "refused" and "gate" in row.reason
-    right = measure_route(CASE, "wrong", "image", built, reference, CPU, torch.float32, 1)
+    right = measure_route(CASE, "wrong", "image", built, reference, ONCE)
     assert isinstance(right, Result)  # altered on the device only: each route has its own gate
 
 
 def test_a_wrong_host_image_is_refused(weights, reference):
     ours = Ours("eager").build(weights, CPU, torch.float32)
     pixel_range = Built(ours.decode, lambda z: ours.image(z) * 2 - 1)  # [-1, 1] is no IMAGE
-    row = measure_route(CASE, "wrong", "image", pixel_range, reference, CPU, torch.float32, 1)
+    row = measure_route(CASE, "wrong", "image", pixel_range, reference, ONCE)
     assert isinstance(row, NoNumber) and row.kind == "refused"
 
 
-def test_a_failure_is_a_row_and_the_contender_is_closed(weights):
+def test_a_failure_is_a_row_and_the_decoder_is_closed(weights):
     def fail(pixels):
         raise RuntimeError("first line\nsecond line")
 
-    contender = Altered("fails", fail)
-    device, _ = rows_of(contender, weights)
+    decoder = Altered("fails", fail)
+    device, _ = rows_of(decoder, weights)
     assert device.kind == "failed"
     assert device.reason == "RuntimeError: first line second line"
-    assert contender.closed
+    assert decoder.closed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the Triton kernels run on this machine")
@@ -95,19 +97,19 @@ def test_triton_without_a_gpu_says_why(weights, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["wan2.1-narrow", "wan2.2-narrow"])
-@pytest.mark.parametrize("peer", [Diffusers(), FastVAE()], ids=lambda p: p.name)
-def test_peers_get_the_same_weights(name, peer):
+@pytest.mark.parametrize("other", [Diffusers(), FastVAE()], ids=lambda p: p.name)
+def test_other_decoders_get_the_same_weights(name, other):
     """Another implementation, fed through its own keys, passes the float32 gate."""
-    if reason := peer.why_not(CPU, torch.float32):
+    if reason := other.unavailable_reason(CPU, torch.float32):
         pytest.skip(reason)
     case = CASES[name]
     weights = Weights.random(case.config)
-    rows = list(measure_case(case, [peer], weights, CPU, torch.float32, 1))
+    rows = list(measure_case(case, [other], weights, ONCE))
     assert all(isinstance(row, Result) and row.error < 1e-4 for row in rows), rows
 
 
 def test_a_reference_that_diffusers_contradicts_stops_the_run(monkeypatch):
-    pytest.importorskip("diffusers", reason="the peer (test extra) is absent")
+    pytest.importorskip("diffusers", reason="diffusers (test extra) is absent")
     weights = Weights.random(CASE.config)
     key = "decoder.head.2.bias"
     other = replace(weights, native=weights.native | {key: weights.native[key] + 0.1})

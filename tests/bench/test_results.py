@@ -7,29 +7,31 @@ import json
 
 import pytest
 
-from benchmarks.suite import command, write_up
+from benchmarks.suite import compare, write_up
 from benchmarks.suite.cold_start import ColdStart
+from benchmarks.suite.comparison import SCHEMA, Comparison
+from benchmarks.suite.facts import Facts
 from benchmarks.suite.measure import NoNumber, Result
 from benchmarks.suite.plot import draw
-from benchmarks.suite.results import Results, times_faster
-from benchmarks.suite.roofline import Ceilings, Layer, LayerTime, Roofline
+from benchmarks.suite.recorder import LayerShape, LayerTime
+from benchmarks.suite.roofline import Ceilings, Roofline
 from tests.bench.conftest import Altered
 
 CASE = "wan2.1-720p-81"
 
 
-def result(contender, route, ms, peak_bytes=2**30):
-    return Result(CASE, contender, route, "bfloat16", ms, ms - 1, ms + 1, 3, peak_bytes, 1.5e-2)
+def result(decoder, route, ms, peak_bytes=2**30):
+    return Result(CASE, decoder, route, "bfloat16", ms, ms - 1, ms + 1, 3, peak_bytes, 1.5e-2)
 
 
 def layer_time(ms, share_calls=1):
-    layer = Layer("conv3d", 96, 96, (3, 3, 3), 4, 720, 1280)
-    return LayerTime(CASE, "triton", "decoder.x", layer, share_calls, 10**12, 10**9, ms, ms)
+    layer = LayerShape("conv3d", 96, 96, (3, 3, 3), 4, 720, 1280)
+    return LayerTime("decoder.x", layer, share_calls, 10**12, 10**9, ms, ms)
 
 
 @pytest.fixture
-def results() -> Results:
-    made = Results("wan-vae bench", "Some GPU", {"torch": "2"}, "2026-01-01")
+def results() -> Comparison:
+    made = Comparison(Facts(SCHEMA, "wan-vae bench", "Some GPU", "2026-01-01", {"torch": "2"}))
     made.rows = [
         result("wan_vae (triton)", "device", 100.0),
         result("wan_vae (triton)", "image", 110.0),
@@ -51,7 +53,7 @@ def line_of(text, *words):
 
 
 def test_times_ratios_and_reasons(results):
-    text = write_up.markdown(results)
+    text = write_up.comparison_markdown(results)
     assert line_of(text, "| wan_vae (triton) | bfloat16")[3:8] == [
         "100.0 (99.0 to 101.0)", "1.00", "1.50e-02", "110.0 (109.0 to 111.0)", "1.10",
     ]  # fmt: skip
@@ -59,12 +61,12 @@ def test_times_ratios_and_reasons(results):
     unavailable = line_of(text, "| fastvae |", "unavailable")
     assert unavailable[3:] == ["unavailable", "", "", "unavailable", "", "not / installed"]
     assert line_of(text, "wan_vae (triton) | on the device")[3:] == ["2.50", ""]
-    assert times_faster(results, CASE, "wan_vae (triton)", "diffusers", "image") is None
+    assert results.times_faster(CASE, "wan_vae (triton)", "diffusers", "image") is None
     assert line_of(text, "| fresh |")[3:7] == ["1000", "200", "3000", "100"]
 
 
 def test_layers_beside_the_ceilings(results):
-    text = write_up.markdown(results)
+    text = write_up.comparison_markdown(results)
     # 1e12 flops in 4 ms are 250 TFLOP/s of 1000; 1e9 bytes in 4 ms are 0.25 TB/s of 1.
     assert line_of(text, "decoder.x")[6:] == ["4.000", "1.000", "250", "25%", "25%", "40.0%"]
     # The layer below one percent is counted with what lies outside every clock.
@@ -78,7 +80,7 @@ def test_only_failures_of_ours_count(results):
     results.rows.append(NoNumber(CASE, "wan_vae (eager)", "device", "unavailable", "no GPU"))
     assert not results.our_failures
     results.rows.append(NoNumber(CASE, "wan_vae (auto)", "device", "refused", "wrong"))
-    assert [row.contender for row in results.our_failures] == ["wan_vae (auto)"]
+    assert [row.decoder for row in results.our_failures] == ["wan_vae (auto)"]
 
 
 def test_json_keeps_every_row(results, tmp_path):
@@ -89,6 +91,8 @@ def test_json_keeps_every_row(results, tmp_path):
     ]  # fmt: skip
     assert len(data["rooflines"][0]["layers"]) == 2
     assert data["ceilings"]["copy_bytes_per_s"] == 1e12
+    assert data["schema"] == SCHEMA and data["date"] == "2026-01-01"
+    assert data["rows"][0]["decoder"] == "wan_vae (triton)"
 
 
 def test_plots(results, tmp_path):
@@ -102,7 +106,7 @@ def test_plots(results, tmp_path):
 
 
 def run(*arguments):
-    return command.main(["--device", "cpu", "--repeats", "1", *arguments])
+    return compare.main(["--device", "cpu", "--repeats", "1", *arguments])
 
 
 def test_runs_without_a_gpu_and_writes_results(tmp_path, capsys, monkeypatch):
@@ -128,7 +132,7 @@ def test_runs_without_a_gpu_and_writes_results(tmp_path, capsys, monkeypatch):
 
 def test_a_wrong_picture_of_ours_fails_the_command_and_gets_no_other_number(monkeypatch, capsys):
     wrong = Altered("wan_vae (eager)", lambda x: x.flip(3))
-    monkeypatch.setattr(command, "contenders", lambda backends: [wrong])
+    monkeypatch.setattr(compare, "decoders", lambda backends: [wrong])
     assert run("--case", "wan2.1-narrow", "--part", "decode", "--part", "cold") == 1
     text = capsys.readouterr().out
     assert "refused" in text and "Cold start" not in text
@@ -146,7 +150,7 @@ def test_a_row_of_this_pack_for_each_backend(monkeypatch, capsys):
 @pytest.mark.parametrize("case", ["wan2.1-narrow", "wan2.2-narrow"])
 def test_on_a_gpu_memory_is_counted_and_layers_are_timed(case, tmp_path):
     arguments = ["--case", case, "--part", "decode", "--part", "layers", "--backend", "eager"]
-    assert command.main([*arguments, "--only", "wan_vae", "--output", str(tmp_path)]) == 0
+    assert compare.main([*arguments, "--only", "wan_vae", "--output", str(tmp_path)]) == 0
     data = json.loads((tmp_path / "results.json").read_text())
     assert [row["kind"] for row in data["rows"]] == ["result", "result"]
     assert all(row["peak_bytes"] > 0 and row["dtype"] == "bfloat16" for row in data["rows"])

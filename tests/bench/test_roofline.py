@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from benchmarks.suite.cases import CASES, Case
-from benchmarks.suite.roofline import Ceilings, Recorder, measure_ceilings, measure_roofline
+from benchmarks.suite.recorder import Recorder
+from benchmarks.suite.roofline import Ceilings, measure_ceilings, measure_roofline
 from benchmarks.suite.weights import Weights
 from tests.bench.conftest import CPU
+from tests.conftest import pass_elements
 from wan_vae import WanVAE
 from wan_vae.chunking import schedule
 from wan_vae.network.blocks import Step
 from wan_vae.network.cache import FeatureCache
 from wan_vae.ops.opset import eager_ops
+from wan_vae.planning import memory
 
 VIDEO = CASES["wan2.1-narrow"]
 
@@ -41,6 +44,14 @@ def test_every_convolution_of_the_decoder_is_timed(name):
     assert 0 < sum(row.total_ms for row in roofline.layers) < roofline.decode_ms
     totals = [row.total_ms for row in roofline.layers]
     assert totals == sorted(totals, reverse=True)
+
+
+def test_the_layers_are_those_of_a_decode_in_passes(monkeypatch):
+    elements = pass_elements(VIDEO.config, VIDEO.latent, 2)
+    monkeypatch.setattr(memory, "_PASSES", (elements, elements))
+    (head,) = (row for row in measured(VIDEO).layers if row.name == "decoder.head.2")
+    # The first frame of the video alone, then the four of the second latent frame in pairs.
+    assert head.calls > 1 and head.layer.frames < VIDEO.pixels[2]
 
 
 def test_flops_and_bytes_of_a_known_layer():
@@ -74,7 +85,7 @@ def test_the_clocks_change_no_bit():
         return torch.cat(out, 2)
 
     assert torch.equal(decode(recorder.ops), decode(eager_ops()))
-    assert recorder.layer_times("case", "eager")
+    assert recorder.layer_times()
 
 
 class StandIn:
@@ -94,7 +105,7 @@ def test_a_fused_kernel_is_two_operations_of_its_layer():
     recorder, (chunk,) = Recorder(vae.model, ops, CPU), schedule(2, 2)
     with torch.inference_mode():
         vae.model.decode_chunk(VIDEO.random_latent(), Step(FeatureCache(), chunk, ops=recorder.ops))
-    rows = recorder.layer_times("case", "stand-in")
+    rows = recorder.layer_times()
     (conv,) = (row for row in rows if row.name == "decoder.head.2")
     assert conv.layer.op == "conv3d" and conv.layer.out_channels == 3
     assert conv.flops == 2 * prod(VIDEO.pixels) * 8 * 27

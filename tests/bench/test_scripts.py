@@ -1,4 +1,4 @@
-"""The small scripts behind the benchmark notes run; their numbers need a GPU."""
+"""The small scripts behind docs/performance.md run; their numbers need a GPU."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from wan_vae.config import wan21, wan22
 from wan_vae.errors import DecodeCancelled
 from wan_vae.sharding import ShardContext, plan_shards
 from wan_vae.sharding.halo import Shard
-from wan_vae.runs.sharded import own_part
+from wan_vae.runs.shard_ranks import own_part
 from wan_vae.sharding.transport import Incoming, Outgoing, Wire
 
 # The narrowest for which every layer has a kernel.

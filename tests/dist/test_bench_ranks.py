@@ -2,45 +2,61 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.suite import ranks as bench
-from benchmarks.suite.ranks_results import Check, Fault, Results, Timing, markdown
+from benchmarks import emulated_scaling
+from benchmarks.suite.cases import Case
+from benchmarks.suite.emulation import EmulatedWire, emulate
+from benchmarks.suite.facts import Facts
+from benchmarks.suite.ranks import command, faults
+from benchmarks.suite.ranks.cases import Sizes
+from benchmarks.suite.ranks.command import Budget, pick_ranks
+from benchmarks.suite.ranks.correct import Reference
+from benchmarks.suite.ranks.results import (
+    SCHEMA,
+    Check,
+    Fault,
+    RanksResults,
+    Timing,
+    ranks_markdown,
+)
+from benchmarks.suite.ranks.timing import with_predictions
+from benchmarks.suite.scaling import LINKS, exchanged
+from benchmarks.suite.weights import random_vae
 from wan_vae.commands.cli import main as cli
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import ShardingError
-from benchmarks.suite.emulation import EmulatedWire, emulate
+from wan_vae.sharding.context import ShardContext
 from wan_vae.sharding.plan import plan_shards
-from benchmarks.suite.scaling import LINKS, exchanged
 from wan_vae.sharding.transport import Incoming, Outgoing
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 NARROW = wan21(dim=8)
 
 
-def tiny_sizes() -> bench.Sizes:
-    small = bench.Case("tiny", NARROW, (1, 16, 2, 4, 16))
-    return bench.Sizes(
-        (small, bench.Case("tiny odd", NARROW, (1, 16, 1, 5, 17))),
-        (bench.Case("tiny", NARROW, (1, 16, 3, 4, 16)),
-         bench.Case("tiny 2.2", wan22(dim=8, decoder_dim=8), (1, 48, 2, 3, 8))),
-        bench.Case("tiny", NARROW, (1, 16, 4, 4, 16)),
+def no_results(*faults: Fault) -> RanksResults:
+    return RanksResults(Facts(SCHEMA, "wan-vae bench ranks", "CPU"), 2, faults=list(faults))
+
+
+def tiny_sizes() -> Sizes:
+    small = Case("tiny", NARROW, (1, 16, 2, 4, 16))
+    return Sizes(
+        (small, Case("tiny odd", NARROW, (1, 16, 1, 5, 17))),
+        (Case("tiny", NARROW, (1, 16, 3, 4, 16)),
+         Case("tiny 2.2", wan22(dim=8, decoder_dim=8), (1, 48, 2, 3, 8))),
+        Case("tiny", NARROW, (1, 16, 4, 4, 16)),
         2.0,
     )  # fmt: skip
 
 
 def test_the_whole_bench_on_two_cpu_ranks(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "small_sizes", tiny_sizes)
-    monkeypatch.setattr(bench, "exact_float32", lambda: None)  # this process goes on
-    code = bench.main(["--ranks", "1,2", "--device", "cpu", "--repeats", "1",
+    monkeypatch.setattr(command, "small_sizes", tiny_sizes)
+    monkeypatch.setattr(command, "exact_float32", lambda: None)  # this process goes on
+    code = command.main(["--ranks", "1,2", "--device", "cpu", "--repeats", "1",
                        "--output", str(tmp_path)])  # fmt: skip
     assert code == 0, capsys.readouterr().out
     found = json.loads((tmp_path / "ranks.json").read_text())
@@ -58,6 +74,7 @@ def test_the_whole_bench_on_two_cpu_ranks(tmp_path, monkeypatch, capsys):
     assert [f["passed"] for f in found["faults"]] == [True] * 4
     assert "died (exit code -9)" in found["faults"][0]["said"]
     assert found["skipped"] == [] and found["backends"]["2"] == "gloo"
+    assert found["schema"] == SCHEMA and len(found["date"]) == 10 and found["devices"] == 2
     text = (tmp_path / "ranks.md").read_text()
     assert (
         text in capsys.readouterr().out and "| 2 | a rank is killed within a chunk | right" in text
@@ -65,15 +82,16 @@ def test_the_whole_bench_on_two_cpu_ranks(tmp_path, monkeypatch, capsys):
 
 
 def test_what_there_is_no_time_for_is_listed():
-    results = bench.run([1, 2], CPU, tiny_sizes(), 1, 0.0)
+    results = no_results()
+    command.run(Budget(0.0), results, [1, 2], CPU, tiny_sizes(), 1)
     assert results.checks == results.timings == results.faults == []
-    assert results.skipped == ["correctness on 1 ranks, and all that follows"]
-    assert "## Not run" in markdown(results)
+    assert results.skipped == ["correctness on 1 ranks, and all that follows: no time left"]
+    assert "## Not run" in ranks_markdown(results)
 
 
 @pytest.mark.parametrize(("damage", "passed"), [(0.0, True), (2e-6, True), (1e-3, False)])
 def test_a_wrong_picture_is_not_passed(damage, passed):
-    case, reference = tiny_sizes().correct[1], bench.Reference(CPU)
+    case, reference = tiny_sizes().correct[1], Reference(CPU)
     found = reference.pixels(case, "fp32").clone()
     found[0, 0, 0, 7, 9] += damage * found.abs().max()
     good, said = reference.judge("decode", case, "fp32", found)
@@ -82,7 +100,7 @@ def test_a_wrong_picture_is_not_passed(damage, passed):
 
 
 def test_half_precision_may_be_no_further_from_float32_than_one_device(monkeypatch):
-    case, reference = tiny_sizes().correct[1], bench.Reference(CPU)
+    case, reference = tiny_sizes().correct[1], Reference(CPU)
     one = reference.pixels(case, "bf16")
     exact = reference.pixels(case, "fp32")
     assert reference.judge("decode", case, "bf16", one)[0]
@@ -91,40 +109,41 @@ def test_half_precision_may_be_no_further_from_float32_than_one_device(monkeypat
 
 
 def test_nothing_is_timed_on_a_count_whose_picture_is_wrong(monkeypatch):
-    monkeypatch.setattr(bench, "check_correct", lambda *_: [Check(1, "planted", False, "")])
-    results = bench.run([1], CPU, tiny_sizes(), 1, 300.0)
+    monkeypatch.setattr(command, "check_correct", lambda *_: [Check(1, "planted", False, "")])
+    results = no_results()
+    command.run(Budget(300.0), results, [1], CPU, tiny_sizes(), 1)
     assert results.timings == [] and not results.all_good
 
 
 def test_a_fault_that_goes_unnoticed_fails():
     fault = Fault(2, "planted", False, 0.1, "nothing")
-    assert not Results(faults=[fault]).all_good
-    assert Results(faults=[replace(fault, passed=True)]).all_good
-    assert "**wrong**" in markdown(Results(faults=[fault]))
+    assert not no_results(fault).all_good
+    assert no_results(replace(fault, passed=True)).all_good
+    assert "**wrong**" in ranks_markdown(no_results(fault))
 
 
 def test_speed_ups_are_over_one_rank():
     case = tiny_sizes().timed[0]
     one = Timing("tiny", 1, 3, 90.0, 90.0, 90.0, 60.0, 3, 0, 0.0, None)
     two = replace(one, ranks=2, image_ms=60.0, device_ms=30.0)
-    found = bench.with_predictions(case, [one, two], [])
+    found = with_predictions(case, [one, two], [])
     assert [t.speed_up for t in found] == [1.0, 1.5]
     assert [t.device_speed_up for t in found] == [1.0, 2.0]
-    assert bench.with_predictions(case, [two], []) == [two]
+    assert with_predictions(case, [two], []) == [two]
 
 
 def test_nothing_runs_on_ranks_whose_pictures_were_not_compared(capsys):
-    assert bench.main(["--ranks", "1,2", "--device", "cpu", "--limit-s", "59"]) == 1
+    assert command.main(["--ranks", "1,2", "--device", "cpu", "--limit-s", "59"]) == 1
     said = capsys.readouterr()
     assert "correctness on 1 ranks, and all that follows" in said.out
     assert said.err == ""
 
 
 def test_rank_counts():
-    assert bench.pick_ranks("all", 6) == [1, 2, 4]
-    assert bench.pick_ranks("4,1", 4) == [1, 4]
+    assert pick_ranks("all", 6) == [1, 2, 4]
+    assert pick_ranks("4,1", 4) == [1, 4]
     with pytest.raises(ShardingError, match="from 1 to the 2 devices"):
-        bench.pick_ranks("1,3", 2)
+        pick_ranks("1,3", 2)
 
 
 def test_the_command_line_knows_ranks(capsys):
@@ -133,14 +152,14 @@ def test_the_command_line_knows_ranks(capsys):
 
 
 def test_an_emulated_wire_gives_what_was_asked_for():
-    wire = EmulatedWire(CPU)
+    wire = EmulatedWire(ShardContext(0, 2), CPU)
     x = torch.ones(1, 2, 1, 3, 4)
     (found,) = wire.exchange("here", x.dtype, [Outgoing(1, x)], [Incoming(1, (1, 2, 1, 1, 4))])
     assert found.shape == (1, 2, 1, 1, 4) and not found.any()
 
 
 def test_emulation_times_each_shard_and_adds_the_link():
-    vae = bench.random_vae(NARROW, CPU)
+    vae = random_vae(NARROW, CPU)
     found = emulate(vae, 3, 5, [2, 4], LINKS, repeats=1, clip_frames=2)
     assert [(e.ranks, e.axis, len(e.shard_ms)) for e in found] == [
         (2, "width", 2), (2, "width", 2), (4, "width", 4), (4, "width", 4)]  # fmt: skip
@@ -151,18 +170,31 @@ def test_emulation_times_each_shard_and_adds_the_link():
     assert two.efficiency == two.one_ms / (2 * two.chunk_ms)
 
 
-def test_the_emulation_script(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location(
-        "emulated_scaling", ROOT / "benchmarks" / "emulated_scaling.py"
-    )
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "emulated_scaling", script)
-    spec.loader.exec_module(script)
-    monkeypatch.setattr(script, "SMALL", (script.Picture("tiny", 2, 4, (2,)),))
-    assert script.main(["--device", "cpu", "--repeats", "1", "--output", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "emulated.json").read_text())["rows"]
-    assert [(r["picture"], r["ranks"]) for r in rows] == [("tiny", 2)] * len(LINKS)
+def test_the_emulation_command(tmp_path, monkeypatch, capsys):
+    tiny = emulated_scaling.Picture("tiny", 2, 4, (2,))
+    monkeypatch.setattr(emulated_scaling, "SMALL", (tiny,))
+    arguments = ["bench", "scaling", "--device", "cpu", "--repeats", "1"]
+    assert cli([*arguments, "--output", str(tmp_path)]) == 0
+    data = json.loads((tmp_path / "emulated.json").read_text())
+    assert data["schema"] == emulated_scaling.SCHEMA and len(data["date"]) == 10
+    assert data["command"] == "wan-vae bench scaling --device cpu --repeats 1"
+    assert [(r["picture"], r["ranks"]) for r in data["rows"]] == [("tiny", 2)] * len(LINKS)
     assert (tmp_path / "emulated.md").read_text() in capsys.readouterr().out
     # On a GPU, a count below its goal is said.
-    slow = replace(emulate(bench.random_vae(NARROW, CPU), 2, 4, [2], LINKS, 1)[0], one_ms=0.1)
-    assert "the goal is 90%" in script.missed({"tiny": [slow]})[0]
+    slow = replace(emulate(random_vae(NARROW, CPU), 2, 4, [2], LINKS, 1)[0], one_ms=0.1)
+    assert "the goal is 90%" in emulated_scaling.missed({"tiny": [slow]})[0]
+
+
+def test_the_calculated_table_is_printed(capsys):
+    assert cli(["bench", "scaling", "--model"]) == 0
+    assert "| 720p | 16 | width |" in capsys.readouterr().out
+
+
+def test_where_there_are_no_signals_the_faults_are_left_out(monkeypatch):
+    monkeypatch.setattr(faults, "unavailable_reason", lambda: "not on Windows")
+    monkeypatch.setattr(command, "check_correct", lambda *_: [Check(2, "planted", True, "")])
+    monkeypatch.setattr(command, "emulate", lambda *_: [])
+    results = no_results()
+    sizes = replace(tiny_sizes(), timed=())
+    command.run(Budget(300.0), results, [2], CPU, sizes, 1)
+    assert results.skipped == ["faults on 2 ranks: not on Windows"] and results.all_good

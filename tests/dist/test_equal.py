@@ -10,13 +10,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks.suite.exchanges import halo_bytes
 from tests.dist import jobs
 from tests.dist.ranks import RankFailed
 from wan_vae.chunking import schedule
 from wan_vae.geometry import latent_shape
-from wan_vae.sharding.plan import halo_bytes, plan_shards
+from wan_vae.sharding.plan import plan_shards
 
 MODELS = ("wan2.1", "wan2.2", "mini")
+FULL = pytest.mark.full
 
 
 def latent_of(name, frames, height, width):
@@ -41,10 +43,30 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("gather", "axis"),
-    [("all", "height"), ("all", "width"), ("rank0", "width"), ("own", "height"), ("own", "width")],
+    ("name", "gather", "axis"),
+    [
+        ("wan2.1", "all", "height"),
+        ("wan2.1", "rank0", "width"),
+        ("wan2.1", "own", "height"),
+        ("wan2.1", "own", "width"),
+        ("wan2.2", "all", "width"),
+        ("wan2.2", "own", "height"),
+        ("mini", "all", "height"),
+        *(
+            pytest.param(*case, marks=FULL)
+            for case in (
+                ("wan2.1", "all", "width"),
+                ("wan2.2", "all", "height"),
+                ("wan2.2", "rank0", "width"),
+                ("wan2.2", "own", "width"),
+                ("mini", "all", "width"),
+                ("mini", "rank0", "width"),
+                ("mini", "own", "height"),
+                ("mini", "own", "width"),
+            )
+        ),
+    ],
 )
-@pytest.mark.parametrize("name", MODELS)
 def test_every_gather_and_axis_gives_the_bits_of_one_process(ranks, name, axis, gather):
     # 7 over 3 is 3, 2, 2: uneven; the other axis is long enough for oneDNN's usual kernels.
     shape = latent_of(name, 3, *((7, 16) if axis == "height" else (16, 7)))
@@ -55,7 +77,14 @@ def test_every_gather_and_axis_gives_the_bits_of_one_process(ranks, name, axis, 
     assert np.array_equal(whole(results, axis, gather), expected)
 
 
-@pytest.mark.parametrize(("height", "count"), [(4, 2), (4, 4), (5, 2), (5, 4), (7, 3), (7, 4)])
+@pytest.mark.parametrize(
+    ("height", "count"),
+    [
+        (5, 2),
+        (7, 4),
+        *(pytest.param(*case, marks=FULL) for case in ((4, 2), (4, 4), (5, 4), (7, 3))),
+    ],
+)
 def test_even_odd_and_one_row_remainders(ranks, height, count):
     # 7 over 4 is 2, 2, 2, 1. Frames and width enough for oneDNN's usual kernels on a single row.
     shape = latent_of("wan2.1", 3, height, 16)
@@ -64,7 +93,7 @@ def test_even_odd_and_one_row_remainders(ranks, height, count):
     assert np.array_equal(whole(results, "height", "all"), expected)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=FULL), 4])
 @pytest.mark.parametrize(("name", "axis"), [("wan2.2", "height"), ("mini", "width")])
 def test_two_and_four_ranks_of_the_other_models(ranks, name, axis, count):
     # 6 over 4 is 2, 2, 1, 1.
@@ -86,15 +115,20 @@ def test_shards_of_a_few_pixels_are_equal_to_rounding(ranks, name, axis):
 @pytest.mark.parametrize(
     ("name", "axis", "count", "size"),
     [
-        ("wan2.1", "height", 2, 4),
-        ("wan2.1", "height", 2, 5),
-        ("wan2.1", "height", 3, 4),
         ("wan2.1", "height", 3, 7),
         ("wan2.1", "width", 4, 5),
         ("wan2.2", "height", 4, 5),
-        ("wan2.2", "width", 3, 4),
         ("mini", "width", 2, 5),
-        ("mini", "height", 4, 6),
+        *(
+            pytest.param(*case, marks=FULL)
+            for case in (
+                ("wan2.1", "height", 2, 4),
+                ("wan2.1", "height", 2, 5),
+                ("wan2.1", "height", 3, 4),
+                ("wan2.2", "width", 3, 4),
+                ("mini", "height", 4, 6),
+            )
+        ),
     ],
 )
 def test_encode_equals_one_process(ranks, name, axis, count, size):

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.suite.ranks import Case, Reference, exact_float32, latent_of
+from benchmarks.suite.cases import Case
+from benchmarks.suite.ranks.correct import Reference, exact_float32
 from wan_vae.config import wan21
 from wan_vae.sharding import ShardContext
-from wan_vae.workers import WorkerPool
 from wan_vae.sharding.proof import check_wire
+from wan_vae.workers import WorkerPool
 
 
 @pytest.mark.gpu
@@ -27,10 +28,10 @@ def test_ranks_that_share_a_card_make_the_picture_of_one_process(count, monkeypa
     case = Case("480p", wan21(), (1, 16, 3, 60, 104))
     reference = Reference(torch.device("cuda", 0))
     with WorkerPool(["cuda:0"] * count) as pool:
-        assert pool.backend == "gloo"
+        assert pool.transport == "gloo"
         for precision in reference.precisions:
             vae = reference.vae(case.config)
-            found = pool.decode(vae, latent_of(case), precision=precision)
+            found = pool.decode(vae, case.random_latent(), precision=precision)
             passed, said = reference.judge("decode", case, precision, found)
             assert passed, f"decode {precision}: {said}"
             found = pool.encode(vae, reference.video(case), precision=precision)

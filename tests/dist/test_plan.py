@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.suite.exchanges import halo_bytes
+from benchmarks.suite.scaling import attention_bytes, cross_size, messages
 from tests.dist import jobs
 from wan_vae.chunking import schedule
 from wan_vae.errors import GeometryError
-from wan_vae.sharding.plan import halo_bytes, plan_shards
-from benchmarks.suite.scaling import attention_bytes, cross_size, messages
+from wan_vae.sharding.plan import plan_shards
 
 ROOT = Path(__file__).parents[2]
 

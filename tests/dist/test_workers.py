@@ -26,11 +26,14 @@ from tests.dist import jobs
 from tests.dist.sockets import local_addresses
 from wan_vae import WanVAE
 from wan_vae.errors import DecodeCancelled, GeometryError, LatentError, ShardingError
+from wan_vae.hooks import Hooks
 from wan_vae.io.image import ImageSink
 from wan_vae.workers import WorkerPool, decode_sharded
 from wan_vae.workers import pool as workers
+from wan_vae.workers.devices import parse_devices, pick_transport
+from wan_vae.workers.launch import WorkerProcess
 from wan_vae.workers.shared import SharedBuffer, view
-from wan_vae.workers.pool import _error, _Failure, _Rank, _Watch, parse_devices, pick_backend
+from wan_vae.workers.watch import Failure, Watch, Watched, error_of, failure_of
 from wan_vae.io.sink import TensorSink
 
 SHAPE = (1, 16, 5, 6, 16)
@@ -178,10 +181,8 @@ def test_messages_prove_themselves(pool):
 def test_progress_is_what_every_rank_has_done(vae):
     seen = []
     ranks = [SimpleNamespace(rank=r) for r in range(3)]
-    watch = _Watch(
-        SimpleNamespace(devices="abc", timeout_s=1.0), None, lambda *a: seen.append(a), None,
-        "decode",
-    )  # fmt: skip
+    hooks = Hooks(on_progress=lambda *a: seen.append(a))
+    watch = Watch(Watched(ranks, "gloo", 1.0, None, hooks, "decode"))
     report = vae.inspect().as_dict()
     told_after = []
     messages = [(1, 1), (0, 1), (0, 5), (2, 1), (1, 5), (1, 9), (2, 5), (2, 9), (0, 9)]
@@ -312,21 +313,20 @@ def test_a_rank_that_never_joins_is_named_after_the_time_out_of_this_decode(vae,
 def test_a_process_that_nccl_ended_is_not_the_culprit():
     def rank(number, code):
         process = SimpleNamespace(poll=lambda: code)
-        return _Rank(number, torch.device("cuda", number), process, None)
+        return WorkerProcess(number, torch.device("cuda", number), process, None)
 
     ranks = [rank(0, -signal.SIGABRT), rank(1, None), rank(2, -signal.SIGABRT)]
-    pool = WorkerPool(["cpu"], backend="nccl")
     died = {"kind": "died", "text": "exit code -6", "rank": 0}
-    failures = [pool._failure(r, {**died, "rank": r.rank}) for r in (ranks[0], ranks[2])]
-    error = _error(failures, ranks, "failed while decoding")
+    failures = [failure_of(r, {**died, "rank": r.rank}, "nccl") for r in (ranks[0], ranks[2])]
+    error = error_of(failures, ranks, "failed while decoding")
     assert error.rank == 1 and "rank 1 (cuda:1) does not answer" in str(error)
     # A rank that was killed before the others were ended is.
-    killed = _Failure(ranks[1], "died", "exit code -9", 1)
-    error = _error([*failures, killed], ranks, "failed while decoding")
+    killed = Failure(ranks[1], "died", "exit code -9", 1)
+    error = error_of([*failures, killed], ranks, "failed while decoding")
     assert error.rank == 1 and "died (exit code -9)" in str(error)
     # With Gloo, SIGABRT is a death like any other.
-    gloo = WorkerPool(["cpu"], backend="gloo")._failure(ranks[0], died)
-    assert _error([gloo], ranks, "failed while decoding").rank == 0
+    gloo = failure_of(ranks[0], died, "gloo")
+    assert error_of([gloo], ranks, "failed while decoding").rank == 0
 
 
 def test_cancel_stops_within_a_chunk_and_keeps_the_workers(pool, vae, latent, expected):
@@ -408,28 +408,28 @@ def test_shared_memory_too_small(pool, vae, latent, expected):
 
 @pytest.mark.parametrize("sink", [ImageSink, TensorSink])
 def test_no_rank_writes_where_there_is_no_room(sink, tmp_path, monkeypatch):
-    """Memory is claimed part by part; a full folder is an error there, not a killed process."""
+    """Memory is reserved part by part; a full folder is an error there, not a killed process."""
     shape = (1, 5, 4, 6, 3) if sink is ImageSink else (1, 3, 5, 4, 6)
-    buffer = SharedBuffer.create(4096 + 360 * 4, [tmp_path], claimed=4096)
+    buffer = SharedBuffer.create(4096 + 360 * 4, [tmp_path], reserved=4096)
     out = view(buffer.raw, 4096, shape, torch.float32)
-    claimed = []
+    reserved = []
 
     def fallocate(descriptor: int, start: int, length: int) -> None:
-        claimed.append((start - 4096, length))
-        if len(claimed) > 6:
+        reserved.append((start - 4096, length))
+        if len(reserved) > 6:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    monkeypatch.setattr("wan_vae.workers.shared._fallocate", fallocate)
     pixels = torch.full((1, 3, 2, 2, 6), 0.5)
-    sink(out, buffer.claim).write(pixels, 1, 2)  # frames 1 and 2, rows 2 and 3
+    sink(out, buffer.reserve).write(pixels, 1, 2)  # frames 1 and 2, rows 2 and 3
     if sink is ImageSink:  # rows of 18 numbers, frames of 72
-        assert claimed == [(4 * (72 * t + 36), 4 * 36) for t in (1, 2)]
+        assert reserved == [(4 * (72 * t + 36), 4 * 36) for t in (1, 2)]
     else:  # planes of 24 numbers, channels of 120
-        assert claimed == [(4 * (120 * c + 24 + 12), 4 * (24 + 12)) for c in range(3)]
+        assert reserved == [(4 * (120 * c + 24 + 12), 4 * (24 + 12)) for c in range(3)]
     written = out.count_nonzero()
-    claimed += [None] * 6
+    reserved += [None] * 6
     with pytest.raises(ShardingError, match=rf"no room for 0 MiB .* in {tmp_path}: No space left"):
-        sink(out, buffer.claim).write(pixels, 3, 0)
+        sink(out, buffer.reserve).write(pixels, 3, 0)
     assert out.count_nonzero() == written == 72
     buffer.unlink()
 
@@ -552,11 +552,11 @@ def test_devices_are_read_from_text(monkeypatch):
     assert parse_devices("cuda:2,cpu") == [torch.device("cuda", 2), torch.device("cpu")]
     with pytest.raises(ShardingError, match="rank 1 cannot start: device cuda:4"):
         parse_devices("0,4")
-    assert pick_backend(found) == "nccl"
-    assert pick_backend(parse_devices("0,0")) == "gloo", "two ranks of one card: NCCL refuses"
-    assert pick_backend(parse_devices("0,cpu")) == "gloo"
+    assert pick_transport(found) == "nccl"
+    assert pick_transport(parse_devices("0,0")) == "gloo", "two ranks of one card: NCCL refuses"
+    assert pick_transport(parse_devices("0,cpu")) == "gloo"
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
-    assert pick_backend(found) == "gloo", "Windows"
+    assert pick_transport(found) == "gloo", "Windows"
 
 
 def test_fallback_to_one_device_is_in_the_report(vae, latent, expected):

@@ -32,7 +32,7 @@ test("both languages name the same nodes and inputs", async () => {
 test("words fall back to English, values are filled in, unknown keys throw", () => {
   const t = translator({ "panel.copy": "Kopieren" });
   assert.equal(t("panel.copy"), "Kopieren");
-  assert.equal(t("chunks.one", { first: "3 ms" }), "1 chunk, 3 ms");
+  assert.equal(t("chunks.one", { first: "3 ms" }), "1 chunk in 3 ms");
   assert.throws(() => t("panel.nonsense"), /panel\.nonsense/);
 });
 

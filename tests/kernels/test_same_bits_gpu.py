@@ -8,12 +8,12 @@ import functools
 import pytest
 import torch
 
-from benchmarks.suite.ranks import random_vae
+from benchmarks.suite.weights import random_vae
 from wan_vae import WanVAE
 from wan_vae.commands.demo import MINI_VAE
 from wan_vae.config import wan21, wan22
 from wan_vae.io.checkpoint import load_checkpoint
-from wan_vae.planning import memory
+from wan_vae.planning import choose
 
 pytestmark = pytest.mark.gpu
 
@@ -72,7 +72,7 @@ def test_passes(case, share, monkeypatch):
     """From whole chunks down to single pairs of frames."""
     vae, z, expected = case
     limit = max(1, 4 * 720 * 1280 * 96 // share) if share < 10**9 else 10**12
-    monkeypatch.setattr(memory, "_PASSES", (limit, limit))
+    monkeypatch.setattr(choose, "PASSES", (limit, limit))
     assert torch.equal(vae.decode(z, chunk_frames=4), expected)
 
 

@@ -19,12 +19,16 @@ from safetensors.torch import save_file
 import wan_vae
 from tests.conftest import random_state
 from wan_vae import WanVAE
-from wan_vae.commands import cli, console, torchrun
-from wan_vae.commands.torchrun import Place
+from wan_vae.commands import cli, console, parser, torchrun
+from wan_vae.commands import decode as decode_command
+from wan_vae.commands.requests import DecodeRequest
+from wan_vae.commands.torchrun import RankInfo
 from wan_vae.config import wan21
 from wan_vae.errors import GeometryError, OutputError, ShardingError
-from wan_vae.io import video
+from wan_vae.io import video_read, video_write
 from wan_vae.io.latents import load_latent, save_latent
+from wan_vae.io.sink import NullSink
+from wan_vae.options import RunOptions
 
 ROOT = Path(__file__).parents[2]
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals and devices of POSIX")
@@ -54,12 +58,12 @@ def decode(good: Path, output: Path | str, *options: str, latents=("z.latent",))
 def test_a_signal_leaves_nothing_behind(name, code, output, good, tmp_path, monkeypatch, capsys):
     number = getattr(signal, name)
 
-    class Killed(console.Bar):
+    class Killed(console.ProgressBar):
         def __call__(self, done, total, report):
             assert len(list(tmp_path.rglob("*partial*"))) == 1, "or there is nothing to remove"
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(cli, "_Bar", Killed)
+    monkeypatch.setattr(decode_command, "ProgressBar", Killed)
     # Tests may run under nohup, whose ignored hang-up is the next test's.
     found = signal.signal(number, signal.default_int_handler if code == 130 else signal.SIG_DFL)
     before = signal.getsignal(number)
@@ -69,17 +73,17 @@ def test_a_signal_leaves_nothing_behind(name, code, output, good, tmp_path, monk
     finally:
         signal.signal(number, found)
     assert not list(tmp_path.iterdir())
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said == ("wan-vae: interrupted" if code == 130 else f"wan-vae: ended by {name}")
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line == ("wan-vae: interrupted" if code == 130 else f"wan-vae: ended by {name}")
 
 
 @POSIX
 def test_a_hangup_that_nohup_ignores_stays_ignored(good, tmp_path, monkeypatch):
-    class HungUp(console.Bar):
+    class HungUp(console.ProgressBar):
         def __call__(self, done, total, report):
             os.kill(os.getpid(), signal.SIGHUP)
 
-    monkeypatch.setattr(cli, "_Bar", HungUp)
+    monkeypatch.setattr(decode_command, "ProgressBar", HungUp)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert decode(good, tmp_path / "o.mp4") == 0
@@ -118,11 +122,19 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(command, tmp_path):
         "import time\nprint('importing', flush=True)\ntime.sleep(30)\n"
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    process = subprocess.Popen(
-        [sys.executable, *command, "decode", "z", "--vae", "v", "-o", "o.mp4"], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path},
-        cwd=tmp_path,
-    )  # fmt: skip
+    # A test run in the background may ignore SIGINT; only what is ignored is inherited.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, *command, "decode", "z", "--vae", "v", "-o", "o.mp4"],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+            cwd=tmp_path,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
@@ -181,7 +193,7 @@ def test_progress_that_nobody_can_see_does_not_end_a_decode(stderr, good, tmp_pa
         patch.setattr(sys, "stderr", stderr)
         assert decode(good, tmp_path / "o.mp4") == 0
         assert decode(good, tmp_path / "o.gif") == 1, "nor does an error that nobody can read"
-    assert video.read_pixels(tmp_path / "o.mp4").shape == (1, 3, 5, 16, 16)
+    assert video_read.read_pixels(tmp_path / "o.mp4").shape == (1, 3, 5, 16, 16)
 
 
 @pytest.mark.parametrize(("stdout", "said"), [(Full(), "No space left"), (Gone(), "")])
@@ -202,8 +214,8 @@ def test_a_full_disk_behind_stdout_in_a_real_process():
         pytest.skip("no /dev/full here")
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-c", "import sys; from wan_vae.commands import cli; "
-             "cli._doctor = lambda args: print('x') or 0; sys.exit(cli.main(['doctor']))"],
+            [sys.executable, "-c", "import sys; from wan_vae.commands import cli, parser; "
+             "parser._doctor = lambda args: print('x') or 0; sys.exit(cli.main(['doctor']))"],
             stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         )  # fmt: skip
     assert done.returncode == 1
@@ -212,10 +224,17 @@ def test_a_full_disk_behind_stdout_in_a_real_process():
 
 def test_a_name_that_the_terminal_cannot_spell_is_printed_all_the_same():
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; from wan_vae.commands import cli; "
-         "cli._doctor = lambda args: print('\\u00e9\\udcff') or 0; sys.exit(cli.main(['doctor']))"],
-        capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import sys; from wan_vae.commands import cli, parser; "
+            "parser._doctor = lambda args: print('\\u00e9\\udcff') or 0; "
+            "sys.exit(cli.main(['doctor']))",
+        ],
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
     assert (done.returncode, done.stdout) == (0, b"\\xe9\\udcff\n"), done.stderr
 
 
@@ -227,7 +246,7 @@ def test_a_refused_argument_draws_no_bar(good, tmp_path, capsys):
 
 
 def test_encode_takes_a_backend(good, tmp_path, capsys):
-    video.save_png(np.full((16, 16, 3), 128, np.uint8), tmp_path / "p.png")
+    video_write.save_png(np.full((16, 16, 3), 128, np.uint8), tmp_path / "p.png")
     argv = ["encode", str(tmp_path / "p.png"), "--vae", str(good / "v.safetensors"), "--device",
             "cpu", "-o", str(tmp_path / "z.latent"), "--backend"]  # fmt: skip
     assert cli.main([*argv, "cuda"]) == 1
@@ -263,7 +282,7 @@ def test_a_decode_that_aborts_nothing_itself_leaves_nothing(error, good, tmp_pat
 def test_an_impossible_output_is_refused_before_the_vae_is_loaded(
     output, good, monkeypatch, capsys
 ):
-    monkeypatch.setattr(cli, "_load", None)  # calling it would be a TypeError
+    monkeypatch.setattr(decode_command, "load_vae", None)  # calling it would be a TypeError
     assert decode(good, output) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -276,15 +295,15 @@ def test_an_output_that_exists_is_overwritten_only_when_told(latents, good, tmp_
     there.parent.mkdir(exist_ok=True)
     there.write_text("mine")
     assert decode(good, output, latents=latents) == 1
-    assert f"{there}: exists: name another output" in capsys.readouterr().err
+    assert f"{there}: exists: use another name" in capsys.readouterr().err
     assert there.read_text() == "mine"
     assert [p.name for p in there.parent.iterdir()] == [there.name], "nothing was begun"
     assert decode(good, output, "--force", latents=latents) == 0
-    assert video.read_pixels(there).shape[2] == 5
+    assert video_read.read_pixels(there).shape[2] == 5
 
 
 def test_encode_keeps_the_latent_that_is_there(good, tmp_path, capsys):
-    video.save_png(np.full((16, 16, 3), 128, np.uint8), tmp_path / "p.png")
+    video_write.save_png(np.full((16, 16, 3), 128, np.uint8), tmp_path / "p.png")
     argv = ["encode", str(tmp_path / "p.png"), "--vae", str(good / "v.safetensors"), "--device",
             "cpu", "-o", str(tmp_path / "my.LATENT")]  # fmt: skip
     (tmp_path / "my.LATENT").write_text("hours of sampling")
@@ -325,8 +344,8 @@ def test_an_input_that_is_no_file_is_one_line(kind, role, good, tmp_path, capsys
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
-    (choices,) = [a.choices for a in cli._parser()._actions if a.dest == "command"]
-    return {name: parser for name, parser in choices.items() if name != "bench"}
+    (choices,) = [a.choices for a in parser.build_parser()._actions if a.dest == "command"]
+    return {name: sub for name, sub in choices.items() if name != "bench"}
 
 
 @pytest.mark.parametrize("name", parsers())
@@ -342,7 +361,7 @@ def test_every_option_has_words_and_a_default(name):
 
 
 def test_help_names_every_kind_of_file(capsys):
-    for name, words in {"decode": video.VIDEO_SUFFIXES, "encode": ("image", ".png")}.items():
+    for name, words in {"decode": video_write.VIDEO_SUFFIXES, "encode": ("image", ".png")}.items():
         text = parsers()[name].format_help()
         assert all(word in text for word in words), text
 
@@ -356,7 +375,7 @@ def test_inspect_tells_the_files_dtypes_from_the_computations(tmp_path, capsys):
     text = capsys.readouterr().out
     assert f"{len(halves)} tensors of float16" in text
     assert f"{len(state) - len(halves)} tensors of float32" in text
-    assert "compute   float32 on cpu" in text and "behind 'vae.'" in text
+    assert "compute   float32 on cpu" in text and "with the prefix 'vae.'" in text
     assert "decoder.conv1" not in text and "--layers" in text
     assert cli.main(["inspect", str(tmp_path / "v.safetensors"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -380,19 +399,19 @@ RUN = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "
     ],
 )
 def test_variables_that_torchrun_would_not_set(change, words):
-    assert Place.of(RUN) == Place(0, 2, 0, 1)
-    assert Place.of({}) is None
+    assert RankInfo.from_environment(RUN) == RankInfo(0, 2, 0, 1)
+    assert RankInfo.from_environment({}) is None
     broken = {k: v for k, v in (RUN | change).items() if v is not None}
     with pytest.raises(ShardingError, match=words):
-        Place.of(broken)
+        RankInfo.from_environment(broken)
 
 
-def test_ranks_that_cannot_meet_are_told_in_words(monkeypatch):
+def test_ranks_that_cannot_meet_get_an_error_that_says_so(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torchrun, "group_environment", dict)
     with pytest.raises(ShardingError, match=r"cannot meet: .*expected.*; start them"):
-        torchrun.join(Place(0, 2, 0, 1), torch.device("cpu"), own_device=False)
+        torchrun.join(RankInfo(0, 2, 0, 1), torch.device("cpu"), has_own_device=False)
 
 
 @pytest.mark.parametrize("error", [GeometryError, KeyboardInterrupt])
@@ -401,17 +420,52 @@ def test_a_rank_that_decodes_nothing_aborts_its_sink(error, good, tmp_path, monk
         raise error("at once")
 
     monkeypatch.setattr(WanVAE, "decode", refuse)
-    args = cli._parser().parse_args(
-        ["decode", str(good / "z.latent"), "--vae", str(good / "v.safetensors"), "--device", "cpu",
-         "-o", str(tmp_path / "new" / "frames")]
-    )  # fmt: skip
-    outputs = [tmp_path / "new" / "frames"]
+    output = tmp_path / "new" / "frames"
+    request = DecodeRequest(
+        latents=(good / "z.latent",),
+        vae=good / "v.safetensors",
+        output=output,
+        device="cpu",
+        options=RunOptions(),
+        normalized=False,
+        fps=16.0,
+        overwrite=False,
+    )
     try:
-        code = torchrun.decode_list(args, cli._load, outputs, Place(0, 1, 0, 1), console.Bar)
+        code = torchrun.decode_list(request, [output], RankInfo(0, 1, 0, 1))
     except KeyboardInterrupt:
         code = 3
     assert code == 3
     assert not list(tmp_path.iterdir())
+
+
+class FullDisk(NullSink):
+    """A sink that fails from its second write on, and counts what happens to it."""
+
+    writes = closes = aborts = 0
+
+    def write(self, pixels, start_frame, first_row):
+        self.writes += 1
+        if self.writes == 2:
+            raise OSError(28, "No space left on device")
+
+    def close(self):
+        self.closes += 1
+
+    def abort(self):
+        self.aborts += 1
+
+
+def test_an_error_of_a_sink_waits_until_the_ranks_can_stop_together():
+    full = FullDisk()
+    sink = torchrun.DeferredErrorSink(full)
+    sink.write(torch.zeros(1), 0, 0)
+    assert sink.error is None
+    for frame in (1, 2):
+        sink.write(torch.zeros(1), frame, 0)
+    assert isinstance(sink.error, OutputError) and "No space left" in str(sink.error)
+    sink.close()
+    assert (full.writes, full.closes, full.aborts) == (2, 0, 1)
 
 
 def test_an_error_of_the_output_has_its_name_not_the_partial_ones(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from tests.conftest import SMALL_CONFIGS, pass_elements, random_state
 from wan_vae import WanVAE
 from wan_vae.errors import BackendError, DecodeMemoryError, GeometryError, LatentError, OutputError
-from wan_vae.planning import memory
+from wan_vae.planning import choose
 
 SHAPE = (1, 16, 3, 4, 3)
 
@@ -54,7 +54,7 @@ def test_a_stream_may_begin_in_inference_mode_and_end_outside(
     vae, z, chunk_frames, called_inside, monkeypatch
 ):
     """Also in the middle of a chunk, whose features then wait for their pass."""
-    monkeypatch.setattr(memory, "_PASSES", (pass_elements(vae.config, SHAPE, 4),) * 2)
+    monkeypatch.setattr(choose, "PASSES", (pass_elements(vae.config, SHAPE, 4),) * 2)
     expected = vae.decode(z, chunk_frames=chunk_frames)
     stream = None if called_inside else vae.decode_stream(z, chunk_frames=chunk_frames)
     with torch.inference_mode():

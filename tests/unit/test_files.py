@@ -13,17 +13,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from wan_vae.errors import LatentError, OutputError
-from wan_vae.io import video
+from wan_vae.io import video_read, video_write
 from wan_vae.io.files import Partial
 from wan_vae.io.latents import load_latent
 
 SHAPE = (1, 3, 2, 16, 32)
 SINKS = {
-    "o.mp4": lambda path: video.open_sink(path, SHAPE, 16),
-    "o.safetensors": lambda path: video.open_sink(path, SHAPE, 16),
-    "frames": lambda path: video.open_sink(path, SHAPE, 16),
-    "o.png": lambda path: video.open_sink(path, (1, 3, 1, 16, 32), 16),
-    "sheet.png": lambda path: video.ContactSheetSink(path, 2),
+    "o.mp4": lambda path: video_write.open_sink(path, SHAPE, 16),
+    "o.safetensors": lambda path: video_write.open_sink(path, SHAPE, 16),
+    "frames": lambda path: video_write.open_sink(path, SHAPE, 16),
+    "o.png": lambda path: video_write.open_sink(path, (1, 3, 1, 16, 32), 16),
+    "sheet.png": lambda path: video_write.ContactSheetSink(path, 2),
 }
 
 
@@ -34,7 +34,8 @@ def pixels(value: float) -> torch.Tensor:
 def mean_of(path: Path) -> float:
     if path.suffix == ".safetensors":
         return float(load_file(path)["pixels"].mean())
-    return float(video.read_pixels(path / "frame_000000.png" if path.is_dir() else path).mean())
+    file = path / "frame_000000.png" if path.is_dir() else path
+    return float(video_read.read_pixels(file).mean())
 
 
 # -- outputs --------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ def test_a_folder_with_somebodys_own_files_is_refused(mine, tmp_path):
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / mine).write_text("mine")
     with pytest.raises(OutputError, match="not a folder of frames"):
-        video.FrameFolderSink(tmp_path / "f")
+        video_write.FrameFolderSink(tmp_path / "f")
     assert (tmp_path / "f" / mine).read_text() == "mine"
 
 
@@ -89,13 +90,13 @@ def test_a_frame_that_is_no_regular_file_is_refused(kind, tmp_path):
     else:
         place.symlink_to(tmp_path / "f")
     with pytest.raises(OutputError, match="not a folder of frames"):
-        video.FrameFolderSink(tmp_path / "f")
+        video_write.FrameFolderSink(tmp_path / "f")
 
 
 def test_a_file_put_among_the_frames_during_a_decode_survives(tmp_path):
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "frame_000007.png").write_bytes(b"old")
-    sink = video.FrameFolderSink(tmp_path / "f")
+    sink = video_write.FrameFolderSink(tmp_path / "f")
     sink.write(pixels(0), 0, 0)
     (tmp_path / "f" / "frame_notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="not a folder of frames"):
@@ -111,7 +112,7 @@ def test_a_link_stands_for_its_folder(exists, tmp_path):
         target.mkdir()
         (target / "frame_000009.png").write_bytes(b"old")
     (tmp_path / "link").symlink_to(target)
-    sink = video.FrameFolderSink(tmp_path / "link")
+    sink = video_write.FrameFolderSink(tmp_path / "link")
     sink.write(pixels(0), 0, 0)
     sink.close()
     assert (tmp_path / "link").is_symlink()
@@ -121,18 +122,18 @@ def test_a_link_stands_for_its_folder(exists, tmp_path):
 def test_a_link_to_itself_is_refused_in_words(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "link")
     with pytest.raises(OutputError, match="link"):
-        video.FrameFolderSink(tmp_path / "link")
+        video_write.FrameFolderSink(tmp_path / "link")
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        (".", "not the name"),
-        ("/", "not the name"),
-        ("", "not the name"),
-        ("..", "not the name"),
-        (".mp4", "half a name"),
-        ("out.", "half a name"),
+        (".", "not a file name"),
+        ("/", "not a file name"),
+        ("", "not a file name"),
+        ("..", "not a file name"),
+        (".mp4", "incomplete file name"),
+        ("out.", "incomplete file name"),
         ("x" * 300, "too long"),
         ("new/" + "x" * 5000 + ".mp4", "too long"),
         ("ä" * 130 + ".mp4", "too long"),
@@ -142,7 +143,7 @@ def test_a_link_to_itself_is_refused_in_words(tmp_path):
 )
 def test_an_impossible_name_is_refused_before_anything_is_made(name, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for refuse in (video.check_sink, lambda path: video.open_sink(path, SHAPE, 16)):
+    for refuse in (video_write.check_sink, lambda path: video_write.open_sink(path, SHAPE, 16)):
         with pytest.raises(OutputError, match=words):
             refuse(Path(name))
     assert not list(tmp_path.iterdir())
@@ -151,7 +152,7 @@ def test_an_impossible_name_is_refused_before_anything_is_made(name, words, tmp_
 @pytest.mark.parametrize("fps", [None, "16", "fast", float("nan"), 0, 1e9, [16]])
 def test_an_impossible_rate_is_refused_and_makes_no_folder(fps, tmp_path):
     with pytest.raises(OutputError, match="frames a second: expected a number"):
-        video.open_sink(tmp_path / "new" / "o.mp4", SHAPE, fps)
+        video_write.open_sink(tmp_path / "new" / "o.mp4", SHAPE, fps)
     assert not list(tmp_path.iterdir())
 
 
@@ -159,7 +160,7 @@ def test_an_impossible_rate_is_refused_and_makes_no_folder(fps, tmp_path):
 def test_a_rate_of_another_library_is_a_rate(fps, tmp_path):
     import av
 
-    sink = video.open_sink(tmp_path / "o.mp4", SHAPE, fps)
+    sink = video_write.open_sink(tmp_path / "o.mp4", SHAPE, fps)
     sink.write(pixels(0), 0, 0)
     sink.close()
     with av.open(str(tmp_path / "o.mp4")) as file:
@@ -169,11 +170,11 @@ def test_a_rate_of_another_library_is_a_rate(fps, tmp_path):
 @pytest.mark.parametrize("name", ["10:30.mp4", "O.MP4", "pipe:1.mkv", "%d.mov", "file:x.mp4"])
 def test_names_that_ffmpeg_or_we_could_mistake(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sink = video.open_sink(Path(name), SHAPE, 16)
+    sink = video_write.open_sink(Path(name), SHAPE, 16)
     sink.write(pixels(0.25), 0, 0)
     sink.close()
     assert [p.name for p in tmp_path.iterdir()] == [name]
-    assert video.read_pixels(Path(name)).shape == SHAPE
+    assert video_read.read_pixels(Path(name)).shape == SHAPE
 
 
 def test_a_long_name_that_fits_is_written(tmp_path):
@@ -207,7 +208,7 @@ class FullDisk:
 def test_of_two_outputs_none_appears_if_one_fails(place, tmp_path):
     others = [SINKS["o.mp4"](tmp_path / "o.mp4")]
     others.insert(place, FullDisk())
-    tee = video.TeeSink(*others)
+    tee = video_write.TeeSink(*others)
     tee.write(pixels(0), 0, 0)
     with pytest.raises(OutputError, match="full"):
         tee.close()
@@ -239,7 +240,7 @@ def test_stored_pixels_are_float32_whatever_the_caller_set(surroundings, tmp_pat
 def test_sixteen_bit_grey_keeps_its_scale(tmp_path):
     grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     Image.fromarray(grey).save(tmp_path / "g.png")
-    got = video.read_pixels(tmp_path / "g.png")
+    got = video_read.read_pixels(tmp_path / "g.png")
     expected = torch.from_numpy(grey.astype(np.float32) / 32767.5 - 1)
     assert torch.allclose(got[0, :, 0], expected.expand(3, 8, 8), atol=1e-6)
 
@@ -248,15 +249,15 @@ def test_sixteen_bit_grey_keeps_its_scale(tmp_path):
 def test_other_spellings_of_sixteen_bits(mode, tmp_path):
     grey = np.full((8, 8), 32768, np.dtype(">u2" if mode == "I;16B" else "i4"))
     Image.frombytes(mode, (8, 8), grey.tobytes()).save(tmp_path / "g.png", format="TIFF")
-    got = video.read_pixels(tmp_path / "g.png")
+    got = video_read.read_pixels(tmp_path / "g.png")
     assert got.abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("array", [np.full((8, 8), 0.5, np.float32), np.full((8, 8), -7, np.int32)])
 def test_a_grey_whose_white_is_unknown_is_refused_by_name(array, tmp_path):
     Image.fromarray(array).save(tmp_path / "g.png", format="TIFF")
-    with pytest.raises(LatentError, match=r"mode [FI], whose white is unknown"):
-        video.read_pixels(tmp_path / "g.png")
+    with pytest.raises(LatentError, match=r"mode [FI], whose value of white is unknown"):
+        video_read.read_pixels(tmp_path / "g.png")
 
 
 def corner(height: int = 16, width: int = 32) -> np.ndarray:
@@ -285,7 +286,7 @@ def test_pictures_are_read_upright(orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(corner()).save(tmp_path / "p.png", exif=exif)
-    got = video.to_uint8(video.read_pixels(tmp_path / "p.png")[0])[0]
+    got = video_write.to_uint8(video_read.read_pixels(tmp_path / "p.png")[0])[0]
     assert np.array_equal(got, UPRIGHT[orientation](corner()))
 
 
@@ -298,7 +299,7 @@ MATRICES = {
 
 
 def turned_video(path: Path, matrix: tuple[float, ...]) -> None:
-    sink = video.VideoFileSink(path, 32, 64, 16)
+    sink = video_write.VideoFileSink(path, 32, 64, 16)
     still = torch.from_numpy(corner(32, 64)).permute(2, 0, 1)[None, :, None]
     sink.write(still.float() / 127.5 - 1, 0, 0)
     sink.close()
@@ -312,7 +313,7 @@ def turned_video(path: Path, matrix: tuple[float, ...]) -> None:
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_videos_are_read_upright(matrix, tmp_path):
     turned_video(tmp_path / "v.mp4", matrix)
-    got = video.to_uint8(video.read_pixels(tmp_path / "v.mp4")[0])[0].astype(int)
+    got = video_write.to_uint8(video_read.read_pixels(tmp_path / "v.mp4")[0])[0].astype(int)
     expected = UPRIGHT[MATRICES[matrix]](corner(32, 64)).astype(int)
     assert got.shape == expected.shape
     assert np.abs(got - expected).mean() < 8
@@ -321,22 +322,22 @@ def test_videos_are_read_upright(matrix, tmp_path):
 def test_a_video_turned_by_an_odd_angle_is_refused(tmp_path):
     turned_video(tmp_path / "v.mp4", (0.8, 0.6, -0.6, 0.8))
     with pytest.raises(LatentError, match="multiple of 90"):
-        video.read_pixels(tmp_path / "v.mp4")
+        video_read.read_pixels(tmp_path / "v.mp4")
 
 
 def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     Image.fromarray(corner()).save(tmp_path / "p.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(LatentError, match="decompression bomb"):
-        video.read_pixels(tmp_path / "p.png")
+        video_read.read_pixels(tmp_path / "p.png")
 
 
 def test_frames_of_two_sizes_are_refused(tmp_path, monkeypatch):
     frames = [np.zeros((16, 32, 3), np.uint8), np.zeros((16, 16, 3), np.uint8)]
-    monkeypatch.setattr(video, "_read_video", lambda path: frames)
+    monkeypatch.setattr(video_read, "_read_video", lambda path: frames)
     (tmp_path / "v.mp4").write_bytes(b"-")
     with pytest.raises(LatentError, match=r"2 sizes \(16x16, 32x16\)"):
-        video.read_pixels(tmp_path / "v.mp4")
+        video_read.read_pixels(tmp_path / "v.mp4")
 
 
 # -- latents --------------------------------------------------------------------------------------

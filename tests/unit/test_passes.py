@@ -23,7 +23,8 @@ from wan_vae.io.sink import TensorSink
 from wan_vae.network.blocks import ResidualBlock, Step, Upsample, _interleave
 from wan_vae.network.cache import FeatureCache
 from wan_vae.network.decoder import UpStage
-from wan_vae.planning import memory
+from wan_vae.planning import choose, passes
+from wan_vae.planning.passes import pass_frames
 
 # Of float32 on the CPU, where a convolution may choose another blocking for another size.
 BOUND = 1e-5
@@ -38,13 +39,13 @@ def latent_of(vae, frames, height=3, width=2, batch=1):
 
 def limit_passes(patch: pytest.MonkeyPatch, limits: tuple[int, ...]) -> None:
     """Let decodes take at most so many frames at once in each stage."""
-    patch.setattr(memory, "pass_frames", lambda config, latent_shape, elements: limits)
+    patch.setattr(passes, "pass_frames", lambda config, latent_shape, elements: limits)
 
 
 def passes_of(patch: pytest.MonkeyPatch, vae: WanVAE, frames: int, size: tuple[int, ...]) -> None:
     """Let passes of decodes of a latent of `size` (H, W) have so many frames in the last stage."""
     elements = pass_elements(vae.config, (1, vae.config.z_dim, 1, *size), frames)
-    patch.setattr(memory, "_PASSES", (elements, elements))
+    patch.setattr(choose, "PASSES", (elements, elements))
 
 
 class Once:
@@ -219,14 +220,14 @@ def test_a_chunk_in_two_is_the_first_once_and_the_last_once():
 def test_limits_are_a_frame_or_pairs_and_grow_with_what_may_be_held(config, size, elements):
     b, h, w = size
     shape = (b, config.z_dim, 21, h, w)
-    found = [memory.pass_frames(config, shape, n) for n in (1, *sorted(elements))]
+    found = [pass_frames(config, shape, n) for n in (1, *sorted(elements))]
     assert found[0] == (1, 2, 2, 2)
     for fewer, more in pairwise(found):
         assert all(a <= b for a, b in zip(fewer, more, strict=True))
     for limits in found:
         assert all(n >= 2 and n % 2 == 0 for n in limits[1:])
     # Of a strip: at least as many.
-    strip = memory.pass_frames(config, (*shape[:3], -(-h // 2), w), max(elements))
+    strip = pass_frames(config, (*shape[:3], -(-h // 2), w), max(elements))
     assert all(a >= b for a, b in zip(strip, found[-1], strict=True))
 
 
@@ -241,8 +242,8 @@ def test_features_of_a_pass_hold_what_they_may(family, last, batch, monkeypatch)
     vae = vae_of(family)
     z = latent_of(vae, 6, 3, 2, batch)
     elements = pass_elements(vae.config, tuple(z.shape), last)
-    monkeypatch.setattr(memory, "_PASSES", (elements, elements))
-    limits = memory.pass_frames(vae.config, tuple(z.shape), elements)
+    monkeypatch.setattr(choose, "PASSES", (elements, elements))
+    limits = pass_frames(vae.config, tuple(z.shape), elements)
     starts = vae.model.decoder._stage_starts
     held = [{} for _ in limits]  # of each stage: numbers by frames that entered it
 
@@ -280,13 +281,13 @@ def test_limits_are_those_of_the_rows_that_go_through_the_stages(
 ):
     shape = (2, small_vae.config.z_dim, 2, 40, 2)
     elements = pass_elements(small_vae.config, shape, 4)
-    monkeypatch.setattr(memory, "_PASSES", (elements, elements))
+    monkeypatch.setattr(choose, "PASSES", (elements, elements))
     rows, real = [], small_vae.model.decoder.passes
 
     def passes(x, step, strip=None):
         rows.append(x.shape[3])
         of_rows = (*shape[:3], x.shape[3], shape[4])
-        assert step.pass_frames == memory.pass_frames(small_vae.config, of_rows, elements)
+        assert step.pass_frames == pass_frames(small_vae.config, of_rows, elements)
         return real(x, step, strip)
 
     monkeypatch.setattr(small_vae.model.decoder, "passes", passes)
@@ -573,7 +574,7 @@ def test_whole_frames_that_do_not_fit_are_halved_too(small_vae, monkeypatch):
     assert "5 whole frames: CUDA out of memory" in small_vae.last_report.fallbacks[0]
 
 
-@pytest.mark.parametrize("free", [float("nan"), float("inf"), "much", [1]], ids=str)
+@pytest.mark.parametrize("free", [float("nan"), float("-inf"), "much", [1]], ids=str)
 def test_free_bytes_that_are_no_number_are_refused_in_words(small_vae, free):
     with pytest.raises(GeometryError, match="free_bytes is"):
         small_vae.decode(latent_of(small_vae, 2), free_bytes=free)

@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line. `cli`, `parser`, `requests`, `console` and `signals` do not import PyTorch."""

@@ -1,45 +1,54 @@
-"""Words and progress on a terminal that may be closed, full, or unable to spell a name."""
+"""Text and progress on a terminal that may be closed, full, or unable to encode a file name."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
-def say(text: str) -> None:
-    """One line on stderr. Lost where stderr is closed or full: the work matters more."""
+def log(text: str) -> None:
+    """Print one line on stderr; drop it if stderr is closed or full, so that the work goes on."""
     if sys.stderr is not None:  # print(file=None) would write to stdout
-        with suppress(OSError, ValueError):  # ValueError: closed by this program
+        with suppress(OSError, ValueError):  # ValueError: this program has closed it
             print(text, file=sys.stderr, flush=True)
 
 
-def spell_anything() -> None:
-    """Names that stdout or stderr cannot encode are printed with backslashes, not refused."""
+def escape_unencodable() -> None:
+    """Let stdout and stderr print characters that they cannot encode as backslash escapes."""
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
 
 
-def drop_stdout() -> None:
-    """Forget what stdout still holds: Python would try to write it once more at exit."""
-    with suppress(OSError, ValueError, AttributeError):  # no file behind it, or none at all
+def discard_stdout() -> None:
+    """Drop what stdout still buffers, which Python would try to write again at exit."""
+    with suppress(OSError, ValueError, AttributeError):  # stdout is no file, or None
         target = sys.stdout.fileno()
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, target)
-        os.close(nothing)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, target)
+        os.close(null)
 
 
-class Bar:
-    """A progress bar of frames on stderr; none where that is closed or full."""
+class ProgressBar:
+    """A progress bar of frames on stderr; does nothing if stderr is closed or full."""
 
     def __init__(self, label: str, total: int | None = None):
         self._label, self._total = label, total
-        self._bar, self._is_off = None, sys.stderr is None
+        self._bar: tqdm[None] | None = None
+        self._is_off = sys.stderr is None
 
-    def begin(self) -> bool:
-        """Show it. As `should_stop` of a decode: asked once the arguments are accepted; False."""
+    def show(self) -> bool:
+        """Show the bar; always returns False.
+
+        Passed as `should_stop`, so that the bar appears only after the arguments were validated.
+        """
         if self._bar is None and not self._is_off:
             from tqdm import tqdm
 
@@ -49,14 +58,16 @@ class Bar:
                 )
         return False
 
-    def __call__(self, done: int, total: int, report) -> None:
-        self.begin()
+    def __call__(self, done: int, total: int, report: object) -> None:
+        """Draw the progress; passed as `on_progress`."""
+        self.show()
         with self._drawing():
             if self._bar is not None:
                 self._bar.total = total
                 self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
+        """Draw the bar for the last time."""
         with self._drawing():
             if self._bar is not None:
                 self._bar.close()
@@ -66,7 +77,7 @@ class Bar:
         try:
             yield
         except (OSError, ValueError):
-            # A decode of minutes does not end because nobody can watch it.
+            # A run of minutes must not fail because its progress cannot be shown.
             if self._bar is not None:
-                self._bar.disable = True  # its destructor would draw once more
+                self._bar.disable = True  # or its destructor would draw again
             self._bar, self._is_off = None, True

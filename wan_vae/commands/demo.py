@@ -1,4 +1,4 @@
-"""`wan-vae demo`: the repository's sample latents through its miniature VAE, to look at."""
+"""`wan-vae demo`: decodes the sample latents of the repository with its miniature VAE."""
 
 from __future__ import annotations
 
@@ -8,8 +8,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .. import geometry
+from ..chunking import Chunk
 from ..errors import CheckpointError
 from ..io.files import writing
+from ..io.latents import load_latent
+from ..io.video_write import ContactSheetSink, check_sink, save_png, to_uint8
+from ..network.blocks import Step
+from ..network.cache import FeatureCache
+from ..pipeline import WanVAE
+from .decode import decode_to_file
+from .load import last_report, load_vae
+from .report_text import report_text
+from .requests import DemoRequest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MINI_VAE = EXAMPLES / "wan_vae_mini.safetensors"
@@ -20,68 +31,65 @@ def samples() -> list[Path]:
     return sorted((EXAMPLES / "latents").glob("*.latent"))
 
 
-def run_demo(args, load, decode_one, report_table) -> int:
-    """Decode each sample to a video (or image) and a contact sheet; print the layout report.
+def run_demo(request: DemoRequest) -> int:
+    """Decode each sample to a video (or image) and a contact sheet; returns the exit code.
 
-    The reports of all samples go to layout_report.json, by name of the sample. Files of an
-    earlier demo are overwritten.
+    Prints the report of the last sample. The reports of all samples go to layout_report.json, by
+    name of the sample. Files of an earlier demo are overwritten.
     """
-    from .. import geometry
-    from ..io.latents import load_latent
-    from ..io.video import ContactSheetSink, check_sink
-
+    folder = request.output
     if not MINI_VAE.is_file() or not samples():
         raise CheckpointError(
-            f"{EXAMPLES}: the demo's files are not here: run it from a clone of the repository "
+            f"{EXAMPLES}: the files of the demo are missing: run it from a clone of the repository "
             "(pip install -e .)"
         )
-    for path in samples():  # what cannot be written is refused before anything is
+    for path in samples():  # impossible outputs are refused before the first decode
         for suffix in (".mp4", ".png"):
-            check_sink(args.output / f"{path.stem}{suffix}")
-    vae = load(args, MINI_VAE)
+            check_sink(folder / f"{path.stem}{suffix}")
+    vae = load_vae(MINI_VAE, request.device, request.options.precision)
     reports = {}
     for path in samples():
-        latent = load_latent(path)
-        frames = geometry.pixel_frames(latent.shape[2], vae.config)
-        if frames == 1:
-            output = args.output / f"{path.stem}.png"
-            decode_one(vae, latent, output, args)
-            print(output)
-        else:
-            output = args.output / f"{path.stem}.mp4"
-            sheet = args.output / f"{path.stem}_contact_sheet.png"
-            decode_one(vae, latent, output, args, extra=(ContactSheetSink(sheet, frames),))
-            print(f"{output}\n{sheet}")
-        reports[path.stem] = vae.last_report.as_dict()
-    written = args.output / "layout_report.json"
+        reports[path.stem] = _decode_sample(vae, path, request)
+    written = folder / "layout_report.json"
     with writing(written):
         written.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
     print(written)
-    if args.garble:
-        picture = args.output / "right_and_garbled.png"
+    if request.garble:
+        picture = folder / "right_and_garbled.png"
         draw_garbled(vae, load_latent(samples()[0]), picture)
         print(picture)
-    print(report_table(vae.last_report))
+    print(report_text(last_report(vae)))
     return 0
 
 
+def _decode_sample(vae: WanVAE, path: Path, request: DemoRequest) -> dict[str, object]:
+    latent = load_latent(path)
+    frames = geometry.pixel_frames(latent.shape[2], vae.config)
+    if frames == 1:
+        output = request.output / f"{path.stem}.png"
+        report = decode_to_file(vae, latent, output, request.options)
+        print(output)
+    else:
+        output = request.output / f"{path.stem}.mp4"
+        sheet = request.output / f"{path.stem}_contact_sheet.png"
+        extra = (ContactSheetSink(sheet, frames),)
+        report = decode_to_file(vae, latent, output, request.options, extra=extra)
+        print(f"{output}\n{sheet}")
+    return report.as_dict()
+
+
 def garble(x: torch.Tensor) -> torch.Tensor:
-    """What a receiver sees that reads the raw bytes of a dense NDHWC tensor as NCDHW."""
+    """What a receiver gets that reads the raw bytes of a dense NDHWC tensor as NCDHW."""
     raw = x.permute(0, 2, 3, 4, 1).contiguous()
     return raw.view(x.shape)
 
 
-def draw_garbled(vae, latent: torch.Tensor, path: Path) -> None:
-    """The middle frame decoded right, and decoded from halves gathered as raw bytes.
+def draw_garbled(vae: WanVAE, latent: torch.Tensor, path: Path) -> None:
+    """Draw the middle frame twice: decoded correctly, and from halves gathered as raw bytes.
 
-    As on two GPUs without the guard: the second half of the rows of the decoder's features comes
-    from the other rank, whose NDHWC bytes were read as NCDHW.
+    As on two GPUs without a check of memory formats: the second half of the rows of the decoder's
+    features comes from the other rank, whose NDHWC bytes were read as NCDHW.
     """
-    from ..chunking import Chunk
-    from ..io.video import save_png, to_uint8
-    from ..network.blocks import Step
-    from ..network.cache import FeatureCache
-
     chunk = Chunk(0, latent.shape[2], is_first=True, is_last=True)
     model = vae.model
     z = latent.to(device=vae.device, dtype=vae.dtype)

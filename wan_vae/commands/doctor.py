@@ -1,8 +1,13 @@
-"""`wan-vae doctor`: run the convolution in every format on this machine, against float64."""
+"""`wan-vae doctor`: checks the convolution in every memory format on this machine, and the kernels.
+
+A device or a component that is missing or broken is a line of the output, never an exception.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import get_args
 
 import torch
@@ -10,7 +15,8 @@ import torch.nn.functional as F
 
 from .. import layout
 from ..config import wan21, wan22
-from ..device import DTYPES, device_name, pick_device, pick_dtype, versions
+from ..device import DTYPES, device_name, dtype_name, pick_device, pick_dtype, versions
+from ..errors import WanVAEError, first_line
 from ..kernels.cache_folder import cache_folder
 from ..kernels.proof.cache import ProofCache, environment
 from ..network.model import WanVAEModel
@@ -24,53 +30,97 @@ _LAYERS = (
     (96, 3, (3, 3, 3), 3, 17, 13),
     (192, 384, (3, 1, 1), 4, 8, 8),
 )
-# Largest relative error that rounding explains, by dtype.
+_FORMATS = ("contiguous", "channels_last_3d")
+# The largest relative error that rounding explains, by dtype.
 _BOUNDS = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+# What a device raises that cannot do what was asked: PyTorch's errors of a driver, of memory and of
+# missing operators are RuntimeErrors, those of dtypes that a device lacks are TypeErrors.
+_DEVICE_ERRORS = (RuntimeError, TypeError, WanVAEError)
 
 
-def check_device(device: torch.device) -> list[tuple[str, str, bool, float]]:
-    """(dtype, formats of input/weight, right?, largest relative error) over the layer shapes."""
-    rows = []
-    dtypes = (torch.float32,) if device.type == "cpu" else tuple(_BOUNDS)
+@dataclass(frozen=True)
+class ConvCheck:
+    """A convolution in one dtype and combination of formats, compared with float64 on the CPU.
+
+    error: the largest relative error over the layer shapes; None if it cannot run, and then
+    `failure` says why.
+    """
+
+    dtype: torch.dtype
+    input_format: str
+    weight_format: str
+    error: float | None
+    failure: str = ""
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether the convolution ran and its result was wrong."""
+        return self.error is not None and self.error >= _BOUNDS[self.dtype]
+
+    def __str__(self) -> str:
+        formats = f"{self.input_format} / {self.weight_format}"
+        if self.error is None:
+            result = f"cannot run: {self.failure}"
+        else:
+            result = f"{'WRONG' if self.is_wrong else 'right'}  {self.error:.1e}"
+        return f"{dtype_name(self.dtype):<9} {formats:<36} {result}"
+
+
+def check_device(device: torch.device) -> Iterator[ConvCheck]:
+    """Check each dtype of `device` in each combination of formats."""
     generator = torch.Generator().manual_seed(0)
-    for dtype in dtypes:
-        for x_format in ("contiguous", "channels_last_3d"):
-            for w_format in ("contiguous", "channels_last_3d"):
-                worst = 0.0
-                for c, o, kernel, t, h, w in _LAYERS:
-                    x = torch.randn(1, c, t, h, w, generator=generator).to(dtype)
-                    weight = torch.randn(o, c, *kernel, generator=generator).to(dtype) / c
-                    padding = (0, kernel[1] // 2, kernel[2] // 2)
-                    expected = F.conv3d(x.double(), weight.double(), padding=padding)
-                    got = F.conv3d(
-                        layout.to_format(x.to(device), x_format),
-                        layout.to_format(weight.to(device), w_format),
-                        padding=padding,
-                    )
-                    error = (got.double().cpu() - expected).norm() / expected.norm()
-                    worst = max(worst, error.item() if error.isfinite() else float("inf"))
-                name = str(dtype).removeprefix("torch.")
-                rows.append((name, f"{x_format} / {w_format}", worst < _BOUNDS[dtype], worst))
-    return rows
+    for dtype in (torch.float32,) if device.type == "cpu" else tuple(_BOUNDS):
+        for input_format in _FORMATS:
+            for weight_format in _FORMATS:
+                try:
+                    error = _worst_error(device, dtype, input_format, weight_format, generator)
+                except _DEVICE_ERRORS as failure:
+                    yield ConvCheck(dtype, input_format, weight_format, None, first_line(failure))
+                else:
+                    yield ConvCheck(dtype, input_format, weight_format, error)
+
+
+def _worst_error(
+    device: torch.device,
+    dtype: torch.dtype,
+    input_format: str,
+    weight_format: str,
+    generator: torch.Generator,
+) -> float:
+    worst = 0.0
+    for c, o, kernel, t, h, w in _LAYERS:
+        x = torch.randn(1, c, t, h, w, generator=generator).to(dtype)
+        weight = torch.randn(o, c, *kernel, generator=generator).to(dtype) / c
+        padding = (0, kernel[1] // 2, kernel[2] // 2)
+        expected = F.conv3d(x.double(), weight.double(), padding=padding)
+        result = F.conv3d(
+            layout.to_format(x.to(device), input_format),
+            layout.to_format(weight.to(device), weight_format),
+            padding=padding,
+        )
+        error = (result.cpu().double() - expected).norm() / expected.norm()
+        worst = max(worst, error.item() if error.isfinite() else float("inf"))
+    return worst
 
 
 def known_faults() -> list[str]:
-    """Versions of this machine's libraries with a published fault in 3-D convolutions."""
-    found = []
-    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    """Published faults in 3-D convolutions of the library versions on this machine."""
+    faults = []
+    version = versions()["cudnn"] if torch.version.hip is None else None
+    cudnn = None if version is None else int(version)
     if cudnn is not None and 90800 <= cudnn < 91100:
-        found.append(f"cuDNN {cudnn}: wrong results for huge bf16 conv3d (pytorch #163539)")
+        faults.append(f"cuDNN {cudnn}: wrong results for huge bf16 conv3d (pytorch #163539)")
     if cudnn is not None and 91002 <= cudnn <= 91500:
-        found.append(f"cuDNN {cudnn}: faulty TF32 3-D kernels (pytorch #167024)")
+        faults.append(f"cuDNN {cudnn}: faulty TF32 3-D kernels (pytorch #167024)")
     if cudnn is not None and torch.__version__.startswith("2.9") and cudnn < 91500:
-        found.append(f"PyTorch 2.9 with cuDNN {cudnn}: bf16 conv3d very slow (pytorch #166643)")
+        faults.append(f"PyTorch 2.9 with cuDNN {cudnn}: bf16 conv3d very slow (pytorch #166643)")
     if torch.backends.mps.is_available():
-        found.append("MPS: conv3d was wrong for NDHWC input in some releases (pytorch #141471)")
-    return found
+        faults.append("MPS: conv3d was wrong for NDHWC input in some releases (pytorch #141471)")
+    return faults
 
 
 def check_kernels(device: torch.device) -> list[str]:
-    """Prove our kernels for the layers of both full-width models; one line a finding."""
+    """Prove the kernels for the layers of both full-width models; one line for each finding."""
     reason = unavailable_reason("triton", device, torch.bfloat16)
     if reason is not None:
         return [f"kernels: off ({reason})"]
@@ -79,50 +129,70 @@ def check_kernels(device: torch.device) -> list[str]:
     reason = unavailable_reason(requested, device, torch.bfloat16)
     if reason is not None:
         lines, requested = [f"kernels in CUDA C++: off ({reason})"], "triton"
-    book = ProofCache(environment(device), cache_folder())
+    proofs = ProofCache(environment(device), cache_folder())
     for config in (wan21(), wan22()):
         for only_frame in (False, True):
             with torch.device(device):
                 model = WanVAEModel(config).to(torch.bfloat16)
             layout.pack_weights(model, "channels_last_3d")
             for part in get_args(Part):
-                ops = select_ops(requested, model, only_frame, lambda: book, part=part)
+                ops = select_ops(requested, model, only_frame, lambda: proofs, part=part)
                 weights = [
                     p
                     for module in own_modules(model, part)
                     for name, p in module.named_parameters()
                     if name.endswith("weight")
                 ]
-                counts = Counter(ops.backend_of(p) for p in weights)
+                backends = Counter(ops.backend_of(p) for p in weights)
                 what = f"{config.family} {part}, {'one image' if only_frame else 'video'}"
-                found = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
-                lines.append(f"kernels: {what}: of {len(weights)} layers {found}")
-                lines += [f"  {off.op} off: {off.text}" for off in ops.refusals]
-    return [*lines, *book.notes]
+                numbers = ", ".join(f"{n} {name}" for name, n in sorted(backends.items()))
+                lines.append(f"kernels: {what}: of {len(weights)} layers {numbers}")
+                lines += [f"  {refusal.op} off: {refusal.text}" for refusal in ops.refusals]
+    return [*lines, *proofs.notes]
 
 
-def run_doctor(wanted: str | None) -> int:
-    """Print versions, the layout check of each device and the backends; 1 if a layout is wrong."""
-    print("  ".join(f"{k} {v}" for k, v in versions().items() if v))
+def run_doctor(requested: str | None) -> int:
+    """Print versions, and the checks of each device; returns 1 if a result is wrong.
+
+    Returns 1 also for a device that runs no convolution in any dtype.
+    """
+    print("  ".join(f"{name} {value}" for name, value in versions().items() if value))
+    are_right = [_report_on(device) for device in _devices(requested)]
+    for fault in known_faults():
+        print(f"warning: {fault}")
+    return 0 if all(are_right) else 1
+
+
+def _devices(requested: str | None) -> list[torch.device]:
+    if requested is not None:
+        return [pick_device(requested)]
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         devices.append(torch.device("mps"))
-    if wanted is not None:
-        devices = [pick_device(wanted)]
-    wrong = False
-    for device in devices:
-        print(f"\n{device} ({device_name(device)}): conv3d, input / weight format")
-        for dtype, formats, right, error in check_device(device):
-            wrong |= not right
-            print(f"  {dtype:<9} {formats:<36} {'right' if right else 'WRONG'}  {error:.1e}")
-        dtype = pick_dtype("auto", device)
-        decision = layout.decide("auto", device, dtype)
-        name = {v: k for k, v in DTYPES.items()}[dtype]
-        print(f"  auto in {name}: {decision.chosen} ({decision.reason})")
-        for line in check_kernels(device):
-            print(f"  {line}")
-    for text in known_faults():
-        print(f"warning: {text}")
-    return 1 if wrong else 0
+    return devices
+
+
+def _report_on(device: torch.device) -> bool:
+    """Print the checks of one device; returns whether it gives correct results."""
+    try:
+        name = device_name(device)
+    except _DEVICE_ERRORS as failure:
+        name = f"no name: {first_line(failure)}"
+    print(f"\n{device} ({name}): conv3d, input / weight format")
+    checks = []
+    for check in check_device(device):
+        checks.append(check)
+        print(f"  {check}")
+    dtype = pick_dtype("auto", device)
+    decision = layout.decide("auto", device, dtype)
+    names = {value: name for name, value in DTYPES.items()}
+    print(f"  auto in {names[dtype]}: {decision.chosen} ({decision.reason})")
+    try:
+        lines = check_kernels(device)
+    except _DEVICE_ERRORS as failure:
+        lines = [f"kernels: cannot be checked: {first_line(failure)}"]
+    for line in lines:
+        print(f"  {line}")
+    return any(c.error is not None for c in checks) and not any(c.is_wrong for c in checks)

@@ -1,7 +1,7 @@
-"""Any checkpoint of a Wan VAE -> one canonical dict (the native keys that ComfyUI loads).
+"""Reads any checkpoint of a Wan VAE into one canonical dict: the native keys that ComfyUI loads.
 
 Reads safetensors, the original `.pth` (weights only: no pickle that runs code), and a diffusers
-folder. Everything wrong with a file is found here, in one error, before a device is touched.
+folder. All problems of a file are reported here, in one error, before a device is used.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import re
 import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from ..config import WanVAEConfig, detect_config, identify_other_model
+from ..config import WanVAEConfig, detect_config
 from ..errors import CheckpointError, NotAWanVAEError, first_line
 from ..network.model import expected_shapes
-from .files import why_unreadable
+from .files import unreadable_reason
+from .tensors import missing_data, read_safetensors
 
-# Wrappers that trainers and bundles put in front of every key.
+# Prefixes that trainers and bundles put in front of every key.
 PREFIXES = ("first_stage_model.", "vae.", "module.", "model.", "_orig_mod.")
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DIFFUSERS_FILES = (
@@ -33,13 +33,13 @@ DIFFUSERS_FILES = (
     "diffusion_pytorch_model.fp16.safetensors",
     "diffusion_pytorch_model.bf16.safetensors",
 )
-# How many names an error lists before it only counts the rest.
+# How many names an error lists; it only counts the others.
 _LISTED = 6
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors under canonical keys, and how they were found."""
+    """Tensors under canonical keys, and how the file names them."""
 
     state: dict[str, torch.Tensor]
     key_layout: Literal["native", "diffusers"]
@@ -49,30 +49,28 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint file, or a diffusers folder (also the folder that holds `vae/`).
+    """Read a checkpoint file or a diffusers folder (that of the VAE, or the one above `vae/`).
 
     safetensors files are memory-mapped: tensors are read when they are copied. Raises
-    CheckpointError, or NotAWanVAEError for another model; one line, with the path.
+    CheckpointError, or NotAWanVAEError for another model: one line that contains the path.
     """
     path = Path(path)
     try:
-        file = _find_file(path)
-        state = _read(file)
-        found = canonical_state_dict(state)
+        checkpoint = canonical_state_dict(_read(_find_file(path)))
     except NotAWanVAEError as error:
         raise NotAWanVAEError(f"{path}: {error}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return Checkpoint(found.state, found.key_layout, found.prefix, path, found.config)
+    return replace(checkpoint, path=path)
 
 
 def canonical_state_dict(mapping: Mapping[str, torch.Tensor]) -> Checkpoint:
     """Rename native, diffusers or prefixed keys to canonical ones and check every tensor.
 
-    Returns references, no copies. Tensors on the meta device, which have shapes and no data, are
-    renamed too: no VAE can be made of them, but keys can be looked up. Raises one CheckpointError
-    that lists missing, extra and mis-shaped tensors, wrong dtypes, and tensors with NaN or inf;
-    NotAWanVAEError for another model.
+    Returns references, not copies. Tensors on the meta device, which have shapes but no data, are
+    renamed too: no VAE can be made of them, but their keys can be looked up. Raises one
+    CheckpointError that lists missing and extra tensors, wrong shapes and dtypes, and tensors with
+    NaN or inf; NotAWanVAEError for another model.
     """
     if not isinstance(mapping, Mapping):
         raise CheckpointError(
@@ -81,12 +79,12 @@ def canonical_state_dict(mapping: Mapping[str, torch.Tensor]) -> Checkpoint:
     bad = [k for k, v in mapping.items() if not isinstance(k, str) or not torch.is_tensor(v)]
     if bad:
         raise CheckpointError(
-            f"not a state dict of tensors: {_some([str(k) for k in bad])} hold something else"
+            f"not a state dict of tensors: {_some([str(k) for k in bad])} are something else"
         )
     prefixes = _prefixes_of(mapping)
     if len(prefixes) > 1:
         raise CheckpointError(
-            f"holds {len(prefixes)} Wan VAEs, under {_some([repr(p) for p in prefixes])}: "
+            f"contains {len(prefixes)} Wan VAEs, under {_some([repr(p) for p in prefixes])}: "
             "expected one"
         )
     prefix = prefixes[0] if prefixes else ""
@@ -106,13 +104,13 @@ _MARKERS = ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.no
 
 
 def _prefixes_of(mapping: Mapping[str, object]) -> list[str]:
-    """The wrappers in front of all keys of a Wan VAE: one, or more if there are several VAEs."""
-    found = {
+    """The prefixes of the Wan VAEs in `mapping`: one, or more if there are several VAEs."""
+    candidates = {
         key.removesuffix(marker) for key in mapping for marker in _MARKERS if key.endswith(marker)
     }
     return sorted(
         prefix
-        for prefix in found
+        for prefix in candidates
         if all(f"{part}." in PREFIXES for part in prefix.split(".") if part)
     )
 
@@ -137,7 +135,7 @@ _FIXED = {
 
 
 def _native_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Diffusers' AutoencoderKLWan keys -> native keys. Unknown keys stay as they are (extra)."""
+    """Rename the keys of diffusers' AutoencoderKLWan; unknown ones are kept (and then refused)."""
     # Wan 2.1 numbers blocks and resamplers of all stages in one list; Wan 2.2 by stage.
     by_stage = any(k.startswith("encoder.down_blocks.0.resnets.") for k in state) or any(
         re.match(r"decoder\.up_blocks\.\d+\.upsampler\.", k) for k in state
@@ -156,18 +154,18 @@ def _native_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if m := re.match(r"(encoder|decoder)\.(?:up|down)_blocks\.(\d+)\.(.*)", key):
             side, n, rest = m[1], int(m[2]), m[3]
             word, count = ("upsamples", ups) if side == "decoder" else ("downsamples", downs)
-            place = f"{side}.{word}.{n}"
+            block = f"{side}.{word}.{n}"
             if r := re.match(r"resnets\.(\d+)\.(.*)", rest):
                 index, rest = int(r[1]), r[2]
             elif r := re.match(r"(?:up|down)sampler(?:s\.0)?\.(.*)", rest):
                 index, rest = count, r[1]
             else:
-                return f"{place}.{_resnet_part(rest)}"
+                return f"{block}.{_resnet_part(rest)}"
             if by_stage:
-                place = f"{place}.{word}.{index}"
+                block = f"{block}.{word}.{index}"
             else:
-                place = f"{side}.{word}.{n * (count + 1) + index}"
-            return f"{place}.{_resnet_part(rest)}"
+                block = f"{side}.{word}.{n * (count + 1) + index}"
+            return f"{block}.{_resnet_part(rest)}"
         side, dot, rest = key.partition(".")
         if side in ("encoder", "decoder"):
             for old, new in _FIXED.items():
@@ -203,7 +201,7 @@ def _check(state: Mapping[str, torch.Tensor], config: WanVAEConfig) -> None:
         problems.append(f"unknown {_some(extra)}")
     if shapes:
         problems.append(f"wrong shape: {_some(shapes)}")
-    kinds = {k: without_data(v) for k, v in state.items()}
+    kinds = {k: missing_data(v) for k, v in state.items()}
     empty = [f"{k} is {kind}" for k, kind in kinds.items() if kind not in (None, "meta")]
     if empty:
         problems.append(f"{_some(empty)}; expected dense tensors with data")
@@ -211,7 +209,7 @@ def _check(state: Mapping[str, torch.Tensor], config: WanVAEConfig) -> None:
     if dtypes:
         problems.append(f"{_some(dtypes)}; expected float32, float16 or bfloat16")
     if not problems:
-        # Reads every byte once; a memory-mapped file is read here instead of at the copy.
+        # Reads every byte once; a memory-mapped file is read here instead of during the copy.
         real = {k: v for k, v in state.items() if not v.is_meta}
         not_finite = [k for k, v in real.items() if not bool(torch.isfinite(v).all())]
         if not_finite:
@@ -225,17 +223,6 @@ def _check(state: Mapping[str, torch.Tensor], config: WanVAEConfig) -> None:
         )
 
 
-def without_data(x: torch.Tensor) -> str | None:
-    """What kind of tensor `x` is, if not one whose elements all lie in memory, as ours must."""
-    if x.is_nested:  # first: the other questions are errors to some of them
-        return "nested"
-    if x.layout != torch.strided:
-        return f"sparse ({x.layout})"
-    if any(t.__name__ == "FakeTensor" for t in type(x).__mro__):
-        return "fake"
-    return "meta" if x.is_meta else None
-
-
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:_LISTED])
     rest = len(names) - _LISTED
@@ -246,7 +233,7 @@ def _some(names: list[str]) -> str:
 
 
 def _find_file(path: Path) -> Path:
-    reason = why_unreadable(path)
+    reason = unreadable_reason(path)
     if reason is None:
         return path
     if not os.path.isdir(path):
@@ -284,8 +271,8 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"cannot be read: {error.strerror or error}") from error
     if not start:
         raise CheckpointError("the file is empty")
-    # By content first: people rename files. A safetensors header begins with a brace, a pickle
-    # with its protocol byte.
+    # The content decides, because people rename files. A safetensors header begins with a brace, a
+    # pickle with its protocol byte.
     if start[8:] != b"{" and (
         zipfile.is_zipfile(path)
         or start[:1] == b"\x80"
@@ -295,59 +282,40 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     return read_safetensors(path, start[:8])
 
 
-def read_safetensors(path: Path, start: bytes | None = None) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, memory-mapped. Raises CheckpointError.
-
-    The claimed header size is held against the file's before anything is parsed, so that a
-    hostile header cannot make this allocate.
-    """
-    if start is None:
-        with path.open("rb") as f:
-            start = f.read(8)
-    size = path.stat().st_size
-    header = struct.unpack("<Q", start)[0] if len(start) == 8 else None
-    if header is None or header > size - 8:
-        raise CheckpointError(
-            f"not a safetensors file, or cut short: {size} bytes"
-            + ("" if header is None else f", but its header claims {header}")
-        )
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as f:
-            return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        # AttributeError / KeyError: a dtype that this torch has no name for.
-        raise CheckpointError(f"not a readable safetensors file: {first_line(error)}") from error
+# What torch.load raises for a damaged file depends on where the damage is.
+_DAMAGED_PTH = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,  # and UnicodeDecodeError
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    AssertionError,
+    struct.error,
+    OverflowError,
+    MemoryError,
+    zipfile.BadZipFile,
+)
 
 
 def _read_pth(path: Path) -> dict[str, torch.Tensor]:
-    """A PyTorch file of plain tensors. `weights_only`: unpickling can construct nothing else."""
+    """Read a PyTorch file of plain tensors; with `weights_only`, a pickle can hold nothing else."""
     try:
-        # A file object, because torch.load takes a path's suffix for its content.
+        # A file object, because torch.load would judge the content by the suffix of a path.
         with path.open("rb") as f:
             loaded = torch.load(f, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            "refused: the pickle holds more than tensors and could run code "
-            f"({first_line(error)}); convert it to safetensors where you trust it"
+            "refused: the pickle contains more than tensors and could run code "
+            f"({first_line(error)}); if you trust it, convert it to safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError,
-            IndexError, AssertionError, UnicodeDecodeError, struct.error, OverflowError,
-            MemoryError, zipfile.BadZipFile) as error:  # fmt: skip
-        # What torch.load raises for damaged files depends on where the damage is.
+    except _DAMAGED_PTH as error:
         raise CheckpointError(f"not a readable PyTorch file: {first_line(error)}") from error
     for key in ("state_dict", "model_state_dict"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
     if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"holds a {type(loaded).__name__}: expected a dict of tensors")
+        raise CheckpointError(f"contains a {type(loaded).__name__}: expected a dict of tensors")
     return dict(loaded)
-
-
-__all__ = [
-    "Checkpoint",
-    "canonical_state_dict",
-    "identify_other_model",
-    "load_checkpoint",
-    "read_safetensors",
-    "without_data",
-]

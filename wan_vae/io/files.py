@@ -1,26 +1,28 @@
-"""Paths: why one cannot be read, where a result may appear, and its name until it is whole."""
+"""Paths: which can be read, which can be written, and the partial file until a result is complete.
+
+Also the import of optional packages, whose errors name the file that needs them.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 
-import torch
-from safetensors.torch import save_file
+from ..errors import OutputError, WanVAEError, first_line
 
-from ..errors import OutputError, first_line
-
-# Bytes of one name, on every file system in use.
+# The longest file name, in bytes, on all common file systems.
 _NAME_BYTES = 255
 
 
-def why_unreadable(path: Path) -> str | None:
-    """Why `path` is not a file of bytes to read, or None if it is. Never waits for a pipe."""
+def unreadable_reason(path: Path) -> str | None:
+    """The reason why `path` is not a readable regular file, or None. Never opens a pipe."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -31,71 +33,82 @@ def why_unreadable(path: Path) -> str | None:
         return None
     if stat.S_ISDIR(mode):
         return "a folder: expected a file"
-    return "a pipe or a device: expected a file, so copy what it gives to one first"
+    return "a pipe or a device: expected a file, so save its contents to a file first"
 
 
 @contextmanager
 def writing(path: Path, *more: type[Exception]) -> Iterator[None]:
-    """Turn what a full disk, a missing right or an impossible name raises into OutputError."""
+    """Turn OSError and `more` (full disk, no permission, impossible name) into OutputError."""
+    errors: tuple[type[Exception], ...] = (OSError, *more)
     try:
         yield
-    except (OSError, *more) as error:
+    except errors as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise OutputError(f"{path}: cannot be written: {reason}") from error
 
 
 def check_output(path: Path, *, is_folder: bool = False) -> None:
-    """Raise OutputError where no file (or folder) of this name can come to be. Makes nothing."""
+    """Raise OutputError if no file (or folder) of this name can be created. Creates nothing."""
     name = path.name
     if name in ("", ".."):
-        raise OutputError(f"{path}: not the name of a file: name one, such as out.mp4")
+        raise OutputError(f"{path}: not a file name: expected a name such as out.mp4")
     if name.endswith(".") or (name.startswith(".") and not path.suffix):
-        raise OutputError(f"{path}: only half a name: expected such as out.mp4, or a folder")
+        raise OutputError(
+            f"{path}: an incomplete file name: expected a name such as out.mp4, or a folder"
+        )
     if "\0" in str(path):
-        raise OutputError(f"{str(path)!r}: cannot be written: a name holds no NUL")
+        raise OutputError(f"{str(path)!r}: cannot be written: a file name cannot contain NUL")
     if any(len(os.fsencode(part)) > _NAME_BYTES for part in path.parts):
-        raise OutputError(f"{path}: cannot be written: File name too long")
+        raise OutputError(f"{path}: cannot be written: file name too long")
     with writing(path):
         if not is_folder and path.is_dir():
-            raise OutputError(f"{path}: is a folder: name a file in it")
+            raise OutputError(f"{path}: is a folder: expected the name of a file")
         folder = next(p for p in path.absolute().parents if os.path.lexists(p))
         if not folder.is_dir():
             raise OutputError(f"{path}: {folder.name} is a file, not a folder")
 
 
-def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file with the permissions of any new file.
+def import_package(module: str, package: str, path: Path, error: type[WanVAEError]) -> ModuleType:
+    """Import `module` of the installable `package`, which is needed to read or write `path`.
 
-    `save_file` alone lets nobody else read it, whatever the umask. Raises SafetensorError, OSError.
+    Raises `error`, with the command that installs the package, if the import fails.
     """
-    path.open("ab").close()
-    mode = path.stat().st_mode
-    save_file(dict(tensors), str(path))
-    path.chmod(mode)
+    try:
+        return importlib.import_module(module)
+    except ImportError as failure:
+        raise error(
+            f"{path}: needs {package}, which cannot be imported ({first_line(failure)}): "
+            f"pip install {package}"
+        ) from failure
+
+
+def ffmpeg_name(path: Path) -> str:
+    """`path` as FFmpeg takes it: absolute, because it reads `10:30.mp4` as a protocol."""
+    return str(path.absolute())
 
 
 class Partial:
-    """`target` while it is being written: an empty file or folder of this writer alone.
+    """A temporary file or folder that becomes `target` when it is complete.
 
-    It lies beside `target`, so that the rename at the end is atomic, under a name that no other
-    writer has, so that two decodes to one output do not mix. Folders that had to be made for it
-    go away with it when it is discarded.
+    It is in the folder of `target`, so that the final rename is atomic. Its name is unique, so that
+    two decodes to one output do not mix. `discard` also removes the folders that were created for
+    it.
     """
 
     def __init__(self, target: Path, *, is_folder: bool = False):
-        """Make it, and the folders above it. Raises OutputError."""
+        """Create it, empty, and the folders above it. Raises OutputError."""
         check_output(target, is_folder=is_folder)
         self.target, self.is_folder = target, is_folder
-        own = f"{os.getpid()}-{secrets.token_hex(4)}"
-        # A part of the stem: the whole one and our own words may be longer than a name can be.
-        self.path = target.with_name(f".{target.stem[:40]}.{own}.partial{target.suffix}")
-        self._made: list[Path] = []
+        unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+        # A part of the stem only: all of it and `unique` may be longer than a name can be.
+        self.path = target.with_name(f".{target.stem[:40]}.{unique}.partial{target.suffix}")
+        self._created_folders: list[Path] = []
         try:
             with writing(target):
                 for folder in target.parents:
                     if folder.exists():
                         break
-                    self._made.append(folder)
+                    self._created_folders.append(folder)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if is_folder:
                     self.path.mkdir()
@@ -106,18 +119,18 @@ class Partial:
             raise
 
     def publish(self) -> None:
-        """Give it its name, in place of a file that had it. Raises OutputError."""
+        """Rename it to `target`, in place of a file of that name. Raises OutputError."""
         with writing(self.target):
             self.path.replace(self.target)
-        self._made = []
+        self._created_folders = []
 
     def discard(self) -> None:
-        """Remove what was written; harmless after `publish` and when called again."""
+        """Remove it and the created folders; does nothing after `publish` or a second time."""
         if self.is_folder:
             shutil.rmtree(self.path, ignore_errors=True)
-        with suppress(OSError):  # the error that led here is the one to tell
+        with suppress(OSError):  # the error that led here is the one to report
             self.path.unlink(missing_ok=True)
-        for folder in self._made:
-            with suppress(OSError):  # not empty: another writer's
+        for folder in self._created_folders:
+            with suppress(OSError):  # not empty: another writer uses it
                 folder.rmdir()
-        self._made = []
+        self._created_folders = []

@@ -1,4 +1,4 @@
-"""Latent files in and out, and the checks that catch a bad latent before minutes are spent."""
+"""Reads and writes latent files, and checks latents and videos before a run starts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from safetensors import SafetensorError
 
 from ..config import WanVAEConfig
 from ..errors import CheckpointError, LatentError, first_line
-from .checkpoint import read_safetensors, without_data
-from .files import save_tensors, why_unreadable, writing
+from .files import unreadable_reason, writing
+from .tensors import missing_data, read_safetensors, save_tensors
 
-# Names under which tools store the tensor, most specific first.
+# Names that tools give to the tensor, most specific first.
 TENSOR_KEYS = ("latent_tensor", "latent", "latents", "samples")
-# ComfyUI marks files whose latents are in the model's own scale; older ones were multiplied by
-# Stable Diffusion's factor. Source: the behaviour of ComfyUI's SaveLatent / LoadLatent.
+# ComfyUI marks files whose latents have the model's own scale; latents of older files were
+# multiplied by Stable Diffusion's factor. Source: what ComfyUI's SaveLatent and LoadLatent do.
 VERSION_KEY = "latent_format_version_0"
 OLD_SCALE = 1.0 / 0.18215
 
@@ -25,11 +25,11 @@ OLD_SCALE = 1.0 / 0.18215
 def load_latent(path: str | Path) -> torch.Tensor:
     """Read a latent [B, z, T, H, W] in float32 from `.latent`, `.safetensors` or `.npy`.
 
-    Four dimensions are [z, T, H, W], but in a `.latent` they are ComfyUI's [B, z, H, W], images.
-    Raises LatentError, one line, with the path.
+    A latent of four dimensions is [z, T, H, W]; in a `.latent` file it is [B, z, H, W], because
+    ComfyUI stores images so. Raises LatentError, one line that contains the path.
     """
     path = Path(path)
-    if reason := why_unreadable(path):
+    if reason := unreadable_reason(path):
         raise LatentError(f"{path}: {reason}")
     suffix, scale = path.suffix.lower(), 1.0
     if suffix == ".npy":
@@ -63,7 +63,7 @@ def load_latent(path: str | Path) -> torch.Tensor:
 
 def _load_npy(path: Path) -> torch.Tensor:
     try:
-        # mmap: a header that claims a huge array is held against the file's size, not allocated.
+        # mmap: if the header claims a huge array, NumPy compares that with the file's size first.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError, OverflowError, SyntaxError, MemoryError) as error:
         raise LatentError(f"{path}: not a readable .npy array: {first_line(error)}") from error
@@ -76,9 +76,9 @@ def _load_npy(path: Path) -> torch.Tensor:
 
 
 def save_latent(path: str | Path, latent: torch.Tensor, name: Path | None = None) -> None:
-    """Write `latent` as ComfyUI's SaveLatent does, so that Load Latent takes it.
+    """Write `latent` as ComfyUI's SaveLatent does, so that Load Latent can read it.
 
-    `name` is what an OutputError calls the file, where `path` is a passing one.
+    name: the file name in an OutputError, if `path` is a temporary one.
     """
     marker = torch.empty(0, dtype=torch.float32, device="cpu")
     tensors = {"latent_tensor": latent.detach().cpu().contiguous(), VERSION_KEY: marker}
@@ -86,32 +86,34 @@ def save_latent(path: str | Path, latent: torch.Tensor, name: Path | None = None
         save_tensors(tensors, Path(path))
 
 
-# What a sampler or a file can hold and arithmetic can read; float8 has no isfinite.
+# The dtypes that samplers and files use and that arithmetic supports; float8 has no isfinite.
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def as_batch(x: torch.Tensor, what: str) -> torch.Tensor:
-    """`x` with a batch dimension if it has four. Raises LatentError unless it is a dense tensor."""
+    """Add a batch dimension to `x` if it has four. Raises LatentError unless `x` is dense."""
     if not isinstance(x, torch.Tensor):
         raise LatentError(f"the {what} is a {type(x).__name__}: expected a torch.Tensor")
-    if kind := without_data(x):
+    if kind := missing_data(x):
         raise LatentError(f"the {what} is a {kind} tensor: expected a dense one, with data")
     return x.unsqueeze(0) if x.ndim == 4 else x
 
 
 def check_latent(latent: torch.Tensor, config: WanVAEConfig) -> None:
-    """Raise LatentError unless `latent` is a finite [B, z, T, H, W] of this VAE, sizes above 0."""
+    """Raise LatentError unless `latent` is finite, not empty and [B, z, T, H, W] of this VAE."""
     check_latent_shape(latent, config)
     check_latent_values(latent)
 
 
 def check_latent_values(latent: torch.Tensor) -> None:
     """Raise LatentError unless every value of `latent` [B, z, T, H, W] is finite."""
-    _check_finite(latent, "latent", "the sampler overflowed, so every decoder would give black")
+    _check_finite(
+        latent, "latent", "the sampler overflowed, and any decoder would return black frames"
+    )
 
 
 def check_latent_shape(latent: torch.Tensor, config: WanVAEConfig) -> None:
-    """The part of `check_latent` that reads no value."""
+    """Check all that `check_latent` checks, except the values."""
     if latent.ndim != 5:
         raise LatentError(f"the latent is {tuple(latent.shape)}: expected [B, z, T, H, W]")
     if 0 in latent.shape:
@@ -122,7 +124,7 @@ def check_latent_shape(latent: torch.Tensor, config: WanVAEConfig) -> None:
         )
     if latent.shape[1] != config.z_dim:
         other = {16: "Wan 2.1", 48: "Wan 2.2 (5B)"}.get(latent.shape[1])
-        hint = f"; {latent.shape[1]} channels are those of {other}" if other else ""
+        hint = f"; {other} latents have {latent.shape[1]} channels" if other else ""
         raise LatentError(
             f"the latent has {latent.shape[1]} channels: this {config.family} VAE decodes "
             f"{config.z_dim}{hint}"
@@ -130,7 +132,7 @@ def check_latent_shape(latent: torch.Tensor, config: WanVAEConfig) -> None:
 
 
 def check_pixels(pixels: torch.Tensor, config: WanVAEConfig) -> None:
-    """Raise LatentError unless `pixels` is a finite [B, 3, T, H, W], sizes above 0."""
+    """Raise LatentError unless `pixels` is finite, not empty and [B, 3, T, H, W]."""
     if pixels.ndim != 5 or pixels.shape[1] != 3:
         raise LatentError(f"the video is {tuple(pixels.shape)}: expected [B, 3, T, H, W]")
     if 0 in pixels.shape:
@@ -141,9 +143,9 @@ def check_pixels(pixels: torch.Tensor, config: WanVAEConfig) -> None:
 
 
 def range_warning(pixels: torch.Tensor) -> str | None:
-    """What to say of values far outside [-1, 1], as of a video in [0, 255]; None if there are none.
+    """A warning if values are far outside [-1, 1], as in a video in [0, 255]; None if not.
 
-    A warning, no error: resampling overshoots, and high dynamic range exceeds the range on purpose.
+    This is not an error: resampling overshoots, and high dynamic range exceeds [-1, 1] on purpose.
     """
     largest = float(pixels.detach().abs().max())
     if largest <= 2:
@@ -152,7 +154,7 @@ def range_warning(pixels: torch.Tensor) -> str | None:
 
 
 def _check_finite(x: torch.Tensor, what: str, consequence: str) -> None:
-    # One pass over memory; a NaN wins both.
+    # One pass over memory; if there is a NaN, minimum and maximum are NaN.
     if all(map(math.isfinite, torch.stack(x.detach().aminmax()).tolist())):
         return
     finite = torch.isfinite(x).all(dim=4).all(dim=3).all(dim=1).all(dim=0)
@@ -160,6 +162,6 @@ def _check_finite(x: torch.Tensor, what: str, consequence: str) -> None:
     if bad:
         shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
         raise LatentError(
-            f"the {what} itself holds NaN or inf in {len(bad)} of {len(finite)} frames "
+            f"the {what} itself contains NaN or inf in {len(bad)} of {len(finite)} frames "
             f"({shown}): {consequence}"
         )

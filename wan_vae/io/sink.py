@@ -1,8 +1,9 @@
-"""Where pixels go: a preallocated tensor, a callback, or (in `video`) a file.
+"""Where pixels go: a preallocated tensor, a callback, or (in `video_write`) a file.
 
-A sink gets each piece of the picture once, as soon as it is final: whole frames in order, or, when
-memory forced strips, a band of rows of every frame at a time. Where memory runs out on the way to
-whole frames, a sink that takes bands gets those frames again, the same, in bands.
+A sink gets each block of the picture once, as soon as it is final: whole frames in order or, if the
+decode goes in strips to save memory, a strip of rows of all frames at a time. If memory runs out
+while whole frames are decoded, a sink that takes strips gets these frames again, in strips; the
+values are the same.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from ..errors import OutputError
-from .checkpoint import without_data
+from .tensors import missing_data
 
-# Makes room for a part of an output before it is written.
-Claim = Callable[[torch.Tensor], None]
+# Reserves memory for a part of an output, before that part is written.
+Reserve = Callable[[torch.Tensor], None]
 
 
 @runtime_checkable
 class Sink(Protocol):
     """Receives pixels [B, 3, t, rows, W'] float32 in [-1, 1] on the device that made them.
 
-    A decode ends in `close`, or in `abort`, which may come twice and after a failed `close`.
+    A decode ends with `close` or with `abort`. `abort` may be called twice, and after a `close`
+    that failed.
 
-    `needs_whole_frames` is true for sinks that cannot take bands of rows (a video file); strips
+    `needs_whole_frames` is true for sinks that cannot take strips of rows (a video file); strips
     are then assembled to frames first.
     """
 
@@ -36,7 +38,7 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """All was written: flush, wait for copies, move the result into place."""
+        """All pixels were written: flush, wait for copies, give the result its name."""
         ...
 
     def abort(self) -> None:
@@ -47,36 +49,39 @@ class Sink(Protocol):
 def sink_bytes(sink: Sink) -> int:
     """Bytes of the whole output that `sink` holds in memory: its `output_bytes`, or 0.
 
-    Sinks of callers need not have the attribute: a stream that keeps nothing holds 0.
+    A sink of a caller need not have the attribute: a stream that keeps nothing holds 0 bytes.
     """
-    return getattr(sink, "output_bytes", 0)
+    size: int = getattr(sink, "output_bytes", 0)
+    return size
 
 
 class TensorSink:
-    """Writes into one preallocated tensor, which may live on another device.
+    """Writes pixels into one preallocated tensor, which may be on another device.
 
-    `claim` is called with each part of it before it is written. A pinned host tensor is filled
-    asynchronously; `close` waits for the copies.
+    `reserve` is called with each part of the tensor before it is written. A pinned host tensor is
+    filled asynchronously; `close` waits for the copies.
     """
 
     needs_whole_frames = False
 
-    def __init__(self, out: torch.Tensor, claim: Claim | None = None):
-        self.out, self._claim = out, claim
+    def __init__(self, out: torch.Tensor, reserve: Reserve | None = None):
+        self.out, self._reserve = out, reserve
         self.output_bytes = out.numel() * out.element_size()
         self._devices: set[torch.device] = set()
 
     def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
+        """Copy the pixels to their place."""
         frames, rows = pixels.shape[2], pixels.shape[3]
-        place = self.out[:, :, start_frame : start_frame + frames, first_row : first_row + rows]
-        if self._claim is not None:
-            self._claim(place)
-        asynchronous = pixels.is_cuda and self.out.is_pinned()
-        place.copy_(pixels, non_blocking=asynchronous)
-        if asynchronous:
+        part = self.out[:, :, start_frame : start_frame + frames, first_row : first_row + rows]
+        if self._reserve is not None:
+            self._reserve(part)
+        is_asynchronous = pixels.is_cuda and self.out.is_pinned()
+        part.copy_(pixels, non_blocking=is_asynchronous)
+        if is_asynchronous:
             self._devices.add(pixels.device)
 
     def close(self) -> None:
+        """Wait for the copies."""
         for device in self._devices:
             torch.cuda.synchronize(device)
 
@@ -84,15 +89,22 @@ class TensorSink:
 
 
 class CallbackSink:
-    """Hands each piece to `callback(pixels, start_frame, first_row)`; whole frames by default."""
+    """Calls `callback(pixels, start_frame, first_row)` for each block; whole frames by default.
+
+    The memory of the pixels may be used again after the call: copy what must be kept.
+    """
 
     def __init__(
         self,
         callback: Callable[[torch.Tensor, int, int], None],
         needs_whole_frames: bool = True,
     ):
-        self.write = callback
+        self._callback = callback
         self.needs_whole_frames = needs_whole_frames
+
+    def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
+        """Call the callback."""
+        self._callback(pixels, start_frame, first_row)
 
     def close(self) -> None:
         """Nothing to flush."""
@@ -101,25 +113,40 @@ class CallbackSink:
         """Nothing to undo."""
 
 
-# What pixels are worth storing in; float8 keeps two or three bits of them.
+class NullSink:
+    """Drops all pixels: for a rank whose copy of the picture is not needed."""
+
+    needs_whole_frames = False
+
+    def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
+        """Drop the pixels."""
+
+    def close(self) -> None:
+        """Nothing to flush."""
+
+    def abort(self) -> None:
+        """Nothing to undo."""
+
+
+# The dtypes that can hold pixels; float8 keeps only two or three bits of them.
 _OUT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_out(out: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Raise OutputError unless `out` is a tensor of exactly `shape`, each element in memory once.
+    """Raise OutputError unless `out` is a dense floating tensor of exactly `shape`.
 
-    Of 16 to 64 floating bits, of any strides and device.
+    16 to 64 bits, any strides and device; no two elements may share memory.
     """
     if not isinstance(out, torch.Tensor):
         raise OutputError(f"out is a {type(out).__name__}: expected a torch.Tensor")
-    if kind := without_data(out):
+    if kind := missing_data(out):
         raise OutputError(f"out is a {kind} tensor: expected a dense one, with memory")
     if tuple(out.shape) != tuple(shape) or out.dtype not in _OUT_DTYPES:
         raise OutputError(
             f"out is {tuple(out.shape)} of {out.dtype}: expected {tuple(shape)} of 16 to 64 "
             "floating bits"
         )
-    reach = 0  # of the dimensions of smaller strides: what a step must be longer than
+    reach = 0  # of the dimensions with smaller strides: the next stride must be longer
     for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
         if size > 1 and stride <= reach:
             raise OutputError(

@@ -1,1 +1,1 @@
-"""The causal network: encoder, decoder, their layers, and where each of them is."""
+"""The causal network: encoder, decoder, their layers, and a list of where each layer is."""

@@ -1,12 +1,13 @@
-"""The building blocks of decoder and encoder. Stateless modules: what a call needs is in `Step`.
+"""The building blocks of decoder and encoder. They keep no state: a `Step` holds what a call needs.
 
-Shapes are [B, C, T, H, W] throughout. Attribute names are the native checkpoint's ("residual.2",
+All shapes are [B, C, T, H, W]. Attributes have the names of native checkpoints ("residual.2",
 "resample.1"), so a native state dict loads without renaming.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import nn
@@ -20,12 +21,12 @@ from .cache import FeatureCache, may_overwrite
 
 @dataclass(frozen=True)
 class Step:
-    """Everything that one chunk's pass through the network needs, passed explicitly.
+    """Everything that the network needs to process one chunk.
 
-    cache: past frames by slot. chunk: which latent frames these are. exchange: the neighbours of a
-    shard, None where the features are those of the whole picture. ops: the function of each
-    operation. counter: what was done with memory formats.
-    pass_frames: how many frames each stage of the decoder takes at once; empty for all of them.
+    cache: past frames by slot. chunk: the latent frames to process. exchange: access to the
+    neighbours of a shard; None if the features are those of the whole picture. ops: the function
+    for each operation. counter: counts format conversions and mixed calls.
+    pass_frames: how many frames each stage of the decoder takes at once; empty: all of them.
     """
 
     cache: FeatureCache
@@ -37,12 +38,12 @@ class Step:
 
     @staticmethod
     def whole_clip(latent_frames: int) -> Step:
-        """A step that passes a whole clip at once with fresh history, as training does."""
+        """A step for a whole clip at once with fresh history, as in training."""
         return Step(FeatureCache(), Chunk(0, latent_frames, is_first=True, is_last=True))
 
 
 class RMSNorm(nn.Module):
-    """Holds the gain of an RMS norm over channels; `trailing` size-1 dimensions follow its C."""
+    """The gain of an RMS norm over channels: [C] followed by `trailing` dimensions of size 1."""
 
     def __init__(self, channels: int, trailing: int = 3):
         super().__init__()
@@ -50,10 +51,10 @@ class RMSNorm(nn.Module):
 
 
 class CausalConv3d(nn.Module):
-    """Convolution that sees the present and the past: kernel (kT, kH, kW), spatial zero padding.
+    """Convolution over present and past frames: kernel (kT, kH, kW), zero padding in space.
 
-    The past frames come from the cache under `slot`, which the owning network sets to the native
-    name of this layer when it is built.
+    The past frames come from the cache under `slot`: the native name of this layer, which the
+    network sets when it is built.
     """
 
     def __init__(
@@ -70,16 +71,16 @@ class CausalConv3d(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        """[B, C, T, H, W] -> [B, O, T, H, W]; history is zero frames before the first chunk."""
+        """[B, C, T, H, W] -> [B, O, T, H, W]. Before the first chunk, the history is zero."""
         return self.convolve(self.operand(x, step), step)
 
     def operand(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        """`x` as `convolve` reads it: with its halo rows, behind its history.
+        """Add halo rows and history frames to `x`, as `convolve` needs them.
 
-        Apart from `convolve` so that a caller can let go of `x` before the convolution runs.
+        Separate from `convolve`, so that a caller can free `x` before the convolution runs.
         """
         if step.exchange is not None and any(self._padding):
-            # Before the history is joined: its frames then keep their halo rows.
+            # Before the history is joined, so that its frames include halo rows.
             x = step.exchange.surround(x, self.slot)
         past = self.kernel[0] - 1
         if not past or step.chunk.is_only_frame:
@@ -87,8 +88,8 @@ class CausalConv3d(nn.Module):
         return with_history(x, self.slot, past, self.weight, step)
 
     def convolve(self, operand: torch.Tensor, step: Step) -> torch.Tensor:
-        """The convolution of an `operand` [B, C, T + history, H (+ halo), W] -> [B, O, T, H, W]."""
-        # A video of one frame: all history is zero, only the kernel's last slice meets data.
+        """Convolve an `operand` [B, C, T + history, H (+ halo), W] -> [B, O, T, H, W]."""
+        # In a video of one frame all history is zero: only the kernel's last slice matters.
         only_frame = step.chunk.is_only_frame and self.kernel[0] > 1
         return step.ops.conv3d(
             operand, self.weight, self.bias, step.counter,
@@ -100,7 +101,7 @@ class CausalConv3d(nn.Module):
         return self.kernel[1] // 2, self.kernel[2] // 2
 
     def padding(self, step: Step) -> tuple[int, int]:
-        """Zero rows and columns on each side; none on the axis where halo rows stand instead."""
+        """Zero rows and columns on each side; 0 on the axis that has halo rows instead."""
         padding = self._padding
         if step.exchange is None or not any(padding):
             return padding
@@ -108,13 +109,13 @@ class CausalConv3d(nn.Module):
 
 
 class StridedTimeConv3d(CausalConv3d):
-    """Temporal convolution that halves time: three frames in, one out, stride 2.
+    """Temporal convolution that halves the number of frames: kernel 3, stride 2.
 
-    Sees one past frame; the very first frame of a video passes unchanged and becomes history.
+    It needs one past frame. The first frame of a video is not changed and becomes history.
     """
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        """[B, C, T, H, W]: T = 1 + 2n in the first chunk -> 1 + n frames; T = 2n later -> n."""
+        """First chunk: T = 1 + 2n frames -> 1 + n. Later chunks: T = 2n frames -> n."""
         first, frames = step.chunk.is_first, x
         if first:
             passed, frames = x[:, :, :1], x
@@ -130,7 +131,7 @@ class StridedTimeConv3d(CausalConv3d):
 
 
 class Conv2d(nn.Module):
-    """Holds weight and bias of a 2-D convolution applied to each frame."""
+    """Weight and bias of a 2-D convolution that is applied to each frame."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int):
         super().__init__()
@@ -142,10 +143,10 @@ class Conv2d(nn.Module):
 def with_history(
     x: torch.Tensor, slot: str, past: int, weight: torch.Tensor, step: Step
 ) -> torch.Tensor:
-    """`x` behind its `past` history frames, in the weight's format; keeps the new history.
+    """Put the `past` history frames in front of `x`, in the weight's format, and keep the new ones.
 
-    Always `buffer = [history, x]; history = buffer[-past:]`, whatever the chunk length: this is
-    what makes every chunk schedule exact.
+    For every chunk length: `buffer = [history, x]; history = buffer[-past:]`. That makes every
+    chunk schedule exact.
     """
     history = step.cache.take(slot, x, past)
     buffer = layout.join_frames((history, x), weight, step.counter)
@@ -155,14 +156,14 @@ def with_history(
     if not step.chunk.is_first and may_overwrite(history):
         step.cache.store(slot, history.copy_(tail))
         return buffer
-    del history  # zeros, freed before the first one is made
+    del history  # zeros; freed before the first history is allocated
     # A copy: a view would keep the whole buffer of this chunk alive.
     step.cache.store(slot, tail.clone())
     return buffer
 
 
 def frames_to_batch(x: torch.Tensor) -> torch.Tensor:
-    """[B, C, T, H, W] -> [B*T, C, H, W]; a view of an NDHWC tensor."""
+    """[B, C, T, H, W] -> [B*T, C, H, W]; a view if `x` is NDHWC."""
     b, c, t, h, w = x.shape
     return x.transpose(1, 2).reshape(b * t, c, h, w)
 
@@ -174,11 +175,11 @@ def batch_to_frames(x: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """Two (norm, SiLU, 3x3x3 convolution) and a shortcut (1x1x1 if the widths differ)."""
+    """Twice norm, SiLU and 3x3x3 convolution, plus a shortcut (1x1x1 if the widths differ)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        # The gaps in the numbers are SiLU and dropout, which have no tensors.
+        # The missing numbers are SiLU and dropout, which have no tensors.
         self.residual = nn.ModuleDict(
             {
                 "0": RMSNorm(in_channels),
@@ -194,34 +195,37 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        norm1, conv1, norm2, conv2 = self.residual.values()
+        (norm1, conv1), (norm2, conv2) = self.normed_convolutions()
         y = norm_silu_conv(x, norm1, conv1, step)
-        # Not before: the wider first convolution is where memory peaks.
+        # Only now, because memory peaks in the wider first convolution.
         skip = x if self.shortcut is None else self.shortcut(x, step)
         fused = fused_conv(conv2, step)
         if fused is not None:
             frames = y.shape[2]
             y = fused_operand(fused, y, conv2, step)
             return fused_convolve(fused, y, frames, conv2, step, skip)
-        # One name for all: each result replaces the one that it was made from.
+        # `y` is rebound, so each tensor is freed when the next one exists.
         y = step.ops.norm_silu(y, norm2.gamma)
         y = conv2.operand(y, step)
         y = conv2.convolve(y, step)
         return add(y, skip)
 
     def normed_convolutions(self) -> list[tuple[RMSNorm, CausalConv3d]]:
-        """The convolutions that read the result of a norm, with that norm."""
-        norm1, conv1, norm2, conv2 = self.residual.values()
-        return [(norm1, conv1), (norm2, conv2)]
+        """Pairs of a norm and the convolution that reads its result."""
+        first, second = self.residual["0"], self.residual["3"]
+        return [
+            (cast(RMSNorm, first), cast(CausalConv3d, self.residual["2"])),
+            (cast(RMSNorm, second), cast(CausalConv3d, self.residual["6"])),
+        ]
 
 
 def add(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """y + x; written over `y`, which nobody else may read, where no gradient needs it."""
+    """y + x. Overwrites `y`, which nobody else may read, unless a gradient needs it."""
     return y + x if y.requires_grad or x.requires_grad else y.add_(x)
 
 
 def norm_silu_conv(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, step: Step) -> torch.Tensor:
-    """`conv(silu(norm(x)))`: in one kernel where there is one, else step by step."""
+    """`conv(silu(norm(x)))`, with a fused kernel if there is one, otherwise step by step."""
     fused = fused_conv(conv, step)
     if fused is not None:
         y = fused_operand(fused, x, conv, step)
@@ -231,18 +235,23 @@ def norm_silu_conv(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, step: Ste
     return conv.convolve(y, step)
 
 
+def head(layers: nn.ModuleDict, x: torch.Tensor, step: Step) -> torch.Tensor:
+    """The last norm, SiLU and convolution of a network, from its `head`."""
+    return norm_silu_conv(x, cast(RMSNorm, layers["0"]), cast(CausalConv3d, layers["2"]), step)
+
+
 def fused_conv(conv: CausalConv3d, step: Step) -> FusedConv | None:
-    """The kernel for norm, SiLU and `conv` in one, if there is one."""
+    """The fused kernel for norm, SiLU and `conv`, or None."""
     return step.ops.fused_conv(conv.weight)
 
 
 def fused_operand(
     fused: FusedConv, x: torch.Tensor, conv: CausalConv3d, step: Step
 ) -> torch.Tensor:
-    """What the kernel of `conv` reads: `silu(norm(x))` behind its history. Keeps the new history.
+    """Make the operand of a fused kernel: history, then `silu(norm(x))`. Keeps the new history.
 
-    Shards exchange rows of `x`, before the norm: it looks at one pixel at a time, so each rank
-    gets the bits of its neighbour, and zero rows stay zero.
+    Shards exchange rows of `x`, before the norm. The norm works on single pixels, so each rank
+    computes the same bits as its neighbour, and zero rows stay zero.
     """
     only_frame = step.chunk.is_only_frame
     before = None if only_frame else step.cache.peek(conv.slot)
@@ -267,7 +276,7 @@ def fused_convolve(
     step: Step,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The convolution of an operand from `fused_operand`, plus `residual`: `frames` frames."""
+    """Convolve an operand from `fused_operand` and add `residual`; returns `frames` frames."""
     return fused.convolve(
         operand, frames, residual,
         padding=conv.padding(step), only_frame=step.chunk.is_only_frame,
@@ -287,12 +296,13 @@ class Attention(nn.Module):
         b, c, _, h, w = x.shape
         y = step.ops.norm(frames_to_batch(x), self.norm.gamma)
         if step.exchange is not None:
-            # Keys and values of all pixels are needed. Their common input is half as large, and
-            # the 1x1 convolution is small beside the attention that is shared out by queries.
+            # Each rank needs the keys and values of all pixels. Gather their common input, which is
+            # half as large. The 1x1 convolution is then done on every rank, but it is small
+            # compared with the attention, whose queries are divided among the ranks.
             y = step.exchange.gather_rows(y, "attention")
         qkv = step.ops.conv2d(y, self.to_qkv.weight, self.to_qkv.bias, step.counter)
-        # Channels last also where the features are not: for any other strides CUDA's attention
-        # falls back to one that stores the scores of all pairs of pixels (4 GB at 1080p).
+        # Channels last, also if the features are not: with other strides CUDA's attention falls
+        # back to one that stores the scores of all pairs of pixels (4 GB at 1080p).
         q, k, v = qkv.flatten(2).transpose(1, 2).contiguous().split(c, dim=2)
         if step.exchange is not None:
             q = step.exchange.own_rows(qkv[:, :c]).flatten(2).transpose(1, 2).contiguous()
@@ -302,7 +312,7 @@ class Attention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width and, if `temporal`, time (the first frame stays one)."""
+    """Doubles height and width and, if `temporal`, the number of frames after the first."""
 
     def __init__(self, channels: int, out_channels: int, temporal: bool):
         super().__init__()
@@ -311,7 +321,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         if self.time_conv is not None:
-            x = self._double_time(x, step)
+            x = _double_time(self.time_conv, x, step)
         conv = self.resample["1"]
         frames, padding = frames_to_batch(x), (1, 1)
         if step.exchange is not None:
@@ -320,35 +330,36 @@ class Upsample(nn.Module):
         y = step.ops.upsample_conv2d(frames, conv.weight, conv.bias, step.counter, padding=padding)
         return batch_to_frames(y, x.shape[0])
 
-    def _double_time(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        # The video's first latent frame is one pixel frame: it skips the doubling, and the
-        # history of the temporal convolution starts (with zeros) behind it.
-        passed = x[:, :, :1] if step.chunk.is_first else x[:, :, :0]
-        rest = x[:, :, passed.shape[2] :]
-        if rest.shape[2] == 0:
-            return passed
-        doubled = _interleave(self.time_conv(rest, step))
-        return torch.cat((passed, doubled), dim=2) if passed.shape[2] else doubled
+
+def _double_time(time_conv: CausalConv3d, x: torch.Tensor, step: Step) -> torch.Tensor:
+    # The first latent frame of the video becomes one pixel frame, so it is not doubled. The
+    # history of the temporal convolution starts after it, with zeros.
+    passed = x[:, :, :1] if step.chunk.is_first else x[:, :, :0]
+    rest = x[:, :, passed.shape[2] :]
+    if rest.shape[2] == 0:
+        return passed
+    doubled = _interleave(time_conv(rest, step))
+    return torch.cat((passed, doubled), dim=2) if passed.shape[2] else doubled
 
 
 def _interleave(pairs: torch.Tensor) -> torch.Tensor:
-    """[B, 2C, T, H, W], two frames side by side in channels -> [B, C, 2T, H, W], in its format."""
+    """Two frames stored in channels [B, 2C, T, H, W] -> [B, C, 2T, H, W], same memory format."""
     b, c, t, h, w = pairs.shape
     if layout.detect(pairs) != "channels_last_3d":
-        frames = pairs.unflatten(1, (2, c // 2)).permute(0, 2, 3, 1, 4, 5)
-        return frames.reshape(b, c // 2, 2 * t, h, w)
-    # Whole pixels are moved, not numbers: through NCDHW and back this is 5% of a decode. In words
-    # of eight bytes: by numbers of two the copy runs at a third of the memory's speed.
-    # `to_format`: also of a stray stride of a dimension of one, which a view as words would refuse.
+        apart: torch.Tensor = pairs.unflatten(1, (2, c // 2))
+        return apart.permute(0, 2, 3, 1, 4, 5).reshape(b, c // 2, 2 * t, h, w)
+    # Move whole pixels: through NCDHW and back this takes 5% of a decode. Move words of eight
+    # bytes: with numbers of two bytes the copy reaches a third of the memory's speed. `to_format`
+    # also normalises strides of size-1 dimensions, which a view as words would refuse.
     frames = layout.to_format(pairs, "channels_last_3d").permute(0, 2, 3, 4, 1)
     words = not pairs.requires_grad and c // 2 * pairs.itemsize % 8 == 0
-    moved = frames.view(torch.int64) if words else frames
+    moved: torch.Tensor = frames.view(torch.int64) if words else frames
     moved = moved.unflatten(4, (2, -1)).permute(0, 1, 4, 2, 3, 5).reshape(b, 2 * t, h, w, -1)
     return (moved.view(pairs.dtype) if words else moved).permute(0, 4, 1, 2, 3)
 
 
 class Downsample(nn.Module):
-    """Halves height and width and, if `temporal`, time (the first frame stays one)."""
+    """Halves height and width and, if `temporal`, the number of frames after the first."""
 
     def __init__(self, channels: int, temporal: bool):
         super().__init__()
@@ -357,7 +368,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         conv = self.resample["1"]
-        # Padding on the right and bottom only, as the network was trained.
+        # The network was trained with padding on the right and at the bottom only.
         y, bottom, right = frames_to_batch(x), 1, 1
         if step.exchange is not None:
             y = step.exchange.surround(y, "downsample", before=0, after=1)
@@ -370,8 +381,11 @@ class Downsample(nn.Module):
 
 
 class DuplicateShortcut(nn.Module):
-    """Wan 2.2's parameter-free shortcut around an up-sampling stage: channels unfolded into space
-    (and time), repeated where there are too few. Source: Wan 2.2's `DupUp3D`."""
+    """Wan 2.2's shortcut without parameters around an up-sampling stage.
+
+    Unfolds channels into space (and time), and repeats them if there are too few. Source: Wan 2.2's
+    `DupUp3D`.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_s: int):
         super().__init__()
@@ -382,7 +396,7 @@ class DuplicateShortcut(nn.Module):
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         b, _, t, h, w = x.shape
         ft, fs = self.factor_t, self.factor_s
-        # Repeated by strides, so that the one copy is the last reshape.
+        # Repeat with strides, so that only the last reshape copies.
         y = x.reshape(b, self.out_channels, self.groups, 1, t, h, w)
         y = y.expand(-1, -1, -1, self.repeats, -1, -1, -1)
         y = y.reshape(b, self.out_channels, ft, fs, fs, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
@@ -391,11 +405,12 @@ class DuplicateShortcut(nn.Module):
 
 
 class AverageShortcut(nn.Module):
-    """Wan 2.2's parameter-free shortcut around a down-sampling stage: space (and time) folded into
-    channels, averaged in groups. Source: Wan 2.2's `AvgDown3D`.
+    """Wan 2.2's shortcut without parameters around a down-sampling stage.
 
-    Averages are sums in float32, term by term, rounded once. Not `mean`: on CUDA its order is that
-    of a reduction laid out by size, and the bits of a shard must be those of the whole picture."""
+    Folds space (and time) into channels and averages groups of them. Source: Wan 2.2's `AvgDown3D`.
+    Averages are float32 sums, term by term, rounded once. `mean` is not used, because on CUDA the
+    order of its sum depends on the size, and a shard must have the bits of the whole picture.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_s: int):
         super().__init__()
@@ -404,7 +419,7 @@ class AverageShortcut(nn.Module):
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         ft, fs = self.factor_t, self.factor_s
-        # Only the first chunk has an odd number of frames: a zero frame stands before the video.
+        # Only the first chunk has an odd number of frames: put a zero frame before the video.
         if missing := -x.shape[2] % ft:
             x = nn.functional.pad(x, (0, 0, 0, 0, missing, 0))
         b, c, t, h, w = x.shape
@@ -420,7 +435,7 @@ class AverageShortcut(nn.Module):
 
 
 def name_slots(network: nn.Module, prefix: str) -> None:
-    """Give each causal convolution its slot: its native name, such as `decoder.head.2`."""
+    """Set the slot of each causal convolution to its native name, such as `decoder.head.2`."""
     for name, module in network.named_modules():
         if isinstance(module, CausalConv3d):
             module.slot = f"{prefix}{name}"

@@ -1,8 +1,8 @@
-"""FeatureCache: the past frames that each causal convolution keeps, in named slots.
+"""FeatureCache: the past frames that each causal convolution needs, in named slots.
 
-The decoder sees a video chunk by chunk; a convolution of three frames needs the last two inputs
-of the chunk before. Each convolution has a slot (its own name); a fresh cache starts a fresh
-video, so nothing is ever left over from the last decode.
+The decoder takes a video chunk by chunk, and a convolution over three frames needs the last two
+input frames of the previous chunk. Each convolution has a slot under its own name. Every run starts
+with a fresh cache, so nothing is left over from the run before.
 """
 
 from __future__ import annotations
@@ -11,26 +11,27 @@ import torch
 
 
 def may_overwrite(history: torch.Tensor) -> bool:
-    """False of a tensor that was made in inference mode, outside of which it is read-only."""
+    """False if `history` was made in inference mode, because it is read-only outside of it."""
     return not history.is_inference() or torch.is_inference_mode_enabled()
 
 
 class FeatureCache:
     """History frames by slot name, in the same memory from the first chunk to the last.
 
-    A layer writes the next history over the one that it read: it is the largest part of what a
-    decode holds, is then never held twice, and does not break up the memory that is free. So there
-    is no way back: a decode that runs out of memory starts a fresh cache, from the first frame.
+    A layer overwrites the history that it has read with the next one. History is the largest part
+    of what a decode keeps; this way it exists only once and does not fragment the free memory. The
+    old history is lost, so a decode that runs out of memory starts from the first frame with a
+    fresh cache.
     """
 
     def __init__(self) -> None:
         self._slots: dict[str, torch.Tensor] = {}
 
     def take(self, slot: str, x: torch.Tensor, frames: int) -> torch.Tensor:
-        """The last `frames` input frames of `slot`, [B, C, frames, H, W]; zeros before the first.
+        """Remove and return the last `frames` input frames of `slot`, [B, C, frames, H, W].
 
-        Removed from the cache: the caller stores the next ones. Zeros take dtype and device from
-        `x`, the convolution's input [B, C, T, H, W].
+        Before the first chunk they are zeros, with dtype and device of `x`, the convolution's input
+        [B, C, T, H, W]. The caller stores the next history.
         """
         kept = self._slots.pop(slot, None)
         if kept is None:
@@ -47,7 +48,7 @@ class FeatureCache:
         self._slots[slot] = history
 
     def clear(self) -> None:
-        """Forget everything; frees the memory of all slots."""
+        """Remove all history and free its memory."""
         self._slots.clear()
 
     def __len__(self) -> int:
@@ -55,5 +56,5 @@ class FeatureCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by all slots."""
+        """Bytes of all slots."""
         return sum(t.numel() * t.element_size() for t in self._slots.values())

@@ -1,4 +1,4 @@
-"""The causal encoder: pixel chunk in, latent chunk out."""
+"""The causal encoder: turns a chunk of pixels into a chunk of the latent."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .blocks import (
     ResidualBlock,
     RMSNorm,
     Step,
+    head,
     name_slots,
-    norm_silu_conv,
 )
 
 
 class DownStage(nn.Module):
-    """Residual blocks and a down-sampler, with Wan 2.2's shortcut around them."""
+    """Residual blocks and a down-sampler with Wan 2.2's shortcut around them."""
 
     def __init__(
         self, in_channels: int, out_channels: int, blocks: int, down: bool, temporal: bool
@@ -41,11 +41,12 @@ class DownStage(nn.Module):
         y = x
         for layer in self.downsamples:
             y = layer(y, step)
-        return y + self.shortcut(x, step)
+        shortcut: torch.Tensor = self.shortcut(x, step)
+        return y + shortcut
 
 
 class Encoder(nn.Module):
-    """Encoder of Wan 2.1 and 2.2. Parameter names are native names less `encoder.`."""
+    """Encoder of Wan 2.1 and 2.2. Parameter names are native names without `encoder.`."""
 
     def __init__(self, config: WanVAEConfig):
         super().__init__()
@@ -78,8 +79,7 @@ class Encoder(nn.Module):
         x = self.conv1(patchify(pixels, self.config.patch_size), step)
         for layer in (*self.downsamples, *self.middle):
             x = layer(x, step)
-        norm, conv = self.head.values()
-        return norm_silu_conv(x, norm, conv, step)
+        return head(self.head, x, step)
 
 
 def patchify(x: torch.Tensor, patch: int) -> torch.Tensor:

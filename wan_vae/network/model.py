@@ -1,24 +1,27 @@
-"""The whole network under its native names: encoder, decoder and the 1x1x1 convolutions between.
+"""The whole network with its native names: encoder, decoder and the 1x1x1 convolutions between.
 
-One nn.Module, so that a ComfyUI ModelPatcher can own it; its state dict is the canonical one.
+It is one nn.Module, so that a ComfyUI ModelPatcher can own it. Its state dict is the canonical one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import WanVAEConfig
+from ..errors import CheckpointError
 from ..geometry import Strip
+from ..ops.opset import OpSet
 from .blocks import CausalConv3d, Step
 from .decoder import Decoder, join_passes
 from .encoder import Encoder
 
 
 class WanVAEModel(nn.Module):
-    """Weights and arithmetic of one Wan VAE; all calls are stateless (see `Step`).
+    """Weights and arithmetic of one Wan VAE. Calls keep no state on it (see `Step`).
 
     Without an encoder in the checkpoint, `encoder` and `conv1` are None.
     """
@@ -34,16 +37,19 @@ class WanVAEModel(nn.Module):
         )
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = Decoder(config)
-        # Copies of the weights that backends made for themselves, by what they were made for: see
-        # `ops.select`. Gone when the weights move, so that an offloaded model leaves nothing.
-        self.prepared: dict[tuple, tuple] = {}
+        # Copies of the weights that kernels use, by request: see `kernels.select`. Dropped when the
+        # weights move, so that an offloaded model leaves nothing on the device.
+        self.prepared: dict[Hashable, tuple[object, OpSet]] = {}
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> WanVAEModel:
         self.prepared = {}
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
-    def __getstate__(self) -> dict:
-        # Copies and pickles start without.
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles start without them.
         return self.__dict__ | {"prepared": {}}
 
     def trunk(self, z: torch.Tensor, step: Step) -> torch.Tensor:
@@ -57,9 +63,9 @@ class WanVAEModel(nn.Module):
     def finish_passes(
         self, features: torch.Tensor, step: Step, strip: Strip | None = None
     ) -> Iterator[torch.Tensor]:
-        """`finish` (of a strip's rows), the frames of one pass after another: `Decoder.passes`."""
+        """Like `finish` (for a strip: its rows), but yields the frames of each pass."""
         passes = self.decoder.passes(features, step, strip)
-        del features  # the passes free it once it was read
+        del features  # `passes` frees it after reading
         for pixels in passes:
             yield pixels.float().clamp_(-1.0, 1.0)
 
@@ -68,17 +74,19 @@ class WanVAEModel(nn.Module):
         return join_passes(self.decode_passes(z, step))
 
     def decode_passes(self, z: torch.Tensor, step: Step) -> Iterator[torch.Tensor]:
-        """`decode_chunk`, the frames of one pass after another."""
+        """Like `decode_chunk`, but yields the frames of each pass."""
         yield from self.finish_passes(self.trunk(z, step), step)
 
     def encode_chunk(self, pixels: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixel chunk [B, 3, T, H, W] -> mean and log-variance [B, z, t, h, w] of the posterior."""
+        if self.encoder is None or self.conv1 is None:
+            raise CheckpointError("this checkpoint has no encoder: load a full VAE file to encode")
         mean, log_variance = self.conv1(self.encoder(pixels, step), step).chunk(2, dim=1)
         return mean, log_variance
 
 
 def expected_shapes(config: WanVAEConfig) -> dict[str, tuple[int, ...]]:
-    """Native key -> shape of every tensor of this architecture; allocates nothing."""
+    """Map the native key of every tensor of this architecture to its shape; allocates nothing."""
     with torch.device("meta"):
         model = WanVAEModel(config)
     return {name: tuple(p.shape) for name, p in model.state_dict().items()}
@@ -90,18 +98,18 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
 ) -> WanVAEModel:
-    """A frozen model on `device` in `dtype` whose tensors are copies of `state` (canonical keys).
+    """Build a frozen model on `device` in `dtype` from copies of `state` (canonical keys).
 
-    Copies, so that the caller's tensors (a memory-mapped file, a live model of ComfyUI) are
-    neither kept alive nor changed by us. `state` must hold exactly the expected keys.
+    The tensors are copied, so the caller's (a memory-mapped file, a live model of ComfyUI) are
+    neither kept alive nor changed. `state` must hold exactly the expected keys.
     """
     with torch.device("meta"):
         model = WanVAEModel(config)
-    # Ordinary tensors also for a caller in inference mode: its own could not be moved or used
-    # outside of it.
+    # Ordinary tensors, also if the caller is in inference mode: inference tensors could not be
+    # moved or used outside of it.
     with torch.inference_mode(False), torch.no_grad():
         own = {
-            # A copy always, dense and contiguous whatever the source's strides are.
+            # Always a copy, dense and contiguous, for any strides of the source.
             key: torch.empty(value.shape, dtype=dtype, device=device).copy_(value)
             for key, value in state.items()
         }
@@ -110,5 +118,5 @@ def build_model(
 
 
 def tensor_version(p: torch.Tensor) -> int:
-    """How often `p` was changed in place; tensors of inference mode do not count it."""
+    """How often `p` was changed in place; -1 for inference tensors, which do not count it."""
     return -1 if p.is_inference() else p._version

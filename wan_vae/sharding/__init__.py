@@ -1,4 +1,4 @@
-"""One picture over several ranks: the context that callers pass, the plan, the guarded messages."""
+"""One picture on several ranks: the context that callers pass, the plan, and guarded messages."""
 
 from .context import SINGLE, ShardContext
 from .plan import ShardPlan, plan_shards

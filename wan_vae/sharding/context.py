@@ -1,26 +1,24 @@
-"""ShardContext: this process's place among the ranks of a picture. Passed, never ambient."""
+"""ShardContext: the place of this process among the ranks of a picture. Passed explicitly."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from ..options import AxisRequest
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Axis = Literal["height", "width"]
-AxisRequest = Literal["auto", "height", "width"]
-
 
 @dataclass(frozen=True)
 class ShardContext:
-    """One rank's place among the shards of a picture.
+    """The place of one rank among the shards of a picture.
 
-    `rank` and `world_size` are those of `group`, which is None for the default group (or where
-    there is one rank). `axis` is the picture axis to cut; "auto" takes the one that leaves less
-    halo. `timeout_s` bounds each wait for another rank on a transport that can be waited for
-    (Gloo); NCCL has the time-out with which its group was made. `same_input` promises that all
-    ranks read their input from one place: then its contents are not compared first.
+    `rank` and `world_size` are those of `group`; None means the default group. `axis` is the axis
+    of the picture to divide; "auto" takes the one with less halo. `timeout_s` limits each wait for
+    another rank with Gloo; NCCL uses the time-out of its group. `same_input` promises that all
+    ranks read their input from the same place, so its contents are not compared.
     """
 
     rank: int = 0

@@ -1,17 +1,13 @@
-"""Pixels of all ranks to where they are wanted. Contiguous by construction: see `wire`."""
+"""Gathers the pixels of all ranks. Every message goes through `transport`."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 
 from ..errors import ShardingError
+from ..options import GATHERS, Gather
 from .halo import Shard
 from .transport import Incoming, Outgoing
-
-Gather = Literal["all", "rank0", "own"]
-GATHERS: tuple[Gather, ...] = ("all", "rank0", "own")
 
 
 def check_gather(gather: str) -> None:
@@ -23,11 +19,11 @@ def check_gather(gather: str) -> None:
 def gather_picture(
     shard: Shard, part: torch.Tensor, gather: Gather, factor: int, site: str
 ) -> torch.Tensor | None:
-    """Every rank's `part` [B, C, T, rows, W'] (or columns) of a picture as one tensor.
+    """Join the `part` [B, C, T, rows, W'] (or columns) of every rank into one picture.
 
-    all: every rank gets the whole, idle ranks too. rank0: rank 0 gets it, the others None. own:
-    each rank keeps its part. `factor` is the size of `part` over the latent's. all is a collective
-    of the group; rank0 takes one message from each rank with rows.
+    all: every rank gets the whole picture, also idle ranks. rank0: rank 0 gets it, the others get
+    None. own: each rank keeps its part. `factor`: rows of `part` for each latent row. "all" is a
+    collective of the group; "rank0" takes one message from each rank that has rows.
     """
     plan, rank = shard.plan, shard.context.rank
     if gather == "own" or (plan.active == 1 and gather == "rank0"):
@@ -45,7 +41,7 @@ def gather_picture(
         ]
         parts = [part, *shard.wire.exchange(site, part.dtype, [], into)]
     else:
-        # A gather wants the same shape of every rank: parts are padded to the tallest, the first.
+        # A gather needs the same shape on every rank, so parts are padded to the tallest (rank 0).
         tallest = plan.pixel_shape_of(0, tuple(whole_shape), factor)
         padded = part
         if tuple(part.shape) != tallest:

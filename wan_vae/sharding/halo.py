@@ -1,7 +1,7 @@
-"""Shard: one rank's live part of a decode. Puts the neighbours' boundary rows around a tensor.
+"""Shard: the part of a run on one rank. It exchanges boundary rows with the neighbours.
 
-A convolution that looks one row around gets that row from the rank that has it, each time: nothing
-is computed twice, and the history frames that a causal convolution keeps have their rows already.
+Before each convolution, the row that it needs on each side comes from the rank that has it. So
+nothing is computed twice, and the history frames of a causal convolution include their halo rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .transport import Incoming, Outgoing, Wire
 
 
 class Shard:
-    """What blocks need of their rank: neighbours' rows, and for attention all ranks' rows."""
+    """Gives blocks the rows of the neighbours and, for attention, the rows of all ranks."""
 
     def __init__(self, context: ShardContext, plan: ShardPlan, wire: Wire):
         self.context, self.plan, self.wire = context, plan, wire
@@ -30,18 +30,18 @@ class Shard:
         return self.context.rank < self.plan.active
 
     def surround(self, x: torch.Tensor, site: str, before: int = 1, after: int = 1) -> torch.Tensor:
-        """`x` [..., H, W] with `before` rows above and `after` below, of the ranks that have them.
+        """Add the neighbours' rows to `x` [..., H, W]: `before` rows above and `after` rows below.
 
-        Zero rows at the edges of the picture: the convolution's own padding, so that it must not
-        pad this axis again. The result is dense in the memory format of `x`. Every rank with rows
-        must call it at the same `site`.
+        At the edges of the picture the rows are zero. They replace the padding of the convolution,
+        which must not pad this axis again. The result is dense in the memory format of `x`. Every
+        rank with rows must call it at the same `site`.
         """
         dim, rank = self.plan.dim, self.context.rank
         above = rank - 1 if before and rank > 0 else None
         below = rank + 1 if after and rank < self.plan.active - 1 else None
         rows = x.shape[dim]
         out, into = [], []
-        # What a rank sends up is what the rank above needs `after` its own rows, and so on.
+        # The rank above needs our first rows `after` its own; the rank below our last ones.
         if after and rank > 0:
             out.append(Outgoing(rank - 1, x.narrow(dim, 0, after)))
         if before and rank < self.plan.active - 1:
@@ -62,9 +62,9 @@ class Shard:
         return whole
 
     def halo_rows_of(self, x: torch.Tensor, site: str) -> HaloRows:
-        """The neighbours' rows next to `x` [B, C, T, H, W], for a kernel that joins them itself.
+        """Get the neighbours' rows next to `x` [B, C, T, H, W]; the kernel joins them itself.
 
-        In NDHWC, in which kernels read: a contiguous [B, T, 1, W, C] (or [B, T, H, 1, C]) travels.
+        The rows are in NDHWC, which kernels read: a contiguous [B, T, 1, W, C] or [B, T, H, 1, C].
         Every rank with rows must call it at the same `site`.
         """
         frames = x.permute(0, 2, 3, 4, 1)
@@ -89,7 +89,7 @@ class Shard:
         into: list[Incoming],
         dim: int,
     ) -> list[torch.Tensor]:
-        """`Wire.exchange` of rows along `dim`, counted for the report."""
+        """Exchange rows along `dim` and count them for the report; see `Wire.exchange`."""
         received = self.wire.exchange(site, dtype, out, into)
         for part in received:
             self.halo_rows += part.shape[dim]
@@ -97,18 +97,18 @@ class Shard:
         return received
 
     def padding(self, padding: tuple[int, int]) -> tuple[int, int]:
-        """`padding` (rows, columns) less the axis that `surround` has padded."""
+        """`padding` (rows, columns) with 0 for the axis that `surround` has padded."""
         return (0, padding[1]) if self.plan.dim == -2 else (padding[0], 0)
 
     def own_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's part of `x` [..., H, W] of the whole picture at latent resolution; a view."""
+        """View of this rank's part of `x` [..., H, W], a whole picture at latent resolution."""
         rows, columns = self.plan.place(self.context.rank)
         return x[..., rows, columns]
 
     def gather_rows(self, x: torch.Tensor, site: str) -> torch.Tensor:
-        """`x` [..., H, W] of the whole picture, at latent resolution, from every rank's part.
+        """Join the part `x` [..., H, W] of every rank into the whole picture, at latent resolution.
 
-        For attention: one message to each other rank with rows. All of them must call it.
+        For attention. Sends one message to each other rank with rows; all of them must call it.
         """
         dim, rank = self.plan.dim, self.context.rank
         others = [r for r in range(self.plan.active) if r != rank]

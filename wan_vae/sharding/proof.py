@@ -1,4 +1,4 @@
-"""Proof that tensors of any memory format arrive as they are: `Wire` beside an unguarded gather."""
+"""Checks that tensors of every memory format arrive unchanged, and compares an unguarded gather."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .transport import Incoming, Outgoing, Wire, all_gather_flat
 
 
 def numbers(rank: int, device: torch.device) -> torch.Tensor:
-    """What `rank` sends: [1, 8, 2, 6, 10] float32, every element another number."""
+    """The tensor that `rank` sends: [1, 8, 2, 6, 10] float32, every element different."""
     steps = torch.arange(8 * 2 * 6 * 10, dtype=torch.float32, device=device)
     return steps.view(1, 8, 2, 6, 10) + 10_000 * rank
 
 
 def in_format(x: torch.Tensor, which: int) -> torch.Tensor:
-    """`x` dense NDHWC, dense NCDHW, or a permuted view, by turns."""
+    """Return `x` as dense NDHWC, dense NCDHW or a permuted view, depending on `which` modulo 3."""
     which %= 3
     if which == 0:
         return x.contiguous(memory_format=torch.channels_last_3d)
@@ -23,10 +23,11 @@ def in_format(x: torch.Tensor, which: int) -> torch.Tensor:
 
 
 def check_wire(context: ShardContext, device: torch.device) -> dict[str, object]:
-    """Send `numbers` around, each rank's in another memory format; a collective of the group.
+    """Send `numbers` to all ranks, in another memory format on each; a collective of the group.
 
-    `gather`, `exchange`: whether all arrived through `Wire`. `unguarded`: the same of a plain
-    flat gather of dense NDHWC tensors: "equal", "garbled", or the first line of what refused it.
+    `gather`, `exchange`: True if everything arrived unchanged through `Wire`. `unguarded`: the
+    result of a plain flat gather of dense NDHWC tensors: "equal", "garbled", or the first line of
+    the error.
     """
     wire, rank = Wire(context, device), context.rank
     wanted = [numbers(r, device) for r in range(context.world_size)]
@@ -45,12 +46,12 @@ def check_wire(context: ShardContext, device: torch.device) -> dict[str, object]
 
 
 def unguarded_gather(context: ShardContext, device: torch.device) -> str:
-    """What a plain flat gather makes of dense NDHWC tensors. A collective of the group."""
+    """Gather dense NDHWC tensors without the guard; see `check_wire`. A collective of the group."""
     wanted = [numbers(r, device) for r in range(context.world_size)]
     x = in_format(wanted[context.rank], 0)
     out = x.new_empty((context.world_size, *x.shape[1:]))
     try:
-        all_gather_flat(out, x, group=context.group)
+        all_gather_flat(out, x, context.group).wait()
     except (RuntimeError, ValueError) as error:
         return str(error).splitlines()[0]
     return "equal" if torch.equal(out, torch.cat(wanted)) else "garbled"

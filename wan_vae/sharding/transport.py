@@ -1,42 +1,55 @@
-"""The only place where tensors leave this process. Every one is made dense NCDHW and both sides
-prove that they speak of the same thing before its bytes are used.
+"""Sends tensors to other processes; nothing else does. Tensors are made dense NCDHW first.
 
-Why: NCCL checks that a tensor is dense, not in which order. A dense NDHWC tensor is sent as it
-lies and read as NCDHW: a silently garbled picture. Gloo copies right, so tests on it see nothing.
+Sender and receiver compare a header before the bytes are used.
+
+Why: NCCL checks that a tensor is dense, but not in which order. The bytes of a dense NDHWC tensor
+are read as NCDHW, and the picture is silently garbled. Gloo copies correctly, so tests with Gloo do
+not show the fault.
 """
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 from zlib import crc32
 
 import torch
 import torch.distributed as dist
 
-from ..errors import ShardingError
+from ..clock import Mark
+from ..errors import ShardingError, first_line
 from ..layout import contiguous_for_collective, detect
 from .context import ShardContext
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64)
-# Renamed in PyTorch 2.13, where the old name warns.
-all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-# The backend of a group whose ranks have a CUDA device each.
+# The backend of a group in which each rank has a CUDA device.
 HOST_AND_DEVICE = "cpu:gloo,cuda:nccl"
 _MAGIC = 0x57414E31
 _DENSE_NCDHW = 1
 _HEADER_WORDS = 12
 
 
+# No name of torch.distributed is looked up at import: a torch that was built without it has the
+# module, and nothing in it.
+def all_gather_flat(
+    out: torch.Tensor, x: torch.Tensor, group: dist.ProcessGroup | None
+) -> dist.Work:
+    """Start to gather every rank's `x` into `out`, in rank order. A collective of the group."""
+    # Renamed in PyTorch 2.13, where the old name warns.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work: dist.Work = gather(out, x, group=group, async_op=True)
+    return work
+
+
 def group_environment() -> dict[str, str]:
     """Environment variables for a process whose ranks are all on one machine.
 
-    Ranks meet on the loopback interface only: no port that another machine could reach (Gloo on
-    Windows has no such setting). A NCCL message that times out ends its process, which the others
-    see. NVLink multicast serves large reductions, of which there are none here.
+    Ranks meet on the loopback interface, so no port is open to other machines (Gloo on Windows has
+    no such setting). If a NCCL message times out, its process ends and the other ranks notice.
+    NVLink multicast is off: it helps large reductions, which are not used here.
     """
     found = {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
@@ -51,7 +64,7 @@ def group_environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A tensor for `peer` (a rank of the context), in any memory format."""
+    """A tensor to send to `peer` (a rank of the context), in any memory format."""
 
     peer: int
     tensor: torch.Tensor
@@ -59,7 +72,7 @@ class Outgoing:
 
 @dataclass(frozen=True)
 class Incoming:
-    """What `peer` is expected to send."""
+    """A tensor that `peer` is expected to send."""
 
     peer: int
     shape: tuple[int, ...]
@@ -68,18 +81,18 @@ class Incoming:
 class Wire:
     """Messages between the ranks of one decode, with counters for the report.
 
-    Gloo moves host memory only: tensors of a device are staged through it. There, each message is
-    announced by a header that is compared before the data is posted. With NCCL that is done once
-    for each (place, shape, dtype) of a decode; all later messages follow from the same plan, so
-    every rank skips the same headers. Headers and numbers that the host needs travel by Gloo there
-    too if the group has it (`HOST_AND_DEVICE`): on the device they would stop it.
+    Gloo sends host memory only, so tensors on a device are copied to the host first. With Gloo a
+    header precedes each message and is compared before the data is sent. With NCCL that happens
+    once for each (place, shape, dtype) of a decode. Later messages follow from the same plan, so
+    every rank skips the same headers. If the group has Gloo too (`HOST_AND_DEVICE`), headers and
+    numbers for the host travel by Gloo, because on the device they would stop it.
 
-    Order on a CUDA device: NCCL starts behind the work queued on the current stream, and that
-    stream goes on behind NCCL (`Work.wait`). Buffers may therefore be freed when `exchange`
-    returns: whatever takes their memory is queued later on the same stream. All messages of an
-    exchange are one group, so their order among neighbours does not matter, and no pair of ranks
-    has two in one direction. `connect` comes first: a collective of all ranks, idle ones too, as
-    NCCL wants it before messages between some.
+    Order on a CUDA device: NCCL starts after the work queued on the current stream, and that
+    stream continues after NCCL (`Work.wait`). Buffers may be freed when `exchange` returns, because
+    the next use of their memory is queued later on the same stream. All messages of an exchange
+    form one group, so their order does not matter, and no pair of ranks has two messages in the
+    same direction. `connect` comes first. It is a collective of all ranks, also idle ones, which
+    NCCL needs before messages between some of them.
     """
 
     def __init__(self, context: ShardContext, device: torch.device):
@@ -96,7 +109,7 @@ class Wire:
                 rank=context.rank,
             )
         if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
-            # NCCL's grouped messages and Triton take the current device, whatever the tensors say.
+            # NCCL's grouped messages and Triton use the current device, not that of the tensors.
             raise ShardingError(
                 f"rank {context.rank} decodes on {device}, the current device of its thread is "
                 f"cuda:{torch.cuda.current_device()}: call torch.cuda.set_device({device.index})",
@@ -108,9 +121,8 @@ class Wire:
         self._transport = torch.device("cpu") if self.host_staged else device
         on_host = "cpu:" in dist.get_backend_config(context.group)
         self._control = torch.device("cpu") if on_host else self._transport
-        self._agreed: set[tuple] = set()
-        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._wait_s = 0.0
+        self._agreed: set[Hashable] = set()
+        self._marks: list[tuple[Mark, Mark]] = []
         self._count = 0
         self.received_bytes = 0
         self.received_messages = 0
@@ -120,10 +132,10 @@ class Wire:
     def exchange(
         self, site: str, dtype: torch.dtype, out: Sequence[Outgoing], into: Sequence[Incoming]
     ) -> list[torch.Tensor]:
-        """Send and receive at once; the tensors received, contiguous on this rank's device.
+        """Send `out` and receive `into`; returns the received tensors, contiguous on this device.
 
-        Every peer named must name this rank at the same `site` with the same shapes: headers are
-        compared, and a difference raises ShardingError on both sides before any data is used.
+        Every peer must make the matching call at the same `site` with the same shapes. Headers are
+        compared; a difference raises ShardingError on both sides before any data is used.
         """
         if not out and not into:
             return []
@@ -150,7 +162,9 @@ class Wire:
             self.received_messages += 1
         return [b.to(self.device) for b in buffers]
 
-    def _agree_on_headers(self, site, dtype, out, into) -> None:
+    def _agree_on_headers(
+        self, site: str, dtype: torch.dtype, out: Sequence[Outgoing], into: Sequence[Incoming]
+    ) -> None:
         sent = tuple((o.peer, o.tensor.shape) for o in out)
         key = (site, dtype, sent, tuple((i.peer, i.shape) for i in into))
         if not self.host_staged and key in self._agreed:
@@ -181,7 +195,7 @@ class Wire:
         words = [_MAGIC, count, crc32(site.encode()), len(shape), *sizes]
         return torch.tensor([*words, DTYPES.index(dtype), _DENSE_NCDHW])
 
-    def _op(self, kind, tensor: torch.Tensor, peer: int) -> dist.P2POp:
+    def _op(self, kind: Callable[..., Any], tensor: torch.Tensor, peer: int) -> dist.P2POp:
         group = self.context.group
         if group is not None:
             peer = dist.get_global_rank(group, peer)
@@ -199,7 +213,7 @@ class Wire:
         except RuntimeError as error:
             raise ShardingError(
                 f"rank {self.context.rank} has no answer from {names} at {site} (waits at most "
-                f"{timeout_s:g} s): {_first_line(error)}",
+                f"{timeout_s:g} s): {first_line(error)}",
                 rank=peers[0] if len(set(peers)) == 1 else None,
             ) from error
 
@@ -207,15 +221,15 @@ class Wire:
         if transport.type == "cpu":
             work.wait(timedelta(seconds=self.context.timeout_s))
         else:
-            work.wait()  # orders the device's stream; its own watchdog knows the time-out
+            work.wait()  # orders the device's stream; NCCL's watchdog applies the time-out
 
     # -- collectives --------------------------------------------------------------------------
 
     def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """`x` of every rank, in rank order, dense NCDHW on this device. A collective of the group.
+        """Gather `x` of every rank, in rank order, dense NCDHW on this device. A collective.
 
-        The one guarded gather: `x` may have any memory format and must have the same shape and
-        dtype on every rank (`agree` first where that is not known).
+        `x` may have any memory format. Its shape and dtype must be equal on every rank; call
+        `agree` first if that is not certain.
         """
         start = self._mark()
         parts = self._gather(x, self._transport)
@@ -223,34 +237,34 @@ class Wire:
         return [p.to(self.device) for p in parts]
 
     def _gather(self, x: torch.Tensor, transport: torch.device) -> list[torch.Tensor]:
-        """See `all_gather`; the results stay on `transport`."""
+        """`all_gather`, with results that stay on `transport`."""
         packed = contiguous_for_collective(x).to(transport)
         flat = _as_bytes(packed)
         gathered = torch.empty(
             self.context.world_size * flat.numel(), dtype=torch.uint8, device=transport
         )
         try:
-            work = all_gather_flat(gathered, flat, group=self.context.group, async_op=True)
+            work = all_gather_flat(gathered, flat, self.context.group)
             self._wait(work, transport)
         except RuntimeError as error:
             raise ShardingError(
                 f"rank {self.context.rank} got no gather over {self.context.world_size} ranks "
-                f"(waits at most {self.context.timeout_s:g} s): {_first_line(error)}"
+                f"(waits at most {self.context.timeout_s:g} s): {first_line(error)}"
             ) from error
         parts = gathered.view(self.context.world_size, -1).unbind(0)
         return [p.view(x.dtype).view(x.shape) for p in parts]
 
     def all_gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
-        """The same count of integers from every rank, in rank order. A collective; waits."""
+        """Gather equally many integers from every rank, in rank order. A collective; waits."""
         mine = torch.tensor(list(numbers), dtype=torch.int64, device=self._control)
         return [part.tolist() for part in self._gather(mine, self._control)]
 
     def connect(self) -> None:
-        """Have the transport connect all ranks. A collective; waits."""
+        """Make the transport connect all ranks. A collective; waits."""
         self._gather(torch.zeros(1, device=self._transport), self._transport)
 
     def agree(self, **facts: int) -> None:
-        """Raise ShardingError on every rank unless all hold the same `facts`. A collective."""
+        """Raise ShardingError on every rank unless all have the same `facts`. A collective."""
         rows = self.all_gather_numbers(list(facts.values()))
         for name, values in zip(facts, zip(*rows, strict=True), strict=True):
             if len(set(values)) > 1:
@@ -262,30 +276,23 @@ class Wire:
 
     # -- time ---------------------------------------------------------------------------------
 
-    def _mark(self):
-        if self._transport.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+    def _mark(self) -> Mark:
+        return Mark.now(self._transport if self.host_staged else self.device)
 
-    def _add_wait(self, start) -> None:
-        if isinstance(start, float):
-            self._wait_s += time.perf_counter() - start
-        else:
-            self._marks.append((start, self._mark()))
+    def _add_wait(self, start: Mark) -> None:
+        self._marks.append((start, self._mark()))
 
     def wait_ms(self) -> float:
-        """Milliseconds in exchanges so far, waiting for slower ranks included. Waits for them."""
-        device_ms = 0.0
+        """Milliseconds in exchanges so far, including waits for slower ranks. Synchronises."""
+        total_ms = 0.0
         for start, stop in self._marks:
-            stop.synchronize()
-            device_ms += start.elapsed_time(stop)
-        return self._wait_s * 1e3 + device_ms
+            stop.wait()
+            total_ms += start.ms_until(stop)
+        return total_ms
 
 
 def _as_bytes(x: torch.Tensor) -> torch.Tensor:
-    """The bytes of a dense tensor, flat: no transport needs to know the dtype."""
+    """View of a dense tensor as flat bytes, so that a transport need not know its dtype."""
     return x.view(-1).view(torch.uint8)
 
 
@@ -297,8 +304,3 @@ def _describe(header: torch.Tensor) -> str:
     name = str(DTYPES[dtype]).removeprefix("torch.")
     order = "dense NCDHW" if fmt == _DENSE_NCDHW else f"format {fmt}"
     return f"{sizes[:ndim]} {name} {order} (message {count}, place {site:08x})"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

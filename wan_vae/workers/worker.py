@@ -9,26 +9,33 @@ from __future__ import annotations
 
 import os
 import queue
-import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from typing import Any, Literal
 
 import torch
 
 from ..config import WanVAEConfig
 from ..device import is_out_of_memory
-from ..errors import DecodeCancelled, DecodeMemoryError, WanVAEError
+from ..errors import DecodeCancelled, DecodeMemoryError, ShardingError, WanVAEError, first_line
+from ..hooks import Hooks
 from ..io.image import ImageSink
-from ..io.sink import TensorSink
+from ..io.sink import NullSink, Sink, TensorSink
 from ..network.model import build_model
+from ..options import AxisRequest, Collect, Operation, RunOptions
 from ..pipeline import WanVAE
+from ..planning.plan import Plan
+from ..report import DecodeReport
+from ..runs.decode import DecodeRequest
+from ..runs.encode import EncodeRequest
 from ..sharding.context import SINGLE, ShardContext
 from ..sharding.plan import plan_shards
 from ..sharding.proof import check_wire
 from ..sharding.transport import HOST_AND_DEVICE
+from .pipe import PipeEnd
 from .shared import SharedBuffer, view
 
 
@@ -43,18 +50,47 @@ class WorkerSettings:
     rank: int
     world_size: int
     device: str
-    backend: str
+    transport: str
     rendezvous: str
     start_s: float
     wait_s: float
     threads: int
 
 
+@dataclass(frozen=True)
+class EncodeJob:
+    """One encode: where input and output lie in shared memory, and how it is done.
+
+    input, output: offset in bytes and shape, of float32 tensors.
+    """
+
+    path: str
+    size: int
+    input: tuple[int, tuple[int, ...]]
+    output: tuple[int, tuple[int, ...]]
+    axis: AxisRequest
+    wait_s: float
+    normalized: bool
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DecodeJob(EncodeJob):
+    """One decode. `fresh`: the memory was not used by the decode before. `plan`: of this rank, as
+    plain values; None has the ranks plan for themselves."""
+
+    fresh: bool
+    form: Literal["pixels", "image"]
+    gather: Collect
+    plan: dict[str, Any] | None = None
+
+
 def main(handle: int) -> None:
     """Serve until told to stop. `handle` is this end of the pipe, inherited from the parent."""
-    pipe = _Pipe(_connect(handle))
-    settings = WorkerSettings(**pipe.receive())
-    commands: queue.SimpleQueue = queue.SimpleQueue()
+    pipe = _Sender(PipeEnd(handle))
+    _, plain = pipe.receive()
+    settings = WorkerSettings(**plain)
+    commands: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, commands), daemon=True).start()
     worker = _Worker(settings, pipe)
     try:
@@ -68,7 +104,7 @@ def main(handle: int) -> None:
         if command == "stop":
             break
         try:
-            pipe.send("done", getattr(worker, command)(**arguments))
+            pipe.send("done", worker.commands[command](**arguments))
             # Not before: to unmap a clip takes tens of milliseconds.
             worker.stale = None
         except (WanVAEError, RuntimeError, MemoryError, OSError, TypeError, ValueError) as error:
@@ -76,30 +112,23 @@ def main(handle: int) -> None:
     worker.close()
 
 
-class _Pipe:
+class _Sender:
     """This end of the pipe; two threads send, one at a time."""
 
-    def __init__(self, connection: Connection):
+    def __init__(self, connection: PipeEnd[Any, Any]):
         self._connection = connection
         self._lock = threading.Lock()
 
-    def send(self, kind: str, value) -> None:
+    def send(self, kind: str, value: object) -> None:
         with self._lock:
             self._connection.send((kind, value))
 
-    def receive(self):
-        return self._connection.recv()
+    def receive(self) -> tuple[str, Any]:
+        message: tuple[str, Any] = self._connection.recv()
+        return message
 
 
-def _connect(handle: int):
-    if sys.platform == "win32":
-        from multiprocessing.connection import PipeConnection
-
-        return PipeConnection(handle)
-    return Connection(handle)
-
-
-def _listen(pipe: _Pipe, commands: queue.SimpleQueue) -> None:
+def _listen(pipe: _Sender, commands: queue.SimpleQueue[tuple[str, dict[str, Any]]]) -> None:
     """Read commands and answer "ping", whatever the main thread is busy with.
 
     When the parent is gone, end at once, also out of a wait for another rank.
@@ -114,9 +143,9 @@ def _listen(pipe: _Pipe, commands: queue.SimpleQueue) -> None:
     os._exit(1)
 
 
-def _describe(error: BaseException, settings: WorkerSettings) -> dict:
+def _describe(error: BaseException, settings: WorkerSettings) -> dict[str, Any]:
     """An error as plain values: kind, one line of text, the rank at fault."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     kind, rank = type(error).__name__, getattr(error, "rank", None)
     if is_out_of_memory(error):
         kind = DecodeMemoryError.__name__
@@ -128,13 +157,21 @@ def _describe(error: BaseException, settings: WorkerSettings) -> dict:
 class _Worker:
     """One rank: its process group, its VAE, and the commands that the parent may name."""
 
-    def __init__(self, settings: WorkerSettings, pipe: _Pipe):
+    def __init__(self, settings: WorkerSettings, pipe: _Sender):
         self.settings, self.pipe = settings, pipe
         self.device = torch.device(settings.device)
-        self.vae: WanVAE | None = None
+        self._vae: WanVAE | None = None
         # The memory of the last decode, which the next one may be given again.
         self.mapped: SharedBuffer | None = None
         self.stale: SharedBuffer | None = None
+
+        self.commands: dict[str, Callable[..., object]] = {
+            "load": self.on_load,
+            "plan": self.on_plan,
+            "decode": self.on_decode,
+            "encode": self.on_encode,
+            "check_wire": self.on_check_wire,
+        }
 
     def start(self) -> None:
         """Join the other ranks: through a file, over the loopback interface."""
@@ -146,16 +183,18 @@ class _Worker:
         if settings.world_size == 1:
             return
         import torch.distributed as dist
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
 
-        nccl, start = settings.backend == "nccl", timedelta(seconds=settings.start_s)
+        nccl, start = settings.transport == "nccl", timedelta(seconds=settings.start_s)
         # A store of our own, so that ranks may take longer to arrive than one message may.
         store, rank, world_size = next(
-            dist.rendezvous(settings.rendezvous, settings.rank, settings.world_size, timeout=start)
+            rendezvous(settings.rendezvous, settings.rank, settings.world_size, timeout=start)
         )
         store.set_timeout(start)
         dist.init_process_group(
-            HOST_AND_DEVICE if nccl else settings.backend,
-            store=dist.PrefixStore("wan_vae", store),
+            HOST_AND_DEVICE if nccl else settings.transport,
+            store=PrefixStore("wan_vae", store),
             rank=rank,
             world_size=world_size,
             # NCCL knows no time-out for one message, only this one.
@@ -170,19 +209,31 @@ class _Worker:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
-    def load(self, path, size, table, config, dtype, found) -> None:
+    def on_load(
+        self,
+        path: str,
+        size: int,
+        table: list[tuple[str, int, tuple[int, ...], str]],
+        config: dict[str, Any],
+        dtype: str,
+        weights_found: dict[str, dict[str, int]],
+    ) -> None:
         """Build the VAE from the weights in shared memory; nothing keeps the memory afterwards."""
         raw = SharedBuffer.open(path, size).raw
-        dtype = getattr(torch, dtype)
         state = {
             name: view(raw, offset, shape, getattr(torch, kind))
             for name, offset, shape, kind in table
         }
-        self.vae = WanVAE(
-            build_model(WanVAEConfig(**config), state, self.device, dtype), weights_found=found
-        )
+        model = build_model(WanVAEConfig(**config), state, self.device, getattr(torch, dtype))
+        self._vae = WanVAE(model, weights_found)
 
-    def _context(self, axis, wait_s: float) -> ShardContext:
+    @property
+    def vae(self) -> WanVAE:
+        if self._vae is None:
+            raise ShardingError("a worker got a command before the weights")
+        return self._vae
+
+    def _context(self, axis: AxisRequest, wait_s: float) -> ShardContext:
         settings = self.settings
         if settings.world_size == 1:
             return SINGLE
@@ -190,83 +241,97 @@ class _Worker:
             settings.rank, settings.world_size, axis, timeout_s=wait_s, same_input=True
         )
 
-    def _hooks(self, raw: torch.Tensor) -> dict:
-        """on_progress to the parent, should_stop from the first byte of the shared memory."""
+    def _hooks(self, raw: torch.Tensor) -> Hooks:
+        """Progress to the parent, and the wish to stop from the first byte of the shared memory."""
 
-        def on_progress(done: int, total: int, report) -> None:
+        def on_progress(done: int, total: int, report: DecodeReport) -> None:
             plain = report.as_dict() if self.settings.rank == 0 else None
             self.pipe.send("progress", (done, total, plain))
 
-        return {"on_progress": on_progress, "should_stop": lambda: bool(raw[0])}
+        return Hooks(on_progress, lambda: bool(raw[0]))
 
-    def decode(self, path, size, fresh, input, output, form, axis, gather, wait_s, options) -> dict:
-        """Decode the latent in shared memory; this rank's rows go to the output beside it.
+    def on_plan(
+        self,
+        operation: Operation,
+        latent_shape: tuple[int, ...],
+        axis: AxisRequest,
+        options: dict[str, Any],
+    ) -> dict[str, object]:
+        """The plan of this rank, as plain values."""
+        ranks = self.settings.world_size
+        return self.vae.plan(
+            latent_shape, operation=operation, ranks=ranks, axis=axis, **options
+        ).as_dict()
 
-        Memory that is not `fresh` is that of the last decode, and all of it was claimed.
-        """
-        if fresh:
-            self.stale, self.mapped = self.mapped, SharedBuffer.open(path, size)
+    def on_decode(self, **arguments: Any) -> dict[str, object]:
+        """Decode the latent in shared memory; this rank's rows go to the output there."""
+        job = DecodeJob(**arguments)
         buffer = self.mapped
+        # Memory that is not fresh is that of the last decode, and all of it was reserved.
+        if job.fresh or buffer is None:
+            self.stale, self.mapped = self.mapped, SharedBuffer.open(job.path, job.size)
+            buffer = self.mapped
         raw = buffer.raw
         self.pipe.send("mapped", None)
-        latent = view(raw, *input, torch.float32)
-        out = view(raw, *output, torch.float32)
+        latent = view(raw, *job.input, torch.float32)
+        out = view(raw, *job.output, torch.float32)
         rank, world_size = self.settings.rank, self.settings.world_size
-        if gather == "shared" and world_size > 1:
-            plan = plan_shards(latent.shape[3], latent.shape[4], world_size, axis)
-            rows, columns = plan.place(rank, self.vae.config.spatial_factor)
+        if job.gather == "shared" and world_size > 1:
+            shards = plan_shards(latent.shape[3], latent.shape[4], world_size, job.axis)
+            rows, columns = shards.place(rank, self.vae.config.spatial_factor)
             # [B, T', H', W', 3] or [B, 3, T', H', W']
-            out = out[:, :, rows, columns] if form == "image" else out[..., rows, columns]
-        sink = (ImageSink if form == "image" else TensorSink)(out, buffer.claim if fresh else None)
-        writes = gather == "shared" or rank == 0
+            out = out[:, :, rows, columns] if job.form == "image" else out[..., rows, columns]
+        reserve = buffer.reserve if job.fresh else None
+        sink: Sink = NullSink()
+        if job.gather == "shared" or rank == 0:
+            sink = (ImageSink if job.form == "image" else TensorSink)(out, reserve)
+        plan = None if job.plan is None else Plan.from_dict(job.plan)
         with suppress(DecodeCancelled):  # the report says it
-            self.vae.decode(
-                latent.clone() if self.device.type == "cpu" else latent,
-                shard=self._context(axis, wait_s),
-                gather="own" if gather == "shared" else gather,
-                sink=sink if writes else _Nowhere(),
-                **self._hooks(raw),
-                **options,
+            self.vae.run_decode(
+                DecodeRequest(
+                    latent=latent.clone() if self.device.type == "cpu" else latent,
+                    normalized=job.normalized,
+                    options=RunOptions(**job.options) if plan is None else plan.options,
+                    hooks=self._hooks(raw),
+                    plan=plan,
+                    sink=sink,
+                    context=self._context(job.axis, job.wait_s),
+                    gather="own" if job.gather == "shared" else job.gather,
+                )
             )
-        return {"report": self.vae.last_report.as_dict()}
+        return self._report()
 
-    def encode(self, path, size, input, output, axis, wait_s, options) -> dict:
-        """Encode the pixels in shared memory; rank 0 writes the latent beside them."""
-        buffer = SharedBuffer.open(path, size)
+    def on_encode(self, **arguments: Any) -> dict[str, object]:
+        """Encode the pixels in shared memory; rank 0 writes the latent there."""
+        job = EncodeJob(**arguments)
+        buffer = SharedBuffer.open(job.path, job.size)
         raw = buffer.raw
         self.pipe.send("mapped", None)
         with suppress(DecodeCancelled):
-            latent = self.vae.encode(
-                view(raw, *input, torch.float32),
-                shard=self._context(axis, wait_s),
-                gather="rank0",
-                **self._hooks(raw),
-                **options,
+            latent = self.vae.run_encode(
+                EncodeRequest(
+                    pixels=view(raw, *job.input, torch.float32),
+                    normalized=job.normalized,
+                    options=RunOptions(**job.options),
+                    hooks=self._hooks(raw),
+                    context=self._context(job.axis, job.wait_s),
+                    gather="rank0",
+                )
             )
             if latent is not None:
-                place = view(raw, *output, torch.float32)
-                buffer.claim(place)
+                place = view(raw, *job.output, torch.float32)
+                buffer.reserve(place)
                 place.copy_(latent)
-        return {"report": self.vae.last_report.as_dict()}
+        return self._report()
 
-    def check_wire(self, wait_s) -> dict:
+    def _report(self) -> dict[str, object]:
+        report = self.vae.last_report
+        return {"report": None if report is None else report.as_dict()}
+
+    def on_check_wire(self, wait_s: float) -> dict[str, Any]:
         """Send known numbers around, each rank's in another memory format. A collective.
 
         Whether they arrived as they should, through our gather, our exchange, and for comparison
         through an unguarded gather (NCCL garbles dense NDHWC there; Gloo copies right or refuses).
         """
         return check_wire(self._context("auto", wait_s), self.device)
-
-
-class _Nowhere:
-    """The sink of a rank whose copy of the picture nobody asked for."""
-
-    needs_whole_frames = False
-
-    def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
-        """Drop them."""
-
-    def close(self) -> None:
-        """Nothing to flush."""
-
-    abort = close

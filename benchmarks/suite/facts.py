@@ -1,0 +1,59 @@
+"""What every results file says of itself: schema, date, device, versions and command."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from wan_vae.device import device_name, versions
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Where numbers come from. `versions` may grow while a run imports other decoders."""
+
+    schema: str
+    command: str
+    device: str
+    date: str = field(default_factory=lambda: datetime.date.today().isoformat())
+    versions: dict[str, str] = field(
+        default_factory=lambda: {name: found for name, found in versions().items() if found}
+    )
+
+    @classmethod
+    def begin(cls, schema: str, command: str, device: torch.device) -> Facts:
+        """The facts of a run that starts now on `device`."""
+        return cls(schema, command, device_name(device))
+
+    def lines(self) -> list[str]:
+        """The head of a Markdown file."""
+        found = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return [
+            f"- date: {self.date}",
+            f"- device: {self.device}",
+            f"- versions: {found}",
+            f"- command: `{self.command}`",
+        ]
+
+    def as_dict(self) -> dict[str, object]:
+        """The head of a JSON file."""
+        return {
+            "schema": self.schema,
+            "date": self.date,
+            "device": self.device,
+            "versions": self.versions,
+            "command": self.command,
+        }
+
+
+def repeatable(argv: Sequence[str]) -> str:
+    """The command for a results file: without --output, whose folder is one machine's own."""
+    kept = [
+        word
+        for before, word in zip(["", *argv], argv, strict=False)
+        if before != "--output" and word.partition("=")[0] != "--output"
+    ]
+    return " ".join(["wan-vae bench", *kept])

@@ -1,0 +1,56 @@
+"""What nodes are given, checked: latents, images, and the dtype that they give back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..wan_vae import LatentError
+
+
+def latent_5d(samples: Mapping[str, Any]) -> torch.Tensor:
+    """The tensor of a LATENT as [B, C, T, H, W]: unbinds a nested one, an image gets T = 1.
+
+    Raises LatentError for what is no latent, or an empty one.
+    """
+    if not isinstance(samples, Mapping) or "samples" not in samples:
+        keys = f"keys {sorted(map(str, samples))}" if isinstance(samples, Mapping) else None
+        raise LatentError(
+            f"the latent is no LATENT ({keys or type(samples).__name__}): expected a dictionary "
+            "with a tensor 'samples', as samplers and Load Latent give"
+        )
+    latent = samples["samples"]
+    if getattr(latent, "is_nested", False):
+        latent = latent.unbind()[0]
+    if not isinstance(latent, torch.Tensor):
+        raise LatentError(f"the latent's 'samples' is a {type(latent).__name__}: expected a tensor")
+    shape = tuple(latent.shape)
+    if latent.ndim == 4:
+        latent = latent.unsqueeze(2)
+    if latent.ndim != 5:
+        raise LatentError(
+            f"the latent has shape {shape}: expected [B, C, T, H, W] of a video or [B, C, H, W] "
+            "of an image"
+        )
+    if 0 in shape:
+        raise LatentError(
+            f"the latent is empty, its shape is {shape}: expected every size to be above 0"
+        )
+    return latent
+
+
+def frames(image: torch.Tensor) -> torch.Tensor:
+    """An IMAGE [T, H, W, C >= 3]. Raises LatentError for what is none, or an empty one."""
+    shape = tuple(image.shape) if isinstance(image, torch.Tensor) else None
+    if shape is None or len(shape) != 4 or 0 in shape or shape[3] < 3:
+        what = type(image).__name__ if shape is None else f"of shape {shape}"
+        raise LatentError(f"the image is {what}: expected frames [T, H, W, 3 or more]")
+    return image
+
+
+def output_dtype(vae: Any) -> torch.dtype:
+    """Dtype of IMAGE and LATENT tensors: ComfyUI's choice where it has one, else float32."""
+    choose = getattr(vae, "vae_output_dtype", None)
+    return torch.float32 if choose is None else choose()

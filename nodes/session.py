@@ -1,0 +1,164 @@
+"""One run of a node: our copy of the VAE, its plan, progress, cancel, and the reports.
+
+with session(cls.hidden, vae, precision, "decode") as run:
+    plan = run.plan(shape, memory_format=memory_layout)
+    run.wan.decode(latent, plan=plan, free_bytes=run.free_bytes(), **run.hooks)
+return io.NodeOutput(image, ui=run.ui)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import comfy.model_management as model_management
+import comfy.utils
+import torch
+
+from ..wan_vae import DecodeCancelled, DecodeReport, Plan, WanVAE, WanVAEError
+from ..wan_vae.errors import first_line
+from ..wan_vae.options import MemoryFormat, Operation
+from ..wan_vae.report import SCHEMA
+from .packed import COPIES, Packed
+from .reports import NodeId, Reporter
+
+# Device memory in which kernels are proven, before anybody knows what the run will take. Measured
+# on an NVIDIA H100: see docs/performance.md, "Memory of proofs".
+PROOF_BYTES = 2 << 30
+
+
+class Session:
+    """One run of one node, between the choice of the VAE and the final report."""
+
+    def __init__(self, hidden: Any, vae: Any, precision: str) -> None:
+        self._reporter = Reporter(NodeId.of(hidden))
+        self._bar = comfy.utils.ProgressBar(1)
+        self._vae, self._precision = vae, precision
+        self._packed: Packed | None = None
+        self._before: DecodeReport | None = None
+        # The final report as the panel reads it.
+        self.report: dict[str, Any] = {}
+
+    @property
+    def packed(self) -> Packed:
+        """Our copy of the VAE, made when it is first asked for. Raises what `COPIES.get` raises."""
+        if self._packed is None:
+            self._packed = COPIES.get(self._vae, self._precision)
+            self._before = self._packed.wan.last_report
+        return self._packed
+
+    @property
+    def wan(self) -> WanVAE:
+        return self.packed.wan
+
+    @property
+    def hooks(self) -> dict[str, Any]:
+        """The keyword arguments on_progress and should_stop of the library."""
+        return {
+            "on_progress": self._on_progress,
+            "should_stop": model_management.processing_interrupted,
+        }
+
+    @property
+    def ui(self) -> dict[str, list[Any]]:
+        """What the node shows: the report, for the panel."""
+        return {"wan_vae": [self.report]}
+
+    def free_bytes(self) -> int:
+        """Bytes that ComfyUI leaves free on the device."""
+        return self.packed.free_bytes()
+
+    def plan(
+        self,
+        latent_shape: Sequence[int],
+        *,
+        operation: Operation = "decode",
+        memory_format: MemoryFormat = "auto",
+        chunk_frames: int = 0,
+        whole_frames: bool = False,
+    ) -> Plan:
+        """The plan of a run, for which ComfyUI has been asked for exactly the planned memory.
+
+        chunk_frames: 0 plans them. The weights are on the device afterwards. The run executes the
+        plan as it is, unless ComfyUI could not free that much.
+        """
+        # Weights first: which kernels run is known where they are.
+        self.packed.load(PROOF_BYTES)
+        plan = self.wan.plan(
+            latent_shape,
+            operation=operation,
+            chunk_frames=chunk_frames or None,
+            memory_format=memory_format,
+            free_bytes=math.inf,
+            whole_frames=whole_frames,
+        )
+        self.packed.load(plan.planned_bytes)
+        return plan
+
+    def encode(self, video: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """The latent of `video` [1, 3, T, H, W] by `plan`, on the device."""
+        latent = self.wan.encode(video, plan=plan, **self.hooks)
+        assert latent is not None  # one process always gets the result
+        return latent
+
+    def _on_progress(self, done: int, total: int, report: DecodeReport) -> None:
+        if self._reporter.due():
+            self._reporter.send(report.as_dict())
+        if not model_management.processing_interrupted():  # else it raises: should_stop is next
+            self._bar.update_absolute(done, total)
+
+    def finish(self) -> None:
+        """Send the library's report of the run that is done."""
+        report = self.wan.last_report
+        self.report = {} if report is None else report.as_dict()
+        self._reporter.finish(self.report)
+
+    def finish_early(self, operation: str, status: str, error: str) -> None:
+        """Send the library's report of the run that ended early, or only how it ended."""
+        report = None if self._packed is None else self._packed.wan.last_report
+        if report is not None and report is not self._before:
+            self.report = replace(report, status=status, error=error).as_dict()
+        else:
+            self.report = {
+                "schema": SCHEMA,
+                "operation": operation,
+                "status": status,
+                "error": error,
+            }
+        self._reporter.finish(self.report)
+
+
+@contextmanager
+def session(hidden: Any, vae: Any, precision: str, operation: str) -> Iterator[Session]:
+    """Run a node's work with progress, cancel and reports.
+
+    A cancel raises ComfyUI's own exception. Every other error goes through after its report was
+    sent: otherwise the panel would go on showing the run before.
+    """
+    run = Session(hidden, vae, precision)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield run
+    except DecodeCancelled as error:
+        run.finish_early(operation, "cancelled", str(error))
+        model_management.throw_exception_if_processing_interrupted()
+        raise model_management.InterruptProcessingException() from None
+    except model_management.InterruptProcessingException:
+        run.finish_early(operation, "cancelled", "cancelled")
+        raise
+    except Exception as error:
+        run.finish_early(operation, "failed", _one_line(error))
+        raise
+    run.finish()
+
+
+def _one_line(error: Exception) -> str:
+    """Our own errors are one readable line; others are named, and may be many lines long."""
+    if isinstance(error, WanVAEError):
+        return str(error)
+    return (
+        f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else first_line(error)
+    )

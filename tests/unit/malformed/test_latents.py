@@ -1,0 +1,113 @@
+"""Latent files that are cut, damaged, of a wrong shape or dtype, or not finite."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from tests.unit.malformed.cases import check, decode_argv, keys, nan_like, safetensors_bytes
+from wan_vae.errors import LatentError
+from wan_vae.io.latents import load_latent
+
+
+def latent_file(latent: torch.Tensor, key: str = "latent_tensor") -> bytes:
+    return save({key: latent.contiguous(), "latent_format_version_0": torch.tensor([])})
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    return buffer.getvalue()
+
+
+def npy_header(text: str) -> bytes:
+    header = text.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+
+
+Z = torch.zeros(1, 16, 2, 4, 4)
+LATENTS: dict[str, tuple[str, bytes | Callable[[], bytes], str]] = {
+    "empty file": ("z.latent", b"", "cut short"),
+    "cut": ("z.latent", latent_file(Z)[:-7], "readable"),
+    "text": ("z.latent", b"hello, this is no latent", "claims"),
+    "huge header": ("z.latent", safetensors_bytes({}, claimed=2**62), "claims"),
+    "three dimensions": ("z.latent", latent_file(torch.zeros(16, 4, 4)), "expected a floating"),
+    "six dimensions": ("z.latent", latent_file(Z[None]), "expected a floating"),
+    "a scalar": ("z.latent", latent_file(torch.zeros(())), "expected a floating"),
+    "integers": ("z.latent", latent_file(Z.int()), "int32"),
+    "booleans": ("z.latent", latent_file(Z.bool()), "bool"),
+    "no batch": ("z.latent", latent_file(Z[:0]), "empty"),
+    "no channels": ("z.latent", latent_file(Z[:, :0]), "empty"),
+    "no frames": ("z.latent", latent_file(Z[:, :, :0]), "empty"),
+    "no rows": ("z.latent", latent_file(Z[:, :, :, :0]), "empty"),
+    "no columns": ("z.latent", latent_file(Z[..., :0]), "empty"),
+    "Wan 2.2's channels": ("z.latent", latent_file(torch.zeros(1, 48, 2, 4, 4)), "Wan 2.2"),
+    "four channels": ("z.latent", latent_file(torch.zeros(1, 4, 2, 4, 4)), "has 4 channels"),
+    "NaN in a frame": ("z.latent", lambda: latent_file(torch.cat([Z, nan_like(Z)], 2)), "(2)"),
+    "inf in every frame": ("z.latent", latent_file(Z + float("inf")), "2 of 2 frames"),
+    "no latent among several": ("z.latent", keys("a", "b"), "no latent among 2"),
+    "no tensors": ("z.safetensors", save({}), "no latent among 0"),
+    "npy of objects": ("z.npy", npy_bytes(np.array([{"a": 1}], dtype=object)), "npy"),
+    "npy of integers": ("z.npy", npy_bytes(np.zeros((16, 2, 4, 4), np.int64)), "int64"),
+    "npy of text": ("z.npy", npy_bytes(np.array(["a", "b"])), "expected floating"),
+    "npy of records": (
+        "z.npy", npy_bytes(np.zeros(4, dtype=[("a", "f4"), ("b", "i2")])), "expected floating"),
+    "npy of complex numbers": (
+        "z.npy", npy_bytes(np.zeros((16, 2, 4, 4), np.complex64)), "complex64"),
+    "npy cut": ("z.npy", npy_bytes(Z.numpy())[:-9], "npy"),
+    "npy empty": ("z.npy", b"", "npy"),
+    "npy that claims an exabyte": (
+        "z.npy",
+        npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (2**58,), }"
+                   .replace("2**58", str(2**58))), "npy"),
+    "npy of negative size": (
+        "z.npy", npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (-4,), }"), "npy"),
+    "npy header with code": (
+        "z.npy", npy_header("{'descr': __import__('os').getcwd(), 'shape': (1,)}"), "npy"),
+    "npz named npy": ("z.npy", lambda: npz_bytes(), "npy"),
+}  # fmt: skip
+
+
+def npz_bytes() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, latent=Z.numpy())
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("case", LATENTS)
+def test_malformed_latent(case, tmp_path, good, capfd, monkeypatch):
+    name, content, words = LATENTS[case]
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content())
+    check(decode_argv(path, good, tmp_path / "out.mp4"), LatentError, words, capfd, monkeypatch)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("none.latent", "no such file"), (".", "a folder"), ("x" * 300 + ".latent", "too long")],
+)
+def test_missing_latent(name, words, tmp_path, good, capfd, monkeypatch):
+    argv = decode_argv(tmp_path / name, good, tmp_path / "out.mp4")
+    check(argv, LatentError, words, capfd, monkeypatch)
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.binary(max_size=300), suffix=st.sampled_from([".latent", ".safetensors", ".npy"]))
+def test_random_bytes_as_a_latent(data, suffix, tmp_path):
+    path = tmp_path / f"z{suffix}"
+    path.write_bytes(data)
+    with pytest.raises(LatentError):
+        load_latent(path)

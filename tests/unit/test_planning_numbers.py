@@ -1,0 +1,126 @@
+"""Choices and bytes of full-size plans, as they were when the walk knew backends by name.
+
+A change of the model of memory changes them; a change of the code around it must not.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.unit.fake_layers import fake_layers
+from wan_vae.config import wan21, wan22
+from wan_vae.planning.choose import PASSES, Choice, PlanRequest, choose
+
+CASES = {
+    "wan2.1 480p x 81": (wan21(), (1, 16, 21, 60, 104)),
+    "wan2.1 720p x 81": (wan21(), (1, 16, 21, 90, 160)),
+    "wan2.1 1080p x 81": (wan21(), (1, 16, 21, 135, 240)),
+    "wan2.2 720p x 121": (wan22(), (1, 48, 31, 44, 80)),
+    "wan2.1 image 1024": (wan21(), (1, 16, 1, 128, 128)),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# In GiB, and whether the sink needs whole frames.
+FREE = ((None, False), (8, False), (8, True), (6, False), (6, True))
+# Weights and kernels of the rows. Kernels take the same whatever the format of the weights is.
+ROWS = {
+    "NCDHW": (("contiguous",), None),
+    "NDHWC": (("channels_last_3d",), None),
+    "triton": (("contiguous", "channels_last_3d"), "triton"),
+    "cuda": (("contiguous", "channels_last_3d"), "cuda"),
+}
+# A column for each of FREE: strips/latent frames a chunk/part of a full pass:bytes (in 512), and
+# for strips the thousandths of the work that they do twice.
+EXPECTED = """
+wan2.1 480p x 81: bf16
+  NCDHW 1/2/1:11551020 1/2/1:11551020 1/2/1:11551020 1/2/2:7919340 1/2/2:7919340
+  NDHWC 1/2/1:7956780 1/2/1:7956780 1/2/1:7956780 1/2/1:7956780 1/2/1:7956780
+  triton 1/4/1:8256300 1/4/1:8256300 1/4/1:8256300 1/4/1:8256300 1/4/1:8256300
+  cuda 1/4/1:9154860 1/4/1:9154860 1/4/1:9154860 1/4/1:9154860 1/4/1:9154860
+wan2.1 480p x 81: fp32
+  NCDHW 1/2/1:23027160 2/1/1:8533200+96 4/1/1:11817000+289 3/1/1:6639360+193 4/1/1:11817000+289
+  NDHWC 1/2/1:15838680 1/2/2:12207000 1/2/2:12207000 2/1/1:6586320+96 2/1/1:10341240+96
+  triton 1/4/1:16437720 1/4/2:12356760 1/4/2:12356760 2/4/2:7938528+93 3/1/1:10164024+187
+  cuda 1/4/1:18234840 1/4/2:12955800 1/4/2:12955800 2/4/2:8555040+93 3/1/1:10381176+187
+wan2.1 720p x 81: bf16
+  NCDHW 1/1/1:17584200 1/1/2:13739400 1/1/2:13739400 3/1/1:7202400+128 5/1/1:12805800+256
+  NDHWC 1/1/1:13437000 1/1/1:13437000 1/1/1:13437000 2/1/1:7442400+64 3/1/1:11509800+128
+  triton 1/2/1:14128200 1/2/1:14128200 1/2/1:14128200 2/2/1:8616000+62 2/1/2:10766280+62
+  cuda 1/2/1:14819400 1/2/2:11752200 1/2/2:11752200 2/2/1:9320640+62 2/1/2:10766280+62
+wan2.1 720p x 81: fp32
+  NCDHW 1/1/1:35082000 5/1/1:9744960+256 5/1/1:25421520+256 8/1/1:7422720+446 5/1/1:25421520+256
+  NDHWC 1/1/1:26787600 4/1/1:9094080+192 3/1/1:22818000+128 6/1/1:6744000+320 3/1/1:22818000+128
+  triton 1/2/1:28170000 3/2/2:10759680+124 2/1/2:21338160+62 4/2/2:8595840+186 2/1/2:21338160+62
+  cuda 1/2/1:29552400 3/2/2:11233920+124 2/1/2:21338160+62 4/2/2:8962560+186 2/1/2:21338160+62
+wan2.1 1080p x 81: bf16
+  NCDHW 1/1/1:30913650 6/1/1:9112680+210 2/1/1:26268570+42 8/1/1:7371720+295 2/1/1:26268570+42
+  NDHWC 1/1/1:26248050 4/1/1:9608760+126 2/1/1:23888250+42 6/1/1:7177320+210 2/1/1:23888250+42
+  triton 1/2/1:26442450 3/2/1:11919960+81 3/1/2:23403690+81 4/2/2:8377560+122 3/1/2:23403690+81
+  cuda 1/2/1:26442450 3/2/1:12448440+81 3/1/2:23403690+81 4/2/2:8377560+122 3/1/2:23403690+81
+wan2.1 1080p x 81: fp32
+  NCDHW 1/1/1:61730100 20/1/1:8930160+797 2/1/1:52099380+42 48/1/1:6614640+1951 2/1/1:52099380+42
+  NDHWC 1/1/1:52398900 12/1/1:9474480+462 2/1/1:47338740+42 20/1/1:7271280+797 2/1/1:47338740+42
+  triton 1/2/1:52787700 6/2/2:12493440+204 3/1/2:46386180+81 10/2/2:9401040+367 3/1/2:46386180+81
+  cuda 1/2/1:52787700 6/2/2:12493440+204 3/1/2:46386180+81 10/1/2:9363600+367 3/1/2:46386180+81
+wan2.2 720p x 121: bf16
+  NCDHW 1/1/1:12180520 1/1/1:12180520 1/1/1:12180520 2/1/1:6929920+134 2/1/1:10201000+134
+  NDHWC 1/1/1:10378280 1/1/1:10378280 1/1/1:10378280 1/1/1:10378280 1/1/1:10378280
+  triton 1/2/1:10040360 1/2/1:10040360 1/2/1:10040360 1/2/1:10040360 1/2/1:10040360
+  cuda 1/2/1:10040360 1/2/1:10040360 1/2/1:10040360 1/2/1:10040360 1/2/1:10040360
+wan2.2 720p x 121: fp32
+  NCDHW 1/1/1:24318800 4/1/1:9884800+398 2/1/1:20211920+134 10/1/1:7483520+1172 2/1/1:20211920+134
+  NDHWC 1/1/1:20714320 4/1/1:8036480+398 2/1/1:18338000+134 6/1/1:7322880+661 2/1/1:18338000+134
+  triton 1/2/1:20038480 2/2/1:11639680+127 2/1/1:17869520+127 3/2/2:9405760+254 2/1/1:17869520+127
+  cuda 1/2/1:20038480 2/2/1:11639680+127 2/1/1:17869520+127 3/2/2:9405760+254 2/1/1:17869520+127
+wan2.1 image 1024: bf16
+  NCDHW 1/1/1:4718592 1/1/1:4718592 1/1/1:4718592 1/1/1:4718592 1/1/1:4718592
+  NDHWC 1/1/1:1376256 1/1/1:1376256 1/1/1:1376256 1/1/1:1376256 1/1/1:1376256
+  triton 1/1/1:1179648 1/1/1:1179648 1/1/1:1179648 1/1/1:1179648 1/1/1:1179648
+  cuda 1/1/1:1179648 1/1/1:1179648 1/1/1:1179648 1/1/1:1179648 1/1/1:1179648
+wan2.1 image 1024: fp32
+  NCDHW 1/1/1:9437184 1/1/1:9437184 1/1/1:9437184 1/1/1:9437184 1/1/1:9437184
+  NDHWC 1/1/1:2752512 1/1/1:2752512 1/1/1:2752512 1/1/1:2752512 1/1/1:2752512
+  triton 1/1/1:2359296 1/1/1:2359296 1/1/1:2359296 1/1/1:2359296 1/1/1:2359296
+  cuda 1/1/1:2359296 1/1/1:2359296 1/1/1:2359296 1/1/1:2359296 1/1/1:2359296
+"""
+
+
+def expected() -> dict[tuple[str, str, str], list[str]]:
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for line in EXPECTED.strip().splitlines():
+        if ":" in line and not line.startswith(" "):
+            case, dtype = line.split(": ")
+        else:
+            row, *columns = line.split()
+            found[case, dtype, row] = columns
+    return found
+
+
+def spelled(choice: Choice) -> str:
+    blocks, part = choice.planned_bytes // 512, PASSES[0] // choice.pass_elements
+    text = f"{choice.strips}/{choice.chunk_frames}/{part}:{blocks}"
+    return f"{text}+{choice.extra_work * 1000:.0f}" if choice.strips > 1 else text
+
+
+@pytest.mark.parametrize("case, dtype, row", expected())
+def test_full_size_plans_stay_what_they_are(case, dtype, row):
+    (config, latent), (formats, family) = CASES[case], ROWS[row]
+    layers = {} if family is None else fake_layers(config, family, DTYPES[dtype])
+    for memory_format in formats:
+        found = [
+            choose(
+                PlanRequest(
+                    config,
+                    latent,
+                    DTYPES[dtype],
+                    memory_format,
+                    layers,
+                    None if gib is None else gib * 2**30,
+                    whole_frames,
+                )
+            )
+            for gib, whole_frames in FREE
+        ]
+        assert [spelled(choice) for choice in found] == expected()[case, dtype, row]
+        assert all((choice.note is None) == (choice.strips == 1) for choice in found)
+        assert all(sum(choice.lengths) == latent[2] for choice in found)

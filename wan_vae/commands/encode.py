@@ -1,0 +1,51 @@
+"""`wan-vae encode`: a video or an image to a latent."""
+
+from __future__ import annotations
+
+from ..errors import OutputError
+from ..io.files import Partial, check_output
+from ..io.latents import save_latent
+from ..io.video_read import read_pixels
+from .console import ProgressBar, log
+from .load import last_report, load_vae
+from .outputs import refuse_to_overwrite
+from .report_text import report_text
+from .requests import EncodeRequest
+
+
+def run_encode(request: EncodeRequest) -> int:
+    """Encode the file and write the latent; returns the exit code."""
+    output, options = request.output, request.options
+    check_output(output)
+    if output.suffix.lower() not in (".latent", ".safetensors"):
+        raise OutputError(f"{output}: a latent is written as .latent or .safetensors")
+    if not request.overwrite:
+        refuse_to_overwrite([output])
+    pixels = read_pixels(request.video)
+    vae = load_vae(request.vae, request.device, options.precision)
+    bar = ProgressBar(output.name)
+    partial = Partial(output)  # a folder without write permission is refused before the encode
+    try:
+        latent = vae.encode(
+            pixels,
+            chunk_frames=options.chunk_frames,
+            memory_format=options.memory_format,
+            precision=options.precision,
+            backend=options.backend,
+            on_progress=bar,
+            should_stop=bar.show,
+        )
+        assert latent is not None  # it is None only on some ranks of a sharded encode
+        save_latent(partial.path, latent, name=output)
+        partial.publish()
+    except BaseException:
+        partial.discard()
+        raise
+    finally:
+        bar.close()
+    report = last_report(vae)
+    for text in report.warnings:
+        log(f"wan-vae: warning: {text}")
+    print(report_text(report))
+    print(f"written   {output}")
+    return 0

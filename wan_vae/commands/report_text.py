@@ -1,0 +1,174 @@
+"""Reports and plans as lines of text, for the command line and for nodes that return a string."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+
+from ..planning.plan import Plan
+from ..report import DecodeReport, LayerRecord
+
+# A line of text: its label and what it says. Lines without a label continue the one above.
+Row = tuple[str, str]
+# What a person calls the memory formats of a report.
+_FORMAT_NAMES = {"either": "layout-free (1x1x1)"}
+
+
+def report_text(
+    report: DecodeReport, *, dtypes: Mapping[str, int] | None = None, all_layers: bool = False
+) -> str:
+    """The report of a run or an inspection: what, where, which memory format and why, how fast.
+
+    dtypes: how many stored weights are of each dtype, if the caller knows. all_layers: list each
+    layer; otherwise they are counted.
+    """
+    layout = report.layout
+    loaded, used = counts(layout.weights_found), counts(layout.weights_used)
+    rows = [
+        ("model", _model(report.config)),
+        ("compute", f"{report.dtype} on {report.device} ({report.device_name})"),
+        ("layout", f"{layout.chosen} (requested: {layout.requested}; {layout.reason})"),
+    ]
+    if dtypes is not None:
+        rows.append(("weights", f"as loaded: {counts(dtypes)}"))
+    rows.append(("conv3d", f"weights as loaded: {loaded}; as used: {used}"))
+    if report.operation != "inspect":
+        rows += _run_rows(report)
+    rows += _backend_rows(report.backends_used, report.layers, all_layers)
+    rows += [("not used", f"{off.op} {off.backend}: {off.reason}") for off in report.backends_off]
+    rows += [("fallback", text) for text in report.fallbacks]
+    rows += [("warning", text) for text in report.warnings]
+    return _lines(rows)
+
+
+def plan_text(plan: Plan, *, all_layers: bool = False) -> str:
+    """What a run of `plan` will do, why, and how much memory it takes."""
+    latent, pixels = list(plan.latent_shape), list(plan.pixel_shape)
+    source, result = (pixels, latent) if plan.operation == "encode" else (latent, pixels)
+    layout, choices = plan.layout, plan.choices
+    rows = [
+        ("plan", f"{plan.operation} {source} -> {result}"),
+        ("compute", f"{plan.dtype} on {plan.device}"),
+        ("layout", f"{layout.chosen} (requested: {layout.requested}; {layout.reason})"),
+        *_backend_rows(choices.used, choices.layers, all_layers),
+    ]
+    rows += [("not used", f"{r.op} {r.family}: {r.text}") for r in choices.refusals]
+    rows.append(("chunks", f"{len(plan.lengths)} (latent frames: {_runs(plan.lengths)})"))
+    if plan.pass_elements is None:
+        rows.append(("passes", "each chunk in one pass"))
+    else:
+        rows.append(("passes", f"at most {plan.pass_elements:,} numbers in the features of one"))
+    if plan.strips is None:
+        rows.append(("strips", "none: the whole picture"))
+    else:
+        order = "inside each chunk" if plan.whole_frames else "each with all chunks"
+        extra = f"{plan.extra_work:.0%} more multiplications than without strips"
+        rows.append(("strips", f"{plan.strips}, {order}; {extra}"))
+    if plan.shards is not None:
+        bounds = ", ".join(f"{start}-{stop}" for start, stop in plan.shards.bounds)
+        rows.append(("shards", f"along the {plan.shards.axis}, latent rows {bounds}"))
+    rows += [
+        ("memory", f"planned peak: {gibibytes(plan.planned_bytes)}, above weights and result"),
+        ("", f"weights: {gibibytes(plan.weights_bytes)}"),
+        ("", f"result in float32: {gibibytes(4 * prod(result))}"),
+        ("", f"free on the device: {gibibytes(plan.free_bytes)}"),
+    ]
+    rows += [("note", text) for text in plan.notes]
+    return _lines(rows)
+
+
+def count(n: int, noun: str) -> str:
+    """`n` and its noun: "1 chunk", "2 chunks"."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def counts(numbers: Mapping[str, int]) -> str:
+    """How many there are of each kind: "31 contiguous, 1 layout-free (1x1x1)"."""
+    parts = [f"{n} {_FORMAT_NAMES.get(name, name)}" for name, n in numbers.items() if n]
+    return ", ".join(parts) or "none"
+
+
+def gibibytes(size: float | None) -> str:
+    """A size in GiB, or "unknown"."""
+    return "unknown" if size is None else f"{size / 2**30:.2f} GiB"
+
+
+def _lines(rows: Iterable[Row]) -> str:
+    return "\n".join(f"{label:<9} {text}" for label, text in rows)
+
+
+def _model(config: Mapping[str, object]) -> str:
+    factor = config["spatial_factor"]
+    encoder = "" if config.get("has_encoder", True) else ", no encoder"
+    return (
+        f"{config['family']} VAE: {config['z_dim']} latent channels, width {config['dim']} / "
+        f"{config['decoder_dim']}, {factor}x{factor} pixels per latent pixel{encoder}"
+    )
+
+
+def _run_rows(report: DecodeReport) -> list[Row]:
+    layout, memory = report.layout, report.memory
+    latent, pixels = list(report.latent_shape or ()), list(report.pixel_shape or ())
+    if report.operation == "encode":
+        shapes = ("pixels", f"{pixels} {layout.latent_format} -> latent {latent}")
+    else:
+        shapes = ("latent", f"{latent} {layout.latent_format} -> pixels {pixels}")
+    rows = [
+        shapes,
+        ("formats", f"format conversions: {layout.conversions}"),
+        ("", f"calls with mixed formats (should be 0): {layout.mixed_calls}"),
+        (
+            "time",
+            f"{(report.duration_ms or 0) / 1e3:.2f} s, {report.frames_per_s or 0:.1f} frames/s, "
+            f"{count(len(report.chunks), 'chunk')}, {count(report.strips, 'strip')}",
+        ),
+    ]
+    if memory.peak_bytes is not None:
+        planned = gibibytes(memory.planned_bytes)
+        rows.append(("memory", f"peak {gibibytes(memory.peak_bytes)} (planned: {planned})"))
+    return rows
+
+
+def _backend_rows(
+    used: Mapping[str, str], layers: Sequence[LayerRecord], all_layers: bool
+) -> list[Row]:
+    """The backend of each operation, and the layers: counted by format and backend, or listed."""
+    operations: defaultdict[str, list[str]] = defaultdict(list)
+    for op, backend in used.items():
+        operations[backend].append(op)
+    texts = [f"{backend}: {', '.join(ops)}" for backend, ops in operations.items()]
+    rows = _labelled("backends", texts)
+    groups = Counter((layer.op, layer.format, layer.backend) for layer in layers)
+    rows += _labelled(
+        "layers",
+        [
+            f"{n} {op} {_FORMAT_NAMES.get(name, name)} {backend}"
+            for (op, name, backend), n in groups.items()
+        ],
+    )
+    if all_layers:
+        rows += [("layer", _layer(layer)) for layer in layers]
+    return rows
+
+
+def _layer(layer: LayerRecord) -> str:
+    shape = "x".join(map(str, layer.shape))
+    name = _FORMAT_NAMES.get(layer.format, layer.format)
+    return f"{layer.name:<42} {layer.op} {shape:<16} {name} {layer.backend}"
+
+
+def _labelled(label: str, texts: Sequence[str]) -> list[Row]:
+    """A line for each text, the label on the first."""
+    return [(label if i == 0 else "", text) for i, text in enumerate(texts)]
+
+
+def _runs(lengths: Sequence[int]) -> str:
+    """Chunk lengths with repetitions counted: "1, 5 x 4"."""
+    groups: list[tuple[int, int]] = []
+    for length in lengths:
+        if groups and groups[-1][1] == length:
+            groups[-1] = (groups[-1][0] + 1, length)
+        else:
+            groups.append((1, length))
+    return ", ".join(f"{n} x {length}" if n > 1 else str(length) for n, length in groups)

@@ -1,0 +1,523 @@
+"""The peak of device memory of a decode, predicted before its first chunk.
+
+The prediction is a walk over the decoder: it holds and drops, in bytes, the tensors that
+`blocks.py` and `decoder.py` hold and drop. It allocates nothing and takes milliseconds. What a
+kernel takes beside its input and its result, the prepared layer says (`Prepared.workspace`); a
+layer without a kernel is counted as the eager code runs it.
+
+A test compares the walk with decodes whose tensors are counted. It fails if a change of those
+files takes more memory than the walk knows of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, NamedTuple
+
+import torch
+
+from .. import geometry
+from ..chunking import Chunk
+from ..config import WanVAEConfig
+from ..geometry import Strip
+from ..network import architecture
+from ..network.architecture import Block, Stage, Upsampler
+from ..ops.opset import CallSize, Prepared, Workspace
+from .passes import pass_frames
+
+# The format in which weights lie.
+WeightFormat = Literal["contiguous", "channels_last_3d"]
+
+# The allocator's smallest block.
+_BLOCK_BYTES = 512
+# Memory that cuDNN takes for one convolution of NCDHW data, in units of its operand's bytes:
+# it converts operand and result to NDHWC and back. NVIDIA H200, bfloat16, contiguous against
+# channels_last_3d: 1.28 GiB more at 480p, 1.64 at 720p (Wan 2.1), which is operand + result of
+# the widest convolution to 1%; benchmarks/results/2026-11-24-h200-eager.md. NDHWC data takes
+# none: there the walk alone is within 1% of the measured peaks.
+# A single frame in NCDHW (a 1x3x3 kernel) runs through unfolded columns, one for each tap: the
+# 1024x1024 image of the same results took 2.40 GiB, of which 1.69 are 9 operands. An H100 with the
+# same versions took 1.23: the plan keeps to the larger.
+_IMAGE_COLUMNS = 9
+
+
+class StripsPeak(NamedTuple):
+    """Peak of a decode in strips, and the share of the multiplications that strips do twice."""
+
+    bytes: int
+    extra_work: float
+
+
+@dataclass(frozen=True)
+class _Peak:
+    """What one walk over a part of the decoder takes, in bytes above what was there before it.
+
+    history: what its layers keep from chunk to chunk. result: what it returns. pixel_frames: the
+    frames of pixels of its largest pass. work: multiplications.
+    """
+
+    peak: int
+    history: int
+    result: int
+    pixel_frames: int
+    work: int
+
+
+@dataclass(frozen=True)
+class DecodeMemory:
+    """Memory of decodes of one latent shape [B, z, T, H, W]: dtype, format of the weights, kernels.
+
+    layers: what kernels run, by native layer name (`OpSet.layers`).
+    """
+
+    config: WanVAEConfig
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    memory_format: WeightFormat
+    layers: Mapping[str, Prepared]
+
+    def of_picture(self, chunks: Sequence[Chunk], elements: int | None) -> int:
+        """Peak of the whole picture, chunk after chunk.
+
+        The frames of the pass before are still held. elements: numbers that a pass may hold (see
+        `pass_frames`); None takes each chunk as a whole.
+        """
+        height, peak = self.shape[3], 0
+        for chunk in _heaviest(chunks):
+            p = _Walk(self, chunk, height, elements).peak_of_picture()
+            is_only_pass = chunk.is_first and p.pixel_frames == self._frames(chunk)
+            before = 0 if is_only_pass else self._pixel_bytes(p.pixel_frames, height)
+            peak = max(peak, p.peak + before)
+        return peak
+
+    def of_strips(
+        self, count: int, whole_frames: bool, chunks: Sequence[Chunk], elements: int
+    ) -> StripsPeak:
+        """Peak of the same decode in `count` strips.
+
+        whole_frames: strips are taken in each chunk, and the history of all of them stays. Raises
+        GeometryError for an impossible count.
+        """
+        t, height = self.shape[2:4]
+        heaviest = _heaviest(chunks)
+        strips = geometry.strips(height, count, self.config)
+        trunks = [_Walk(self, c, height, elements).peak_of_trunk() for c in heaviest]
+        trunk_history = 0 if len(chunks) == 1 else max(p.history for p in trunks)
+        peak = history = work = 0
+        # Strips of one size and place (top, inner, bottom) are alike.
+        alike: dict[tuple[int, int], list[Strip]] = {}
+        for strip in strips:
+            size = strip.halo_stop - strip.halo_start, strip.stop - strip.start
+            alike.setdefault(size, []).append(strip)
+        keeps_history = len(chunks) > 1
+        features = trunks[0].result // heaviest[0].frames  # of a latent frame
+        longest = max(c.frames for c in chunks)
+        frames = self._pixel_bytes(max(self._frames(c) for c in chunks), height)
+        for (rows, own_rows), group in alike.items():
+            walks = [_Walk(self, c, rows, elements).peak_of_strip(group[0]) for c in heaviest]
+            pixel_frames = max(p.pixel_frames for p in walks)
+            before = self._pixel_bytes(pixel_frames, own_rows) if count * t > 1 else 0
+            for chunk, p in zip(heaviest, walks, strict=True):
+                top = p.peak + before
+                if whole_frames:
+                    # Its features and frames, and the frames of the chunk before. Its history is
+                    # among that of all strips.
+                    top += chunk.frames * features + self._pixel_bytes(self._frames(chunk), height)
+                    top += (0 if chunk.is_first else frames) - (p.history if keeps_history else 0)
+                peak = max(peak, top)
+            work += len(group) * walks[0].work
+            history += len(group) * (walks[0].history if keeps_history else 0)
+        if whole_frames:
+            behind = history + frames + longest * features
+            trunk = max(
+                p.peak + (0 if c.is_first else behind)
+                for c, p in zip(heaviest, trunks, strict=True)
+            )
+            peak = max(trunk, trunk_history + history + peak)
+        else:
+            # The trunk of all frames first; its features stay until the last strip is done.
+            trunk = max(p.peak for p in trunks) + (t - longest) * features
+            peak = max(trunk, t * features + peak)
+        whole = Strip(0, height, height, 0)
+        uncut = _Walk(self, heaviest[0], height, elements).peak_of_strip(whole).work
+        return StripsPeak(peak, (work - uncut) / (trunks[0].work + uncut))
+
+    def _frames(self, chunk: Chunk) -> int:
+        first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
+        return last - first
+
+    def _pixel_bytes(self, frames: int, rows: int) -> int:
+        """float32 pixels of `frames` frames of `rows` latent rows."""
+        b, _, _, _, w = self.shape
+        return _rounded(b * 3 * frames * rows * w * self.config.spatial_factor**2 * 4)
+
+
+class _Walk:
+    """One chunk through the decoder: what is alive, layer by layer.
+
+    The method of a layer takes the layer's input as alive and owned by the caller, leaves the
+    layer's result alive and returns its bytes. Bytes are counted from what was alive before the
+    chunk. History of earlier chunks counts as 0, because its size is unknown until the walk is
+    over: what the first chunk makes, later ones write over.
+    """
+
+    def __init__(self, memory: DecodeMemory, chunk: Chunk, rows: int, elements: int | None):
+        """rows: latent rows that go through the stages. elements: see `pass_frames`."""
+        self.config, self.itemsize = memory.config, memory.dtype.itemsize
+        self.layers, self.stages = memory.layers, architecture.stages(memory.config)
+        self.batch, _, _, self.height, self.width = memory.shape
+        # Kernels read and write NDHWC. The eager code works in the format of the weights: it
+        # converts its input, if need be, and its result has this format. `ndhwc` is of the
+        # features that the walk has reached.
+        self.weights_ndhwc = self.ndhwc = memory.memory_format == "channels_last_3d"
+        self.chunk_is_first = self.first = chunk.is_first
+        self.last = chunk.is_last
+        self.only_frame = chunk.is_only_frame
+        self.resumes = False  # a later pass of this chunk
+        # Temporal up-samplers that the video's first frame has passed alone.
+        self.skipped: set[str] = set()
+        self.t = chunk.frames
+        self.pass_frames: tuple[int, ...] | None = None
+        if elements is not None:
+            shape = (*memory.shape[:3], rows, self.width)
+            self.pass_frames = pass_frames(self.config, shape, elements)
+        self.scale = 1  # columns for each latent column
+        self.live = self.peak = self.history = self.pixel_frames = self.work = 0
+
+    # -- the parts that a run calls ----------------------------------------------------------------
+
+    def peak_of_picture(self) -> _Peak:
+        """Latent chunk -> float32 pixels of the whole picture."""
+        features = self.trunk(self.height)
+        self.passes(0, features, [self.height * 2**i for i in range(len(self.stages))], None)
+        return self.found(0)
+
+    def peak_of_trunk(self) -> _Peak:
+        """Latent chunk -> features."""
+        return self.found(self.trunk(self.height))
+
+    def peak_of_strip(self, strip: Strip) -> _Peak:
+        """Features (not counted) -> float32 pixels of a strip."""
+        halos = geometry.strip_halos(self.config)
+        rows = [
+            bottom - top
+            for top, bottom in (strip.bounds(2**i, halo) for i, halo in enumerate(halos))
+        ]
+        if architecture.middle_blocks(self.config)[1].conv2 in self.layers:
+            self.ndhwc = True
+        self.passes(0, 0, rows, (strip.stop - strip.start) * 2 ** (len(halos) - 1))
+        return self.found(0)
+
+    def found(self, result: int) -> _Peak:
+        old = 0 if self.chunk_is_first else self.history
+        return _Peak(self.peak + old, self.history, result, self.pixel_frames, self.work)
+
+    def trunk(self, h: int) -> int:
+        before, after = architecture.middle_blocks(self.config)
+        z_dim, c = self.config.z_dim, before.channels
+        z = self.conv(architecture.LATENT_CONV, z_dim, z_dim, h, (1, 1, 1))
+        x = self.conv(architecture.FIRST_CONV, z_dim, c, h)
+        self.drop(z)
+        y = self.block(before, h)
+        self.drop(x)
+        x = self.attention(c, h)
+        self.drop(y)
+        y = self.block(after, h)
+        self.drop(x)
+        return y
+
+    def passes(self, i: int, x: int, rows: list[int], cropped: int | None) -> None:
+        """Stage `i` and all that follow, in passes over `x`, which the first pass frees: the frames
+        that wait are copied.
+
+        rows: of the input of each stage. cropped: rows of the result.
+        """
+        missing, last = self.t, self.last
+        place = self.scale, self.ndhwc
+        while missing:
+            frames = missing
+            if self.pass_frames is not None and frames > self.pass_frames[i]:
+                frames = 1 if self.first else self.pass_frames[i]
+            missing -= frames
+            stage = self.stages[i]
+            self.t, self.last = frames, last and not missing
+            self.scale, self.ndhwc = place
+            waiting = self.size(stage.channels_in, rows[i], missing)
+            self.hold(waiting)
+            y = self.stage(stage, rows[i], x)
+            x = waiting
+            if stage.up is not None:
+                if cropped is not None:
+                    needed = self.size(stage.up.channels, rows[i + 1])
+                    self.hold(needed)
+                    self.drop(y)
+                    y = needed
+                self.passes(i + 1, y, rows, cropped)
+            else:
+                self.head(y, rows[-1], cropped)
+            self.first, self.resumes = False, True
+
+    def stage(self, stage: Stage, h: int, x: int) -> int:
+        """A stage, which frees `x` bytes of its input."""
+        # With a shortcut around stages the input stays until the stage is done.
+        keeps_input, frames = self.config.residual_shortcuts, self.t
+        y = 0
+        for n, block in enumerate(stage.blocks):
+            y, read = self.block(block, h), y
+            self.drop(read if n else 0 if keeps_input else x)
+        if stage.up is not None:
+            y, read = self.upsampler(stage.up, h), y
+            self.drop(read)
+        if stage.shortcut:
+            shortcut = self.size(stage.channels, 2 * h, frames * (2 if stage.temporal else 1))
+            self.hold(shortcut)
+            self.drop(shortcut)
+        self.drop(x if keeps_input else 0)
+        return y
+
+    def head(self, x: int, h: int, cropped: int | None) -> None:
+        """Norm, convolution, float32 pixels; frees `x`."""
+        c, colours = self.stages[-1].channels, self.config.image_channels
+        self.pixel_frames = max(self.pixel_frames, self.t)
+        h_out = h if cropped is None else cropped
+        prepared = self.layers.get(architecture.HEAD)
+        if prepared is not None:
+            # Its result is float32.
+            operand, workspace = self.operand(prepared, c, h)
+            pixels = self.elements(colours, h) * 4
+            self.count_work(9, c, colours, h)
+            self.hold(pixels)
+            self.hidden(workspace.hidden_bytes)
+            self.drop(operand + x)
+            folded = self.elements(colours, h_out) * 4
+            copies = folded if self.config.patch_size > 1 else 0
+            self.hold(copies)
+            self.drop(copies + pixels)
+            return
+        y = self.normed(architecture.HEAD, c, colours, h)
+        self.drop(x)
+        folded = self.size(colours, h_out)
+        copies = folded if self.config.patch_size > 1 else 0
+        if self.itemsize < 4:
+            copies += folded * 4 // self.itemsize
+        self.hold(copies)
+        self.drop(copies)
+        self.drop(y)
+
+    # -- layers, as in blocks.py -------------------------------------------------------------------
+
+    def block(self, block: Block, h: int) -> int:
+        cin, out, x_ndhwc = block.channels_in, block.channels, self.ndhwc
+        y = self.normed(block.conv1, cin, out, h)
+        y_ndhwc, self.ndhwc = self.ndhwc, x_ndhwc
+        skip = 0
+        if block.shortcut is not None:
+            skip = self.conv(block.shortcut, cin, out, h, (1, 1, 1))
+        skip_ndhwc, self.ndhwc = self.ndhwc, y_ndhwc
+        y = self.normed(block.conv2, out, out, h, owned=y, residual_ndhwc=skip_ndhwc)
+        self.drop(skip)
+        return y
+
+    def normed(
+        self,
+        name: str,
+        cin: int,
+        out: int,
+        h: int,
+        owned: int = 0,
+        residual_ndhwc: bool = True,
+    ) -> int:
+        """Norm, SiLU and the convolution; an `owned` input is freed between them.
+
+        residual_ndhwc: whether a kernel can add the residual as it lies.
+        """
+        prepared = self.layers.get(name)
+        if prepared is None:
+            y, length = self.size(cin, h), self.size(1, h)
+            self.hold(y + length)
+            self.drop(length + owned)
+            return self.conv(name, cin, out, h, owned=y)
+        operand, workspace = self.operand(prepared, cin, h)
+        self.drop(owned)
+        y = self.size(out, h)
+        self.count_work(9, cin, out, h)
+        self.hold(y)
+        self.hidden(workspace.hidden_bytes + (0 if residual_ndhwc else y))
+        self.drop(operand)
+        self.ndhwc = True
+        return y
+
+    def operand(self, prepared: Prepared, cin: int, h: int) -> tuple[int, Workspace]:
+        """Norm, SiLU and join in one kernel: its result, and the new history beside the old."""
+        workspace = self.workspace(prepared, h)
+        operand, slot = _rounded(workspace.operand_bytes), _rounded(workspace.history_bytes)
+        converted = 0 if self.ndhwc else self.size(cin, h)
+        self.hold(converted + operand)
+        if self.first and not self.last:
+            self.hold(slot)
+        self.drop(converted)
+        self.history += 0 if self.resumes else slot
+        return operand, workspace
+
+    def conv(
+        self,
+        name: str,
+        cin: int,
+        out: int,
+        h: int,
+        kernel: tuple[int, int, int] = (3, 3, 3),
+        owned: int = 0,
+        is_new: bool = False,
+    ) -> int:
+        """Join with history, then convolve; an `owned` input is freed as early as it can be.
+
+        is_new: a layer that earlier passes of this chunk, which is the first, did not reach.
+        """
+        past = 0 if self.only_frame else kernel[0] - 1
+        operand, is_pointwise = owned, kernel == (1, 1, 1)
+        if past:
+            operand, slot = self.size(cin, h, self.t + past), self.size(cin, h, past)
+            # Zeros, in whose place the first history comes.
+            self.hold(slot if self.first or is_new else 0)
+            self.hold(operand)
+            self.drop(slot if self.last else 0)
+            self.history += 0 if self.resumes and not is_new else slot
+            self.drop(owned)
+            self.ndhwc = self.weights_ndhwc  # joining converts
+        read = self.size(cin, h, self.t + past)
+        prepared = self.layers.get(name)
+        # A 1x1x1 weight has no format: the eager code takes its input as it lies.
+        wanted = True if prepared else self.ndhwc if is_pointwise else self.weights_ndhwc
+        converted = 0 if self.ndhwc == wanted else read
+        self.ndhwc = wanted
+        self.hold(converted)
+        y = self.size(out, h)
+        self.count_work(prod(kernel[1:]), cin, out, h, kernel[0])
+        if prepared is not None:
+            workspace = self.workspace(prepared, h)
+            self.hold(y)
+            self.hidden(workspace.operand_bytes + workspace.hidden_bytes)
+        else:
+            self.hold(y)
+            if not self.weights_ndhwc and not is_pointwise:  # see `_IMAGE_COLUMNS`
+                self.hidden(_IMAGE_COLUMNS * read if self.only_frame else read + y)
+        self.drop(operand + converted)
+        return y
+
+    def attention(self, c: int, h: int) -> int:
+        x = self.size(c, h)
+        prepared = self.layers.get(architecture.ATTENTION)
+        copy = 0 if self.ndhwc or prepared else x
+        self.hold(x + copy)  # norm, and the dense input of the convolution
+        self.hold(3 * x)
+        self.drop(copy)
+        if copy:
+            self.hold(3 * x)
+            self.drop(3 * x)
+        self.hold(x)
+        if prepared is not None:
+            self.hidden(self.workspace(prepared, h).hidden_bytes)
+        elif self.itemsize < 4:
+            # A head as wide as this one is summed up in float32 beside the result.
+            self.hidden(x * 4 // self.itemsize)
+        self.drop(x)  # the norm's result
+        self.hold(x)
+        self.drop(4 * x)
+        # Attention is over pixels in channels last, and the 1x1 convolution behind it keeps that.
+        self.ndhwc = True
+        self.work += (4 * c * c + 2 * c * h * self.width) * self.elements(1, h)
+        return x
+
+    def upsampler(self, up: Upsampler, h: int) -> int:
+        if up.time_conv is None:
+            return self.double_picture(up, h)
+        passed = 1 if self.first else 0
+        rest = self.t - passed
+        if rest == 0:
+            self.skipped.add(up.name)
+            return self.double_picture(up, h)
+        cin, x_ndhwc = up.channels_in, self.ndhwc
+        self.t = rest
+        is_new = up.name in self.skipped
+        self.skipped.discard(up.name)
+        x = self.conv(up.time_conv, cin, 2 * cin, h, (3, 1, 1), is_new=is_new)
+        if rest > 1 or self.batch > 1:
+            self.hold(x)  # frames in their order
+            self.drop(x)
+        self.t = passed + 2 * rest
+        if passed:
+            joined = self.size(cin, h)
+            self.hold(joined)
+            self.drop(x)
+            x = joined
+            # Where their formats differ, the joined frames are NCDHW.
+            self.ndhwc = self.ndhwc and x_ndhwc
+        y = self.double_picture(up, h)
+        self.drop(x)
+        return y
+
+    def double_picture(self, up: Upsampler, h: int) -> int:
+        cin, out, prepared = up.channels_in, up.channels, self.layers.get(up.conv)
+        frames = self.size(cin, h)
+        # The frames of several NCDHW videos are not one batch: they are copied.
+        copies = 0 if self.ndhwc or self.batch == 1 or self.t == 1 else frames
+        if prepared is not None:
+            workspace = self.workspace(prepared, h)
+            copies += 0 if self.ndhwc else frames
+            self.scale *= 2
+            y = self.size(out, 2 * h)
+            self.hold(copies + y)
+            self.hidden(workspace.operand_bytes + workspace.hidden_bytes)
+            self.drop(copies)
+            self.work += 4 * cin * self.elements(out, 2 * h)  # the doubling is in its weight
+            self.ndhwc = True
+            return y
+        self.scale *= 2
+        doubled, y = self.size(cin, 2 * h), self.size(out, 2 * h)
+        self.hold(copies + doubled + y)
+        self.hidden(0 if self.weights_ndhwc else doubled + y)
+        self.drop(copies + doubled)
+        self.work += 9 * cin * self.elements(out, 2 * h)
+        self.ndhwc = self.weights_ndhwc
+        return y
+
+    # -- bytes and multiplications -----------------------------------------------------------------
+
+    def workspace(self, prepared: Prepared, h: int) -> Workspace:
+        """What the layer says of a call on features of `h` rows."""
+        cols = self.width * self.scale
+        return prepared.workspace(CallSize(self.batch, self.t, h, cols, self.only_frame))
+
+    def count_work(self, taps: int, cin: int, out: int, h: int, frames: int = 3) -> None:
+        """The multiplications of a convolution over `taps` pixels of `frames` frames."""
+        self.work += (1 if self.only_frame else frames) * taps * cin * self.elements(out, h)
+
+    def elements(self, c: int, h: int, t: int | None = None) -> int:
+        return self.batch * c * (self.t if t is None else t) * h * self.width * self.scale
+
+    def size(self, c: int, h: int, t: int | None = None) -> int:
+        return _rounded(self.elements(c, h, t) * self.itemsize)
+
+    def hold(self, n: int) -> None:
+        self.live += n
+        self.peak = max(self.peak, self.live)
+
+    def drop(self, n: int) -> None:
+        self.live -= n
+
+    def hidden(self, n: int) -> None:
+        """Taken and given back inside a call, where no count of tensors sees it."""
+        self.peak = max(self.peak, self.live + n)
+
+
+def _heaviest(chunks: Iterable[Chunk]) -> list[Chunk]:
+    """One chunk of each kind that can be the peak: no lighter one of the same or fewer frames."""
+    kinds = {(c.frames, c.is_first, c.is_last): c for c in chunks}
+    inner = max((n for n, first, last in kinds if not (first or last)), default=0)
+    return [c for (n, first, last), c in kinds.items() if n > inner or not (first or last)]
+
+
+def _rounded(n: int) -> int:
+    return -(-n // _BLOCK_BYTES) * _BLOCK_BYTES

@@ -1,0 +1,128 @@
+"""Plan: all that a run will do, and why, fixed before its first chunk. One frozen value.
+
+Made by the code that runs it, executed by the run, sent to workers, printed by the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from ..layout import LayoutDecision
+from ..ops.opset import Refusal
+from ..options import Operation, RunOptions
+from ..report import LayerRecord
+from ..sharding.plan import ShardPlan
+
+
+@dataclass(frozen=True)
+class LayerChoices:
+    """Which function runs each layer: every convolution, the family of each operation, and why
+    kernels were refused."""
+
+    layers: tuple[LayerRecord, ...] = ()
+    used: Mapping[str, str] = field(default_factory=dict)
+    refusals: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one decode or encode goes, and the device memory that it takes.
+
+    operation: "decode" or "encode". latent_shape, pixel_shape: of the whole picture, [B, z, T, H,
+    W] and [B, 3, T', H', W']. device, dtype: where and in what it computes. options: what the
+    caller asked for. layout: the memory format and why. choices: the backend of each layer.
+    lengths: latent frames of each chunk. pass_elements: numbers that the features of a pass may
+    hold; None takes each chunk whole. strips: bands of rows decoded one after another; None
+    decodes the whole picture. whole_frames: strips are taken inside each chunk, so that frames are
+    complete. shards: the rows of each rank; None on one device. free_bytes: device memory that the
+    plan could count on; None where nobody can say. planned_bytes: predicted peak above weights,
+    latent and output, of one rank. extra_work: share of the multiplications that strips do twice.
+    notes: why strips were planned, and what was planned again.
+    """
+
+    operation: Operation
+    latent_shape: tuple[int, ...]
+    pixel_shape: tuple[int, ...]
+    device: str
+    dtype: str
+    options: RunOptions
+    layout: LayoutDecision
+    choices: LayerChoices
+    lengths: tuple[int, ...]
+    pass_elements: int | None
+    strips: int | None
+    whole_frames: bool
+    shards: ShardPlan | None
+    free_bytes: int | None
+    planned_bytes: int
+    weights_bytes: int
+    extra_work: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def chunk_frames(self) -> int:
+        """Latent frames of the longest chunk."""
+        return max(self.lengths)
+
+    def halved(self) -> Plan:
+        """The same with half as much at a time: shorter chunks, smaller passes.
+
+        `lengths` stay as they are if each chunk has one latent frame already.
+        """
+        half = (max(self.lengths) + 1) // 2
+        smaller = tuple(
+            part
+            for length in self.lengths
+            for part in (*[half] * (length // half), length % half)
+            if part
+        )
+        elements = None if self.pass_elements is None else max(1, self.pass_elements // 2)
+        return replace(self, lengths=smaller, pass_elements=elements)
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON: dictionaries, lists, strings, numbers, booleans and None."""
+        plain = asdict(self)
+        plain |= plain.pop("choices")
+        plain["backends"] = {"used": plain.pop("used"), "refusals": plain.pop("refusals")}
+        return {name: _plain(value) for name, value in plain.items()}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Plan:
+        """The plan that `as_dict` made `plain` of, in this process or another."""
+        values = dict(plain)
+        backends, layers = values.pop("backends"), values.pop("layers")
+        options, shards = values["options"], values["shards"]
+        frames = options["chunk_frames"]
+        if isinstance(frames, list):
+            options = {**options, "chunk_frames": tuple(frames)}
+        if shards is not None:
+            bounds = tuple((start, stop) for start, stop in shards["bounds"])
+            shards = ShardPlan(shards["axis"], bounds, shards["world_size"])
+        values |= {
+            "options": RunOptions(**options),
+            "shards": shards,
+            "layout": LayoutDecision(**values["layout"]),
+            "choices": LayerChoices(
+                tuple(LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in layers),
+                dict(backends["used"]),
+                tuple(Refusal(**{**r, "layers": tuple(r["layers"])}) for r in backends["refusals"]),
+            ),
+        }
+        for name in ("latent_shape", "pixel_shape", "lengths", "notes"):
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+    def summary(self) -> dict[str, object]:
+        """`as_dict` without what a report says elsewhere: layers, backends, layout, options."""
+        elsewhere = ("layers", "backends", "layout", "options", "device", "dtype")
+        return {k: v for k, v in self.as_dict().items() if k not in elsewhere}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,59 @@
+"""The time of each chunk of a run, and its peak of device memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..chunking import Chunk
+from ..clock import Mark
+from ..report import ChunkRecord
+
+
+class RunClock:
+    """Times chunks by marks on the device, which do not stop it, and watches the peak of memory.
+
+    The peak is counted above what was allocated when the clock was made.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._is_cuda = device.type == "cuda"
+        self._marks: list[tuple[Chunk, int, Mark, Mark]] = []
+        self._base_bytes = 0
+        if self._is_cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+            self._base_bytes = torch.cuda.memory_allocated(device)
+
+    @contextmanager
+    def measure(self, chunk: Chunk, frames: int) -> Iterator[None]:
+        """Add the time of what runs inside to `chunk`, which makes `frames` pixel frames in all."""
+        start = Mark.now(self.device)
+        yield
+        self._marks.append((chunk, frames, start, Mark.now(self.device)))
+
+    def restart(self) -> None:
+        """Forget the times: the chunks are done again. The peak stays."""
+        self._marks.clear()
+
+    def records(self, wait: bool) -> list[ChunkRecord]:
+        """One record a chunk, of all its passes (and strips) that the device has done so far."""
+        if wait and self._is_cuda:
+            torch.cuda.synchronize(self.device)
+        done: dict[Chunk, ChunkRecord] = {}
+        for chunk, frames, start, stop in self._marks:
+            if not stop.is_past():
+                break
+            ms = start.ms_until(stop)
+            if chunk in done:
+                ms += done[chunk].duration_ms
+            done[chunk] = ChunkRecord(chunk.start, chunk.stop, chunk.is_first, frames, ms)
+        return list(done.values())
+
+    def peak_bytes(self) -> int | None:
+        """Peak of allocated device memory above the start; None where the device does not count."""
+        if not self._is_cuda:
+            return None
+        return torch.cuda.max_memory_allocated(self.device) - self._base_bytes

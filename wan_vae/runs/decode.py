@@ -1,0 +1,305 @@
+"""A decode: latents to pixels, chunk by chunk, in passes, in strips where memory is short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from .. import geometry, layout
+from ..arithmetic import own_arithmetic
+from ..chunking import Chunk
+from ..errors import DecodeMemoryError, OutputError
+from ..geometry import Strip
+from ..hooks import Hooks
+from ..io.latents import as_batch, check_latent_shape, check_latent_values
+from ..io.sink import NullSink, Sink, TensorSink, check_out, sink_bytes
+from ..network.cache import FeatureCache
+from ..options import Gather, RunOptions
+from ..planning.plan import Plan
+from ..sharding.context import SINGLE, ShardContext
+from ..sharding.plan import ShardPlan, plan_shards
+from .engine import Engine, SetupRequest, latent_statistics
+from .ranks import Ranks
+from .run import Piece, Run, in_memory
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """What is to be decoded, how, and where the pixels go; see `WanVAE.decode`.
+
+    notes: sentences for the report's fallbacks, of a caller that tried something else first.
+    """
+
+    latent: torch.Tensor
+    normalized: bool = False
+    options: RunOptions = field(default_factory=RunOptions)
+    hooks: Hooks = field(default_factory=Hooks)
+    plan: Plan | None = None
+    out: torch.Tensor | None = None
+    sink: Sink | None = None
+    context: ShardContext = SINGLE
+    gather: Gather = "all"
+    notes: tuple[str, ...] = ()
+
+
+class DecodeRun(Run):
+    """One decode under way."""
+
+    def __init__(self, engine: Engine, request: DecodeRequest, ranks: Ranks | None = None) -> None:
+        """Check the request and make the model ready. A collective where ranks share the picture.
+
+        ranks: this process's part, where it is not that of `request.context`.
+        Raises LatentError, GeometryError, LayoutError, BackendError, ShardingError.
+        """
+        if request.sink is not None and request.out is not None:
+            raise OutputError("decode got both out= and sink=: expected one of them")
+        latent = as_batch(request.latent, "latent")
+        check_latent_shape(latent, engine.config)
+        shape = tuple(latent.shape)
+        shards = shards_of(request.context, shape)
+        setup = engine.setup(SetupRequest("decode", shape, request.options, shards))
+        latent_format = layout.detect(latent)
+
+        # A copy: a stream reads it long after the call, when the caller's may have changed.
+        z = latent.to(device=engine.device, dtype=torch.float32, copy=True)
+        check_latent_values(z)  # where that takes no time
+        if request.normalized:
+            mean, std = latent_statistics(engine.config, z)
+            z = z * std + mean
+        z = z.to(setup.dtype)
+        if ranks is None and shards is not None:
+            from .shard_ranks import ShardRanks, ShardRequest
+
+            ranks = ShardRanks.join(
+                ShardRequest(
+                    context=request.context,
+                    shards=shards,
+                    operation="decode",
+                    tensor=latent,
+                    device=engine.device,
+                    dtype=setup.dtype,
+                    gather=request.gather,
+                )
+            )
+        super().__init__(engine, setup, request.hooks, ranks)
+        self.request = request
+        self.pixel_shape = geometry.pixel_shape(shape, self.config)
+        self.builder.layout["latent_format"] = latent_format
+        self.builder.pixel_shape = self.pixel_shape
+        self.builder.fallbacks.extend(request.notes)
+        self.z = self.ranks.own_part(z)
+        if self.ranks.exchange is not None:
+            self.z = self.z.contiguous()
+        self._finite = torch.ones((), dtype=torch.bool, device=self.device)
+
+    def decode(self) -> torch.Tensor | None:
+        """Decode to `out`, to the sink, or to a new tensor, which is returned; sets `report`."""
+        request, out, sink = self.request, self.request.out, self.request.sink
+        try:
+            if sink is None and self.ranks.receives:
+                shape = self.ranks.result_shape(self.pixel_shape, self.config.spatial_factor)
+                if out is None:
+                    out = torch.empty(shape, dtype=torch.float32, device=self.device)
+                check_out(out, shape)
+                sink = TensorSink(out)
+            sink = NullSink() if sink is None else sink
+            self.builder.memory["output_bytes"] = sink_bytes(sink)
+            self.begin(sink.needs_whole_frames, request.plan)
+        except BaseException as error:
+            self.fail(error)
+            abort(sink, error)
+            raise
+        try:
+            self.execute(self._put_into(sink), sink.close)
+        except BaseException as error:
+            abort(sink, error)
+            raise
+        return out
+
+    def _put_into(self, sink: Sink) -> Callable[[Piece], None]:
+        def put(piece: Piece) -> None:
+            if piece.values.numel():  # none on a rank that gets no result
+                sink.write(piece.values, piece.start_frame, piece.first_row)
+
+        return put
+
+    def stream(self) -> Iterator[torch.Tensor]:
+        """Pixels [B, 3, t, H', W'] as soon as frames are final; sets `report` at the end.
+
+        `begin` must have been called.
+        """
+        pieces = self.pieces()
+        try:
+            while True:
+                # Entered for each pass: a context left open across a yield would leak into the
+                # caller's code.
+                with own_arithmetic(self.device):
+                    piece = next(pieces, None)
+                if piece is None:
+                    break
+                yield piece.values
+            self.complete()
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    # -- the way through -----------------------------------------------------------------------
+
+    def _whole(self) -> Iterator[Piece]:
+        done_before = self.done_frames
+        for chunk, step in self.chunks(self.z.shape[3]):
+            z = self.z[:, :, chunk.start : chunk.stop]
+            frame, _ = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
+            passes = (
+                self.model.decode_passes(z, step)
+                if self.ranks.has_rows
+                else iter([self._no_rows(chunk)])
+            )
+            for part in self._passes(chunk, passes, _latents(chunk)):
+                factor = self.config.spatial_factor
+                pixels = self.ranks.gather(part, factor, "pixels")
+                start, frame = frame, frame + part.shape[2]
+                if frame > done_before:
+                    new = max(start, done_before)
+                    self.done_frames = frame
+                    if pixels is None:
+                        pixels = part[:, :, :, :0]
+                    yield Piece(pixels[:, :, new - start :], new, 0)
+
+    def _no_rows(self, chunk: Chunk) -> torch.Tensor:
+        """The pixels of an idle rank: frames without rows."""
+        b, c, _, *size = self.ranks.part_shape(self.pixel_shape, self.config.spatial_factor)
+        return torch.empty((b, c, self.frames_of(chunk), *size), device=self.device)
+
+    def _in_strips(self, count: int) -> Iterator[Piece]:
+        if self.plan.whole_frames:
+            return self._strips_in_each_chunk(count)
+        return self._strips_one_after_another(count)
+
+    def _strips_in_each_chunk(self, count: int) -> Iterator[Piece]:
+        """Strips inside each chunk: whole frames in order; history of all strips is kept."""
+        strips = geometry.strips(self.z.shape[3], count, self.config)
+        caches = [FeatureCache() for _ in strips]
+        done_before = self.done_frames
+        b, _, _, height, width = self.pixel_shape
+        for chunk, features in self._trunk():
+            first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
+            size = (b, 3, last - first, height, width)
+            frame = in_memory(
+                f"{last - first} whole frames",
+                partial(features.new_empty, size, dtype=torch.float32),
+            )
+            for strip, cache in zip(strips, caches, strict=True):
+                top, at = strip.start * self.config.spatial_factor, 0
+                for rows in self._strip_passes(features, strip, cache, chunk):
+                    frame[:, :, at : at + rows.shape[2], top : top + rows.shape[3]] = rows
+                    at += rows.shape[2]
+            if last > done_before:
+                new = max(first, done_before)
+                self.done_frames = last
+                yield Piece(frame[:, :, new - first :], new, 0)
+
+    def _strips_one_after_another(self, count: int) -> Iterator[Piece]:
+        """Each strip through all chunks before the next: history shrinks by `count` too."""
+        features = list(self._trunk())
+        self.done_frames = 0
+        for i, strip in enumerate(geometry.strips(self.z.shape[3], count, self.config)):
+            cache, frame = FeatureCache(), 0
+            top = strip.start * self.config.spatial_factor
+            for chunk, feature in features:
+                for rows in self._strip_passes(feature, strip, cache, chunk):
+                    start, frame = frame, frame + rows.shape[2]
+                    # Progress counts frames: each strip contributes its share of them.
+                    self.done_frames = (i * self.total_frames + frame) // count
+                    yield Piece(rows, start, top)
+
+    def _trunk(self) -> Iterator[tuple[Chunk, torch.Tensor]]:
+        """The features [B, C, T, H, W] of every chunk."""
+        for chunk, step in self.chunks(1):
+            z = self.z[:, :, chunk.start : chunk.stop]
+            yield chunk, self.timed(chunk, _latents(chunk), partial(self.model.trunk, z, step))
+
+    def _strip_passes(
+        self, features: torch.Tensor, strip: Strip, cache: FeatureCache, chunk: Chunk
+    ) -> Iterator[torch.Tensor]:
+        """Pixels of one strip of one chunk, pass after pass."""
+        rows = features[:, :, :, strip.halo_start : strip.halo_stop]
+        step = self.step(cache, chunk, rows.shape[3])
+        passes = self.model.finish_passes(rows, step, strip)
+        return self._passes(chunk, passes, f"strip of {rows.shape[3]} latent rows")
+
+    def _passes(
+        self, chunk: Chunk, passes: Iterator[torch.Tensor], what: str
+    ) -> Iterator[torch.Tensor]:
+        """The `passes` of a chunk, each under the clock, until its frames are complete."""
+        missing = self.frames_of(chunk)
+
+        def next_pass() -> torch.Tensor:
+            pixels = next(passes)
+            # Here, where they are few: it takes their memory once more.
+            self._finite = self._finite & torch.isfinite(pixels).all()
+            return pixels
+
+        while missing:
+            pixels = self.timed(chunk, what, next_pass)
+            missing -= pixels.shape[2]
+            yield pixels
+
+    def _strip_counts(self) -> list[int]:
+        planned = self.plan.strips
+        if planned is not None and self.plan.options.strips is not None:
+            return [planned]
+        # Planned strips or none: more of them where memory runs out all the same, doubling, up to
+        # strips of one row.
+        rows, counts, n = self.z.shape[3], [], 2
+        while n < rows:
+            counts.append(n)
+            n *= 2
+        counts.append(rows)
+        first = [] if planned is None else [planned]
+        return first + [n for n in counts if n > (planned or 0)]
+
+    def _does_not_fit(self, tried: str, reason: str) -> DecodeMemoryError:
+        error = self.ranks.out_of_memory(reason)
+        return error or DecodeMemoryError(
+            f"out of memory on {self.device} {tried}: {reason}; free device memory, or decode on "
+            "the CPU"
+        )
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def _is_finite(self) -> bool:
+        return bool(self._finite)
+
+    def _overflow_warning(self) -> str:
+        advice = "decode with precision='fp32'"
+        if self.builder.dtype == torch.float32:
+            advice = "look at the latent's largest values, and for a damaged checkpoint"
+        return (
+            f"the decoded pixels hold NaN or inf (computed in {self.builder.dtype}): weights "
+            f"or latent overflow this precision; {advice}"
+        )
+
+
+def abort(sink: Sink | None, error: BaseException) -> None:
+    """Abort `sink` because of `error`, which the caller must see even if the sink fails too."""
+    try:
+        if sink is not None:
+            sink.abort()
+    except Exception as trouble:
+        error.add_note(f"the output could not be cleaned up either: {trouble}")
+
+
+def shards_of(context: ShardContext, latent_shape: tuple[int, ...]) -> ShardPlan | None:
+    """The rows of each rank of `context`; None for one rank. Raises GeometryError."""
+    if context.is_single:
+        return None
+    height, width = latent_shape[3:]
+    return plan_shards(height, width, context.world_size, context.axis)
+
+
+def _latents(chunk: Chunk) -> str:
+    return f"chunk of {chunk.frames} latent frame{'s' if chunk.frames > 1 else ''}"

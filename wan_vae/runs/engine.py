@@ -1,0 +1,316 @@
+"""Engine: the model of a VAE made ready for a run: dtype, memory format, kernels, and the plan.
+
+What a run needs before its first chunk is decided here and nowhere else, so that a plan made for a
+caller and a run describe the same thing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
+
+import torch
+
+from .. import geometry, layout
+from ..chunking import chunk_lengths
+from ..config import WanVAEConfig
+from ..device import DTYPES, dtype_name
+from ..device import free_bytes as device_free_bytes
+from ..errors import BackendError, CheckpointError, GeometryError, LatentError
+from ..kernels.cache_folder import cache_folder
+from ..kernels.proof.cache import ProofCache, environment
+from ..layout import LayoutDecision
+from ..network.model import WanVAEModel, tensor_version
+from ..ops.opset import OpSet, eager_ops
+from ..options import Operation, Part, RunOptions
+from ..planning.choose import Choice, PlanRequest, choose, planned_bytes
+from ..planning.plan import LayerChoices, Plan
+from ..report import LayerRecord
+from ..sharding.plan import ShardPlan
+from .kernel_choice import select_ops
+
+_PARTS: dict[Operation, Part] = {"decode": "decoder", "encode": "encoder"}
+
+
+@dataclass(frozen=True)
+class SetupRequest:
+    """What is to be set up: an operation on a latent [B, z, T, H, W], whole or over `shards`."""
+
+    operation: Operation
+    latent_shape: tuple[int, ...]
+    options: RunOptions
+    shards: ShardPlan | None = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model ready for one run: in its dtype and memory format, with a function for each layer."""
+
+    request: SetupRequest
+    model: WanVAEModel
+    ops: OpSet
+    layout: LayoutDecision
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.conv2.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.model.conv2.weight.dtype
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Shape of the latent that one rank holds: the tallest part, or the whole picture."""
+        request = self.request
+        if request.shards is None:
+            return request.latent_shape
+        return request.shards.pixel_shape_of(0, request.latent_shape, 1)
+
+
+class Engine:
+    """Prepares one model for its runs; keeps a copy in another dtype and the verdicts on kernels.
+
+    `weights_found`: counts of memory formats ("decoder" / "encoder" -> `layout.count_formats`) in
+    the checkpoint before it was packed, for the report. Not thread-safe.
+    """
+
+    def __init__(
+        self, model: WanVAEModel, weights_found: dict[str, dict[str, int]] | None = None
+    ) -> None:
+        self.model = model
+        self.config: WanVAEConfig = model.config
+        self.weights_found = weights_found or count_weight_formats(model.state_dict())
+        self._cast: tuple[object, WanVAEModel] | None = None
+        self._proofs: ProofCache | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.conv2.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.model.conv2.weight.dtype
+
+    # -- before the first chunk ----------------------------------------------------------------
+
+    def setup(self, request: SetupRequest) -> Setup:
+        """Make the model ready: convert, pack, choose and prove kernels.
+
+        Raises BackendError, LayoutError, GeometryError; CheckpointError without an encoder.
+        """
+        options, part = request.options, _PARTS[request.operation]
+        if request.operation == "encode" and self.model.encoder is None:
+            raise CheckpointError("this checkpoint has no encoder: load a full VAE file to encode")
+        model, decision = self._in_precision(options, part)
+        ops = select_ops(
+            options.backend,
+            model,
+            request.latent_shape[2] == 1,
+            self._proof_cache,
+            None if request.shards is None else request.shards.axis,
+            part,
+        )
+        # What is impossible is refused at the call, before an output is allocated.
+        frames, rows = request.latent_shape[2:4]
+        if options.chunk_frames is not None:
+            chunk_lengths(frames, options.chunk_frames)
+        if options.strips is not None:
+            if request.shards is not None:
+                raise GeometryError("strips divide one device's picture: not possible with a shard")
+            geometry.strips(rows, options.strips, self.config)
+        return Setup(request, model, ops, decision)
+
+    def plan(
+        self, setup: Setup, *, whole_frames: bool = False, lengths: tuple[int, ...] | None = None
+    ) -> Plan:
+        """Decide chunks, passes and strips in the memory that is free now. Allocates nothing.
+
+        whole_frames: the pixels are wanted as whole frames in order, also where strips are needed.
+        lengths: latent frames of each chunk, where ranks have agreed on them.
+        """
+        request, options = setup.request, setup.request.options
+        free = self._free_bytes(options.free_bytes)
+        choice = self._choose(setup, free, whole_frames, lengths)
+        part = _PARTS[request.operation]
+        # Strips that were asked for are taken even if there is only one.
+        strips = choice.strips if choice.strips > 1 or options.strips else None
+        return Plan(
+            operation=request.operation,
+            latent_shape=request.latent_shape,
+            pixel_shape=geometry.pixel_shape(request.latent_shape, self.config),
+            device=str(setup.device),
+            dtype=dtype_name(setup.dtype),
+            options=options,
+            layout=setup.layout,
+            choices=LayerChoices(
+                layer_records(setup.model, (part,), setup.ops),
+                dict(setup.ops.used),
+                setup.ops.refusals,
+            ),
+            lengths=choice.lengths,
+            pass_elements=choice.pass_elements,
+            strips=strips,
+            whole_frames=whole_frames,
+            shards=request.shards,
+            free_bytes=free,
+            planned_bytes=choice.planned_bytes,
+            weights_bytes=weights_bytes(setup.model, (part,)),
+            extra_work=choice.extra_work,
+            notes=() if choice.note is None else (choice.note,),
+        )
+
+    def describe(self, plan: Plan) -> dict[str, object]:
+        """The layout of `plan` as a report has it: `LayoutRecord` without what a run counts."""
+        part = _PARTS[plan.operation]
+        return self.layout_facts(plan.layout, (part,), plan.choices.layers)
+
+    def layout_facts(
+        self,
+        decision: LayoutDecision,
+        parts: tuple[Part, ...],
+        layers: tuple[LayerRecord, ...],
+    ) -> dict[str, object]:
+        """Formats asked for, chosen, found in the file and used, for a `LayoutRecord`."""
+        used: dict[str, int] = dict.fromkeys(layout.FORMATS, 0)
+        for layer in layers:
+            if len(layer.shape) == 5:
+                used[layer.format] += 1
+        return {
+            "requested": decision.requested,
+            "chosen": decision.chosen,
+            "reason": decision.reason,
+            "weights_found": {
+                fmt: sum(self.weights_found[p].get(fmt, 0) for p in parts) for fmt in layout.FORMATS
+            },
+            "weights_used": used,
+        }
+
+    # -- the pieces ----------------------------------------------------------------------------
+
+    def _in_precision(self, options: RunOptions, part: Part) -> tuple[WanVAEModel, LayoutDecision]:
+        """The model in the wanted precision, and `part` of it in the wanted memory format."""
+        precision = options.precision
+        if precision != "auto" and (not isinstance(precision, str) or precision not in DTYPES):
+            raise BackendError(
+                f"precision is {precision!r}: expected 'auto', 'fp32', 'bf16' or 'fp16'"
+            )
+        dtype = self.dtype if precision == "auto" else DTYPES[precision]
+        decision = layout.decide(options.memory_format, self.device, dtype)
+        with torch.inference_mode(False), torch.no_grad():
+            model = self.model if dtype == self.dtype else self._in_dtype(dtype)
+            layout.pack_weights(getattr(model, part), decision.chosen)
+        return model, decision
+
+    def _in_dtype(self, dtype: torch.dtype) -> WanVAEModel:
+        """A copy of the model in `dtype`; the last one, unless the weights were changed since."""
+        state = (dtype, [(p.data_ptr(), tensor_version(p)) for p in self.model.parameters()])
+        if self._cast is None or self._cast[0] != state:
+            self._cast = state, copy.deepcopy(self.model).to(dtype)
+        return self._cast[1]
+
+    def _proof_cache(self) -> ProofCache:
+        """The verdicts on kernels for this device; read once."""
+        wanted = environment(self.device)
+        if self._proofs is None or self._proofs.environment != wanted:
+            self._proofs = ProofCache(wanted, cache_folder())
+        return self._proofs
+
+    def _free_bytes(self, asked: float | None) -> int | None:
+        """Bytes that a plan may count on: what is free, at most `asked`. None: nobody can say."""
+        if asked is not None and (not isinstance(asked, Real) or asked != asked):
+            raise GeometryError(f"free_bytes is {asked!r}: expected a number of bytes")
+        if asked is not None and not isfinite(asked):
+            if asked < 0:
+                raise GeometryError(f"free_bytes is {asked!r}: expected a number of bytes")
+            return None  # as if all of it fitted
+        counts = (device_free_bytes(self.device), asked)
+        free = min((n for n in counts if n is not None), default=None)
+        return None if free is None else int(free)
+
+    def _choose(
+        self,
+        setup: Setup,
+        free: int | None,
+        whole_frames: bool,
+        lengths: tuple[int, ...] | None,
+    ) -> Choice:
+        request, options = setup.request, setup.request.options
+        asked = lengths if lengths is not None else options.chunk_frames
+        if request.operation == "encode":
+            # The encoder mirrors the decoder, which is as wide or wider: its walk covers both.
+            bound = planned_bytes(PlanRequest(self.config, setup.part_shape, setup.dtype))
+            frames = chunk_lengths(request.latent_shape[2], 1 if asked is None else asked)
+            return Choice(frames, None, 1, bound)
+        return choose(
+            PlanRequest(
+                config=self.config,
+                latent_shape=setup.part_shape,
+                dtype=setup.dtype,
+                memory_format=setup.layout.chosen,
+                layers=setup.ops.layers,
+                free_bytes=free,
+                whole_frames=whole_frames,
+                chunk_frames=asked,
+                strips=options.strips,
+                shards=request.shards is not None,
+            )
+        )
+
+
+def layer_records(
+    model: WanVAEModel, parts: tuple[Part, ...], ops: OpSet | None = None
+) -> tuple[LayerRecord, ...]:
+    """Every convolution of `parts` of the model, with the format of its weight and its backend."""
+    ops = eager_ops() if ops is None else ops
+    return tuple(
+        LayerRecord(
+            name=f"{part}.{name.removesuffix('.weight')}",
+            op="conv3d" if p.ndim == 5 else "conv2d",
+            shape=tuple(p.shape),
+            format=layout.detect(p),
+            backend=ops.backend_of(p),
+        )
+        for part in parts
+        if (module := getattr(model, part)) is not None
+        for name, p in module.named_parameters()
+        if name.endswith("weight") and p.ndim in (4, 5)
+    )
+
+
+def weights_bytes(model: WanVAEModel, parts: tuple[Part, ...]) -> int:
+    """Bytes of the weights of `parts`."""
+    modules = [getattr(model, part) for part in parts]
+    return sum(p.numel() * p.element_size() for m in modules if m for p in m.parameters())
+
+
+def count_weight_formats(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, int]]:
+    """How many 5-D weights of each part of a state dict are in each memory format."""
+    return {
+        part: layout.count_formats(v for k, v in state.items() if k.startswith(f"{part}."))
+        for part in ("decoder", "encoder")
+    }
+
+
+def latent_statistics(
+    config: WanVAEConfig, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each latent channel [1, z, 1, 1, 1], in the dtype of `like`.
+
+    Raises LatentError where none are known.
+    """
+    if config.latents_mean is None or config.latents_std is None:
+        raise LatentError(
+            f"no statistics are known for latents of {config.z_dim} channels, so normalized=True "
+            "is impossible: pass the latent as ComfyUI holds it"
+        )
+    shape = (1, config.z_dim, 1, 1, 1)
+    return (
+        like.new_tensor(config.latents_mean).view(shape),
+        like.new_tensor(config.latents_std).view(shape),
+    )

@@ -1,0 +1,324 @@
+"""Run: the one way through a decode or encode: chunks, passes, progress, cancel, memory that runs
+out, clock and report. `decode.py` and `encode.py` say what a chunk is; `ranks.py` what differs
+where several ranks share the picture.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from .. import geometry
+from ..arithmetic import own_arithmetic
+from ..chunking import Chunk, schedule
+from ..device import is_out_of_memory
+from ..errors import DecodeCancelled, DecodeMemoryError, GeometryError, first_line
+from ..hooks import Hooks
+from ..layout import LayoutCounter
+from ..network.blocks import Step
+from ..network.cache import FeatureCache
+from ..network.model import WanVAEModel
+from ..ops.opset import OpSet
+from ..planning import passes
+from ..planning.plan import Plan
+from ..report import BackendOff, DecodeReport, ReportBuilder
+from .clock import RunClock
+from .engine import Engine, Setup
+from .ranks import Ranks, WholePicture
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A final part of the result on the device, [B, C, t, rows, W], and where it belongs."""
+
+    values: torch.Tensor
+    start_frame: int
+    first_row: int
+
+
+class Run(ABC):
+    """One decode or encode under way: its plan, what was done, and the report so far.
+
+    `report` is that of the run once it has ended, however it ended; None before.
+    """
+
+    def __init__(
+        self, engine: Engine, setup: Setup, hooks: Hooks, ranks: Ranks | None = None
+    ) -> None:
+        self.engine, self.setup, self.hooks = engine, setup, hooks
+        self.ranks: Ranks = WholePicture() if ranks is None else ranks
+        self.config = engine.config
+        self.model: WanVAEModel = setup.model
+        self.ops: OpSet = setup.ops
+        self.device = setup.device
+        self.counter = LayoutCounter()
+        self.clock = RunClock(self.device)
+        self.builder = ReportBuilder(setup.request.operation, self.config, self.device, setup.dtype)
+        self.builder.precision_requested = setup.request.options.precision
+        self.builder.latent_shape = setup.request.latent_shape
+        self.total_frames = geometry.pixel_shape(setup.request.latent_shape, self.config)[2]
+        self.builder.total_frames = self.total_frames
+        self.done_frames = 0
+        self.report: DecodeReport | None = None
+        self._plan: Plan | None = None
+
+    # -- the plan ------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """What this run executes now: smaller than at the start where memory ran out."""
+        if self._plan is None:
+            raise RuntimeError("a run has no plan before begin()")
+        return self._plan
+
+    def begin(self, whole_frames: bool = False, plan: Plan | None = None) -> None:
+        """Fix the plan. Call it when all that stays was allocated, before the first chunk.
+
+        whole_frames: what the sink needs. plan: one made before for the same run; it is made again
+        where it needs more memory than is free now. A collective of the ranks.
+        """
+        notes: tuple[str, ...] = ()
+        if plan is not None and (reason := self._outdated(plan, whole_frames)):
+            plan, notes = None, (f"planned again: {reason}",)
+        if plan is None:
+            plan = self.engine.plan(self.setup, whole_frames=whole_frames)
+        lengths = self.ranks.agree_on(plan)
+        if lengths != plan.lengths:
+            plan = self.engine.plan(self.setup, whole_frames=whole_frames, lengths=lengths)
+        self._report_plan(plan, notes)
+        self._plan = plan
+        self.clock = RunClock(self.device)  # its peak is above what is allocated now
+
+    def _outdated(self, plan: Plan, whole_frames: bool) -> str | None:
+        """Why `plan`, made before, cannot be executed now; None if it can."""
+        setup, request = self.setup, self.setup.request
+        if (plan.operation, plan.latent_shape) != (request.operation, request.latent_shape):
+            raise GeometryError(
+                f"the plan is for a {plan.operation} of {plan.latent_shape}: this is a "
+                f"{request.operation} of {request.latent_shape}"
+            )
+        now = self.engine.plan(setup, whole_frames=whole_frames or plan.whole_frames)
+        if (now.device, now.dtype, now.choices) != (plan.device, plan.dtype, plan.choices):
+            return "device, dtype or kernels are not those of the plan"
+        if whole_frames and plan.strips and not plan.whole_frames:
+            return "the output needs whole frames"
+        if now.planned_bytes < plan.planned_bytes:
+            gib = [n / 2**30 for n in (plan.planned_bytes, now.free_bytes or 0)]
+            return f"{gib[0]:.1f} GiB were planned, {gib[1]:.1f} GiB are free now"
+        return None
+
+    def _report_plan(self, plan: Plan, notes: tuple[str, ...]) -> None:
+        builder = self.builder
+        builder.layout.update(self.engine.describe(plan))
+        builder.layers = list(plan.choices.layers)
+        builder.backends_used = dict(plan.choices.used)
+        builder.backends_off = [BackendOff(r.op, r.family, r.text) for r in plan.choices.refusals]
+        builder.memory.update(
+            free_bytes=plan.free_bytes,
+            planned_bytes=plan.planned_bytes,
+            weights_bytes=plan.weights_bytes,
+        )
+        builder.strips = plan.strips or 1
+        builder.plan = replace(plan, notes=(*notes, *plan.notes)).summary()
+        builder.fallbacks.extend(plan.notes)
+
+    # -- the way through -----------------------------------------------------------------------
+
+    @abstractmethod
+    def _whole(self) -> Iterator[Piece]:
+        """Every piece of the result, chunk after chunk of the picture or this rank's part."""
+
+    @abstractmethod
+    def _in_strips(self, count: int) -> Iterator[Piece]:
+        """Every piece of the result, in `count` strips of rows one after another."""
+
+    @abstractmethod
+    def _strip_counts(self) -> list[int]:
+        """How many strips to try, in turn, where the whole picture does not fit; empty for none."""
+
+    @abstractmethod
+    def _does_not_fit(self, tried: str, reason: str) -> DecodeMemoryError:
+        """The final error; `tried` says with how little at a time."""
+
+    @property
+    def may_start_over(self) -> bool:
+        """Whether a run that is out of memory may start over with less at a time."""
+        return self.ranks.exchange is None
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every piece of the result once: in whole chunks, or in strips where memory is short.
+
+        A run that is out of memory starts over with half as much at a time, because history is
+        written over as it goes. Frames that were given out are made again, with the same bits, and
+        are not given out twice. Raises DecodeMemoryError when nothing smaller is left.
+        """
+        counts = self._strip_counts()
+        if self.plan.strips is None:
+            while True:
+                try:
+                    yield from self._whole()
+                    return
+                except DecodeMemoryError as error:
+                    failure = str(error)
+                # Outside of the except block, so that no traceback holds the tensors.
+                if not self.may_start_over:
+                    raise self._does_not_fit("", failure)
+                if not self._halve():
+                    self._fall_back(failure)
+                    break
+                self._fall_back(f"{failure}; started again with {self.plan.chunk_frames}")
+        tried = 1
+        while counts:
+            tried = counts[0]
+            self._use_strips(tried)
+            try:
+                yield from self._in_strips(tried)
+                return
+            except DecodeMemoryError as error:
+                failure = str(error)
+            text = f"{tried} strips: {failure}"
+            if self._halve() and len(counts) == 1:
+                text += f"; started again with {self.plan.chunk_frames}"
+            else:
+                del counts[0]
+            self._fall_back(text)
+        raise self._does_not_fit(
+            f"even with one latent frame a chunk and {tried} strip(s)", failure
+        )
+
+    def _halve(self) -> bool:
+        """Take half as much at a time from here on; False if chunks have one frame already."""
+        before = self.plan
+        self._plan = before.halved()
+        return self._plan.lengths != before.lengths
+
+    def _use_strips(self, count: int) -> None:
+        self._plan = replace(self.plan, strips=count)
+        self.builder.strips = count
+
+    def _fall_back(self, text: str) -> None:
+        self.builder.fallbacks.append(text)
+        self.clock.restart()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # blocks cut for the larger chunk are of no use to a smaller
+
+    def chunks(self, rows: int) -> Iterator[tuple[Chunk, Step]]:
+        """The chunks of the plan in turn, with a fresh history, each with its step.
+
+        rows: latent rows of the features that go through the stages, which decide their passes.
+        """
+        cache = FeatureCache()
+        for chunk in schedule(self.plan.latent_shape[2], self.plan.lengths):
+            yield chunk, self.step(cache, chunk, rows)
+
+    def step(self, cache: FeatureCache, chunk: Chunk, rows: int) -> Step:
+        """What the network needs for `chunk`, with the history in `cache`."""
+        frames: tuple[int, ...] = ()
+        elements = self.plan.pass_elements
+        if elements is not None:
+            b, z, t, _, width = self.plan.latent_shape
+            frames = passes.pass_frames(self.config, (b, z, t, rows, width), elements)
+        return Step(
+            cache,
+            chunk,
+            exchange=self.ranks.exchange,
+            ops=self.ops,
+            counter=self.counter,
+            pass_frames=frames,
+        )
+
+    def frames_of(self, chunk: Chunk) -> int:
+        """Pixel frames of `chunk`."""
+        first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
+        return last - first
+
+    def timed(self, chunk: Chunk, what: str, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """`work()`, a part of `chunk`, under the clock, unless somebody wants to stop.
+
+        Raises DecodeCancelled, and DecodeMemoryError that says `what` did not fit.
+        """
+        should_stop = self.hooks.should_stop
+        stop = should_stop is not None and should_stop()
+        if self.ranks.agree_to_stop(chunk, stop):
+            raise DecodeCancelled(
+                f"cancelled after {self.done_frames} of {self.total_frames} frames"
+            )
+        with self.clock.measure(chunk, self.frames_of(chunk)):
+            return in_memory(what, work)
+
+    # -- executing and ending --------------------------------------------------------------------
+
+    def execute(self, put: Callable[[Piece], None], close: Callable[[], None]) -> None:
+        """Make every piece and `put` it, tell of progress, then `close`; sets `report`.
+
+        Whatever goes wrong is raised, after `report` says so.
+        """
+        try:
+            with own_arithmetic(self.device):
+                for piece in self.pieces():
+                    put(piece)
+                    self._tell_progress()
+                close()
+            self.complete()
+        except BaseException as error:
+            failure = self._translated(error)
+            self.fail(failure)
+            if failure is error:
+                raise
+            raise failure from None
+
+    def _tell_progress(self) -> None:
+        on_progress = self.hooks.on_progress
+        if on_progress is not None:
+            self._fill(wait=False)
+            on_progress(self.done_frames, self.total_frames, self.builder.build("running"))
+
+    def _translated(self, error: BaseException) -> BaseException:
+        """An out-of-memory error of a shard in the words of its rank; any other error as it is."""
+        if isinstance(error, DecodeMemoryError) or not is_out_of_memory(error):
+            return error
+        return self.ranks.out_of_memory(first_line(error)) or error
+
+    def complete(self) -> None:
+        """Set the final report; waits for the device, so that its times are true."""
+        with own_arithmetic(self.device):
+            finite = self.ranks.complete(self.builder, self.counter, self._is_finite())
+        self._fill(wait=True)
+        if not finite:
+            self.builder.warnings.append(self._overflow_warning())
+        self.report = self.builder.build("done")
+
+    def fail(self, error: BaseException) -> None:
+        """Set the report of a run that ended early; never itself fails on a broken device."""
+        stopped = isinstance(error, (DecodeCancelled, GeneratorExit, KeyboardInterrupt))
+        self._fill(wait=False)
+        self.report = self.builder.build("cancelled" if stopped else "failed", str(error) or None)
+
+    def _is_finite(self) -> bool:
+        """Whether the result holds neither NaN nor inf; waits for the device."""
+        return True
+
+    def _overflow_warning(self) -> str:
+        raise NotImplementedError
+
+    def _fill(self, wait: bool) -> None:
+        self.builder.layout["conversions"] = self.counter.conversions
+        self.builder.layout["mixed_calls"] = self.counter.mixed_calls
+        self.builder.done_frames = self.done_frames
+        self.builder.chunks = self.clock.records(wait)
+        self.builder.memory["peak_bytes"] = self.clock.peak_bytes()
+
+
+def in_memory(what: str, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """`work()`; DecodeMemoryError, which says `what` did not fit, if it is out of memory."""
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = first_line(error)
+    # Outside of the except block, so that no traceback holds the tensors of the failed attempt.
+    raise DecodeMemoryError(f"{what}: {failure}")

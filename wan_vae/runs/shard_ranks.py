@@ -1,0 +1,169 @@
+"""One rank's part of a run over several: see `ranks.Ranks`, whose methods are collectives here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+import torch
+
+from ..chunking import Chunk, chunk_lengths
+from ..errors import DecodeMemoryError, ShardingError
+from ..layout import LayoutCounter
+from ..ops.opset import HaloExchange
+from ..options import GATHERS, Gather, Operation
+from ..planning.plan import Plan
+from ..report import ReportBuilder, ShardRecord
+from ..sharding.context import ShardContext
+from ..sharding.gather import check_gather, gather_picture
+from ..sharding.halo import Shard
+from ..sharding.plan import ShardPlan
+from ..sharding.transport import DTYPES, Wire
+
+_OPERATIONS: tuple[Operation, ...] = ("decode", "encode")
+_DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
+
+
+@dataclass(frozen=True)
+class ShardRequest:
+    """What a rank says of its run before the ranks agree: see `ShardRanks.join`."""
+
+    context: ShardContext
+    shards: ShardPlan
+    operation: Operation
+    tensor: torch.Tensor
+    device: torch.device
+    dtype: torch.dtype
+    gather: Gather
+
+
+class ShardRanks:
+    """This rank's part of a picture that several ranks share."""
+
+    def __init__(self, request: ShardRequest, shard: Shard):
+        self._request, self._shard = request, shard
+        self._context, self._shards = request.context, request.shards
+
+    @classmethod
+    def join(cls, request: ShardRequest) -> ShardRanks:
+        """Connect the ranks, and prove that they hold the same tensor and options. A collective.
+
+        Raises ShardingError.
+        """
+        check_gather(request.gather)
+        context, tensor = request.context, request.tensor
+        wire = Wire(context, request.device)
+        wire.connect()
+        sizes = ("batch", "channels", "frames", "height", "width")
+        wire.agree(
+            operation=_OPERATIONS.index(request.operation),
+            **dict(zip(sizes, tensor.shape, strict=True)),
+            axis=-request.shards.dim,
+            gather=GATHERS.index(request.gather),
+            precision=DTYPES.index(request.dtype),
+        )
+        return cls(request, Shard(context, request.shards, wire))
+
+    @property
+    def exchange(self) -> HaloExchange | None:
+        return self._shard
+
+    @property
+    def has_rows(self) -> bool:
+        return self._shard.has_rows
+
+    @property
+    def receives(self) -> bool:
+        return self._request.gather != "rank0" or self._context.rank == 0
+
+    def own_part(self, x: torch.Tensor, factor: int = 1) -> torch.Tensor:
+        return own_part(x, self._shards, self._context.rank, factor)
+
+    def part_shape(self, shape: tuple[int, ...], factor: int = 1) -> tuple[int, ...]:
+        return self._shards.pixel_shape_of(self._context.rank, shape, factor)
+
+    def result_shape(self, shape: tuple[int, ...], factor: int = 1) -> tuple[int, ...]:
+        return self.part_shape(shape, factor) if self._request.gather == "own" else shape
+
+    def agree_on(self, plan: Plan) -> tuple[int, ...]:
+        wire, context = self._shard.wire, self._context
+        asked = plan.options.chunk_frames
+        explicit = () if asked is None else plan.lengths
+        wire.agree(
+            schedule=crc32(repr(explicit).encode()),
+            contents=0 if context.same_input else _checksum(self._request.tensor),
+        )
+        if explicit:
+            return plan.lengths
+        fewest = min(row[0] for row in wire.all_gather_numbers([plan.chunk_frames]))
+        return chunk_lengths(plan.latent_shape[2], fewest)
+
+    def agree_to_stop(self, chunk: Chunk, stop: bool) -> bool:
+        rows = self._shard.wire.all_gather_numbers([stop, chunk.start])
+        if any(row[0] for row in rows):
+            return True
+        if len({row[1] for row in rows}) > 1:
+            raise ShardingError(f"ranks are at different chunks: {[row[1] for row in rows]}")
+        return False
+
+    def gather(self, part: torch.Tensor, factor: int, site: str) -> torch.Tensor | None:
+        return gather_picture(self._shard, part, self._request.gather, factor, site)
+
+    def complete(self, builder: ReportBuilder, counter: LayoutCounter, finite: bool) -> bool:
+        """See `Ranks`. `mixed_calls` and `conversions` of the report become sums over the ranks."""
+        wire, shard = self._shard.wire, self._shard
+        device = wire.device
+        mine = [
+            _DEVICE_TYPES.index(device.type),
+            -1 if device.index is None else device.index,
+            shard.halo_rows,
+            shard.halo_bytes,
+            int(wire.wait_ms() * 1e3),
+            counter.mixed_calls,
+            counter.conversions,
+            finite,
+        ]
+        rows = wire.all_gather_numbers(mine)
+        builder.shards = [self._record(rank, row) for rank, row in enumerate(rows)]
+        counter.mixed_calls = sum(row[5] for row in rows)
+        counter.conversions = sum(row[6] for row in rows)
+        if self._shards.idle:
+            builder.warnings.append(
+                f"{len(self._shards.idle)} of {self._shards.world_size} ranks stayed idle: the "
+                f"latent has only {self._shards.rows} rows along its {self._shards.axis}"
+            )
+        return all(row[7] for row in rows)
+
+    def _record(self, rank: int, row: Sequence[int]) -> ShardRecord:
+        kind, index, halo_rows, halo_bytes, wait_us, *_ = row
+        name = _DEVICE_TYPES[kind] + (f":{index}" if index >= 0 else "")
+        start, stop = self._shards.rows_of(rank)
+        return ShardRecord(
+            rank=rank,
+            device=name,
+            axis=self._shards.axis,
+            start_row=start,
+            stop_row=stop,
+            halo_rows=halo_rows,
+            halo_bytes=halo_bytes,
+            wait_ms=wait_us / 1e3,
+        )
+
+    def out_of_memory(self, reason: str) -> DecodeMemoryError | None:
+        context = self._context
+        return DecodeMemoryError(
+            f"rank {context.rank} of {context.world_size} is out of memory on "
+            f"{self._request.device}: {reason}; use smaller chunks or more devices"
+        )
+
+
+def own_part(x: torch.Tensor, shards: ShardPlan, rank: int, factor: int = 1) -> torch.Tensor:
+    """The rows of `rank` of `x` [..., H, W], `factor` times the latent's size; a view."""
+    rows, columns = shards.place(rank, factor)
+    return x[..., rows, columns]
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    # 20 MB, a 720p latent of 81 frames: 16 ms, which is why workers, who share one, go without.
+    return crc32(tensor.detach().float().cpu().contiguous().numpy().tobytes())

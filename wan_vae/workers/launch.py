@@ -1,0 +1,86 @@
+"""Starting a worker process, and the pipe to it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ShardingError
+from ..sharding.transport import group_environment
+from .pipe import PipeEnd
+from .worker import WorkerSettings
+
+
+@dataclass
+class WorkerProcess:
+    """A worker as its parent sees it."""
+
+    rank: int
+    device: torch.device
+    process: subprocess.Popen[bytes]
+    pipe: PipeEnd[Any, Any]
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} ({self.device})"
+
+
+def spawn(settings: WorkerSettings, device: torch.device) -> WorkerProcess:
+    """Start one worker with an inherited pipe; raises ShardingError if the system refuses."""
+    ours, theirs = multiprocessing.Pipe()
+    handle = theirs.fileno()
+    package = __package__.rpartition(".")[0]
+    library = Path(__file__).parents[1]
+    # The package by its folder's name, from its own parent folder: inside ComfyUI, ours is a
+    # sub-package of a folder whose name is not importable.
+    code = (
+        f"import sys; sys.path.insert(0, {str(library.parent)!r}); "
+        f"from {library.name}.workers.worker import main; main({handle})"
+    )
+    environment = {**os.environ, **group_environment()}
+    inherit: dict[str, Any] = {"pass_fds": (handle,)}
+    if sys.platform == "win32":
+        os.set_handle_inheritable(handle, True)
+        startup = subprocess.STARTUPINFO(lpAttributeList={"handle_list": [handle]})
+        inherit = {"startupinfo": startup}
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            **inherit,
+        )
+    except OSError as error:
+        raise ShardingError(
+            f"rank {settings.rank} ({device}) of {package} cannot start: {error}",
+            rank=settings.rank,
+        ) from error
+    finally:
+        theirs.close()
+    try_send(ours, ("settings", asdict(settings)))
+    return WorkerProcess(settings.rank, device, process, ours)
+
+
+def try_send(pipe: PipeEnd[Any, Any], message: tuple[str, Any]) -> None:
+    """Send; a worker that is gone is noticed where its answer is awaited."""
+    try:
+        pipe.send(message)
+    except (BrokenPipeError, ConnectionResetError):
+        return
+
+
+def receive(rank: WorkerProcess) -> tuple[str, Any]:
+    """One message of a worker; its end is an error message too."""
+    try:
+        message: tuple[str, Any] = rank.pipe.recv()
+        return message
+    except (EOFError, ConnectionResetError):
+        code = rank.process.wait()
+        return "error", {"kind": "died", "text": f"exit code {code}", "rank": rank.rank}
