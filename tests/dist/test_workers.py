@@ -408,28 +408,28 @@ def test_shared_memory_too_small(pool, vae, latent, expected):
 
 @pytest.mark.parametrize("sink", [ImageSink, TensorSink])
 def test_no_rank_writes_where_there_is_no_room(sink, tmp_path, monkeypatch):
-    """Memory is claimed part by part; a full folder is an error there, not a killed process."""
+    """Memory is reserved part by part; a full folder is an error there, not a killed process."""
     shape = (1, 5, 4, 6, 3) if sink is ImageSink else (1, 3, 5, 4, 6)
-    buffer = SharedBuffer.create(4096 + 360 * 4, [tmp_path], claimed=4096)
+    buffer = SharedBuffer.create(4096 + 360 * 4, [tmp_path], reserved=4096)
     out = view(buffer.raw, 4096, shape, torch.float32)
-    claimed = []
+    reserved = []
 
     def fallocate(descriptor: int, start: int, length: int) -> None:
-        claimed.append((start - 4096, length))
-        if len(claimed) > 6:
+        reserved.append((start - 4096, length))
+        if len(reserved) > 6:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    monkeypatch.setattr("wan_vae.workers.shared._fallocate", fallocate)
     pixels = torch.full((1, 3, 2, 2, 6), 0.5)
-    sink(out, buffer.claim).write(pixels, 1, 2)  # frames 1 and 2, rows 2 and 3
+    sink(out, buffer.reserve).write(pixels, 1, 2)  # frames 1 and 2, rows 2 and 3
     if sink is ImageSink:  # rows of 18 numbers, frames of 72
-        assert claimed == [(4 * (72 * t + 36), 4 * 36) for t in (1, 2)]
+        assert reserved == [(4 * (72 * t + 36), 4 * 36) for t in (1, 2)]
     else:  # planes of 24 numbers, channels of 120
-        assert claimed == [(4 * (120 * c + 24 + 12), 4 * (24 + 12)) for c in range(3)]
+        assert reserved == [(4 * (120 * c + 24 + 12), 4 * (24 + 12)) for c in range(3)]
     written = out.count_nonzero()
-    claimed += [None] * 6
+    reserved += [None] * 6
     with pytest.raises(ShardingError, match=rf"no room for 0 MiB .* in {tmp_path}: No space left"):
-        sink(out, buffer.claim).write(pixels, 3, 0)
+        sink(out, buffer.reserve).write(pixels, 3, 0)
     assert out.count_nonzero() == written == 72
     buffer.unlink()
 
