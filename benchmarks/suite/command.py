@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _own_process(script: str) -> Callable[[Sequence[str]], int]:
-    """For scripts about Triton, which reads its environment when it is imported."""
+    """For scripts about Triton, which reads its environment when it is imported, and for those
+    that need packages which the other parts do without."""
 
     def run(argv: Sequence[str]) -> int:
         return subprocess.call([sys.executable, str(_SCRIPTS / script), *argv])
@@ -43,5 +44,6 @@ _RUN: dict[str, Callable[[Sequence[str]], int]] = {
     "profile": chunk_profile.main,
     "kernels": _own_process("kernels.py"),
     "resources": _own_process("kernel_resources.py"),
+    "nodes": _own_process("comfyui_nodes.py"),
     "host": host_memory.main,
 }

@@ -72,7 +72,10 @@ class Run:
 
 
 class Comfy:
-    """Starts a server in `base`; use as a context manager."""
+    """Starts a server in `base`; use as a context manager.
+
+    on_cpu: on the CPU, with one thread (the tests share a small machine); else on the GPU.
+    """
 
     def __init__(
         self,
@@ -80,6 +83,7 @@ class Comfy:
         base: Path,
         *flags: str,
         install: Callable[[Path], Path] = install_pack,
+        on_cpu: bool = True,
     ):
         self.base = base
         for folder in ("custom_nodes", "models/vae", "input", "output", "user/default"):
@@ -89,17 +93,24 @@ class Comfy:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = base / "server.log"
         self._command = [
-            environment.python, str(Path(environment.comfyui) / "main.py"), "--cpu",
+            environment.python, str(Path(environment.comfyui) / "main.py"),
             "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
             "--database-url", "sqlite:///:memory:", "--disable-api-nodes", *flags,
         ]  # fmt: skip
+        # Nothing is written to the pack.
+        self._variables = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+        if on_cpu:
+            self._command.append("--cpu")
+            # One thread a server leaves the other cores to the browser.
+            self._variables["OMP_NUM_THREADS"] = "1"
 
     def __enter__(self) -> Comfy:
-        # One thread a server leaves the other cores to the browser; nothing is written to the pack.
-        quiet = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                self._command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **quiet}
+                self._command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self._variables},
             )
         try:
             self._wait_until_up()

@@ -1,0 +1,76 @@
+"""A node for the measured ComfyUI: what the nodes before it asked for, and what they took.
+
+Copied into the server's custom_nodes as a pack of its own: it imports nothing of this repository.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import CodeType
+from typing import Any
+
+import comfy.model_management as model_management
+import torch
+
+# `memory_required` of each call of load_models_gpu since the last look.
+ASKED: list[int] = []
+# A tool that nobody else uses: 0 to 2 are for debuggers, coverage and profilers.
+_TOOL = 4
+
+
+def observe() -> None:
+    """Note what load_models_gpu is asked for. ComfyUI runs as it is: Python tells of the calls."""
+    events = sys.monitoring
+
+    def entered(code: CodeType, _offset: int) -> None:
+        ASKED.append(int(sys._getframe(1).f_locals["memory_required"]))
+
+    events.use_tool_id(_TOOL, "wan_vae_bench")
+    events.register_callback(_TOOL, events.events.PY_START, entered)
+    code = inspect.unwrap(model_management.load_models_gpu).__code__
+    events.set_local_events(_TOOL, code, events.events.PY_START)
+
+
+# Python 3.11 cannot tell: there the list stays empty.
+if sys.version_info >= (3, 12):
+    observe()
+
+
+class WanVAEBenchMemory:
+    """Wants a value, so that the node before it runs, and says how it used memory.
+
+    `asked`: bytes that ComfyUI was asked to free, call by call. `start` and `peak`: bytes that
+    PyTorch's allocator held, at the look before and at most since then.
+    """
+
+    RETURN_TYPES = ()
+    FUNCTION = "look"
+    OUTPUT_NODE = True
+    CATEGORY = "bench"
+
+    start: int | None = None
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"value": ("*",)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types: object) -> bool:
+        return True
+
+    def look(self, value: object) -> dict[str, Any]:
+        asked, ASKED[:] = list(ASKED), []
+        found: dict[str, list[Any]] = {
+            "asked": asked,
+            "start": [WanVAEBenchMemory.start],
+            "peak": [None],
+        }
+        if torch.cuda.is_available():
+            found["peak"] = [torch.cuda.max_memory_allocated()]
+            torch.cuda.reset_peak_memory_stats()
+            WanVAEBenchMemory.start = torch.cuda.memory_allocated()
+        return {"ui": found}
+
+
+NODE_CLASS_MAPPINGS = {"WanVAEBenchMemory": WanVAEBenchMemory}

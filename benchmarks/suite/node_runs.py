@@ -1,0 +1,188 @@
+"""Runs of single nodes in a running ComfyUI: their time, and how they used memory."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.comfy.graphs import latent, load_vae, node
+from tests.comfy.server import PACK, REPOSITORY, Comfy, Run
+
+VAE_FILE = "wan2.1_random.safetensors"
+# Nodes of a prompt: the VAE, what is decoded or encoded, the measured node, the probe.
+_VAE, _SOURCE, _MEASURED, _PROBE = "1", "2", "3", "4"
+
+
+@dataclass(frozen=True)
+class NodeCase:
+    """A node and the size of its video in pixels: run once, then `warm` times with other values."""
+
+    title: str
+    node: str
+    frames: int
+    height: int
+    width: int
+    warm: int = 1
+    inputs: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def video(self) -> str:
+        """The size of the video in words."""
+        return f"{self.width} x {self.height}, {self.frames} frames"
+
+    def prompt(self, seed: int) -> dict[str, Any]:
+        """The API prompt: random numbers from `seed` into the node, and its result to the probe."""
+        if self.node == "WanVAEEncode":
+            source = node(
+                "ProbeFrames",
+                frames=self.frames,
+                height=self.height,
+                width=self.width,
+                channels=3,
+                seed=seed,
+            )
+            name = "pixels"
+        else:
+            source = latent(
+                frames=(self.frames - 1) // 4 + 1,
+                height=self.height // 8,
+                width=self.width // 8,
+                seed=seed,
+            )
+            name = "samples"
+        inputs = {"vae": [_VAE, 0], name: [_SOURCE, 0], **self.inputs}
+        return {
+            _VAE: load_vae(VAE_FILE),
+            _SOURCE: source,
+            _MEASURED: node(self.node, **inputs),
+            _PROBE: node("WanVAEBenchMemory", value=[_MEASURED, 0]),
+        }
+
+
+def cases(on_cpu: bool) -> tuple[NodeCase, ...]:
+    """What is run: published sizes on a GPU, and small ones on the CPU, to try the command out."""
+    large, small = ((81, 720, 1280), (17, 480, 832)) if not on_cpu else ((9, 64, 96), (5, 64, 64))
+    video = {"fps": 16.0, "filename_prefix": "video/bench"}
+    sharded = {"devices": "cpu,cpu" if on_cpu else "0", "axis": "auto", "gather": "shared"}
+    return (
+        NodeCase("Wan VAE Decode", "WanVAEDecode", *large, warm=3),
+        NodeCase("Wan VAE Decode (Sharded)", "WanVAEDecodeSharded", *large, inputs=sharded),
+        NodeCase("Wan VAE Encode", "WanVAEEncode", *small),
+        NodeCase("Wan VAE Decode to Video", "WanVAEDecodeToVideo", *small, inputs=video),
+        NodeCase("VAE Decode (ComfyUI's own)", "VAEDecode", *large),
+    )
+
+
+@dataclass(frozen=True)
+class NodeRow:
+    """What the runs of one case took; all but the times is of the last run.
+
+    Times are from the message that the node is executing to the message that it is done or that
+    the next one is executing. asked_bytes: what ComfyUI was asked to free, call by call; empty
+    where that cannot be seen (before Python 3.12). peak_bytes: of PyTorch's allocator in ComfyUI's
+    process, above what it held after the run before; None on the CPU. report: the node's own.
+    """
+
+    node: str
+    class_type: str
+    video: str
+    first_ms: float
+    warm_ms: tuple[float, ...]
+    median_ms: float
+    asked_bytes: tuple[int, ...]
+    peak_bytes: int | None
+    report: dict[str, Any] | None
+
+    def faults(self) -> list[str]:
+        """What is wrong with a node of ours: a run that is not done, memory not as planned."""
+        if self.report is None:
+            return []
+        planned = self.report["plan"]["planned_bytes"]
+        found = []
+        if self.report["status"] != "done":
+            found.append(f"{self.node}: the report says {self.report['status']}")
+        if self.report["memory"]["planned_bytes"] != planned:
+            found.append(f"{self.node}: the plan of the run is not the one of its memory")
+        if self.asked_bytes and self.asked_bytes[-1] != planned:
+            asked = self.asked_bytes[-1]
+            found.append(f"{self.node}: planned {planned} bytes, ComfyUI was asked for {asked}")
+        return found
+
+    def as_dict(self) -> dict[str, object]:
+        """The row for a JSON file."""
+        return asdict(self)
+
+
+class NodeClock:
+    """Milliseconds of one node, from the messages of a websocket as they arrive."""
+
+    def __init__(self, node_id: str) -> None:
+        self._node = node_id
+        self._started: float | None = None
+        self._ended: float | None = None
+
+    def hear(self, message: Mapping[str, Any]) -> None:
+        """Take a message; call this as soon as it arrives."""
+        kind, now = message["type"], time.perf_counter()
+        if kind not in ("executing", "executed"):
+            return
+        is_own = message["data"]["node"] == self._node
+        if self._started is None:
+            if kind == "executing" and is_own:
+                self._started = now
+        elif self._ended is None and (kind == "executing") != is_own:
+            self._ended = now
+
+    @property
+    def ms(self) -> float:
+        if self._started is None or self._ended is None:
+            raise RuntimeError(f"node {self._node} was not executed: ComfyUI kept its result")
+        return (self._ended - self._started) * 1e3
+
+
+def measure(server: Comfy, case: NodeCase, seed: int) -> NodeRow:
+    """Run `case` with `seed` and the numbers after it. Raises RuntimeError if a node fails."""
+    times = []
+    for number in range(1 + case.warm):
+        clock = NodeClock(_MEASURED)
+        run = server.run(case.prompt(seed + number), on_message=clock.hear)
+        if run.error is not None:
+            raise RuntimeError(f"{case.title}: {run.error['exception_message']}")
+        times.append(clock.ms)
+    return _row(case, times, run)
+
+
+def _row(case: NodeCase, times: list[float], run: Run) -> NodeRow:
+    memory = run.outputs[_PROBE]
+    (start,), (peak,) = memory["start"], memory["peak"]
+    reports = run.outputs.get(_MEASURED, {}).get("wan_vae", [None])
+    return NodeRow(
+        node=case.title,
+        class_type=case.node,
+        video=case.video,
+        first_ms=times[0],
+        warm_ms=tuple(times[1:]),
+        median_ms=statistics.median(times[1:]),
+        asked_bytes=tuple(memory["asked"]),
+        peak_bytes=None if peak is None or start is None else peak - start,
+        report=reports[0],
+    )
+
+
+def link_pack(custom_nodes: Path) -> Path:
+    """Put this repository into `custom_nodes` as a link."""
+    link = custom_nodes / PACK
+    link.symlink_to(REPOSITORY, target_is_directory=True)
+    return link
+
+
+def install_probes(server: Comfy) -> None:
+    """Add the nodes that make inputs and the one that looks at memory; before the server starts."""
+    server.install_probe()
+    probe = Path(__file__).with_name("comfyui_probe.py")
+    shutil.copyfile(probe, server.base / "custom_nodes" / "wan_vae_bench_probe.py")
