@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import PATIENCE_S
 from tests.dist import jobs
 from wan_vae.io.latents import save_latent
 
@@ -48,7 +49,7 @@ def start(latents, output, *, ranks=2, nodes=1, node=0, port=0, more=(), before=
 
 
 def finish(process):
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=PATIENCE_S)
     return text
 
 

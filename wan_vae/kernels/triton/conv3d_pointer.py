@@ -5,9 +5,9 @@ which the compiler turns into asynchronous copies (cp.async). A pixel past the p
 frame past the last one, is masked and reads as zero: that is the spatial padding. Programs make one
 or two frames; shared memory of 99 KiB holds no more.
 
-The sum of an output pixel runs over (kh, kw, blocks of BK input channels, kt) in this order,
-whatever its place in the picture, the length of the chunk or the tile: its bits depend on nothing
-but its inputs.
+The sum of an output pixel always runs over (kh, kw, blocks of BK input channels, kt)
+in this order. Its bits depend on nothing but its inputs: not on its place in the picture, the
+length of the chunk or the tile.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ are zero: that is the spatial padding. Output frames of a program share their in
 outputs need F + KT - 1 inputs, which is what pays, because the kernel is bound by L2-to-shared
 traffic and not by the tensor cores.
 
-The sum of an output pixel runs over (kh, kw, blocks of BK input channels, kt) in this order,
-whatever its place in the picture, the length of the chunk or the tile: its bits depend on nothing
-but its inputs.
+The sum of an output pixel always runs over (kh, kw, blocks of BK input channels, kt)
+in this order. Its bits depend on nothing but its inputs: not on its place in the picture, the
+length of the chunk or the tile.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def _parts(x: torch.Tensor, halo: HaloRows | None) -> tuple[tuple[_Part, ...], t
 
 
 def _flag(value: bool) -> float:
-    """A kernel's argument. Not an integer: Triton compiles anew for an integer that is 1."""
+    """A kernel's argument. Not an integer: Triton compiles again for an integer that is 1."""
     return float(value)
 
 

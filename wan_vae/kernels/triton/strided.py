@@ -8,9 +8,9 @@ zero, which is the padding on the right and at the bottom that the network was t
 that has its neighbour's row there reads that. So nothing is padded in memory, and a shard's sums
 are those of the whole picture.
 
-The sum of an output pixel runs over (taps, blocks of BK input channels) in this order, whatever its
-place in the picture, the length of the chunk or the size of the shard: its bits depend on nothing
-but its inputs.
+The sum of an output pixel always runs over (taps, blocks of BK input channels)
+in this order. Its bits depend on nothing but its inputs: not on its place in the picture, the
+length of the chunk or the size of the shard.
 """
 
 from __future__ import annotations
