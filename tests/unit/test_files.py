@@ -1,5 +1,5 @@
-"""Outputs appear whole or not at all and take nothing else with them; inputs are read as viewers
-show them."""
+"""Outputs appear complete or not at all and remove no other file; inputs are read as viewers show
+them."""
 
 from __future__ import annotations
 
