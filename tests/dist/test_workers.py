@@ -148,7 +148,7 @@ def test_workers_import_nothing_of_comfyui(vae, latent, expected, tmp_path, monk
     marker = tmp_path / "imported"
     trap = f"from pathlib import Path\nPath({str(marker)!r}).open('a').write(__name__ + ' ')\n"
     for name in ("comfy", "comfy_api", "comfy_extras", "server", "folder_paths", "execution",
-                 "main", "aiohttp"):  # fmt: skip
+                 "main", "aiohttp"):
         (tmp_path / f"{name}.py").write_text(trap)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with WorkerPool(["cpu"]) as pool:
@@ -349,7 +349,7 @@ def test_cancel_stops_within_a_chunk_and_keeps_the_workers(pool, vae, latent, ex
         decode(
             pool, vae, jobs.noise((1, 16, 40, 6, 16)),
             on_progress=lambda done, *_: seen.append(done), should_stop=lambda: bool(seen),
-        )  # fmt: skip
+        )
     assert vae.last_report.status == "cancelled"
     assert seen[-1] < 157
     assert torch.equal(decode(pool, vae, latent), expected)
@@ -617,7 +617,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     parent = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(root)},
-    )  # fmt: skip
+    )
     pids = [int(p) for p in parent.stdout.readline().split()]
     assert len(pids) == 2
     ends = [os.pidfd_open(pid) for pid in pids]
