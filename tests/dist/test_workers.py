@@ -632,3 +632,19 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
 def test_a_device_of_no_kind_is_refused_with_what_is_expected(text):
     with pytest.raises(ShardingError, match="is unknown: expected 'all', '0,1' or 'cpu,cpu'"):
         parse_devices(text.replace("cuda:0,", "cpu,"))
+
+
+def test_the_pool_plans_and_each_rank_executes_its_plan(pool, vae, latent, expected):
+    plans = pool.plan(vae, latent.shape, axis="height", chunk_frames=1)
+    assert [plan.device for plan in plans] == ["cpu", "cpu"]
+    assert plans[0].shards == plans[1].shards and plans[0].lengths == (1,) * latent.shape[2]
+    assert torch.equal(pool.decode(vae, latent, axis="height", plans=plans), expected)
+    assert [report.plan for report in pool.last_reports] == [plan.summary() for plan in plans]
+    # What the plans decide cannot be asked for again, and a plan is for its own cut.
+    with pytest.raises(GeometryError, match="give the options to plan"):
+        pool.decode(vae, latent, plans=plans, chunk_frames=2)
+    with pytest.raises(ShardingError, match="1 plans for 2 ranks"):
+        pool.decode(vae, latent, plans=plans[:1])
+    with pytest.raises(ShardingError, match="over 2 ranks by height: this is"):
+        pool.decode(vae, latent, axis="width", plans=plans)
+    assert torch.equal(decode(pool, vae, latent), expected)
