@@ -18,43 +18,40 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.suite.emulation import EmulatedWire
+from benchmarks.suite.emulation import SteadyClip
+from benchmarks.suite.measure import synchronise
 from benchmarks.suite.weights import random_vae
 from wan_vae.arithmetic import own_arithmetic
-from wan_vae.chunking import Chunk
 from wan_vae.config import wan21
 from wan_vae.device import pick_device
-from wan_vae.network.blocks import Step
-from wan_vae.network.cache import FeatureCache
+from wan_vae.geometry import chunk_frames_slice
 from wan_vae.pipeline import WanVAE
-from wan_vae.runs.shard_ranks import own_part
 from wan_vae.sharding.context import ShardContext
-from wan_vae.sharding.halo import Shard
-from wan_vae.sharding.plan import plan_shards
+
+# The chunk that is profiled: the third of a video that goes on behind it.
+_CHUNK, _CHUNKS = 2, 4
 
 
-def profiled(vae: WanVAE, height: int, width: int, frames: int, ranks: int):
+def profiled(vae: WanVAE, height: int, width: int, frames: int, ranks: int) -> profile:
     """The profile of the third chunk of `frames` latent frames on rank 0 of `ranks`."""
     device = vae.device
-    z = torch.randn((1, vae.config.z_dim, frames + 1, height, width), device=device)
-    plan = plan_shards(height, width, ranks)
-    axis = None if ranks == 1 else plan.axis
-    run = vae._start_decode(z, False, 1, "auto", "auto", None, None, "auto", axis)
-    part, shard = run.z, None
-    if ranks > 1:
-        part = own_part(run.z, plan, 0).contiguous()
-        shard = Shard(ShardContext(0, ranks), plan, EmulatedWire(device))
-    part, cache = part[:, :, :frames], FeatureCache()
+    run = SteadyClip(height, width, frames, _CHUNKS).run(vae, ShardContext(0, ranks))
+    first, last = chunk_frames_slice(_CHUNK * frames, (_CHUNK + 1) * frames, vae.config)
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    run.begin()
+    pieces, done = run.pieces(), 0
     with own_arithmetic(device):
-        for i in range(3):
-            step = Step(cache, Chunk(i * frames, (i + 1) * frames, i == 0, False), shard, run.ops)
-            with profile(activities=[activity]) as found:
-                run.model.decode_chunk(part, step)
+        while done < first:
+            done += next(pieces).values.shape[2]
+        found = profile(activities=[activity])
+        with found:
+            while done < last:
+                done += next(pieces).values.shape[2]
+            synchronise(device)
     return found
 
 
-def table(found, device: torch.device, rows: int = 14) -> str:
+def table(found: profile, device: torch.device, rows: int = 14) -> str:
     """Milliseconds and calls of the kernels that take longest, after their sum."""
     own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     kind = "CUDA" if device.type == "cuda" else "CPU"

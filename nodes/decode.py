@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..wan_vae.io.image import ImageSink
+from ..wan_vae.options import MemoryFormat
 from . import inputs
 from .reports import HIDDEN
 from .schema import chunk_input, latent_input, layout_input, precision_input, schema, vae_input
@@ -36,7 +40,12 @@ class WanVAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, samples, vae, memory_layout="auto", precision="auto", chunk_frames=0
+        cls,
+        samples: Mapping[str, Any],
+        vae: Any,
+        memory_layout: MemoryFormat = "auto",
+        precision: str = "auto",
+        chunk_frames: int = 0,
     ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "decode") as run:
             config = run.wan.config

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import comfy.model_management as model_management
 import comfy.model_patcher
@@ -12,7 +14,7 @@ from comfy_api.latest import io
 from ..wan_vae import ShardingError
 from ..wan_vae.hooks import Hooks
 from ..wan_vae.io.image import ImageSink
-from ..wan_vae.options import AXES, COLLECTS
+from ..wan_vae.options import AXES, COLLECTS, AxisRequest, Collect, MemoryFormat
 from ..wan_vae.runs.decode import DecodeRequest
 from ..wan_vae.workers.devices import parse_devices
 from ..wan_vae.workers.pool import WorkerPool
@@ -48,11 +50,11 @@ class WorkersPatcher(comfy.model_patcher.ModelPatcher):
     def loaded_size(self) -> int:
         return self.size if self.model.pool.pids else 0
 
-    def partially_unload(self, *_, **__) -> int:
+    def partially_unload(self, *_: object, **__: object) -> int:
         """Nothing: workers go together or not at all."""
         return 0
 
-    def detach(self, unpatch_all: bool = True):
+    def detach(self, unpatch_all: bool = True) -> object:
         if unpatch_all:  # else ComfyUI only reorders its list, or drops the patcher
             self.model.pool.close()
         return super().detach(unpatch_all)
@@ -160,21 +162,21 @@ class WanVAEDecodeSharded(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        samples,
-        vae,
-        devices="all",
-        axis="auto",
-        gather="shared",
-        allow_fallback=True,
-        timeout_s=30.0,
-        memory_layout="auto",
-        precision="auto",
-        chunk_frames=0,
+        samples: Mapping[str, Any],
+        vae: Any,
+        devices: str = "all",
+        axis: AxisRequest = "auto",
+        gather: Collect = "shared",
+        allow_fallback: bool = True,
+        timeout_s: float = 30.0,
+        memory_layout: MemoryFormat = "auto",
+        precision: str = "auto",
+        chunk_frames: int = 0,
     ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "decode") as run:
             wan, device = run.wan, run.packed.device
             latent = inputs.latent_5d(samples)
-            shape, dtype = tuple(latent.shape), inputs.output_dtype(vae)
+            shape, dtype, note = tuple(latent.shape), inputs.output_dtype(vae), ""
             try:
                 pool = POOLS.get(devices, timeout_s)
                 weights = sum(p.nbytes for p in wan.model.parameters())
@@ -196,9 +198,7 @@ class WanVAEDecodeSharded(io.ComfyNode):
                 if not allow_fallback:
                     raise
                 note = fallback_note(device, error)
-            else:
-                note = None
-            if note is not None:
+            if note:
                 plan = run.plan(shape, memory_format=memory_layout, chunk_frames=chunk_frames)
                 sink = ImageSink.allocate(shape, wan.config, vae.output_device, dtype)
                 wan.run_decode(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import InputImpl, io
 
 from ..wan_vae import geometry
+from ..wan_vae.options import MemoryFormat
 from . import inputs
 from .reports import HIDDEN
 from .schema import chunk_input, latent_input, layout_input, precision_input, schema, vae_input
@@ -60,13 +63,13 @@ class WanVAEDecodeToVideo(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        samples,
-        vae,
-        fps,
-        filename_prefix,
-        memory_layout="auto",
-        precision="auto",
-        chunk_frames=0,
+        samples: Mapping[str, Any],
+        vae: Any,
+        fps: float,
+        filename_prefix: str,
+        memory_layout: MemoryFormat = "auto",
+        precision: str = "auto",
+        chunk_frames: int = 0,
     ) -> io.NodeOutput:
         from ..wan_vae.io.video_write import VideoFileSink
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from comfy_api.latest import io
 
 from ..wan_vae import geometry
 from ..wan_vae.io.image import frames_to_pixels
+from ..wan_vae.options import MemoryFormat
 from . import inputs
 from .reports import HIDDEN
 from .schema import layout_input, precision_input, schema, vae_input
@@ -35,12 +39,18 @@ class WanVAEEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, pixels, vae, memory_layout="auto", precision="auto") -> io.NodeOutput:
+    def execute(
+        cls,
+        pixels: torch.Tensor,
+        vae: Any,
+        memory_layout: MemoryFormat = "auto",
+        precision: str = "auto",
+    ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "encode") as run:
             config = run.wan.config
             video = frames_to_pixels(inputs.frames(pixels))
             shape = geometry.latent_shape(tuple(video.shape), config)
             plan = run.plan(shape, operation="encode", memory_format=memory_layout)
-            latent = run.wan.encode(video, plan=plan, **run.hooks)
-            latent = latent.to(device=vae.output_device, dtype=inputs.output_dtype(vae))
+            latent = torch.empty(shape, device=vae.output_device, dtype=inputs.output_dtype(vae))
+            latent.copy_(run.encode(video, plan))
         return io.NodeOutput({"samples": latent}, ui=run.ui)

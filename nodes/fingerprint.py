@@ -46,8 +46,8 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> bytes | None:
         # Both count in logical order in every memory format and copy only the samples. Torch's
         # `take` would wake all threads for each tensor on the CPU: 30 ms and more on busy cores.
         if bits.device.type == "cpu":
-            bits = bits.numpy()
-            on_host[name] = bits if at is None else bits[np.unravel_index(at, bits.shape)]
+            host = bits.numpy()
+            on_host[name] = host if at is None else host[np.unravel_index(at, host.shape)]
         else:
             if at is not None:
                 bits = bits.take(torch.from_numpy(at).to(bits.device))
@@ -57,7 +57,7 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> bytes | None:
         flat = torch.cat(list(pieces.values())).cpu().numpy()
         on_host.update(zip(pieces, np.split(flat, ends[:-1]), strict=True))
     for name in state:
-        digest.update(np.ascontiguousarray(on_host[name]))
+        digest.update(np.ascontiguousarray(on_host[name]).data)
     return digest.digest()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..wan_vae.commands.report_text import report_text
@@ -29,7 +31,7 @@ class WanVAEInspect(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, vae) -> io.NodeOutput:
+    def execute(cls, vae: Any) -> io.NodeOutput:
         with session(cls.hidden, vae, "auto", "inspect") as run:
             run.packed.load(0)
             report = run.wan.inspect()

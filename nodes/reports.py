@@ -6,10 +6,14 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 from aiohttp import web
 from comfy_api.latest import io
 from server import PromptServer
+
+# A report as plain values: `DecodeReport.as_dict`.
+Report = dict[str, Any]
 
 EVENT = "wan_vae.report"
 ROUTE = "/wan_vae/reports"
@@ -32,7 +36,7 @@ class NodeId:
     workflow: str | None
 
     @classmethod
-    def of(cls, hidden) -> NodeId:
+    def of(cls, hidden: Any) -> NodeId:
         """From a node's hidden inputs. A node made by expansion is its visible parent."""
         node = str(hidden.unique_id)
         if hidden.dynprompt is not None:
@@ -49,22 +53,22 @@ class ReportStore:
     def __init__(self, limit: int = MAX_REPORTS):
         self._limit = limit
         self._lock = threading.Lock()
-        self._reports: OrderedDict[NodeId, dict] = OrderedDict()
+        self._reports: OrderedDict[NodeId, Report] = OrderedDict()
 
-    def put(self, node: NodeId, report: dict) -> None:
+    def put(self, node: NodeId, report: Report) -> None:
         with self._lock:
             self._reports.pop(node, None)
             self._reports[node] = report
             while len(self._reports) > self._limit:
                 self._reports.popitem(last=False)
 
-    def messages(self) -> list[dict]:
+    def messages(self) -> list[Report]:
         """All reports as the panel gets them, the oldest first."""
         with self._lock:
             return [message(node, report) for node, report in self._reports.items()]
 
 
-def message(node: NodeId, report: dict) -> dict:
+def message(node: NodeId, report: Report) -> Report:
     return {"node": node.node, "workflow": node.workflow, "report": report}
 
 
@@ -83,14 +87,14 @@ class Reporter:
         """Whether it is time for another live report."""
         return time.monotonic() - self._last_sent_s >= MIN_INTERVAL_S
 
-    def send(self, report: dict) -> None:
+    def send(self, report: Report) -> None:
         """To the page that queued the prompt. Without one (an API prompt) nobody listens."""
         self._last_sent_s = time.monotonic()
         server = PromptServer.instance
         if server.client_id is not None:
             server.send_sync(EVENT, message(self.node, report), server.client_id)
 
-    def finish(self, report: dict) -> None:
+    def finish(self, report: Report) -> None:
         """Send the final report and keep it."""
         self._store.put(self.node, report)
         self.send(report)
@@ -102,6 +106,7 @@ def add_route() -> None:
     if server is None:
         return
 
-    @server.routes.get(ROUTE)
     async def reports(_request: web.Request) -> web.Response:
         return web.json_response({"reports": STORE.messages()})
+
+    server.routes.get(ROUTE)(reports)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -12,16 +14,16 @@ from ..wan_vae.options import MEMORY_FORMATS, PRECISIONS
 CATEGORY = "Wan VAE"
 
 
-def schema(**fields) -> io.Schema:
+def schema(**fields: Any) -> io.Schema:
     """An `io.Schema` of `fields`, less those that this ComfyUI does not have (search aliases)."""
     known = {field.name for field in dataclasses.fields(io.Schema)}
     fields = {"category": CATEGORY, **fields}
     return io.Schema(**{name: value for name, value in fields.items() if name in known})
 
 
-def advanced(input_type: type, name: str, **options) -> io.Input:
+def advanced(input_type: Callable[..., io.Input], name: str, **options: Any) -> io.Input:
     """An optional input, folded away as advanced where this ComfyUI can do that."""
-    parameters = inspect.signature(input_type.__init__).parameters
+    parameters = inspect.signature(input_type).parameters
     if "advanced" in parameters:
         options["advanced"] = True
     return input_type(name, optional=True, **options)

@@ -98,6 +98,12 @@ class Session:
         self.packed.load(plan.planned_bytes)
         return plan
 
+    def encode(self, video: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """The latent of `video` [1, 3, T, H, W] by `plan`, on the device."""
+        latent = self.wan.encode(video, plan=plan, **self.hooks)
+        assert latent is not None  # one process always gets the result
+        return latent
+
     def _on_progress(self, done: int, total: int, report: DecodeReport) -> None:
         if self._reporter.due():
             self._reporter.send(report.as_dict())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import SupportsIndex, cast
 
 from .errors import GeometryError
 
@@ -50,7 +51,7 @@ def whole_number(value: object, what: str) -> int:
     try:
         if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
             raise TypeError
-        return operator.index(value)
+        return operator.index(cast(SupportsIndex, value))
     except TypeError as error:
         raise GeometryError(f"{what} is {value!r}: expected a whole number") from error
 

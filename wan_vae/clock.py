@@ -40,4 +40,4 @@ class Mark:
         """Milliseconds from this mark to `later`, of the same device; both must be past."""
         if self.event is None or later.event is None:
             return (later.host_s - self.host_s) * 1e3
-        return self.event.elapsed_time(later.event)
+        return float(self.event.elapsed_time(later.event))

@@ -69,12 +69,12 @@ class WanVAEConfig:
     @property
     def spatial_factor(self) -> int:
         """Pixels on one side of a latent pixel: 8 (Wan 2.1) or 16 (Wan 2.2)."""
-        return 2 ** len(self.temporal_downsample) * self.patch_size
+        return (1 << len(self.temporal_downsample)) * self.patch_size
 
     @property
     def temporal_factor(self) -> int:
         """Pixel frames for each latent frame after the first: 4."""
-        return 2 ** sum(self.temporal_downsample)
+        return 1 << sum(self.temporal_downsample)
 
     @property
     def image_channels(self) -> int:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
+from .config import WanVAEConfig
 from .device import device_name, versions
 
 SCHEMA = "wan_vae.report/1"
@@ -142,14 +144,14 @@ class DecodeReport:
         Keys are the field names of this class, with two exceptions: `schema` comes first, and
         `backends_used` and `backends_off` become `backends: {used, off}`.
         """
-        plain = {"schema": SCHEMA, **asdict(self)}
+        plain: dict[str, object] = {"schema": SCHEMA, **asdict(self)}
         plain["backends"] = {"used": plain.pop("backends_used"), "off": plain.pop("backends_off")}
-        return _jsonable(plain)
+        return {key: _jsonable(value) for key, value in plain.items()}
 
     @classmethod
-    def from_dict(cls, plain: Mapping[str, object]) -> DecodeReport:
+    def from_dict(cls, plain: Mapping[str, Any]) -> DecodeReport:
         """Rebuild the report from the result of `as_dict`, of this process or another."""
-        values = {k: v for k, v in plain.items() if k not in ("schema", "backends")}
+        values: dict[str, Any] = {k: v for k, v in plain.items() if k not in ("schema", "backends")}
         values["layout"] = LayoutRecord(**values["layout"])
         values["memory"] = MemoryRecord(**values["memory"])
         values["backends_used"] = plain["backends"]["used"]
@@ -159,10 +161,13 @@ class DecodeReport:
         ]
         values["chunks"] = [ChunkRecord(**v) for v in plain["chunks"]]
         values["shards"] = [ShardRecord(**v) for v in plain["shards"]]
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        for name, value in values.items():
+            if isinstance(value, list):
+                values[name] = tuple(value)
+        return cls(**values)
 
 
-def _jsonable(value):
+def _jsonable(value: object) -> object:
     if isinstance(value, dict):
         return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -173,13 +178,19 @@ def _jsonable(value):
 class ReportBuilder:
     """Collects facts while an operation runs; `build()` freezes them into a report."""
 
-    def __init__(self, operation: str, config, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, operation: str, config: WanVAEConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.operation = operation
         self.config = config.as_dict()
         self.device = device
         self.dtype = dtype
-        self.values: dict[str, object] = {}
-        self.layout: dict[str, object] = {}
+        self.latent_shape: tuple[int, ...] | None = None
+        self.pixel_shape: tuple[int, ...] | None = None
+        self.precision_requested = "auto"
+        self.strips = 1
+        self.plan: dict[str, object] | None = None
+        self.layout: dict[str, Any] = {}
         self.memory: dict[str, int | None] = {}
         self.layers: list[LayerRecord] = []
         self.backends_used: dict[str, str] = {}
@@ -217,5 +228,9 @@ class ReportBuilder:
             duration_ms=seconds * 1e3,
             frames_per_s=self.done_frames / seconds if self.done_frames and seconds > 0 else None,
             versions=versions(),
-            **self.values,
+            latent_shape=self.latent_shape,
+            pixel_shape=self.pixel_shape,
+            precision_requested=self.precision_requested,
+            strips=self.strips,
+            plan=self.plan,
         )

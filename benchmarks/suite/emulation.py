@@ -1,40 +1,48 @@
-"""What several devices would take, from one: each shard's real shapes in turn, the link modelled.
+"""What several devices would take, from one: each shard's real decode in turn, the link modelled.
 
-Emulated, not measured: the halo code, the kernels and their shapes are the real ones, the
-transport is not. Rows that a peer would send are zeros that lie ready; the time of the link comes
-from `scaling`.
+Emulated, not measured: decode, halo code, kernels and their shapes are the real ones, the transport
+is not. Rows that a neighbour would send are zeros that lie ready, the picture is not gathered; the
+time of the link comes from `scaling`.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 
-from benchmarks.suite.scaling import Link, cross_size, exchanged, planned_frames
-from wan_vae.arithmetic import own_arithmetic
+from benchmarks.suite.scaling import Link, cross_size, exchanged
 from wan_vae.chunking import Chunk
-from wan_vae.layout import contiguous_for_collective
-from wan_vae.network.blocks import Step
-from wan_vae.network.cache import FeatureCache
-from wan_vae.options import Axis
-from wan_vae.planning import memory
+from wan_vae.errors import DecodeMemoryError
+from wan_vae.io.sink import NullSink
+from wan_vae.layout import LayoutCounter, contiguous_for_collective
+from wan_vae.ops.opset import HaloExchange
+from wan_vae.options import RunOptions
+from wan_vae.pipeline import WanVAE
+from wan_vae.planning.plan import Plan
+from wan_vae.report import ReportBuilder
+from wan_vae.runs.decode import DecodeRequest, DecodeRun, shards_of
 from wan_vae.runs.shard_ranks import own_part
-from wan_vae.sharding.context import ShardContext
+from wan_vae.sharding.context import SINGLE, ShardContext
 from wan_vae.sharding.halo import Shard
-from wan_vae.sharding.plan import plan_shards
-from wan_vae.sharding.transport import Incoming, Outgoing
+from wan_vae.sharding.plan import ShardPlan, plan_shards
+from wan_vae.sharding.transport import Incoming, Outgoing, Wire
+
+# Chunks before the first that is timed: the first of a video is shorter, the second the first of
+# its size.
+_WARM_UP = 2
 
 
-class EmulatedWire:
-    """Takes the place of `Wire`: packs what would be sent, and gives zeros of the right shapes."""
+class EmulatedWire(Wire):
+    """Packs what would be sent, and gives zeros of the right shapes. Joins no process group."""
 
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._ready: dict[tuple, torch.Tensor] = {}
+    def __init__(self, context: ShardContext, device: torch.device):
+        # Not Wire's, which asks the process group who is there.
+        self.context, self.device = context, device
+        self._ready: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     def exchange(
         self, site: str, dtype: torch.dtype, out: Sequence[Outgoing], into: Sequence[Incoming]
@@ -46,8 +54,80 @@ class EmulatedWire:
 
     def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         if (shape, dtype) not in self._ready:
-            self._ready[shape, dtype] = torch.zeros(shape, dtype=dtype, device=self._device)
+            self._ready[shape, dtype] = torch.zeros(shape, dtype=dtype, device=self.device)
         return self._ready[shape, dtype]
+
+
+class EmulatedRanks:
+    """`wan_vae.runs.ranks.Ranks` of one rank whose neighbours are not there."""
+
+    has_rows = True
+    receives = True
+
+    def __init__(self, context: ShardContext, shards: ShardPlan, device: torch.device):
+        self._rank, self._shards = context.rank, shards
+        self.exchange: HaloExchange | None = Shard(context, shards, EmulatedWire(context, device))
+
+    def own_part(self, x: torch.Tensor, factor: int = 1) -> torch.Tensor:
+        return own_part(x, self._shards, self._rank, factor)
+
+    def part_shape(self, shape: tuple[int, ...], factor: int = 1) -> tuple[int, ...]:
+        return self._shards.pixel_shape_of(self._rank, shape, factor)
+
+    def result_shape(self, shape: tuple[int, ...], factor: int = 1) -> tuple[int, ...]:
+        return self.part_shape(shape, factor)
+
+    def agree_on(self, plan: Plan) -> tuple[int, ...]:
+        return plan.lengths
+
+    def agree_to_stop(self, chunk: Chunk, stop: bool) -> bool:
+        return stop
+
+    def gather(self, part: torch.Tensor, factor: int, site: str) -> torch.Tensor | None:
+        return part
+
+    def complete(self, builder: ReportBuilder, counter: LayoutCounter, finite: bool) -> bool:
+        return finite
+
+    def out_of_memory(self, reason: str) -> DecodeMemoryError | None:
+        return None
+
+
+@dataclass(frozen=True)
+class SteadyClip:
+    """A video of `chunks` equal chunks of `frames` latent frames, whatever memory is free."""
+
+    height: int
+    width: int
+    frames: int
+    chunks: int
+
+    def run(self, vae: WanVAE, context: ShardContext = SINGLE) -> DecodeRun:
+        """A decode of it, of the whole picture or of the emulated rank of `context`."""
+        size = (1, vae.config.z_dim, self.frames * self.chunks, self.height, self.width)
+        request = DecodeRequest(
+            torch.randn(size, device=vae.device),
+            options=RunOptions(chunk_frames=self.frames, free_bytes=inf),
+            sink=NullSink(),
+            context=context,
+        )
+        shards = shards_of(context, size)
+        if shards is None:
+            return DecodeRun(vae.engine, request)
+        return DecodeRun(vae.engine, request, EmulatedRanks(context, shards, vae.device))
+
+
+def steady_ms(
+    vae: WanVAE, size: tuple[int, int], frames: int, repeats: int, context: ShardContext = SINGLE
+) -> float:
+    """Milliseconds of a chunk of `frames` latent frames in the middle of a decode: the median of
+    `repeats`. size: latent rows and columns of the whole picture."""
+    # The last chunk keeps no history.
+    run = SteadyClip(*size, frames, _WARM_UP + repeats + 1).run(vae, context)
+    run.decode()
+    if run.report is None or run.report.status != "done":
+        raise RuntimeError("the decode has no report")
+    return statistics.median(c.duration_ms for c in run.report.chunks[_WARM_UP:-1])
 
 
 @dataclass(frozen=True)
@@ -76,7 +156,7 @@ class Emulated:
 
 
 def emulate(
-    vae,
+    vae: WanVAE,
     height: int,
     width: int,
     ranks: Sequence[int],
@@ -89,57 +169,20 @@ def emulate(
     In chunks as they are planned for a clip of `clip_frames` latent frames where memory is no
     limit. Each time is the median of `repeats` steady chunks, after a first and another one.
     """
-    config, device = vae.config, vae.device
-    clip = (1, config.z_dim, clip_frames, height, width)
-    z = torch.randn((*clip[:2], 1, height, width), device=device)
-
-    def start(axis: Axis | None):
-        # As a video, which one frame is not.
-        z2 = z.expand(-1, -1, 2, -1, -1)
-        return vae._start_decode(z2, False, 1, "auto", "auto", None, None, "auto", axis)
-
-    def steady_ms(run, part: torch.Tensor, shard, frames: int) -> float:
-        """Of `frames` latent frames."""
-        cache, times = FeatureCache(), []
-        part = part[:, :, :1].expand(-1, -1, frames, -1, -1)
-        with own_arithmetic(device):
-            for i in range(repeats + 2):
-                chunk = Chunk(i * frames, (i + 1) * frames, is_first=i == 0, is_last=False)
-                step = Step(cache, chunk, shard, run.ops, run.counter)
-                times.append(_timed(device, lambda s=step: run.model.decode_chunk(part, s)))
-        return statistics.median(times[2:])
-
-    whole = start("whole")
-    alone = memory.plan_decode(config, clip, vae.dtype, "channels_last_3d", None).chunk_frames
-    one_ms, found = steady_ms(whole, whole.z, None, alone) / alone, []
+    size, clip = (height, width), (1, vae.config.z_dim, clip_frames, height, width)
+    alone = vae.plan(clip, free_bytes=inf).chunk_frames
+    one_ms = steady_ms(vae, size, alone, repeats) / alone
+    found = []
     for count in ranks:
         plan = plan_shards(height, width, count)
-        run, frames = start(plan.axis), planned_frames(config, clip, plan)
-        wire = EmulatedWire(device)
+        frames = vae.plan(clip, free_bytes=inf, ranks=count).chunk_frames
         shard_ms = tuple(
-            steady_ms(
-                run,
-                own_part(run.z, plan, rank).contiguous(),
-                Shard(ShardContext(rank, count), plan, wire),
-                frames,
-            )
+            steady_ms(vae, size, frames, repeats, ShardContext(rank, count))
             for rank in range(plan.active)
         )
-        cross = cross_size(plan, height, width)
+        cross, itemsize = cross_size(plan, height, width), vae.dtype.itemsize
         for link in links:
-            size = run.z.element_size()
-            link_ms = exchanged(config, plan, cross, link, size, frames).link_ms
+            link_ms = exchanged(vae.config, plan, cross, link, itemsize, frames).link_ms
             one = one_ms * frames
             found.append(Emulated(count, frames, plan.axis, link.name, one, shard_ms, link_ms))
     return found
-
-
-def _timed(device: torch.device, work: Callable[[], object]) -> float:
-    """Milliseconds of `work` on the device, host time included where the device waits for it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) * 1e3

@@ -6,7 +6,7 @@ those of the layers where they stand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,19 +15,11 @@ from benchmarks.suite.cases import Case
 from benchmarks.suite.measure import times_ms
 from benchmarks.suite.recorder import LayerTime, Recorder
 from benchmarks.suite.weights import Weights
-from wan_vae import layout
-from wan_vae.arithmetic import own_arithmetic
-from wan_vae.chunking import schedule
-from wan_vae.device import dtype_name, free_bytes
-from wan_vae.kernels.cache_folder import cache_folder
-from wan_vae.kernels.proof.cache import ProofCache, environment
-from wan_vae.network.blocks import Step
-from wan_vae.network.cache import FeatureCache
-from wan_vae.ops.opset import OpSet
-from wan_vae.options import Backend
+from wan_vae.device import dtype_name
+from wan_vae.io.sink import NullSink
+from wan_vae.options import Backend, RunOptions
 from wan_vae.pipeline import WanVAE
-from wan_vae.planning import memory
-from wan_vae.runs.kernel_choice import select_ops
+from wan_vae.runs.decode import DecodeRequest, DecodeRun
 
 # Side of the square matrices and bytes of the copied block. On a GPU large against its caches
 # (an H200 has 50 MB of L2) and long against a launch; on a CPU what takes a fraction of a second.
@@ -102,27 +94,12 @@ def measure_roofline(
 ) -> Roofline:
     """Decode `case` once to warm up and once under clocks. Raises what a decode raises."""
     vae = WanVAE.from_state_dict(weights.native, device=device, dtype=dtype)
-    z = case.random_latent().to(device=device, dtype=dtype)
-    chosen = layout.decide("auto", device, dtype).chosen
-    layout.pack_weights(vae.decoder, chosen)
-    ops = select_ops(
-        backend, vae.model, z.shape[2] == 1,
-        lambda: ProofCache(environment(device), cache_folder()),
-    )  # fmt: skip
-    plan = memory.plan_decode(
-        vae.config, tuple(z.shape), dtype, chosen, free_bytes(device),
-        layers=ops.layers,
-    )  # fmt: skip
-    _walk(vae, z, ops, plan.lengths)
-    recorder = Recorder(vae.model, ops, device)
-    (decode_ms,) = times_ms(lambda: _walk(vae, z, recorder.ops, plan.lengths), device, 1)
+    options = RunOptions(backend=backend)
+    request = DecodeRequest(case.random_latent().to(device), options=options, sink=NullSink())
+    DecodeRun(vae.engine, request).decode()
+    run = DecodeRun(vae.engine, request)
+    recorder = Recorder(run.model, run.ops, device)
+    run.ops = recorder.ops
+    (decode_ms,) = times_ms(run.decode, device, 1)
     layers = recorder.layer_times()
     return Roofline(case.name, backend, dtype_name(dtype), decode_ms, layers)
-
-
-def _walk(vae: WanVAE, z: torch.Tensor, ops: OpSet, lengths: Sequence[int]) -> None:
-    """The decode of `z` in chunks of `lengths` latent frames; pixels are dropped."""
-    cache = FeatureCache()
-    with own_arithmetic(z.device):
-        for chunk in schedule(z.shape[2], lengths):
-            vae.model.decode_chunk(z[:, :, chunk.start : chunk.stop], Step(cache, chunk, ops=ops))

@@ -13,11 +13,13 @@ from benchmarks.suite.recorder import Recorder
 from benchmarks.suite.roofline import Ceilings, measure_ceilings, measure_roofline
 from benchmarks.suite.weights import Weights
 from tests.bench.conftest import CPU
+from tests.conftest import pass_elements
 from wan_vae import WanVAE
 from wan_vae.chunking import schedule
 from wan_vae.network.blocks import Step
 from wan_vae.network.cache import FeatureCache
 from wan_vae.ops.opset import eager_ops
+from wan_vae.planning import choose
 
 VIDEO = CASES["wan2.1-narrow"]
 
@@ -42,6 +44,14 @@ def test_every_convolution_of_the_decoder_is_timed(name):
     assert 0 < sum(row.total_ms for row in roofline.layers) < roofline.decode_ms
     totals = [row.total_ms for row in roofline.layers]
     assert totals == sorted(totals, reverse=True)
+
+
+def test_the_layers_are_those_of_a_decode_in_passes(monkeypatch):
+    elements = pass_elements(VIDEO.config, VIDEO.latent, 2)
+    monkeypatch.setattr(choose, "PASSES", (elements, elements))
+    heads = [row for row in measured(VIDEO).layers if row.name == "decoder.head.2"]
+    # Five frames of pixels in one chunk: in pairs, and the one that is left.
+    assert {(row.layer.frames, row.calls) for row in heads} == {(2, 2), (1, 1)}
 
 
 def test_flops_and_bytes_of_a_known_layer():

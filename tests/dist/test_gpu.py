@@ -28,7 +28,7 @@ def test_ranks_that_share_a_card_make_the_picture_of_one_process(count, monkeypa
     case = Case("480p", wan21(), (1, 16, 3, 60, 104))
     reference = Reference(torch.device("cuda", 0))
     with WorkerPool(["cuda:0"] * count) as pool:
-        assert pool.backend == "gloo"
+        assert pool.transport == "gloo"
         for precision in reference.precisions:
             vae = reference.vae(case.config)
             found = pool.decode(vae, case.random_latent(), precision=precision)

@@ -150,7 +150,7 @@ def test_workers_import_nothing_of_comfyui(vae, latent, expected, tmp_path, monk
     marker = tmp_path / "imported"
     trap = f"from pathlib import Path\nPath({str(marker)!r}).open('a').write(__name__ + ' ')\n"
     for name in ("comfy", "comfy_api", "comfy_extras", "server", "folder_paths", "execution",
-                 "main", "aiohttp"):  # fmt: skip
+                 "main", "aiohttp"):
         (tmp_path / f"{name}.py").write_text(trap)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with WorkerPool(["cpu"]) as pool:
@@ -352,7 +352,7 @@ def test_cancel_stops_within_a_chunk_and_keeps_the_workers(pool, vae, latent, ex
         decode(
             pool, vae, jobs.noise(LONG),
             on_progress=lambda done, *_: seen.append(done), should_stop=lambda: bool(seen),
-        )  # fmt: skip
+        )
     assert vae.last_report.status == "cancelled"
     assert seen[-1] < 157
     assert torch.equal(decode(pool, vae, latent), expected)
@@ -431,28 +431,28 @@ def test_shared_memory_too_small(pool, vae, latent, expected):
 
 @pytest.mark.parametrize("sink", [ImageSink, TensorSink])
 def test_no_rank_writes_where_there_is_no_room(sink, tmp_path, monkeypatch):
-    """Memory is claimed part by part; a full folder is an error there, not a killed process."""
+    """Memory is reserved part by part; a full folder is an error there, not a killed process."""
     shape = (1, 5, 4, 6, 3) if sink is ImageSink else (1, 3, 5, 4, 6)
-    buffer = SharedBuffer.create(4096 + 360 * 4, [tmp_path], claimed=4096)
+    buffer = SharedBuffer.create(4096 + 360 * 4, [tmp_path], reserved=4096)
     out = view(buffer.raw, 4096, shape, torch.float32)
-    claimed = []
+    reserved = []
 
     def fallocate(descriptor: int, start: int, length: int) -> None:
-        claimed.append((start - 4096, length))
-        if len(claimed) > 6:
+        reserved.append((start - 4096, length))
+        if len(reserved) > 6:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    monkeypatch.setattr("wan_vae.workers.shared._fallocate", fallocate)
     pixels = torch.full((1, 3, 2, 2, 6), 0.5)
-    sink(out, buffer.claim).write(pixels, 1, 2)  # frames 1 and 2, rows 2 and 3
+    sink(out, buffer.reserve).write(pixels, 1, 2)  # frames 1 and 2, rows 2 and 3
     if sink is ImageSink:  # rows of 18 numbers, frames of 72
-        assert claimed == [(4 * (72 * t + 36), 4 * 36) for t in (1, 2)]
+        assert reserved == [(4 * (72 * t + 36), 4 * 36) for t in (1, 2)]
     else:  # planes of 24 numbers, channels of 120
-        assert claimed == [(4 * (120 * c + 24 + 12), 4 * (24 + 12)) for c in range(3)]
+        assert reserved == [(4 * (120 * c + 24 + 12), 4 * (24 + 12)) for c in range(3)]
     written = out.count_nonzero()
-    claimed += [None] * 6
+    reserved += [None] * 6
     with pytest.raises(ShardingError, match=rf"no room for 0 MiB .* in {tmp_path}: No space left"):
-        sink(out, buffer.claim).write(pixels, 3, 0)
+        sink(out, buffer.reserve).write(pixels, 3, 0)
     assert out.count_nonzero() == written == 72
     buffer.unlink()
 
@@ -620,7 +620,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     parent = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(root)},
-    )  # fmt: skip
+    )
     pids = [int(p) for p in parent.stdout.readline().split()]
     assert len(pids) == 2
     ends = [os.pidfd_open(pid) for pid in pids]

@@ -7,7 +7,7 @@ import torch
 
 
 @pytest.fixture(scope="module")
-def own_book(tmp_path_factory, interpreted):
+def own_proofs(tmp_path_factory, interpreted):
     """The tests' own verdicts, none of the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WAN_VAE_CACHE", str(tmp_path_factory.mktemp("proofs")))

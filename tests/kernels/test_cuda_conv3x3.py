@@ -9,29 +9,33 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
 
 from wan_vae.kernels.cuda import driver
-from wan_vae.kernels.cuda.conv3x3 import Form, conv3x3, fits, pack, pack_doubled, upsample_conv3x3
-from wan_vae.kernels.triton.conv3d import fold_upsample
-from wan_vae.kernels.triton.norm import norm_scale, norm_silu_join, norm_silu_pairs
+from wan_vae.kernels.cuda.conv3x3 import Variant, conv3x3, pack, pack_doubled, upsample_conv3x3
+from wan_vae.kernels.device import CARDS
+from wan_vae.kernels.kernel import BuildError, NormCall
+from wan_vae.kernels.registry import kernels_of
+from wan_vae.kernels.triton.norm import norm_silu_join, norm_silu_pairs
+from wan_vae.kernels.weights import fold_upsample, norm_scale
 from wan_vae.ops.eager.norm import rms_norm_silu
+from wan_vae.ops.problem import NormConvProblem
 
 HALF, BF16 = torch.float16, torch.bfloat16
-FORMS = [
-    Form(96, 96, True, 3, BF16),
-    Form(192, 384, True, 3, HALF),
-    Form(32, 96, False, 3, HALF),
-    Form(192, 192, False, 3, BF16),
-    Form(384, 384, False, 1, BF16),
-    Form(256, 256, True, 3, BF16),
-    Form(64, 128, False, 3, HALF),
-    Form(1024, 512, True, 3, BF16),
-    Form(160, 320, True, 3, BF16),
-    Form(320, 640, False, 3, BF16),
+VARIANTS = [
+    Variant(96, 96, True, 3, BF16),
+    Variant(192, 384, True, 3, HALF),
+    Variant(32, 96, False, 3, HALF),
+    Variant(192, 192, False, 3, BF16),
+    Variant(384, 384, False, 1, BF16),
+    Variant(256, 256, True, 3, BF16),
+    Variant(64, 128, False, 3, HALF),
+    Variant(1024, 512, True, 3, BF16),
+    Variant(160, 320, True, 3, BF16),
+    Variant(320, 640, False, 3, BF16),
 ]
 DOUBLED = [
-    Form(192, 96, False, 1, BF16, doubled=True),
-    Form(384, 192, False, 1, HALF, doubled=True),
-    Form(32, 64, False, 1, BF16, doubled=True),
-    Form(1024, 512, False, 1, BF16, doubled=True),
+    Variant(192, 96, False, 1, BF16, doubled=True),
+    Variant(384, 192, False, 1, HALF, doubled=True),
+    Variant(32, 64, False, 1, BF16, doubled=True),
+    Variant(1024, 512, False, 1, BF16, doubled=True),
 ]
 
 
@@ -40,28 +44,30 @@ def features(*shape: int, dtype=HALF, device="cpu") -> torch.Tensor:
     return torch.randn(shape, device=device).to(dtype).permute(0, 4, 1, 2, 3)
 
 
-def unpack(packed: torch.Tensor, form: Form) -> torch.Tensor:
+def unpack(packed: torch.Tensor, variant: Variant) -> torch.Tensor:
     """The weights [phase, O, C, 3, 3] behind `pack`, as the kernel reads them."""
-    phases, n = 4 if form.winograd else form.taps, form.blocks
-    p = packed.view(form.cout // form.block // n, phases, form.cin // 32, 3, n, 3, form.block, 4, 8)
+    phases, n = 4 if variant.winograd else variant.taps, variant.blocks
+    p = packed.view(
+        variant.cout // variant.block // n, phases, variant.cin // 32, 3, n, 3, variant.block, 4, 8
+    )
     out = torch.empty_like(p)
     for chunk in range(4):  # 16 bytes of a row, swizzled by bits 1 and 2 of the row's number
-        for r in range(form.block):
+        for r in range(variant.block):
             out[..., r, chunk, :] = p[..., r, chunk ^ (r // 2 % 4), :]
     # tile block, phase, 32 channels, ky, block, kx, row, 4, 8 -> phase, O, C, ky, kx
-    return out.permute(1, 0, 4, 6, 2, 7, 8, 3, 5).reshape(phases, form.cout, form.cin, 3, 3)
+    return out.permute(1, 0, 4, 6, 2, 7, 8, 3, 5).reshape(phases, variant.cout, variant.cin, 3, 3)
 
 
-def by_packed_weights(operand: torch.Tensor, packed: torch.Tensor, form: Form, frames: int):
+def by_packed_weights(operand: torch.Tensor, packed: torch.Tensor, variant: Variant, frames: int):
     """What the kernel computes from its operand, frame by frame in float32."""
-    phases = unpack(packed, form).float()
+    phases = unpack(packed, variant).float()
     x = operand.float()
 
     def product(frame: int, phase: int) -> torch.Tensor:
         return F.conv2d(x[:, :, frame], phases[phase], padding=1)
 
-    if not form.winograd:
-        made = [sum(product(t + k, k) for k in range(form.taps)) for t in range(frames)]
+    if not variant.winograd:
+        made = [sum(product(t + k, k) for k in range(variant.taps)) for t in range(frames)]
         return torch.stack(made, 2)
     made = []
     for pair in range((frames + 1) // 2):
@@ -76,16 +82,16 @@ def by_packed_weights(operand: torch.Tensor, packed: torch.Tensor, form: Form, f
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's part; see below for GPUs")
 def test_operand_and_packed_weights_make_the_convolution(frames, width):
     torch.manual_seed(0)
-    form = Form(32, width, True, 3, HALF)
+    variant = Variant(32, width, True, 3, HALF)
     x, history = features(2, frames, 3, 5, 32), features(2, 2, 3, 5, 32)
     scale, weight = norm_scale(torch.randn(32)), torch.randn(width, 32, 3, 3, 3) / 30
-    operand, kept = norm_silu_pairs(x, scale, history, True, HALF)
-    joined, also_kept = norm_silu_join(x, scale, history, 2, True, HALF)
+    operand, kept = norm_silu_pairs(NormCall(x, scale, history, keep=True, dtype=HALF))
+    joined, also_kept = norm_silu_join(NormCall(x, scale, history, keep=True, dtype=HALF))
     assert torch.equal(kept, also_kept)
     expected = F.conv3d(joined.float(), weight, padding=(0, 1, 1))
-    got = by_packed_weights(operand, pack(weight, form), form, frames)
+    got = by_packed_weights(operand, pack(weight, variant), variant, frames)
     assert ((got - expected).norm() / expected.norm()).item() < 1e-3
-    direct = Form(32, width, False, 3, HALF)
+    direct = Variant(32, width, False, 3, HALF)
     got = by_packed_weights(joined, pack(weight, direct), direct, frames)
     assert ((got - expected).norm() / expected.norm()).item() < 1e-3
 
@@ -95,10 +101,10 @@ def test_pairs_do_not_depend_on_the_chunks():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = features(1, 9, 3, 5, 32, device=device)
     scale = norm_scale(torch.randn(32, device=device))
-    whole, _ = norm_silu_pairs(x, scale, None, False, HALF)
+    whole, _ = norm_silu_pairs(NormCall(x, scale, dtype=HALF))
     for cut in (1, 3, 5):  # the video's first frame stands alone: chunks end at odd numbers
-        first, history = norm_silu_pairs(x[:, :, :cut], scale, None, True, HALF)
-        rest, _ = norm_silu_pairs(x[:, :, cut:], scale, history, False, HALF)
+        first, history = norm_silu_pairs(NormCall(x[:, :, :cut], scale, keep=True, dtype=HALF))
+        rest, _ = norm_silu_pairs(NormCall(x[:, :, cut:], scale, history, dtype=HALF))
         assert torch.equal(torch.cat((first, rest), 2), whole)
 
 
@@ -113,11 +119,11 @@ def upsampled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding
 def test_packed_folded_weights_make_the_upsampled_convolution():
     """As the kernel reads them: for the parity of a row, then of a column, two by two taps."""
     torch.manual_seed(0)
-    form = Form(64, 192, False, 1, HALF, doubled=True)
+    variant = Variant(64, 192, False, 1, HALF, doubled=True)
     x, bias = torch.randn(2, 64, 5, 7), torch.randn(192)
     weight = torch.randn(192, 64, 3, 3) / 24
-    packed = pack_doubled(fold_upsample(weight), form)
-    p, block = packed.view(2, 2, 2, 2, 2, 2, 96, 4, 8), form.block
+    packed = pack_doubled(fold_upsample(weight), variant)
+    p, block = packed.view(2, 2, 2, 2, 2, 2, 96, 4, 8), variant.block
     place = torch.arange(4)[None, :] ^ (torch.arange(block)[:, None] // 2 % 4)
     p = p.gather(-2, place[:, :, None].expand(p.shape)).float()  # the swizzle undoes itself
     # tile block, py, chunk, ky, px, kx, row, 4, 8 -> py, px, O, C, ky, kx
@@ -132,12 +138,25 @@ def test_packed_folded_weights_make_the_upsampled_convolution():
 
 
 def test_widths_that_have_a_kernel():
+    (kernel,) = kernels_of("norm_conv3d", ("cuda",))
+
+    def fits(channels: int, out: int) -> bool:
+        problem = NormConvProblem(channels, out, BF16)
+        return kernel.requires.unmet(CARDS["H100"], problem) is None
+
     assert fits(96, 96) and fits(192, 384) and fits(32, 96)
     assert fits(256, 256) and not fits(16, 96) and not fits(96, 3) and not fits(96, 80)
 
 
-@pytest.mark.parametrize("form", FORMS + DOUBLED, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}")
-def test_compiles_for_hopper(form, tmp_path, monkeypatch):
+def test_it_is_not_built_for_a_card_that_cannot_run_it():
+    """Chosen as for a Hopper card, in a test, but run on another one."""
+    (kernel,) = kernels_of("norm_conv3d", ("cuda",))
+    with pytest.raises(BuildError, match=r"for compute capability 9\.0, this card has 8\.9"):
+        kernel.build(NormConvProblem(96, 96, BF16), "direct3", CARDS["L40S"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS + DOUBLED, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}")
+def test_compiles_for_hopper(variant, tmp_path, monkeypatch):
     """With NVRTC and without a GPU; the second time from the folder, unless the file is damaged."""
     try:
         driver.nvrtc_version()
@@ -146,16 +165,16 @@ def test_compiles_for_hopper(form, tmp_path, monkeypatch):
     source = 'extern "C" __global__ void nothing() {}'
     made = driver.compile_cubin(source, {}, "sm_90a", tmp_path)
     (file,) = tmp_path.glob("*.cubin")
-    monkeypatch.setattr(driver, "_compile", lambda *_: b"compiled anew")
+    monkeypatch.setattr(driver, "_compile", lambda *_: b"compiled again")
     assert driver.compile_cubin(source, {}, "sm_90a", tmp_path) == made
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    assert driver.compile_cubin(source, {}, "sm_90a", tmp_path) == b"compiled anew"
+    assert driver.compile_cubin(source, {}, "sm_90a", tmp_path) == b"compiled again"
     monkeypatch.undo()
     monkeypatch.setenv("WAN_VAE_CACHE", str(tmp_path / "own"))
     from wan_vae.kernels.cuda import conv3x3 as module
 
-    assert module.build.__wrapped__(form).startswith(b"\x7fELF")
-    with pytest.raises(driver.KernelBuildError, match="NVRTC: "):
+    assert module.build.__wrapped__(variant).startswith(b"\x7fELF")
+    with pytest.raises(BuildError, match="NVRTC: "):
         driver.compile_cubin("nonsense", {}, "sm_90a", None)
     assert "WAN_VAE_CACHE" in os.environ
 
@@ -168,63 +187,68 @@ hopper = pytest.mark.skipif(
 
 @pytest.mark.gpu
 @hopper
-@pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}")
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}")
 @pytest.mark.parametrize("padding", [(1, 1), (0, 1), (1, 0)], ids=str)
 @pytest.mark.parametrize("size", [(1, 1, 5, 7), (1, 5, 35, 53), (2, 4, 18, 33)], ids=str)
-def test_on_the_gpu_fifty_times(form, padding, size):
+def test_on_the_gpu_fifty_times(variant, padding, size):
     """Poisoned outputs, with and without a residual; equal bits in every run."""
     torch.manual_seed(0)
     b, t, h, w = size
-    x = features(b, t, h, w, form.cin, dtype=BF16, device="cuda")
-    history = features(b, 2, h, w, form.cin, device="cuda")
-    scale = norm_scale(torch.randn(form.cin, device="cuda"))
-    bias = torch.randn(form.cout, device="cuda")
-    weight = (torch.randn(form.cout, form.cin, 3, 3, 3, device="cuda") / 50).to(HALF)
-    packed = pack(weight, form)
-    past = form.taps - 1
-    joined, _ = norm_silu_join(x, scale, history if past else None, past, False, HALF)
-    operand = norm_silu_pairs(x, scale, history, False, HALF)[0] if form.winograd else joined
+    x = features(b, t, h, w, variant.cin, dtype=BF16, device="cuda")
+    history = features(b, 2, h, w, variant.cin, device="cuda")
+    scale = norm_scale(torch.randn(variant.cin, device="cuda"))
+    bias = torch.randn(variant.cout, device="cuda")
+    weight = (torch.randn(variant.cout, variant.cin, 3, 3, 3, device="cuda") / 50).to(HALF)
+    packed = pack(weight, variant)
+    past = variant.taps - 1
+    before = history if past else None
+    joined, _ = norm_silu_join(NormCall(x, scale, before, past, dtype=HALF))
+    pairs = NormCall(x, scale, history, dtype=HALF)
+    operand = norm_silu_pairs(pairs)[0] if variant.winograd else joined
     rows, columns = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        used = weight[:, :, 3 - form.taps :].float()
+        used = weight[:, :, 3 - variant.taps :].float()
         exact = F.conv3d(joined.float(), used, bias, padding=(0, *padding))
-    for residual in (None, features(b, t, rows, columns, form.cout, dtype=form.out, device="cuda")):
+    for residual in (
+        None,
+        features(b, t, rows, columns, variant.cout, dtype=variant.out, device="cuda"),
+    ):
         expected = exact if residual is None else exact + residual.float()
         runs = []
         for _ in range(50):
-            poison = torch.full_like(expected, float("nan"), dtype=form.out)
+            poison = torch.full_like(expected, float("nan"), dtype=variant.out)
             del poison
-            runs.append(conv3x3(operand, packed, bias, residual, form, t, padding))
+            runs.append(conv3x3(operand, packed, bias, residual, variant, t, padding))
         assert all(torch.equal(run, runs[0]) for run in runs)
         error = ((runs[0].float() - expected).norm() / expected.norm()).item()
-        assert error < (3e-3 if form.out == BF16 else 8e-4)
+        assert error < (3e-3 if variant.out == BF16 else 8e-4)
 
 
 @pytest.mark.gpu
 @hopper
-@pytest.mark.parametrize("form", DOUBLED, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}")
+@pytest.mark.parametrize("variant", DOUBLED, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}")
 @pytest.mark.parametrize("padding", [(1, 1), (0, 1), (1, 0)], ids=str)
 @pytest.mark.parametrize("size", [(1, 5, 7), (5, 35, 53), (4, 18, 33)], ids=str)
-def test_upsampled_on_the_gpu_fifty_times(form, padding, size):
+def test_upsampled_on_the_gpu_fifty_times(variant, padding, size):
     """Poisoned outputs; equal bits in every run, and in a part of the picture."""
     torch.manual_seed(0)
     n, h, w = size
-    x = torch.randn(n, h, w, form.cin, device="cuda").to(form.out).permute(0, 3, 1, 2)
-    weight = (torch.randn(form.cout, form.cin, 3, 3, device="cuda") / (9 * form.cin) ** 0.5).to(
-        HALF
-    )
-    bias = torch.randn(form.cout, device="cuda")
-    packed = pack_doubled(fold_upsample(weight), form)
+    x = torch.randn(n, h, w, variant.cin, device="cuda").to(variant.out).permute(0, 3, 1, 2)
+    weight = (
+        torch.randn(variant.cout, variant.cin, 3, 3, device="cuda") / (9 * variant.cin) ** 0.5
+    ).to(HALF)
+    bias = torch.randn(variant.cout, device="cuda")
+    packed = pack_doubled(fold_upsample(weight), variant)
     expected = upsampled(x, weight, bias, padding)
     runs = []
     for _ in range(50):
-        poison = torch.full_like(expected, float("nan"), dtype=form.out)
+        poison = torch.full_like(expected, float("nan"), dtype=variant.out)
         del poison
-        runs.append(upsample_conv3x3(x, packed, bias, form, padding))
+        runs.append(upsample_conv3x3(x, packed, bias, variant, padding))
     assert all(torch.equal(run, runs[0]) for run in runs)
     error = ((runs[0].float() - expected).norm() / expected.norm()).item()
-    assert error < (6e-3 if form.out == BF16 else 1e-3)
-    whole = upsample_conv3x3(x, packed, bias, form)
+    assert error < (6e-3 if variant.out == BF16 else 1e-3)
+    whole = upsample_conv3x3(x, packed, bias, variant)
     (top, left), (rows, columns) = (2 - 2 * p for p in padding), whole.shape[2:]
     assert torch.equal(runs[0], whole[..., top : rows - top, left : columns - left])
 
@@ -233,6 +257,6 @@ def test_upsampled_on_the_gpu_fifty_times(form, padding, size):
 @hopper
 def test_the_norm_matches_the_reference_on_the_gpu():
     x, gamma = features(1, 4, 9, 7, 96, dtype=BF16, device="cuda"), torch.randn(96, device="cuda")
-    joined, _ = norm_silu_join(x, norm_scale(gamma), None, 2, False, HALF)
+    joined, _ = norm_silu_join(NormCall(x, norm_scale(gamma), dtype=HALF))
     expected = rms_norm_silu(x.float(), gamma)
     assert ((joined[:, :, 2:].float() - expected).norm() / expected.norm()).item() < 5e-4

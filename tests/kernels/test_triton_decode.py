@@ -16,10 +16,9 @@ from tests.conftest import random_state
 from wan_vae import WanVAE
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import BackendError
-from wan_vae.kernels import layer as kernel_layer
-from wan_vae.kernels.select import why_not, why_not_cuda
+from wan_vae.kernels.triton import layers as kernel_layers
 
-pytestmark = pytest.mark.usefixtures("own_book")
+pytestmark = pytest.mark.usefixtures("own_proofs")
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -31,7 +30,7 @@ CONFIGS = {"wan2.1": wan21(dim=16), "wan2.2": wan22(dim=16, decoder_dim=16)}
 
 
 @pytest.fixture(scope="module")
-def vae(own_book) -> WanVAE:
+def vae(own_proofs) -> WanVAE:
     return WanVAE.from_state_dict(random_state(CONFIGS["wan2.1"]), device=DEVICE, dtype=DTYPE)
 
 
@@ -95,14 +94,14 @@ def test_bits_do_not_depend_on_the_formats_of_latent_and_checkpoint(family):
 def test_a_kernel_that_fails_its_proof_is_off_and_the_picture_is_right(vae, tmp_path, monkeypatch):
     """Planted: a convolution that drops its residual in one tile."""
     monkeypatch.setenv("WAN_VAE_CACHE", str(tmp_path))
-    real = kernel_layer.conv3d
+    real = kernel_layers.conv3d
 
     def wrong(*arguments, **options):
         y = real(*arguments, **options)
         y[:, :, :, :2, :2] *= 0.5
         return y
 
-    monkeypatch.setattr(kernel_layer, "conv3d", wrong)
+    monkeypatch.setattr(kernel_layers, "conv3d", wrong)
     fresh = WanVAE(vae.model)
     z = latent(vae, 1)
     assert relative(decode(fresh, z), reference(vae, z)) < BOUND
@@ -148,22 +147,6 @@ def test_requests_that_cannot_be_met_are_refused(vae):
     z = latent(vae, 1)
     with pytest.raises(BackendError, match="expected one of auto, eager, triton, cuda"):
         vae.decode(z, backend="tensorrt")
-
-
-def test_why_not_says_why(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    cpu, half = torch.device("cpu"), torch.bfloat16
-    assert why_not(cpu, half) == "no CUDA device"
-    assert "mps" in why_not(torch.device("mps"), half)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert "this card has 8.6" in why_not(torch.device("cuda"), half)
-
-
-def test_cards_of_other_makes_and_ages_keep_the_reference(monkeypatch):
-    assert why_not_cuda(torch.device("cpu")) == "no CUDA device"
-    for capability in ((8, 9), (10, 0), (12, 0)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert "Hopper" in why_not_cuda(torch.device("cuda"))
 
 
 def test_kernels_are_kept_for_the_next_decode_and_leave_with_the_weights(vae):

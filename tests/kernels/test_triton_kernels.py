@@ -12,10 +12,19 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
 
+from wan_vae.kernels.kernel import NormCall, NormResult
 from wan_vae.kernels.triton import attention as triton_attention
-from wan_vae.kernels.triton import conv3d as triton_conv3d
-from wan_vae.kernels.triton import head as triton_head
-from wan_vae.kernels.triton import norm as triton_norm
+from wan_vae.kernels.triton import conv3d_pointer, conv3d_tma
+from wan_vae.kernels.triton.configs import AttentionConfig, ConvConfig, StridedConfig
+from wan_vae.kernels.triton.conv3d import (
+    ConvOperands,
+    UpsampleOperands,
+    conv3d,
+    folded_upsample,
+)
+from wan_vae.kernels.triton.head import HeadOperands, head_conv, pack_head
+from wan_vae.kernels.triton.norm import norm_silu_join, norm_silu_pairs
+from wan_vae.kernels.weights import fold_upsample, norm_scale
 from wan_vae.ops.eager.attention import attention
 from wan_vae.ops.eager.norm import rms_norm, rms_norm_silu
 from wan_vae.ops.opset import HaloRows
@@ -26,10 +35,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAST = torch.channels_last_3d
 # float16 against float32 on the same float16 inputs: one rounding of the result.
 BOUND = 4e-4
-CONFIGS = [
-    triton_conv3d.Config(4, 4, 8, 32, 16, 16, 4, 3),
-    triton_conv3d.Config(2, 8, 8, 64, 0, 32, 4, 2),
-    triton_conv3d.Config(1, 4, 8, 32, 16, 32, 4, 2),
+NAMES = ["f4_p4x8_n32+16_k16_w4_s3", "f2_p8x8_n64+0_k32_w4_s2", "f1_p4x8_n32+16_k32_w4_s2"]
+CONFIGS = [ConvConfig.parse(name) for name in NAMES]
+# The ways to load; through pointers a program makes at most two frames.
+LAUNCHES = {"tma": conv3d_tma.launch, "pointer": conv3d_pointer.launch}
+KERNELS = [
+    pytest.param(LAUNCHES[loads], config, id=f"{loads}-{config.name}")
+    for loads in LAUNCHES
+    for config in CONFIGS
+    if config.F <= 2 or loads == "tma"
 ]
 
 
@@ -43,6 +57,14 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
+def joined(x, scale, history=None, past=2, keep=False, **options) -> NormResult:
+    return norm_silu_join(NormCall(x, scale, history, past, keep, **options))
+
+
+def paired(x, scale, history=None, past=2, keep=False, **options) -> NormResult:
+    return norm_silu_pairs(NormCall(x, scale, history, past, keep, **options))
+
+
 @pytest.mark.parametrize("frames", [1, 2, 5])
 @pytest.mark.parametrize("with_history", [True, False])
 @pytest.mark.parametrize("fmt", [torch.contiguous_format, LAST], ids=["ncdhw", "ndhwc"])
@@ -50,46 +72,38 @@ def test_norm_silu_behind_history(frames, with_history, fmt):
     x = rand(2, 24, frames, 5, 7).contiguous(memory_format=fmt)
     history = rand(2, 24, 2, 5, 7).contiguous(memory_format=fmt) if with_history else None
     gamma = 1 + 0.1 * rand(24, dtype=torch.float32)
-    buffer, kept = triton_norm.norm_silu_join(
-        x, triton_norm.norm_scale(gamma), history, 2, keep=True
-    )
+    buffer, kept = joined(x, norm_scale(gamma), history, keep=True)
     past = torch.zeros_like(x[:, :, :1]).repeat(1, 1, 2, 1, 1) if history is None else history
     expected = torch.cat((past.float(), rms_norm_silu(x.float(), gamma)), 2)
     assert relative(buffer, expected) < BOUND
     assert torch.equal(kept, buffer[:, :, -2:])
 
 
+@pytest.mark.parametrize("call", [joined, paired])
 @pytest.mark.parametrize("frames", [1, 2, 4])
-def test_history_in_its_old_place_is_the_same(frames):
+def test_history_in_its_old_place_is_the_same(call, frames):
     x = rand(2, 24, frames, 5, 7).contiguous(memory_format=LAST)
-    scale = triton_norm.norm_scale(1 + 0.1 * rand(24, dtype=torch.float32))
-    for call in (
-        lambda history, **options: triton_norm.norm_silu_join(
-            x, scale, history, 2, True, torch.float16, **options
-        ),
-        lambda history, **options: triton_norm.norm_silu_pairs(
-            x, scale, history, True, torch.float16, **options
-        ),
-    ):
-        history = rand(2, 24, 2, 5, 7).contiguous(memory_format=LAST)
-        operand, kept = call(history.clone())
-        again, over = call(history, overwrite=True)
-        assert over.data_ptr() == history.data_ptr()
-        assert torch.equal(operand, again) and torch.equal(kept, over)
+    scale = norm_scale(1 + 0.1 * rand(24, dtype=torch.float32))
+    history = rand(2, 24, 2, 5, 7).contiguous(memory_format=LAST)
+    operand, kept = call(x, scale, history.clone(), keep=True)
+    again, over = call(x, scale, history, keep=True, overwrite=True)
+    assert over.data_ptr() == history.data_ptr()
+    assert torch.equal(operand, again) and torch.equal(kept, over)
 
 
+@pytest.mark.parametrize("call", [joined, paired])
 @pytest.mark.parametrize("axis", ["height", "width"])
 @pytest.mark.parametrize("place", ["first", "inner", "last"])
 @pytest.mark.parametrize("channels", [24, 96])
-def test_norm_with_a_shards_halo_gives_the_bits_of_the_whole_picture(axis, place, channels):
-    """Of both forms, their history too; at the picture's edge the halo is zero."""
+def test_norm_with_a_shards_halo_gives_the_bits_of_the_whole_picture(call, axis, place, channels):
+    """Its history too; at the picture's edge the halo is zero."""
     dim, size = (3, 11) if axis == "height" else (4, 7)
     start, stop = {"first": (0, 4), "inner": (2, 5), "last": (size - 3, size)}[place]
     x = rand(2, channels, 3, 11, 7).contiguous(memory_format=LAST)
     padded = F.pad(x, (0, 0, 1, 1) if axis == "height" else (1, 1))
     history = rand(2, channels, 2, 11, 7)
     history = F.pad(history, (0, 0, 1, 1) if axis == "height" else (1, 1))
-    scale = triton_norm.norm_scale(1 + 0.1 * rand(channels, dtype=torch.float32))
+    scale = norm_scale(1 + 0.1 * rand(channels, dtype=torch.float32))
 
     def edge(index: int) -> torch.Tensor | None:
         inside = 0 <= index < size
@@ -98,93 +112,107 @@ def test_norm_with_a_shards_halo_gives_the_bits_of_the_whole_picture(axis, place
     halo = HaloRows(axis, edge(start - 1), edge(stop))
     own = x.narrow(dim, start, stop - start)
     past = history.narrow(dim, start, stop - start + 2)
-    for call in (
-        lambda x, history, **halo: triton_norm.norm_silu_join(
-            x, scale, history, 2, True, torch.float16, **halo
-        ),
-        lambda x, history, **halo: triton_norm.norm_silu_pairs(
-            x, scale, history, True, torch.float16, **halo
-        ),
-    ):
-        whole = call(padded, history)
-        part = call(own, past, halo=halo)
-        for found, expected in zip(part, whole, strict=True):
-            assert torch.equal(found, expected.narrow(dim, start, stop - start + 2))
+    whole = call(padded, scale, history, keep=True)
+    part = call(own, scale, past, keep=True, halo=halo)
+    for got, expected in zip(part, whole, strict=True):
+        assert torch.equal(got, expected.narrow(dim, start, stop - start + 2))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
+@pytest.mark.parametrize("launch,config", KERNELS)
 @pytest.mark.parametrize("last_slice", [False, True])
 @pytest.mark.parametrize("extras", [True, False], ids=["bias+residual", "bare"])
-@pytest.mark.parametrize("frames,height,width", [(1, 3, 5), (5, 9, 11)])
-def test_conv3d(config, last_slice, extras, frames, height, width):
+@pytest.mark.parametrize("frames,height,width", [(1, 3, 5), (3, 5, 9)])
+def test_conv3d(launch, config, last_slice, extras, frames, height, width):
     past = 0 if last_slice else 2
     x = rand(2, 32, frames + past, height, width).contiguous(memory_format=LAST)
     weight = (rand(48, 32, 3, 3, 3) / 30).contiguous(memory_format=LAST)
     bias = rand(48) if extras else None
     residual = rand(2, 48, frames, height, width).contiguous(memory_format=LAST) if extras else None
-    y = triton_conv3d.conv3d(x, weight, bias, residual, config, last_slice=last_slice)
+    operands = ConvOperands(x, weight, bias, residual, last_slice=last_slice)
+    y = conv3d(operands, config, launch)
     used = weight[:, :, -1:] if last_slice else weight
     b = None if bias is None else bias.float()
     expected = F.conv3d(x.float(), used.float(), b, padding=(0, 1, 1))
     if residual is not None:
         expected = expected + residual
     assert relative(y, expected) < BOUND
-    again = triton_conv3d.conv3d(x, weight, bias, residual, config, last_slice=last_slice)
-    assert torch.equal(y, again)
+    assert torch.equal(y, conv3d(operands, config, launch))
 
 
-def test_conv3d_bits_do_not_depend_on_chunk_or_place():
+def test_both_ways_to_load_give_the_same_bits():
+    """In the interpreter, which multiplies alike: they add in the same order."""
+    if torch.cuda.is_available():
+        pytest.skip("tensor cores of different generations round differently")
+    x = rand(1, 32, 4, 5, 7).contiguous(memory_format=LAST)
+    weight = (rand(48, 32, 3, 3, 3) / 30).contiguous(memory_format=LAST)
+    results = [conv3d(ConvOperands(x, weight), CONFIGS[2], f) for f in LAUNCHES.values()]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("launch,config", KERNELS[1:4:2])
+def test_conv3d_bits_do_not_depend_on_chunk_or_place(launch, config):
     """The same pixel from another chunk length and from a crop of the picture: equal bits."""
-    config = CONFIGS[0]
     x = rand(1, 32, 7, 12, 19).contiguous(memory_format=LAST)
     weight = (rand(48, 32, 3, 3, 3) / 30).contiguous(memory_format=LAST)
-    whole = triton_conv3d.conv3d(x, weight, None, None, config)
+    whole = conv3d(ConvOperands(x, weight), config, launch)
     crop = x[:, :, 1:4, 3:11, 2:17].contiguous(memory_format=LAST)
-    part = triton_conv3d.conv3d(crop, weight, None, None, config)
+    part = conv3d(ConvOperands(crop, weight), config, launch)
     assert torch.equal(part[:, :, :, 1:-1, 1:-1], whole[:, :, 1:2, 4:10, 3:16])
 
 
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
 @pytest.mark.parametrize("padding", [(0, 1), (1, 0), (0, 0)])
-def test_conv3d_with_halo_rows_gives_the_bits_of_the_whole_picture(padding):
+def test_conv3d_with_halo_rows_gives_the_bits_of_the_whole_picture(launch, padding):
     """Halo rows (or columns) in the buffer instead of padding, as a shard has them."""
     x = rand(1, 32, 3, 8, 9).contiguous(memory_format=LAST)
     weight = (rand(48, 32, 3, 3, 3) / 30).contiguous(memory_format=LAST)
     residual = rand(1, 48, 1, 8, 9).contiguous(memory_format=LAST)
-    whole = triton_conv3d.conv3d(x, weight, None, residual, CONFIGS[2])
+    whole = conv3d(ConvOperands(x, weight, None, residual), CONFIGS[2], launch)
     rows = slice(2, 6) if padding[0] == 0 else slice(None)
     columns = slice(1, 7) if padding[1] == 0 else slice(None)
     halo_rows = slice(1, 7) if padding[0] == 0 else slice(None)
     halo_columns = slice(0, 8) if padding[1] == 0 else slice(None)
     part = x[..., halo_rows, halo_columns].contiguous(memory_format=LAST)
     own = residual[..., rows, columns]
-    y = triton_conv3d.conv3d(part, weight, None, own, CONFIGS[2], padding=padding)
+    y = conv3d(ConvOperands(part, weight, None, own, padding), CONFIGS[2], launch)
     assert torch.equal(y, whole[..., rows, columns])
 
 
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
 @pytest.mark.parametrize("kernel", [(1, 1, 1), (3, 1, 1), (3, 3, 3)], ids=str)
-def test_float32_operands_keep_float32(kernel):
+def test_float32_operands_keep_float32(launch, kernel):
     kt, kh, kw = kernel
     x = rand(1, 16, 1 + kt, 5, 6, dtype=torch.float32).contiguous(memory_format=LAST)
     weight = rand(32, 16, kt, kh, kw, dtype=torch.float32).contiguous(memory_format=LAST) / 8
-    config = triton_conv3d.Config(2, 4, 8, 16, 0, 16, 4, 2)
+    config = ConvConfig.parse("f2_p4x8_n16+0_k16_w4_s2")
     padding = (kh // 2, kw // 2)
-    y = triton_conv3d.conv3d(x, weight, None, None, config, padding=padding)
+    y = conv3d(ConvOperands(x, weight, padding=padding), config, launch)
     assert relative(y, F.conv3d(x.double(), weight.double(), padding=(0, *padding))) < 1e-5
+
+
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+def test_results_in_bfloat16(launch):
+    x = rand(1, 32, 3, 5, 7).contiguous(memory_format=LAST)
+    weight = (rand(32, 32, 3, 3, 3) / 30).contiguous(memory_format=LAST)
+    residual = rand(1, 32, 1, 5, 7, dtype=torch.bfloat16).contiguous(memory_format=LAST)
+    operands = ConvOperands(x, weight, None, residual, out_dtype=torch.bfloat16)
+    y = conv3d(operands, CONFIGS[2], launch)
+    expected = F.conv3d(x.float(), weight.float(), padding=(0, 1, 1)) + residual.float()
+    # The interpreter cuts the last bits off, where a card rounds.
+    assert y.dtype == torch.bfloat16 and relative(y, expected) < 6e-3
 
 
 def test_norm_without_silu():
     x = rand(2, 24, 1, 5, 7).contiguous(memory_format=LAST)
     gamma = 1 + 0.1 * rand(24, dtype=torch.float32)
-    y, kept = triton_norm.norm_silu_join(
-        x, triton_norm.norm_scale(gamma), None, 0, keep=False, silu=False
-    )
+    y, kept = joined(x, norm_scale(gamma), past=0, silu=False)
     assert kept is None
     assert relative(y, rms_norm(x.float(), gamma)) < BOUND
 
 
 @pytest.mark.parametrize("channels,width,made", [(48, 16, 3), (64, 32, 2), (32, 32, 1)])
 def test_attention_rows_do_not_depend_on_their_neighbours(channels, width, made):
-    config = triton_attention.AttentionConfig(16, 16, width, made, 4, 2)
+    config = AttentionConfig(16, 16, width, made, 4, 2)
     q, k, v = rand(2, 37, 3 * channels).split(channels, dim=2)
     y = triton_attention.attention(q, k, v, config)
     expected = attention(q.float(), k.float(), v.float())
@@ -193,25 +221,21 @@ def test_attention_rows_do_not_depend_on_their_neighbours(channels, width, made)
     assert torch.equal(part, y[:, 5:30])
 
 
-def test_folded_upsample():
-    x = rand(3, 32, 5, 7).contiguous(memory_format=torch.channels_last)
-    weight, bias = rand(48, 32, 3, 3) / 17, rand(48)
-    folded = triton_conv3d.fold_upsample(weight)
-    y = triton_conv3d.folded_upsample(x, folded, bias, CONFIGS[0])
-    doubled = F.interpolate(x.float(), scale_factor=2.0, mode="nearest-exact")
-    # Summed taps are rounded to float16 once more than the reference's.
-    assert relative(y, F.conv2d(doubled, weight.float(), bias.float(), padding=1)) < 2 * BOUND
-
-
-@pytest.mark.parametrize("padding", [(0, 1), (1, 0), (0, 0)])
-def test_folded_upsample_with_halo_rows_gives_the_bits_of_the_whole_picture(padding):
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+@pytest.mark.parametrize("padding", [(1, 1), (0, 1), (1, 0), (0, 0)])
+def test_folded_upsample(launch, padding):
+    """With halo rows instead of padding: the bits of the whole picture."""
     x = rand(3, 32, 6, 7).contiguous(memory_format=torch.channels_last)
     weight, bias = rand(48, 32, 3, 3) / 17, rand(48)
-    folded = triton_conv3d.fold_upsample(weight)
-    whole = triton_conv3d.folded_upsample(x, folded, bias, CONFIGS[0])
-    part = triton_conv3d.folded_upsample(x, folded, bias, CONFIGS[0], padding)
-    top, left = (2 - 2 * p for p in padding)
-    assert torch.equal(part, whole[:, :, top : 12 - top, left : 14 - left])
+    folded = fold_upsample(weight)
+    whole = folded_upsample(UpsampleOperands(x, folded, bias), CONFIGS[1], launch)
+    doubled = F.interpolate(x.float(), scale_factor=2.0, mode="nearest-exact")
+    # Summed taps are rounded to float16 once more than the reference's.
+    assert relative(whole, F.conv2d(doubled, weight.float(), bias.float(), padding=1)) < 2 * BOUND
+    if padding != (1, 1):
+        part = folded_upsample(UpsampleOperands(x, folded, bias, padding), CONFIGS[1], launch)
+        top, left = (2 - 2 * p for p in padding)
+        assert torch.equal(part, whole[:, :, top : 12 - top, left : 14 - left])
 
 
 @pytest.mark.parametrize("channels_out", [3, 12])
@@ -220,7 +244,17 @@ def test_folded_upsample_with_halo_rows_gives_the_bits_of_the_whole_picture(padd
 def test_head(channels_out, last_slice, padding):
     x = rand(2, 32, 5, 9, 11).contiguous(memory_format=LAST)
     weight, bias = rand(channels_out, 32, 3, 3, 3) / 30, rand(channels_out)
-    y = triton_head.head_conv(x, weight, bias, padding=padding, last_slice=last_slice)
+    packed = pack_head(weight, x.dtype)
+    y = head_conv(HeadOperands(x, packed, bias, channels_out, padding, last_slice))
     used = weight[:, :, -1:] if last_slice else weight
     expected = F.conv3d(x.float(), used.float(), bias.float(), padding=(0, *padding))
     assert relative(y, expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [ConvConfig, AttentionConfig, StridedConfig])
+def test_configurations_are_what_their_names_say(kind):
+    config = kind(*range(1, 9)) if kind is ConvConfig else kind(*range(1, 7))
+    assert kind.parse(config.name) == config
+    for wrong in ("", "f2", config.name + "_x", config.name.replace("w", "v")):
+        with pytest.raises(ValueError, match="is no configuration"):
+            kind.parse(wrong)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
 
-from wan_vae.kernels.triton.strided import StridedConfig, strided_candidates, strided_conv3d
+from wan_vae.kernels.triton.configs import StridedConfig, strided_candidates
+from wan_vae.kernels.triton.strided import StridedOperands, strided_conv3d
 
 pytestmark = pytest.mark.usefixtures("interpreted", "poisoned_outputs")
 
@@ -51,11 +52,11 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_every_second_pixel(config, with_bias, height, width):
     x, weight = features(2, 64, 3, height, width), weights(96, 64, 1, 3, 3)
     bias = rand(96) if with_bias else None
-    y = strided_conv3d(x, weight, bias, config, stride=PIXELS, pad_after=(1, 1))
+    y = strided_conv3d(StridedOperands(x, weight, bias, PIXELS, (1, 1)), config)
     padded = F.pad(x.float(), (0, 1, 0, 1))
     b = None if bias is None else bias.float()
     assert relative(y, F.conv3d(padded, weight.float(), b, stride=PIXELS)) < BOUND
-    again = strided_conv3d(x, weight, bias, config, stride=PIXELS, pad_after=(1, 1))
+    again = strided_conv3d(StridedOperands(x, weight, bias, PIXELS, (1, 1)), config)
     assert torch.equal(y, again)
 
 
@@ -63,12 +64,13 @@ def test_every_second_pixel(config, with_bias, height, width):
 @pytest.mark.parametrize("frames", [3, 5, 9])
 def test_every_second_frame(config, frames):
     x, weight, bias = features(2, 64, frames, 3, 7), weights(96, 64, 3, 1, 1), rand(96)
-    y = strided_conv3d(x, weight, bias, config, stride=FRAMES)
+    y = strided_conv3d(StridedOperands(x, weight, bias, FRAMES), config)
     expected = F.conv3d(x.float(), weight.float(), bias.float(), stride=FRAMES)
     assert relative(y, expected) < BOUND
-    part = strided_conv3d(x[:, :, 2:].contiguous(memory_format=LAST), weight, bias, config,
-                          stride=FRAMES) if frames > 3 else y[:, :, 1:]  # fmt: skip
-    assert torch.equal(part, y[:, :, 1:]), "the bits do not depend on the chunk"
+    if frames > 3:
+        later = x[:, :, 2:].contiguous(memory_format=LAST)
+        part = strided_conv3d(StridedOperands(later, weight, bias, FRAMES), config)
+        assert torch.equal(part, y[:, :, 1:]), "the bits do not depend on the chunk"
 
 
 @pytest.mark.parametrize("axis", ["height", "width"])
@@ -76,13 +78,13 @@ def test_every_second_frame(config, frames):
 def test_a_shard_gives_the_bits_of_the_whole_picture(axis, last):
     """It holds its neighbour's row (or column) in the buffer; zeros at the edge of the picture."""
     x, weight, bias = features(1, 64, 2, 12, 12), weights(96, 64, 1, 3, 3), rand(96)
-    whole = strided_conv3d(x, weight, bias, CONFIGS[0], stride=PIXELS, pad_after=(1, 1))
+    whole = strided_conv3d(StridedOperands(x, weight, bias, PIXELS, (1, 1)), CONFIGS[0])
     dim = -2 if axis == "height" else -1
     surrounded = F.pad(x, (0, 0, 0, 1) if axis == "height" else (0, 1))
     start, rows = (8, 4) if last else (0, 8)
     part = surrounded.narrow(dim, start, rows + 1).contiguous(memory_format=LAST)
     after = (0, 1) if axis == "height" else (1, 0)
-    y = strided_conv3d(part, weight, bias, CONFIGS[0], stride=PIXELS, pad_after=after)
+    y = strided_conv3d(StridedOperands(part, weight, bias, PIXELS, after), CONFIGS[0])
     assert torch.equal(y, whole.narrow(dim, start // 2, rows // 2))
 
 
@@ -90,13 +92,13 @@ def test_float32_operands_keep_float32():
     x = features(1, 32, 3, 6, 10, dtype=torch.float32)
     for kernel, stride in (((1, 3, 3), PIXELS), ((3, 1, 1), FRAMES)):
         weight = weights(48, 32, *kernel, dtype=torch.float32)
-        y = strided_conv3d(x, weight, None, CONFIGS[0], stride=stride)
+        y = strided_conv3d(StridedOperands(x, weight, None, stride), CONFIGS[0])
         assert relative(y, F.conv3d(x.double(), weight.double(), stride=stride)) < 1e-5
 
 
 def test_widths_that_have_a_kernel():
     for width in (96, 192, 384, 160, 320, 640, 16, 48):
-        for config in strided_candidates(width, width):
+        for config in map(StridedConfig.parse, strided_candidates(width, width)):
             assert width % (config.N0 + config.N1) == 0 and width % config.BK == 0
         assert strided_candidates(width, width)
     assert strided_candidates(24, 32) == () and strided_candidates(32, 24) == ()

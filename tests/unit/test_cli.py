@@ -209,6 +209,68 @@ def test_doctor_reports_a_wrong_convolution(monkeypatch, capsys):
     assert "WRONG" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("fails", "code"), [("channels last", 0), ("all", 1), ("kernels", 0)])
+def test_doctor_reports_what_cannot_run(fails, code, monkeypatch, capsys):
+    """Planted: a device without an operator, and kernels that cannot be checked."""
+    from wan_vae.commands import doctor
+
+    real = doctor.F.conv3d
+
+    def missing(x, weight, **options):
+        if x.dtype == torch.float32 and (fails == "all" or not x.is_contiguous()):
+            raise NotImplementedError("conv3d is not here\nmore lines")
+        return real(x, weight, **options)
+
+    def broken(device):
+        raise RuntimeError("CUDA error: no kernel image")
+
+    if fails == "kernels":
+        monkeypatch.setattr(doctor, "check_kernels", broken)
+    else:
+        monkeypatch.setattr(doctor.F, "conv3d", missing)
+    assert main(["doctor", "--device", "cpu"]) == code
+    out = capsys.readouterr().out
+    number = {"channels last": 2, "all": 4, "kernels": 0}[fails]
+    assert out.count("cannot run: conv3d is not here\n") == number
+    assert out.count("right") == 4 - number
+    assert ("kernels: cannot be checked: CUDA error: no kernel image" in out) == (not number)
+
+
+def test_inspect_prints_the_plan_that_a_decode_executes(files, capsys):
+    argv = ["inspect", str(files / "vae.safetensors"), "--plan", str(files / "clip.latent"), *CPU]
+    options = ["--chunk-frames", "1", "--strips", "2", "--free-bytes", "1e9"]
+    assert main([*argv, *options, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    vae = wan_vae.load(files / "vae.safetensors", device="cpu")
+    latent = load_latent(files / "clip.latent")
+    expected = vae.plan(tuple(latent.shape), chunk_frames=1, strips=2, free_bytes=1e9)
+    assert plan == json.loads(json.dumps(expected.as_dict()))
+    vae.decode(latent, plan=expected)
+    assert vae.last_report.memory.planned_bytes == plan["planned_bytes"]
+    assert main([*argv, *options, "--layers"]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "chunks    3 (latent frames: 3 x 1)",
+        "strips    2, ",
+        "layer     decoder.conv1 ",
+    ):
+        assert words in text
+
+
+def test_a_latent_of_another_model_has_no_plan(files, tmp_path, capsys):
+    save_latent(tmp_path / "z.latent", torch.zeros(1, 48, 1, 2, 2))
+    argv = ["inspect", str(files / "vae.safetensors"), "--plan", str(tmp_path / "z.latent"), *CPU]
+    assert main(argv) == 1
+    assert "48 channels" in capsys.readouterr().err
+
+
+def test_options_of_a_plan_without_a_plan_are_wrong_usage(files, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", str(files / "vae.safetensors"), "--strips", "2"])
+    assert stopped.value.code == 2
+    assert "--strips is an option of --plan LATENT" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["decode", "encode", "inspect", "demo", "doctor", "bench"])
 def test_help_shows_an_example(name, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -217,15 +279,26 @@ def test_help_shows_an_example(name, capsys):
     assert f"wan-vae {name}" in capsys.readouterr().out.split("example")[-1]
 
 
-@pytest.mark.parametrize("module, package, command", [
-    ("av", "av", ["demo", "--output", "out"]),
-    ("PIL.Image", "Pillow", ["demo", "--output", "out"]),
-    ("av", "av", ["decode", "z.latent", "--vae", "v.safetensors", "-o", "out/o.mp4"]),
-    ("PIL.Image", "Pillow", ["decode", "z.latent", "--vae", "v.safetensors", "-o", "out/o.png"]),
-    ("PIL.Image", "Pillow", ["decode", "z.latent", "--vae", "v.safetensors", "-o", "out"]),
-    ("av", "av", ["encode", "in.mp4", "--vae", "v.safetensors", "-o", "out/z.latent"]),
-    ("PIL.Image", "Pillow", ["encode", "in.png", "--vae", "v.safetensors", "-o", "out/z.latent"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "module, package, command",
+    [
+        ("av", "av", ["demo", "--output", "out"]),
+        ("PIL.Image", "Pillow", ["demo", "--output", "out"]),
+        ("av", "av", ["decode", "z.latent", "--vae", "v.safetensors", "-o", "out/o.mp4"]),
+        (
+            "PIL.Image",
+            "Pillow",
+            ["decode", "z.latent", "--vae", "v.safetensors", "-o", "out/o.png"],
+        ),
+        ("PIL.Image", "Pillow", ["decode", "z.latent", "--vae", "v.safetensors", "-o", "out"]),
+        ("av", "av", ["encode", "in.mp4", "--vae", "v.safetensors", "-o", "out/z.latent"]),
+        (
+            "PIL.Image",
+            "Pillow",
+            ["encode", "in.png", "--vae", "v.safetensors", "-o", "out/z.latent"],
+        ),
+    ],
+)
 def test_a_package_that_is_missing_is_one_line_that_says_what_to_install(
     module, package, command, tmp_path, monkeypatch, capsys
 ):
@@ -255,11 +328,23 @@ def test_what_was_left_out_with_the_dependencies_is_one_line(module, files, tmp_
     )
     root = Path(wan_vae.__file__).resolve().parents[1]
     done = subprocess.run(
-        [sys.executable, "-m", "wan_vae", "decode", str(files / "clip.latent"), "--vae",
-         str(files / "vae.safetensors"), "-o", "o.mp4", *CPU],
-        capture_output=True, text=True, cwd=tmp_path,
+        [
+            sys.executable,
+            "-m",
+            "wan_vae",
+            "decode",
+            str(files / "clip.latent"),
+            "--vae",
+            str(files / "vae.safetensors"),
+            "-o",
+            "o.mp4",
+            *CPU,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])},
-    )  # fmt: skip
+    )
     assert done.returncode == 1
     assert done.stderr == f"wan-vae: {module} is missing: pip install {module}\n"
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".mp4"] == []

@@ -50,10 +50,11 @@ def demo(tmp_path_factory) -> Demo:
     run = Demo(tmp_path_factory.mktemp("demo"))
     decode_to_file, draw_garbled = demo_command.decode_to_file, demo_command.draw_garbled
 
-    def decode_and_keep(vae, latent, output, options, fps=16.0, extra=()):
+    def decode_and_keep(vae, latent, output, options, extra=()):
         shape = geometry.pixel_shape(tuple(latent.shape), vae.config)
         pixels = run.pixels[output.stem] = torch.empty(shape)
-        return decode_to_file(vae, latent, output, options, fps, (*extra, TensorSink(pixels)))
+        extra = (*extra, TensorSink(pixels))
+        return decode_to_file(vae, latent, output, options, extra=extra)
 
     stdout, stderr = io.StringIO(), io.StringIO()
     with (

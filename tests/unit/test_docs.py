@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import wan_vae
+from tests.architecture.floors import drawing
 from wan_vae.commands.cli import main
 from wan_vae.io.latents import save_latent
 
@@ -51,8 +52,9 @@ def local_links(page: Path) -> list[tuple[str, str]]:
 
 def anchors(page: Path) -> set[str]:
     """What the headings of `page` are called in links: as GitHub makes them."""
-    headings = re.findall(r"^#+ +(.+)$", re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL),
-                          re.MULTILINE)  # fmt: skip
+    headings = re.findall(
+        r"^#+ +(.+)$", re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL), re.MULTILINE
+    )
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -103,7 +105,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     )
     generator = torch.Generator().manual_seed(0)
     for name in ("my", "other"):
-        save_latent(tmp_path / f"{name}.latent", torch.randn(1, 16, 2, 4, 6, generator=generator))
+        save_latent(tmp_path / f"{name}.latent", torch.randn(1, 16, 2, 2, 4, generator=generator))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -115,13 +117,13 @@ def test_the_python_of_a_page_runs_as_written(page, folder, capsys):
     assert found
     for block in found:
         exec(compile(block, page, "exec"), names)
-    assert names["pixels"].shape == (1, 3, 5, 32, 48)
-    assert names["latent"].shape == (1, 16, 2, 4, 6)
+    assert names["pixels"].shape == (1, 3, 5, 16, 32)
+    assert names["latent"].shape == (1, 16, 2, 2, 4)
     assert capsys.readouterr().out
 
 
-# Shown here, run elsewhere: tests/dist/test_torchrun.py, test_demo.py and tests/bench.
-RUN_ELSEWHERE = ("torchrun", "wan-vae demo", "wan-vae bench")
+# Run elsewhere: tests/dist/test_torchrun.py, test_demo.py, tests/bench and test_cli.py.
+RUN_ELSEWHERE = ("torchrun", "wan-vae demo", "wan-vae bench", "wan-vae doctor")
 
 
 def test_the_commands_of_the_command_line_page_run_as_written(folder, capsys):
@@ -153,8 +155,11 @@ def test_the_options_of_decode_are_those_of_the_page():
         for name in re.findall(r"`(\w+)`", cell)
     }
     code = wan_vae.WanVAE.decode.__kwdefaults__
-    assert set(code) - {"plan"} <= named | {"shard", "gather"}
-    assert named <= set(code)
+    assert named == set(code)
+
+
+def test_contributing_shows_the_floors():
+    assert f"```text\n{drawing()}```" in text_of(REPOSITORY / "CONTRIBUTING.md")
 
 
 def test_every_public_name_is_explained_and_no_other():

@@ -1,4 +1,4 @@
-"""The proof catches planted wrong and racy kernels; its book survives damage and company."""
+"""The proof catches planted wrong and racy kernels; its cache survives damage and company."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import multiprocessing
 import pytest
 import torch
 
-from wan_vae.kernels.proof.prove import ProofBook, Verdict, prove
+from wan_vae.kernels.proof.cache import ProofCache
+from wan_vae.kernels.proof.prove import Verdict, prove
 
 X = torch.randn(2, 8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 ENVIRONMENT = {"device": "a card", "torch": "2"}
@@ -24,7 +25,7 @@ def right() -> torch.Tensor:
 
 def test_a_right_kernel_is_right():
     verdict = prove(right, reference, 1e-3)
-    assert verdict.right
+    assert verdict.passed
     assert verdict.reason == ""
     assert 0 < verdict.error < 5e-4
 
@@ -67,7 +68,7 @@ def swapped_axes() -> torch.Tensor:
 )
 def test_a_wrong_kernel_is_caught(kernel, words):
     verdict = prove(kernel, reference, 1e-3)
-    assert not verdict.right
+    assert not verdict.passed
     assert words in verdict.reason
 
 
@@ -82,7 +83,7 @@ def test_a_racy_kernel_is_caught():
         return y
 
     verdict = prove(racy, reference, 1e-3)
-    assert not verdict.right
+    assert not verdict.passed
     assert "1 of 12288" in verdict.reason and "race" in verdict.reason
 
 
@@ -114,18 +115,18 @@ def never() -> Verdict:
     raise AssertionError("this key was proven before")
 
 
-def test_the_book_asks_once_and_the_next_process_not_at_all(tmp_path):
-    book = ProofBook(ENVIRONMENT, tmp_path)
-    assert book.verdict("a", lambda: Verdict(True, "", 1e-4)).right
-    assert book.verdict("a", never).right
-    again = ProofBook(ENVIRONMENT, tmp_path)
+def test_the_cache_asks_once_and_the_next_process_not_at_all(tmp_path):
+    cache = ProofCache(ENVIRONMENT, tmp_path)
+    assert cache.verdict("a", lambda: Verdict(True, "", 1e-4)).passed
+    assert cache.verdict("a", never).passed
+    again = ProofCache(ENVIRONMENT, tmp_path)
     assert again.verdict("a", never) == Verdict(True, "", 1e-4)
     assert again.notes == []
 
 
-def test_another_environment_proves_anew(tmp_path):
-    ProofBook(ENVIRONMENT, tmp_path).verdict("a", lambda: Verdict(True, "", 1e-4))
-    other = ProofBook(ENVIRONMENT | {"torch": "3"}, tmp_path)
+def test_another_environment_proves_again(tmp_path):
+    ProofCache(ENVIRONMENT, tmp_path).verdict("a", lambda: Verdict(True, "", 1e-4))
+    other = ProofCache(ENVIRONMENT | {"torch": "3"}, tmp_path)
     assert len(other) == 0
 
 
@@ -135,38 +136,57 @@ def test_another_environment_proves_anew(tmp_path):
         lambda text: "",
         lambda text: text[: len(text) // 2],
         lambda text: "[]",
-        lambda text: text.replace("proof/1", "proof/0"),
-        lambda text: text.replace('"right": false', '"right": true'),
-        lambda text: text.replace('"right": false', '"right": 1'),
+        lambda text: text.replace("proof/2", "proof/3"),
+        lambda text: text.replace('"passed": false', '"passed": true'),
+        lambda text: text.replace('"passed": false', '"passed": 1'),
         lambda text: text.replace("a card", "another card"),
-        lambda text: json.dumps(json.loads(text) | {"verdicts": {"a": {"right": True}}}),
+        lambda text: json.dumps(json.loads(text) | {"verdicts": {"a": {"passed": True}}}),
         lambda text: "\x00\xff",
     ],
 )
-def test_a_damaged_book_is_as_good_as_none(damage, tmp_path):
-    book = ProofBook(ENVIRONMENT, tmp_path)
-    book.verdict("a", lambda: Verdict(False, "wrong", 0.5))
-    book.path.write_text(damage(book.path.read_text()), encoding="latin-1")
-    again = ProofBook(ENVIRONMENT, tmp_path)
+def test_a_damaged_file_is_as_good_as_none(damage, tmp_path):
+    cache = ProofCache(ENVIRONMENT, tmp_path)
+    cache.verdict("a", lambda: Verdict(False, "wrong", 0.5))
+    cache.path.write_text(damage(cache.path.read_text()), encoding="latin-1")
+    again = ProofCache(ENVIRONMENT, tmp_path)
     assert len(again) == 0
-    assert "proven anew" in again.notes[0]
-    assert not again.verdict("a", lambda: Verdict(False, "still wrong")).right
+    assert "proven again" in again.notes[0]
+    assert not again.verdict("a", lambda: Verdict(False, "still wrong")).passed
+
+
+def test_a_file_of_the_last_version_is_replaced_without_being_believed(tmp_path):
+    """Its keys mean something else, and its verdicts have another field."""
+    cache = ProofCache(ENVIRONMENT, tmp_path)
+    old = {
+        "schema": "wan_vae.proof/1",
+        "environment": ENVIRONMENT,
+        "verdicts": {"a": {"right": True, "reason": "", "error": 1e-4}},
+    }
+    assert cache.path is not None
+    cache.path.write_text(json.dumps(old))
+    again = ProofCache(ENVIRONMENT, tmp_path)
+    assert len(again) == 0 and again.notes == []
+    assert not again.verdict("a", lambda: Verdict(False, "wrong")).passed
+    assert again.notes == []
+    content = json.loads(cache.path.read_text())
+    assert content["schema"] == "wan_vae.proof/2" and content["verdicts"].keys() == {"a"}
+    assert ProofCache(ENVIRONMENT, tmp_path).verdict("a", never) == Verdict(False, "wrong")
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_harmless(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    book = ProofBook(ENVIRONMENT, tmp_path / "file" / "folder")
-    assert book.verdict("a", lambda: Verdict(True)).right
-    assert book.verdict("a", never).right
-    assert any("not kept" in note for note in book.notes)
+    cache = ProofCache(ENVIRONMENT, tmp_path / "file" / "folder")
+    assert cache.verdict("a", lambda: Verdict(True)).passed
+    assert cache.verdict("a", never).passed
+    assert any("not kept" in note for note in cache.notes)
 
 
 def _prove_many(folder, names):
     for name in names:
-        ProofBook(ENVIRONMENT, folder).verdict(name, lambda: Verdict(True, "", 1e-4))
+        ProofCache(ENVIRONMENT, folder).verdict(name, lambda: Verdict(True, "", 1e-4))
 
 
-def test_processes_side_by_side_leave_a_readable_book(tmp_path):
+def test_processes_side_by_side_leave_a_readable_file(tmp_path):
     context = multiprocessing.get_context("spawn")
     workers = [
         context.Process(target=_prove_many, args=(tmp_path, [f"{w}-{i}" for i in range(20)]))
@@ -177,8 +197,8 @@ def test_processes_side_by_side_leave_a_readable_book(tmp_path):
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0
-    book = ProofBook(ENVIRONMENT, tmp_path)
-    assert book.notes == []
+    cache = ProofCache(ENVIRONMENT, tmp_path)
+    assert cache.notes == []
     # A verdict that two writers raced for may be lost (it is proven again); no file is damaged.
-    assert len(book) >= 20
-    assert [p.name for p in tmp_path.iterdir()] == [book.path.name]
+    assert len(cache) >= 20
+    assert [p.name for p in tmp_path.iterdir()] == [cache.path.name]

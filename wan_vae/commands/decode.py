@@ -38,15 +38,12 @@ def run_decode(request: DecodeRequest) -> int:
         refuse_to_overwrite(outputs)
     if len(outputs) == 1:
         latent = load_latent(request.latents[0])
-        vae = load_vae(request.vae, request.device, request.options.precision)
-        report = decode_to_file(vae, latent, outputs[0], request.options, request.fps)
-        print(report_text(report))
+        print(report_text(_decode(_load(request), latent, outputs[0], request)))
         return 0
-    vae = load_vae(request.vae, request.device, request.options.precision)
-    failures = 0
+    vae, failures = _load(request), 0
     for path, output in zip(request.latents, outputs, strict=True):
         try:
-            decode_to_file(vae, load_latent(path), output, request.options, request.fps)
+            _decode(vae, load_latent(path), output, request)
         except WanVAEError as error:
             failures += 1
             log(f"wan-vae: {error}")
@@ -54,11 +51,30 @@ def run_decode(request: DecodeRequest) -> int:
     return 3 if failures else 0
 
 
+def _load(request: DecodeRequest) -> WanVAE:
+    return load_vae(request.vae, request.device, request.options.precision)
+
+
+def _decode(
+    vae: WanVAE, latent: torch.Tensor, output: Path, request: DecodeRequest
+) -> DecodeReport:
+    return decode_to_file(
+        vae,
+        latent,
+        output,
+        request.options,
+        normalized=request.normalized,
+        fps=request.fps,
+    )
+
+
 def decode_to_file(
     vae: WanVAE,
     latent: torch.Tensor,
     output: Path,
     options: RunOptions,
+    *,
+    normalized: bool = False,
     fps: float = 16.0,
     extra: Sequence[Sink] = (),
 ) -> DecodeReport:
@@ -73,7 +89,7 @@ def decode_to_file(
         sinks.insert(0, file)
         vae.decode(
             latent,
-            normalized=options.normalized,
+            normalized=normalized,
             chunk_frames=options.chunk_frames,
             memory_format=options.memory_format,
             precision=options.precision,

@@ -106,8 +106,8 @@ def _worst_error(
 def known_faults() -> list[str]:
     """Published faults in 3-D convolutions of the library versions on this machine."""
     faults = []
-    has_cudnn = torch.version.hip is None and torch.backends.cudnn.is_available()
-    cudnn: int | None = torch.backends.cudnn.version() if has_cudnn else None
+    version = versions()["cudnn"] if torch.version.hip is None else None
+    cudnn = None if version is None else int(version)
     if cudnn is not None and 90800 <= cudnn < 91100:
         faults.append(f"cuDNN {cudnn}: wrong results for huge bf16 conv3d (pytorch #163539)")
     if cudnn is not None and 91002 <= cudnn <= 91500:
@@ -129,14 +129,14 @@ def check_kernels(device: torch.device) -> list[str]:
     reason = unavailable_reason(requested, device, torch.bfloat16)
     if reason is not None:
         lines, requested = [f"kernels in CUDA C++: off ({reason})"], "triton"
-    book = ProofCache(environment(device), cache_folder())
+    proofs = ProofCache(environment(device), cache_folder())
     for config in (wan21(), wan22()):
         for only_frame in (False, True):
             with torch.device(device):
                 model = WanVAEModel(config).to(torch.bfloat16)
             layout.pack_weights(model, "channels_last_3d")
             for part in get_args(Part):
-                ops = select_ops(requested, model, only_frame, lambda: book, part=part)
+                ops = select_ops(requested, model, only_frame, lambda: proofs, part=part)
                 weights = [
                     p
                     for module in own_modules(model, part)
@@ -148,7 +148,7 @@ def check_kernels(device: torch.device) -> list[str]:
                 numbers = ", ".join(f"{n} {name}" for name, n in sorted(backends.items()))
                 lines.append(f"kernels: {what}: of {len(weights)} layers {numbers}")
                 lines += [f"  {refusal.op} off: {refusal.text}" for refusal in ops.refusals]
-    return [*lines, *book.notes]
+    return [*lines, *proofs.notes]
 
 
 def run_doctor(requested: str | None) -> int:

@@ -1,4 +1,4 @@
-"""The arguments of all commands. Needs no PyTorch: --help and wrong usage are answered at once."""
+"""The arguments of all commands. Needs no PyTorch, so --help and wrong usage are quick."""
 
 from __future__ import annotations
 
@@ -189,7 +189,6 @@ def _decode(args: argparse.Namespace) -> int:
     from .decode import run_decode
 
     options = RunOptions(
-        normalized=args.normalized,
         chunk_frames=args.chunk_frames,
         memory_format=args.memory_format,
         precision=args.precision,
@@ -203,6 +202,7 @@ def _decode(args: argparse.Namespace) -> int:
             output=args.output,
             device=args.device,
             options=options,
+            normalized=args.normalized,
             fps=args.fps,
             overwrite=args.force,
         )

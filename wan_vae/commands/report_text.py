@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING
 
+from ..planning.plan import Plan
 from ..report import DecodeReport, LayerRecord
-
-if TYPE_CHECKING:
-    from ..planning.plan import Plan
 
 # A line of text: its label and what it says. Lines without a label continue the one above.
 Row = tuple[str, str]
@@ -56,10 +53,8 @@ def plan_text(plan: Plan, *, all_layers: bool = False) -> str:
         ("layout", f"{layout.chosen} (requested: {layout.requested}; {layout.reason})"),
         *_backend_rows(choices.used, choices.layers, all_layers),
     ]
-    for refusal in choices.refusals:
-        where = f" ({count(len(refusal.layers), 'layer')})" if refusal.layers else ""
-        rows.append(("not used", f"{refusal.op} {refusal.family}: {refusal.reason}{where}"))
-    rows.append(("chunks", f"{len(plan.lengths)}, latent frames: {_runs(plan.lengths)}"))
+    rows += [("not used", f"{r.op} {r.family}: {r.text}") for r in choices.refusals]
+    rows.append(("chunks", f"{len(plan.lengths)} (latent frames: {_runs(plan.lengths)})"))
     if plan.pass_elements is None:
         rows.append(("passes", "each chunk in one pass"))
     else:
@@ -68,7 +63,7 @@ def plan_text(plan: Plan, *, all_layers: bool = False) -> str:
         rows.append(("strips", "none: the whole picture"))
     else:
         order = "inside each chunk" if plan.whole_frames else "each with all chunks"
-        extra = f"{plan.extra_work:.0%} of the multiplications are done twice"
+        extra = f"{plan.extra_work:.0%} more multiplications than without strips"
         rows.append(("strips", f"{plan.strips}, {order}; {extra}"))
     if plan.shards is not None:
         bounds = ", ".join(f"{start}-{stop}" for start, stop in plan.shards.bounds)

@@ -12,8 +12,8 @@ from ..options import RunOptions
 class DecodeRequest:
     """Decode `latents` with the checkpoint `vae`.
 
-    output: the file, or for several latents the folder. device: None for the best one. overwrite:
-    whether outputs may replace files that exist.
+    output: the file, or for several latents the folder. device: None for the best one. normalized:
+    the latents are normalized, as in diffusers. overwrite: outputs may replace files that exist.
     """
 
     latents: tuple[Path, ...]
@@ -21,6 +21,7 @@ class DecodeRequest:
     output: Path
     device: str | None
     options: RunOptions
+    normalized: bool
     fps: float
     overwrite: bool
 

@@ -244,7 +244,7 @@ class _NodeRun:
         self, latent: torch.Tensor, sink: DeferredErrorSink, output: Path
     ) -> WanVAEError | None:
         """Decode; returns the error of the sink, after which the ranks are still in step."""
-        options = self.request.options
+        request, options = self.request, self.request.options
         bar = ProgressBar(output.name) if self.info.rank == 0 else None
         try:
             self.vae.decode(
@@ -252,7 +252,7 @@ class _NodeRun:
                 shard=self.context,
                 gather="rank0",
                 sink=sink,
-                normalized=options.normalized,
+                normalized=request.normalized,
                 chunk_frames=options.chunk_frames,
                 memory_format=options.memory_format,
                 precision=options.precision,

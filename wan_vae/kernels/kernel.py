@@ -61,7 +61,7 @@ class Requires:
     def unmet_by_device(self, device: Device) -> str | None:
         """What `device` lacks, or None."""
         if device.vendor not in self.vendors:
-            if device.vendor == "cpu":
+            if device.vendor in ("cpu", "interpreter"):
                 return "no CUDA device"
             return f"written for {self._vendor_names} cards, {device.spoken}"
         if device.vendor == "interpreter":
@@ -108,13 +108,15 @@ class Requires:
         if self.features or self.capability:
             parts += [_FEATURE_NAMES[feature] for feature in sorted(self.features)]
             if self.capability is not None:
-                parts.append(f"compute capability {self.capability[0]}.{self.capability[1]}")
+                parts.append(
+                    f"compute capability {self.capability[0]}.{self.capability[1]} or later"
+                )
         else:
             parts.append(f"any {self._vendor_names} card")
         if self.in_multiple > 1:
             parts.append(f"input channels in multiples of {self.in_multiple}")
         if self.out_multiples != (1,):
-            parts.append(f"output channels of {' or '.join(map(str, self.out_multiples))}")
+            parts.append(f"output channels in those of {' or '.join(map(str, self.out_multiples))}")
         if self.out_channels[1] < 1 << 30:
             parts.append(f"at most {self.out_channels[1]} output channels")
         if self.out_channels[0] > 1:

@@ -29,7 +29,8 @@ def fit_channels(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Ten
 
 def norm_scale(gamma: torch.Tensor) -> torch.Tensor:
     """The norm's gain [C] as its kernels read it: float32, with the root of the channel count."""
-    return gamma.detach().reshape(-1).float() * gamma.numel() ** 0.5
+    root: float = gamma.numel() ** 0.5
+    return gamma.detach().reshape(-1).float() * root
 
 
 def fold_upsample(weight: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ All shapes are [B, C, T, H, W]. Attributes have the names of native checkpoints 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import nn
@@ -91,9 +92,13 @@ class CausalConv3d(nn.Module):
         # In a video of one frame all history is zero: only the kernel's last slice matters.
         only_frame = step.chunk.is_only_frame and self.kernel[0] > 1
         return step.ops.conv3d(
-            operand, self.weight, self.bias, step.counter,
-            padding=self.padding(step), last_slice=only_frame,
-        )  # fmt: skip
+            operand,
+            self.weight,
+            self.bias,
+            step.counter,
+            padding=self.padding(step),
+            last_slice=only_frame,
+        )
 
     @property
     def _padding(self) -> tuple[int, int]:
@@ -194,7 +199,7 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        norm1, conv1, norm2, conv2 = self.residual.values()
+        (norm1, conv1), (norm2, conv2) = self.normed_convolutions()
         y = norm_silu_conv(x, norm1, conv1, step)
         # Only now, because memory peaks in the wider first convolution.
         skip = x if self.shortcut is None else self.shortcut(x, step)
@@ -211,8 +216,11 @@ class ResidualBlock(nn.Module):
 
     def normed_convolutions(self) -> list[tuple[RMSNorm, CausalConv3d]]:
         """Pairs of a norm and the convolution that reads its result."""
-        norm1, conv1, norm2, conv2 = self.residual.values()
-        return [(norm1, conv1), (norm2, conv2)]
+        first, second = self.residual["0"], self.residual["3"]
+        return [
+            (cast(RMSNorm, first), cast(CausalConv3d, self.residual["2"])),
+            (cast(RMSNorm, second), cast(CausalConv3d, self.residual["6"])),
+        ]
 
 
 def add(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -229,6 +237,11 @@ def norm_silu_conv(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, step: Ste
     y = step.ops.norm_silu(x, norm.gamma)
     y = conv.operand(y, step)
     return conv.convolve(y, step)
+
+
+def head(layers: nn.ModuleDict, x: torch.Tensor, step: Step) -> torch.Tensor:
+    """The last norm, SiLU and convolution of a network, from its `head`."""
+    return norm_silu_conv(x, cast(RMSNorm, layers["0"]), cast(CausalConv3d, layers["2"]), step)
 
 
 def fused_conv(conv: CausalConv3d, step: Step) -> FusedConv | None:
@@ -269,9 +282,12 @@ def fused_convolve(
 ) -> torch.Tensor:
     """Convolve an operand from `fused_operand` and add `residual`; returns `frames` frames."""
     return fused.convolve(
-        operand, frames, residual,
-        padding=conv.padding(step), only_frame=step.chunk.is_only_frame,
-    )  # fmt: skip
+        operand,
+        frames,
+        residual,
+        padding=conv.padding(step),
+        only_frame=step.chunk.is_only_frame,
+    )
 
 
 class Attention(nn.Module):
@@ -312,7 +328,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         if self.time_conv is not None:
-            x = self._double_time(x, step)
+            x = _double_time(self.time_conv, x, step)
         conv = self.resample["1"]
         frames, padding = frames_to_batch(x), (1, 1)
         if step.exchange is not None:
@@ -321,29 +337,30 @@ class Upsample(nn.Module):
         y = step.ops.upsample_conv2d(frames, conv.weight, conv.bias, step.counter, padding=padding)
         return batch_to_frames(y, x.shape[0])
 
-    def _double_time(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        # The first latent frame of the video becomes one pixel frame, so it is not doubled. The
-        # history of the temporal convolution starts after it, with zeros.
-        passed = x[:, :, :1] if step.chunk.is_first else x[:, :, :0]
-        rest = x[:, :, passed.shape[2] :]
-        if rest.shape[2] == 0:
-            return passed
-        doubled = _interleave(self.time_conv(rest, step))
-        return torch.cat((passed, doubled), dim=2) if passed.shape[2] else doubled
+
+def _double_time(time_conv: CausalConv3d, x: torch.Tensor, step: Step) -> torch.Tensor:
+    # The first latent frame of the video becomes one pixel frame, so it is not doubled. The
+    # history of the temporal convolution starts after it, with zeros.
+    passed = x[:, :, :1] if step.chunk.is_first else x[:, :, :0]
+    rest = x[:, :, passed.shape[2] :]
+    if rest.shape[2] == 0:
+        return passed
+    doubled = _interleave(time_conv(rest, step))
+    return torch.cat((passed, doubled), dim=2) if passed.shape[2] else doubled
 
 
 def _interleave(pairs: torch.Tensor) -> torch.Tensor:
     """Two frames stored in channels [B, 2C, T, H, W] -> [B, C, 2T, H, W], same memory format."""
     b, c, t, h, w = pairs.shape
     if layout.detect(pairs) != "channels_last_3d":
-        frames = pairs.unflatten(1, (2, c // 2)).permute(0, 2, 3, 1, 4, 5)
-        return frames.reshape(b, c // 2, 2 * t, h, w)
+        apart: torch.Tensor = pairs.unflatten(1, (2, c // 2))
+        return apart.permute(0, 2, 3, 1, 4, 5).reshape(b, c // 2, 2 * t, h, w)
     # Move whole pixels: through NCDHW and back this takes 5% of a decode. Move words of eight
     # bytes: with numbers of two bytes the copy reaches a third of the memory's speed. `to_format`
     # also normalises strides of size-1 dimensions, which a view as words would refuse.
     frames = layout.to_format(pairs, "channels_last_3d").permute(0, 2, 3, 4, 1)
     words = not pairs.requires_grad and c // 2 * pairs.itemsize % 8 == 0
-    moved = frames.view(torch.int64) if words else frames
+    moved: torch.Tensor = frames.view(torch.int64) if words else frames
     moved = moved.unflatten(4, (2, -1)).permute(0, 1, 4, 2, 3, 5).reshape(b, 2 * t, h, w, -1)
     return (moved.view(pairs.dtype) if words else moved).permute(0, 4, 1, 2, 3)
 

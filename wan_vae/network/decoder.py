@@ -30,8 +30,8 @@ from .blocks import (
     Step,
     Upsample,
     add,
+    head,
     name_slots,
-    norm_silu_conv,
 )
 
 
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
 
     def trunk(self, z: torch.Tensor, step: Step) -> torch.Tensor:
         """[B, z, T, H, W] -> features [B, C, T, H, W]; needs the whole picture (attention)."""
-        x = self.conv1(z, step)
+        x: torch.Tensor = self.conv1(z, step)
         for layer in self.middle:
             x = layer(x, step)
         return x
@@ -119,7 +119,6 @@ class Decoder(nn.Module):
         # so each tensor is freed as soon as it is consumed.
         pending = [(0, x, step)]
         del x
-        norm, conv = self.head.values()
         while pending:
             i, x, part = pending.pop()
             frames = first_pass(x.shape[2], i, part)
@@ -135,7 +134,7 @@ class Decoder(nn.Module):
                 x = x if strip is None else self._crop(x, strip, i, i + 1).clone()
                 pending.append((i + 1, x, part))
                 continue
-            x = norm_silu_conv(x, norm, conv, part)
+            x = head(self.head, x, part)
             x = x if strip is None else self._crop(x, strip, i, None)
             x = unpatchify(x, self.config.patch_size)
             yield x

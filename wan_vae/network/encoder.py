@@ -16,8 +16,8 @@ from .blocks import (
     ResidualBlock,
     RMSNorm,
     Step,
+    head,
     name_slots,
-    norm_silu_conv,
 )
 
 
@@ -41,7 +41,8 @@ class DownStage(nn.Module):
         y = x
         for layer in self.downsamples:
             y = layer(y, step)
-        return y + self.shortcut(x, step)
+        shortcut: torch.Tensor = self.shortcut(x, step)
+        return y + shortcut
 
 
 class Encoder(nn.Module):
@@ -78,8 +79,7 @@ class Encoder(nn.Module):
         x = self.conv1(patchify(pixels, self.config.patch_size), step)
         for layer in (*self.downsamples, *self.middle):
             x = layer(x, step)
-        norm, conv = self.head.values()
-        return norm_silu_conv(x, norm, conv, step)
+        return head(self.head, x, step)
 
 
 def patchify(x: torch.Tensor, patch: int) -> torch.Tensor:

@@ -5,13 +5,16 @@ It is one nn.Module, so that a ComfyUI ModelPatcher can own it. Its state dict i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import WanVAEConfig
+from ..errors import CheckpointError
 from ..geometry import Strip
+from ..ops.opset import OpSet
 from .blocks import CausalConv3d, Step
 from .decoder import Decoder, join_passes
 from .encoder import Encoder
@@ -36,13 +39,16 @@ class WanVAEModel(nn.Module):
         self.decoder = Decoder(config)
         # Copies of the weights that kernels use, by request: see `kernels.select`. Dropped when the
         # weights move, so that an offloaded model leaves nothing on the device.
-        self.prepared: dict[tuple, tuple] = {}
+        self.prepared: dict[Hashable, tuple[object, OpSet]] = {}
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> WanVAEModel:
         self.prepared = {}
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles start without them.
         return self.__dict__ | {"prepared": {}}
 
@@ -73,6 +79,8 @@ class WanVAEModel(nn.Module):
 
     def encode_chunk(self, pixels: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixel chunk [B, 3, T, H, W] -> mean and log-variance [B, z, t, h, w] of the posterior."""
+        if self.encoder is None or self.conv1 is None:
+            raise CheckpointError("this checkpoint has no encoder: load a full VAE file to encode")
         mean, log_variance = self.conv1(self.encoder(pixels, step), step).chunk(2, dim=1)
         return mean, log_variance
 

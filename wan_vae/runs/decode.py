@@ -88,7 +88,7 @@ class DecodeRun(Run):
         self.request = request
         self.pixel_shape = geometry.pixel_shape(shape, self.config)
         self.builder.layout["latent_format"] = latent_format
-        self.builder.values["pixel_shape"] = self.pixel_shape
+        self.builder.pixel_shape = self.pixel_shape
         self.builder.fallbacks.extend(request.notes)
         self.z = self.ranks.own_part(z)
         if self.ranks.exchange is not None:

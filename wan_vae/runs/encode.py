@@ -73,7 +73,7 @@ class EncodeRun(Run):
         self.pixels = self.ranks.own_part(pixels, self.config.spatial_factor)
         self._size = tuple(pixels.shape)
         self.builder.layout["latent_format"] = pixel_format
-        self.builder.values["pixel_shape"] = self._size
+        self.builder.pixel_shape = self._size
         if warning:
             self.builder.warnings.append(warning)
 

@@ -177,7 +177,7 @@ class Engine:
         layers: tuple[LayerRecord, ...],
     ) -> dict[str, object]:
         """Formats asked for, chosen, found in the file and used, for a `LayoutRecord`."""
-        used = dict.fromkeys(layout.FORMATS, 0)
+        used: dict[str, int] = dict.fromkeys(layout.FORMATS, 0)
         for layer in layers:
             if len(layer.shape) == 5:
                 used[layer.format] += 1

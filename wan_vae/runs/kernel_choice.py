@@ -62,8 +62,7 @@ def select_ops(
         request = SelectRequest(sites, families, device, weight.device, proofs(), axis)
         kept = state, select_kernels(request)
         model.prepared[key] = kept
-    ops: OpSet = kept[1]
-    return ops
+    return kept[1]
 
 
 def unavailable_reason(requested: Backend, device: torch.device, dtype: torch.dtype) -> str | None:

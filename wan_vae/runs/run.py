@@ -57,8 +57,8 @@ class Run(ABC):
         self.counter = LayoutCounter()
         self.clock = RunClock(self.device)
         self.builder = ReportBuilder(setup.request.operation, self.config, self.device, setup.dtype)
-        self.builder.values["precision_requested"] = setup.request.options.precision
-        self.builder.values["latent_shape"] = setup.request.latent_shape
+        self.builder.precision_requested = setup.request.options.precision
+        self.builder.latent_shape = setup.request.latent_shape
         self.total_frames = geometry.pixel_shape(setup.request.latent_shape, self.config)[2]
         self.builder.total_frames = self.total_frames
         self.done_frames = 0
@@ -121,8 +121,8 @@ class Run(ABC):
             planned_bytes=plan.planned_bytes,
             weights_bytes=plan.weights_bytes,
         )
-        builder.values["strips"] = plan.strips or 1
-        builder.values["plan"] = replace(plan, notes=(*notes, *plan.notes)).summary()
+        builder.strips = plan.strips or 1
+        builder.plan = replace(plan, notes=(*notes, *plan.notes)).summary()
         builder.fallbacks.extend(plan.notes)
 
     # -- the way through -----------------------------------------------------------------------
@@ -197,7 +197,7 @@ class Run(ABC):
 
     def _use_strips(self, count: int) -> None:
         self._plan = replace(self.plan, strips=count)
-        self.builder.values["strips"] = count
+        self.builder.strips = count
 
     def _fall_back(self, text: str) -> None:
         self.builder.fallbacks.append(text)

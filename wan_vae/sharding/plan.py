@@ -72,18 +72,17 @@ def plan_shards(height: int, width: int, ranks: int, axis: AxisRequest = "auto")
         )
     if axis not in ("auto", "height", "width"):
         raise GeometryError(f"axis is {axis!r}: expected 'auto', 'height' or 'width'")
-    if axis == "auto":
-        # Boundary rows have `width` pixels, boundary columns `height`.
-        cost = {
-            "height": (-min(ranks, height), width),
-            "width": (-min(ranks, width), height),
-        }
-        axis = min(cost, key=cost.__getitem__)
-    rows = height if axis == "height" else width
+    # Boundary rows have `width` pixels, boundary columns `height`.
+    cost: dict[Axis, tuple[int, int]] = {
+        "height": (-min(ranks, height), width),
+        "width": (-min(ranks, width), height),
+    }
+    chosen = min(cost, key=cost.__getitem__) if axis == "auto" else axis
+    rows = height if chosen == "height" else width
     base, extra = divmod(rows, min(ranks, rows))
     bounds, start = [], 0
     for i in range(min(ranks, rows)):
         stop = start + base + (i < extra)
         bounds.append((start, stop))
         start = stop
-    return ShardPlan(axis, tuple(bounds), ranks)
+    return ShardPlan(chosen, tuple(bounds), ranks)

@@ -10,9 +10,10 @@ not show the fault.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -120,7 +121,7 @@ class Wire:
         self._transport = torch.device("cpu") if self.host_staged else device
         on_host = "cpu:" in dist.get_backend_config(context.group)
         self._control = torch.device("cpu") if on_host else self._transport
-        self._agreed: set[tuple] = set()
+        self._agreed: set[Hashable] = set()
         self._marks: list[tuple[Mark, Mark]] = []
         self._count = 0
         self.received_bytes = 0
@@ -161,7 +162,9 @@ class Wire:
             self.received_messages += 1
         return [b.to(self.device) for b in buffers]
 
-    def _agree_on_headers(self, site, dtype, out, into) -> None:
+    def _agree_on_headers(
+        self, site: str, dtype: torch.dtype, out: Sequence[Outgoing], into: Sequence[Incoming]
+    ) -> None:
         sent = tuple((o.peer, o.tensor.shape) for o in out)
         key = (site, dtype, sent, tuple((i.peer, i.shape) for i in into))
         if not self.host_staged and key in self._agreed:
@@ -192,7 +195,7 @@ class Wire:
         words = [_MAGIC, count, crc32(site.encode()), len(shape), *sizes]
         return torch.tensor([*words, DTYPES.index(dtype), _DENSE_NCDHW])
 
-    def _op(self, kind, tensor: torch.Tensor, peer: int) -> dist.P2POp:
+    def _op(self, kind: Callable[..., Any], tensor: torch.Tensor, peer: int) -> dist.P2POp:
         group = self.context.group
         if group is not None:
             peer = dist.get_global_rank(group, peer)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from ..errors import ShardingError
 from ..sharding.transport import group_environment
+from .pipe import PipeEnd
 from .worker import WorkerSettings
 
 
@@ -25,7 +25,7 @@ class WorkerProcess:
     rank: int
     device: torch.device
     process: subprocess.Popen[bytes]
-    pipe: Connection
+    pipe: PipeEnd[Any, Any]
 
     @property
     def name(self) -> str:
@@ -34,7 +34,7 @@ class WorkerProcess:
 
 def spawn(settings: WorkerSettings, device: torch.device) -> WorkerProcess:
     """Start one worker with an inherited pipe; raises ShardingError if the system refuses."""
-    ours, theirs = Pipe()
+    ours, theirs = multiprocessing.Pipe()
     handle = theirs.fileno()
     package = __package__.rpartition(".")[0]
     library = Path(__file__).parents[1]
@@ -64,11 +64,11 @@ def spawn(settings: WorkerSettings, device: torch.device) -> WorkerProcess:
         ) from error
     finally:
         theirs.close()
-    try_send(ours, asdict(settings))
+    try_send(ours, ("settings", asdict(settings)))
     return WorkerProcess(settings.rank, device, process, ours)
 
 
-def try_send(pipe: Connection, message: tuple[str, Any]) -> None:
+def try_send(pipe: PipeEnd[Any, Any], message: tuple[str, Any]) -> None:
     """Send; a worker that is gone is noticed where its answer is awaited."""
     try:
         pipe.send(message)
@@ -79,7 +79,8 @@ def try_send(pipe: Connection, message: tuple[str, Any]) -> None:
 def receive(rank: WorkerProcess) -> tuple[str, Any]:
     """One message of a worker; its end is an error message too."""
     try:
-        return rank.pipe.recv()
+        message: tuple[str, Any] = rank.pipe.recv()
+        return message
     except (EOFError, ConnectionResetError):
         code = rank.process.wait()
         return "error", {"kind": "died", "text": f"exit code {code}", "rank": rank.rank}

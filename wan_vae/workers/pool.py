@@ -16,7 +16,6 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +43,7 @@ from ..planning.plan import Plan
 from ..report import DecodeReport
 from .devices import Transport, parse_devices, pick_transport
 from .launch import WorkerProcess, receive, spawn, try_send
+from .pipe import ready_of
 from .shared import SharedBuffer, aligned, view
 from .watch import GRACE_S, Failure, Watch, Watched, error_of, failure_of
 from .worker import WorkerSettings
@@ -330,9 +330,9 @@ class WorkerPool:
             size = output_at + aligned(output_bytes)
             arguments = dict(job.arguments)
             if job.operation == "decode":
-                buffer, arguments["fresh"] = self._memory(size, claimed=output_at)
+                buffer, arguments["fresh"] = self._memory(size, reserved=output_at)
             else:
-                buffer = SharedBuffer.create(size, self.shared_folders, claimed=output_at)
+                buffer = SharedBuffer.create(size, self.shared_folders, reserved=output_at)
             try:
                 view(buffer.raw, input_at, job.tensor.shape, torch.float32).copy_(job.tensor)
                 self._send_all(
@@ -377,7 +377,7 @@ class WorkerPool:
         memory = replace(report.memory, output_bytes=output_bytes)
         return replace(report, memory=memory, warnings=warnings)
 
-    def _memory(self, size: int, claimed: int) -> tuple[SharedBuffer, bool]:
+    def _memory(self, size: int, reserved: int) -> tuple[SharedBuffer, bool]:
         """Shared memory for a decode, and whether it is fresh.
 
         That of the last decode if nobody holds its result any more: fresh memory costs as much
@@ -387,7 +387,7 @@ class WorkerPool:
         if spare is not None and not spare.in_use and size <= spare.size <= 2 * size:
             spare.raw[:_CONTROL_BYTES] = 0
             return spare, False
-        return SharedBuffer.create(size, self.shared_folders, claimed), True
+        return SharedBuffer.create(size, self.shared_folders, reserved), True
 
     # -- workers --------------------------------------------------------------------------------
 
@@ -464,11 +464,7 @@ class WorkerPool:
         left, until = {r.pipe: r for r in self._ranks}, time.monotonic() + timeout_s
         failures: list[Failure] = []
         while left and not failures:
-            ready = [
-                pipe
-                for pipe in wait(list(left), max(0.0, until - time.monotonic()))
-                if pipe in left
-            ]
+            ready = ready_of(left, max(0.0, until - time.monotonic()))
             for pipe in ready:
                 rank = left[pipe]
                 kind, value = receive(rank)

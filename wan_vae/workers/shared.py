@@ -1,6 +1,6 @@
 """Host memory that processes of one machine share: a memory-mapped file, unlinked once all have it.
 
-A file and not a named segment, because its room can be claimed before it is written (a full
+A file and not a named segment, because its room can be reserved before it is written (a full
 /dev/shm otherwise kills the writer with SIGBUS), and because nothing is left after a crash.
 """
 
@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -39,7 +39,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_count_fork)
 
 
-_CAN_CLAIM = hasattr(os, "posix_fallocate")
+# Linux and FreeBSD have it; elsewhere the room for a file cannot be reserved before it is written.
+_fallocate: Callable[[int, int, int], None] | None = getattr(os, "posix_fallocate", None)
 
 
 class SharedBuffer:
@@ -56,8 +57,8 @@ class SharedBuffer:
         descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
         closing = weakref.finalize(self, os.close, descriptor)
         self._mapping = mmap.mmap(descriptor, size)
-        self._descriptor = descriptor if _CAN_CLAIM else None
-        if not _CAN_CLAIM:
+        self._descriptor = None if _fallocate is None else descriptor
+        if _fallocate is None:
             closing()
 
     @property
@@ -72,23 +73,23 @@ class SharedBuffer:
     def _bytes(self, offset: int, count: int) -> torch.Tensor:
         # Each an array of its own: NumPy lets slices refer to the mapping alone.
         array = np.frombuffer(self._mapping, np.uint8, count, offset)
-        self._arrays = [found for found in self._arrays if found() is not None]
+        self._arrays = [array for array in self._arrays if array() is not None]
         self._arrays.append(weakref.ref(array))
         return torch.from_numpy(array)
 
     @property
     def in_use(self) -> bool:
         """Whether there is a tensor of it, here or in a process that was forked from this one."""
-        return self._forks != _forks or any(found() is not None for found in self._arrays)
+        return self._forks != _forks or any(array() is not None for array in self._arrays)
 
     @classmethod
     def create(
-        cls, size: int, folders: Sequence[Path] | None = None, claimed: int | None = None
+        cls, size: int, folders: Sequence[Path] | None = None, reserved: int | None = None
     ) -> SharedBuffer:
         """A file of `size` bytes in the first of `folders` that has room. Raises ShardingError.
 
-        Its first `claimed` bytes (None: all) may be written at once, others after `claim`: a large
-        output's memory takes as long to claim as a few GPUs take to decode it.
+        Its first `reserved` bytes (None: all) may be written now, the others after `reserve`: the
+        memory of a large output takes as long to reserve as a few GPUs take to decode it.
         """
         refused = []
         for folder in folders or default_folders():
@@ -101,8 +102,8 @@ class SharedBuffer:
             descriptor, name = tempfile.mkstemp(prefix="wan_vae_", dir=folder)
             try:
                 os.truncate(descriptor, size)
-                if _CAN_CLAIM and claimed != 0:
-                    os.posix_fallocate(descriptor, 0, size if claimed is None else claimed)
+                if _fallocate is not None and reserved != 0:
+                    _fallocate(descriptor, 0, size if reserved is None else reserved)
             except OSError as error:
                 os.unlink(name)
                 refused.append(f"{folder}: {error.strerror}")
@@ -121,20 +122,20 @@ class SharedBuffer:
         """Map an existing file of `size` bytes."""
         return cls(Path(path), size)
 
-    def claim(self, part: torch.Tensor) -> None:
+    def reserve(self, part: torch.Tensor) -> None:
         """Make room for `part`, a view of `raw` of three dimensions or more, before it is written.
 
         By stretches of memory of its first two dimensions. Raises ShardingError if there is none.
         """
-        if self._descriptor is None or not part.numel():
+        if self._descriptor is None or _fallocate is None or not part.numel():
             return
         size, outer = part.element_size(), part.stride()[:2]
         inner = zip(part.shape[2:], part.stride()[2:], strict=True)
         length = (1 + sum((n - 1) * step for n, step in inner)) * size
         for i, j in product(*map(range, part.shape[:2])):
-            start = (part.storage_offset() + i * outer[0] + j * outer[1]) * size
+            start = (int(part.storage_offset()) + i * outer[0] + j * outer[1]) * size
             try:
-                os.posix_fallocate(self._descriptor, start, length)
+                _fallocate(self._descriptor, start, length)
             except OSError as error:
                 raise ShardingError(
                     f"no room for {self.size / 2**20:.0f} MiB of memory shared between the "

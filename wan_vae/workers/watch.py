@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ..errors import DecodeMemoryError, ShardingError, WanVAEError
@@ -14,6 +13,7 @@ from ..hooks import Hooks
 from ..options import Operation
 from ..report import DecodeReport
 from .launch import WorkerProcess, receive, try_send
+from .pipe import PipeEnd, ready_of
 from .shared import SharedBuffer
 
 # How long the parent looks at its pipes before it asks `should_stop` again.
@@ -85,7 +85,7 @@ class Watch:
         while left and (until is None or time.monotonic() < until):
             if until is None and not self.buffer.raw[0] and should_stop and should_stop():
                 self.buffer.raw[0] = 1
-            for pipe in wait(list(left), _POLL_S):
+            for pipe in ready_of(left, _POLL_S):
                 rank = left[pipe]
                 kind, value = receive(rank)
                 self.asked_at.pop(rank.rank, None)
@@ -112,7 +112,9 @@ class Watch:
             raise error_of(failures, ranks, self.what, set(results))
         return [results[r.rank] for r in ranks]
 
-    def _without_a_sign_of_life(self, left: Mapping[Connection, WorkerProcess]) -> list[Failure]:
+    def _without_a_sign_of_life(
+        self, left: Mapping[PipeEnd[Any, Any], WorkerProcess]
+    ) -> list[Failure]:
         """Ask the workers that are still busy, and return those that have not answered in time.
 
         Finds a process that was stopped, also where no other rank waits for it, or where the

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import os
 import queue
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 import torch
@@ -37,6 +35,7 @@ from ..sharding.context import SINGLE, ShardContext
 from ..sharding.plan import plan_shards
 from ..sharding.proof import check_wire
 from ..sharding.transport import HOST_AND_DEVICE
+from .pipe import PipeEnd
 from .shared import SharedBuffer, view
 
 
@@ -88,8 +87,9 @@ class DecodeJob(EncodeJob):
 
 def main(handle: int) -> None:
     """Serve until told to stop. `handle` is this end of the pipe, inherited from the parent."""
-    pipe = _Pipe(_connect(handle))
-    settings = WorkerSettings(**pipe.receive())
+    pipe = _Sender(PipeEnd(handle))
+    _, plain = pipe.receive()
+    settings = WorkerSettings(**plain)
     commands: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, commands), daemon=True).start()
     worker = _Worker(settings, pipe)
@@ -112,10 +112,10 @@ def main(handle: int) -> None:
     worker.close()
 
 
-class _Pipe:
+class _Sender:
     """This end of the pipe; two threads send, one at a time."""
 
-    def __init__(self, connection: Connection):
+    def __init__(self, connection: PipeEnd[Any, Any]):
         self._connection = connection
         self._lock = threading.Lock()
 
@@ -123,19 +123,12 @@ class _Pipe:
         with self._lock:
             self._connection.send((kind, value))
 
-    def receive(self) -> Any:
-        return self._connection.recv()
+    def receive(self) -> tuple[str, Any]:
+        message: tuple[str, Any] = self._connection.recv()
+        return message
 
 
-def _connect(handle: int) -> Connection:
-    if sys.platform == "win32":
-        from multiprocessing.connection import PipeConnection
-
-        return PipeConnection(handle)
-    return Connection(handle)
-
-
-def _listen(pipe: _Pipe, commands: queue.SimpleQueue[tuple[str, dict[str, Any]]]) -> None:
+def _listen(pipe: _Sender, commands: queue.SimpleQueue[tuple[str, dict[str, Any]]]) -> None:
     """Read commands and answer "ping", whatever the main thread is busy with.
 
     When the parent is gone, end at once, also out of a wait for another rank.
@@ -164,7 +157,7 @@ def _describe(error: BaseException, settings: WorkerSettings) -> dict[str, Any]:
 class _Worker:
     """One rank: its process group, its VAE, and the commands that the parent may name."""
 
-    def __init__(self, settings: WorkerSettings, pipe: _Pipe):
+    def __init__(self, settings: WorkerSettings, pipe: _Sender):
         self.settings, self.pipe = settings, pipe
         self.device = torch.device(settings.device)
         self._vae: WanVAE | None = None
@@ -190,16 +183,18 @@ class _Worker:
         if settings.world_size == 1:
             return
         import torch.distributed as dist
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
 
         nccl, start = settings.transport == "nccl", timedelta(seconds=settings.start_s)
         # A store of our own, so that ranks may take longer to arrive than one message may.
         store, rank, world_size = next(
-            dist.rendezvous(settings.rendezvous, settings.rank, settings.world_size, timeout=start)
+            rendezvous(settings.rendezvous, settings.rank, settings.world_size, timeout=start)
         )
         store.set_timeout(start)
         dist.init_process_group(
             HOST_AND_DEVICE if nccl else settings.transport,
-            store=dist.PrefixStore("wan_vae", store),
+            store=PrefixStore("wan_vae", store),
             rank=rank,
             world_size=world_size,
             # NCCL knows no time-out for one message, only this one.
@@ -286,7 +281,7 @@ class _Worker:
             rows, columns = shards.place(rank, self.vae.config.spatial_factor)
             # [B, T', H', W', 3] or [B, 3, T', H', W']
             out = out[:, :, rows, columns] if job.form == "image" else out[..., rows, columns]
-        reserve = buffer.claim if job.fresh else None
+        reserve = buffer.reserve if job.fresh else None
         sink: Sink = NullSink()
         if job.gather == "shared" or rank == 0:
             sink = (ImageSink if job.form == "image" else TensorSink)(out, reserve)
@@ -325,7 +320,7 @@ class _Worker:
             )
             if latent is not None:
                 place = view(raw, *job.output, torch.float32)
-                buffer.claim(place)
+                buffer.reserve(place)
                 place.copy_(latent)
         return self._report()
 

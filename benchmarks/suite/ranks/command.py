@@ -82,7 +82,7 @@ def run(
         # One start of the workers for a count: for many GPUs it takes longer than the decodes.
         with WorkerPool(devices(n)) as pool:
             results.checks += check_correct(pool, reference, sizes)
-            results.backends[n] = pool.backend if n > 1 else "one process"
+            results.backends[n] = pool.transport if n > 1 else "one process"
             for case in sizes.timed if results.passed(n) else ():
                 if budget.allows(f"time of {case.name} on {n} ranks", 30):
                     vae = reference.vae(case.config)

@@ -144,6 +144,6 @@ def check_correct(pool: WorkerPool, reference: Reference, sizes: Sizes) -> list[
     add(
         "messages in every memory format arrive as they are",
         all(a["gather"] and a["exchange"] for a in answers),
-        f"an unguarded gather of NDHWC ({pool.backend}): {answers[0]['unguarded']}",
+        f"an unguarded gather of NDHWC ({pool.transport}): {answers[0]['unguarded']}",
     )
     return checks

@@ -138,7 +138,7 @@ if sys.platform != "win32":
         def _send_all(
             self,
             command: str,
-            by_rank: Sequence[Mapping[str, Any]] | None = None,
+            by_rank: Sequence[Mapping[str, Any]] = (),
             **arguments: Any,
         ) -> None:
             if command != "decode":

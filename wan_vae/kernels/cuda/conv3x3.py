@@ -18,7 +18,7 @@ import torch
 
 from ...errors import LayoutError
 from ..cache_folder import cache_folder
-from .driver import Function, compile_cubin, frames_map
+from .driver import Function, TensorMap, compile_cubin, frames_map
 
 # What the source is written for: wgmma is Hopper's alone.
 ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
@@ -184,8 +184,8 @@ def _launch(variant: Variant, call: _Call) -> None:
     added = out if residual is None else residual
     with torch.cuda.device(out.device):
         function, processors = _function(variant, out.device.index)
-        arguments = [
-            # Two bytes a number, whatever their kind.
+        arguments: list[c_int | c_void_p | TensorMap] = [
+            # Two bytes a number, bfloat16 or float16.
             frames_map(*operand, _BOX),
             frames_map(
                 added.data_ptr(), (clips * frames, height, width, variant.cout), _RESIDUAL_BOX

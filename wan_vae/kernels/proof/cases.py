@@ -114,7 +114,8 @@ class _Inputs:
         self, o: int, c: int, kernel: tuple[int, int, int], dtype: torch.dtype
     ) -> torch.Tensor:
         kt, kh, kw = kernel
-        weight = self.random(o, kt, kh, kw, c, seed=3) / (kt * kh * kw * c) ** 0.5
+        scale: float = (kt * kh * kw * c) ** 0.5
+        weight = self.random(o, kt, kh, kw, c, seed=3) / scale
         return weight.to(dtype).permute(0, 4, 1, 2, 3)
 
     def bias(self, o: int) -> torch.Tensor:
@@ -180,8 +181,10 @@ def _norm_conv(
     own, halo = x, None
     if inputs.axis is not None:
         dim = -2 if inputs.axis == "height" else -1
-        before, own, after = x.split([1, x.shape[dim] - 2, 1], dim)
-        rows = [part.permute(0, 2, 3, 4, 1).contiguous() for part in (before, after)]
+        last = x.shape[dim] - 1
+        own = x.narrow(dim, 1, last - 1)
+        edges = (x.narrow(dim, 0, 1), x.narrow(dim, last, 1))
+        rows = [edge.permute(0, 2, 3, 4, 1).contiguous() for edge in edges]
         halo = HaloRows(inputs.axis, *rows)
         if residual is not None:
             residual = residual.narrow(dim, 1, own.shape[dim])
@@ -251,6 +254,7 @@ def _attention(
     More keys than one block holds, and queries that are not all of them, as on a shard.
     """
     c, operand = problem.channels, problem.operand_dtype
+    root: float = c**0.5
     x, gamma = inputs.features(c, 1, inputs.dtype, seed=0), inputs.gamma(c)
     qkv = inputs.weight(3 * c, c, problem.kernel, operand)
     projection = inputs.weight(c, c, problem.kernel, operand)
@@ -266,13 +270,13 @@ def _attention(
 
     def reference() -> torch.Tensor:
         q, k, v = heads(rms_norm(x[:, :, 0].float(), gamma))
-        scores = q @ k.transpose(1, 2) / c**0.5
+        scores = q @ k.transpose(1, 2) / root
         return scores.softmax(dim=2) @ v
 
     frames = inputs.features(c, inputs.frames, operand, seed=0)
     return [
         # Rounded inputs move a softmax whose scores reach sqrt(C) by up to sqrt(C) roundings.
-        Check(run, reference, BOUNDS[operand] * max(4.0, c**0.5)),
+        Check(run, reference, BOUNDS[operand] * max(4.0, root)),
         _conv_check(layer.qkv, frames, qkv, inputs.bias(3 * c), inputs, False, operand),
         _conv_check(layer.projection, frames, projection, inputs.bias(c), inputs, False),
     ]

@@ -51,8 +51,8 @@ def prove(
         second = _poisoned(kernel, expected)
     except torch.OutOfMemoryError:
         raise
-    except failures as error:
-        return Verdict(False, f"{type(error).__name__}: {first_line(error)}")
+    except failures as failure:
+        return Verdict(False, f"{type(failure).__name__}: {first_line(failure)}")
     if first.shape != expected.shape:
         return Verdict(False, f"shape {tuple(first.shape)}, expected {tuple(expected.shape)}")
     if not bool(torch.isfinite(first).all()):

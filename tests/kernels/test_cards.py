@@ -1,0 +1,149 @@
+"""Who runs what: for each card that people have, each request and each operation, the kernel that
+is tried first, or why there is none. Needs no card: kernels are chosen by capability."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
+
+from wan_vae.kernels import registry
+from wan_vae.kernels.device import CARDS, Device
+from wan_vae.ops.problem import (
+    AttentionProblem,
+    ConvProblem,
+    HeadProblem,
+    NormConvProblem,
+    Operation,
+    Problem,
+    StridedProblem,
+    UpsampleProblem,
+)
+from wan_vae.options import Backend
+
+BF16 = torch.bfloat16
+# A layer of Wan 2.1 for each operation.
+PROBLEMS: dict[Operation, Problem] = {
+    "conv3d": ConvProblem("features", 384, 768, (3, 1, 1), BF16, BF16, frames=2),
+    "norm_conv3d": NormConvProblem(192, 192, BF16, frames=4),
+    "head": HeadProblem(96, 3, BF16, frames=4),
+    "upsample_conv2d": UpsampleProblem(384, 192, BF16, frames=2),
+    "strided_conv": StridedProblem(192, 192, (1, 3, 3), BF16),
+    "attention": AttentionProblem(384, BF16),
+}
+EAGER = dict.fromkeys(PROBLEMS, "eager")
+POINTERS = EAGER | {
+    "conv3d": "triton pointer",
+    "norm_conv3d": "triton pointer",
+    "head": "triton narrow",
+    "strided_conv": "triton pointer",
+}
+TMA = POINTERS | {
+    "conv3d": "triton tma",
+    "norm_conv3d": "triton tma",
+    "upsample_conv2d": "triton tma",
+    "attention": "triton tma",
+}
+HOPPER = TMA | {"norm_conv3d": "cuda conv3x3", "upsample_conv2d": "cuda conv3x3"}
+# By card: auto, triton, cuda. "cuda" is refused, with a reason, where it has no kernel at all.
+EXPECTED = {
+    "RTX 2060": (EAGER, "needs compute capability 8.0, this card has 7.5", "wgmma"),
+    "RTX 3060": (EAGER, POINTERS, "wgmma"),
+    "RTX 3090": (EAGER, POINTERS, "wgmma"),
+    "A100": (EAGER, POINTERS, "wgmma"),
+    "RTX 4060": (EAGER, POINTERS, "wgmma"),
+    "RTX 4090": (EAGER, POINTERS, "wgmma"),
+    "L40S": (EAGER, POINTERS, "wgmma"),
+    "RTX 5060 Ti": (EAGER, TMA, "wgmma"),
+    "RTX 5090": (EAGER, TMA, "wgmma"),
+    "H100": (HOPPER, TMA, HOPPER),
+    "H200": (HOPPER, TMA, HOPPER),
+    "B200": (EAGER, TMA, "wgmma"),
+    "RX 7900 XTX": (EAGER, "NVIDIA cards, this device is gfx1100", "NVIDIA cards"),
+    "RX 9070 XT": (EAGER, "NVIDIA cards, this device is gfx1201", "NVIDIA cards"),
+    "MI300X": (EAGER, "NVIDIA cards, this device is gfx942", "NVIDIA cards"),
+    "Apple M3": (EAGER, "NVIDIA cards, this device is mps", "NVIDIA cards"),
+    "Intel Arc": (EAGER, "NVIDIA cards, this device is xpu", "NVIDIA cards"),
+    "CPU": (EAGER, "no CUDA device", "no CUDA device"),
+}
+REQUESTS: tuple[Backend, ...] = ("auto", "triton", "cuda")
+
+
+@pytest.fixture(autouse=True)
+def a_driver(monkeypatch):
+    """This machine need not be able to load a kernel."""
+    monkeypatch.setattr("wan_vae.kernels.cuda.driver.unavailable_reason", lambda: None)
+
+
+def first_kernels(request: Backend, card: Device) -> dict[str, str]:
+    """For each operation the kernel that is tried first, and its reasons otherwise."""
+    chosen = {}
+    for operation, problem in PROBLEMS.items():
+        kernels = registry.kernels_of(operation, registry.families_of(request, card))
+        chosen[operation] = next(
+            (f"{k.family} {k.name}" for k in kernels if fits(k, problem, card)), "eager"
+        )
+    return chosen
+
+
+def fits(kernel: Any, problem: Problem, card: Device) -> bool:
+    return kernel.requires.unmet(card, problem) is None and bool(kernel.candidates(problem, card))
+
+
+def test_there_is_a_problem_for_each_operation():
+    assert tuple(PROBLEMS) == get_args(Operation)
+    assert [p.operation for p in PROBLEMS.values()] == list(PROBLEMS)
+    assert EXPECTED.keys() == CARDS.keys()
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_who_runs_what(name):
+    card = CARDS[name]
+    for request, expected in zip(REQUESTS, EXPECTED[name], strict=True):
+        if isinstance(expected, str):
+            (family, *_) = registry.families_of(request, card)
+            reason = registry.unavailable_reason(family, card, BF16)
+            print(f"{name}, {request}: refused, {reason}")
+            assert reason is not None and expected in reason
+            continue
+        found = first_kernels(request, card)
+        print(f"{name}, {request}: {', '.join(f'{op}: {k}' for op, k in found.items())}")
+        assert found == expected
+    if EXPECTED[name][0] is EAGER:
+        reason = registry.auto_reason(card)
+        print(f"{name}, auto: {reason}")
+        assert reason is not None
+    else:
+        assert registry.auto_reason(card) is None
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_every_kernel_that_is_not_taken_has_a_reason(name):
+    card = CARDS[name]
+    for operation, problem in PROBLEMS.items():
+        for kernel in registry.kernels_of(operation, registry.FAMILIES):
+            reason = kernel.requires.unmet(card, problem)
+            print(f"{name}: {operation} {kernel.family} {kernel.name}: {reason or 'met'}")
+            if reason is not None:
+                assert "\n" not in reason and len(reason) < 120
+            else:
+                assert kernel.candidates(problem, card)
+
+
+def test_shared_memory_is_that_of_the_cards():
+    assert CARDS["RTX 3060"].shared_bytes == CARDS["RTX 5090"].shared_bytes == 99 * 1024
+    assert CARDS["H100"].shared_bytes == 227 * 1024
+    assert CARDS["A100"].shared_bytes == 163 * 1024
+
+
+@pytest.mark.gpu
+def test_the_card_of_this_machine_is_read():
+    properties = torch.cuda.get_device_properties(0)
+    card = Device.of(torch.device("cuda", 0))
+    assert card.capability == (properties.major, properties.minor)
+    assert card.multiprocessors == properties.multi_processor_count
+    optin = getattr(properties, "shared_memory_per_block_optin", card.shared_bytes)
+    assert card.shared_bytes == optin

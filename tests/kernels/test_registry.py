@@ -1,0 +1,116 @@
+"""The registry: its matrix in the README, and families that cannot be imported."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
+
+import wan_vae.kernels
+from wan_vae.errors import BackendError
+from wan_vae.kernels import registry
+from wan_vae.kernels.device import CARDS, CPU, Device
+from wan_vae.kernels.kernel import Family
+from wan_vae.ops.problem import Operation
+from wan_vae.options import BACKENDS
+
+HALF = torch.bfloat16
+README = Path(wan_vae.kernels.__file__).with_name("README.md")
+_START, _END = "registry -->\n", "<!-- end of matrix -->"
+
+
+def matrix() -> str:
+    """Operation x family, with what each kernel requires."""
+    lines = [
+        f"| operation | {' | '.join(registry.FAMILIES)} |",
+        "|---" * (len(registry.FAMILIES) + 1) + "|",
+    ]
+    for operation in get_args(Operation):
+        cells = [
+            "<br>".join(
+                f"`{kernel.name}`: {kernel.requires.describe()}"
+                for kernel in registry.kernels_of(operation, (family,))
+            )
+            for family in registry.FAMILIES
+        ]
+        lines.append(f"| {operation} | {' | '.join(cell or 'eager' for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_readme_holds_the_matrix_of_the_registry():
+    text = README.read_text(encoding="utf-8")
+    start, end = text.index(_START) + len(_START), text.index(_END)
+    assert text[start:end] == matrix()
+
+
+def test_names_are_unique_and_families_are_what_they_say():
+    for name in registry.FAMILIES:
+        family = registry.load(name)
+        assert isinstance(family, Family) and family.name == name
+        names = [(kernel.operation, kernel.name) for kernel in family.kernels]
+        assert len(set(names)) == len(names)
+        assert {kernel.family for kernel in family.kernels} == {name}
+
+
+def test_requests_are_those_of_the_options():
+    assert {*registry.REQUESTS, "auto"} == set(BACKENDS)
+    for families in registry.REQUESTS.values():
+        assert set(families) <= set(registry.FAMILIES)
+    with pytest.raises(BackendError, match="expected one of auto, eager, triton, cuda"):
+        registry.families_of("tensorrt", CPU)
+
+
+@pytest.fixture
+def forgotten():
+    """Families are imported again, before and after."""
+    registry.load.cache_clear()
+    yield
+    registry.load.cache_clear()
+
+
+@pytest.mark.parametrize("family", registry.FAMILIES)
+def test_without_triton_each_family_says_so(family, forgotten, monkeypatch):
+    """The CUDA family too, as long as it borrows the norm."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "triton" else real(name, *a)
+    )
+    for card in CARDS.values():
+        reason = registry.unavailable_reason(family, card, HALF)
+        assert reason == "triton is not installed"
+    assert list(registry.kernels_of("norm_conv3d", (family,))) == []
+
+
+def test_a_triton_that_is_too_old_is_a_reason_and_no_crash(forgotten, monkeypatch):
+    """Before 3.4 it has no tensor descriptors."""
+
+    def old(name, package):
+        raise ModuleNotFoundError("No module named 'triton.tools.tensor_descriptor'")
+
+    monkeypatch.setattr(importlib, "import_module", old)
+    for family in registry.FAMILIES:
+        reason = registry.unavailable_reason(family, CARDS["H100"], HALF)
+        assert reason == ("cannot be imported: No module named 'triton.tools.tensor_descriptor'")
+
+
+def test_float32_is_for_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert Device.of(torch.device("cpu")) is CPU
+    reason = registry.unavailable_reason("triton", CARDS["H100"], torch.float32)
+    assert reason == "float32 was asked for, the kernels' operands are float16"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    interpreter = Device.of(torch.device("cpu"))
+    assert registry.unavailable_reason("triton", interpreter, torch.float32) is None
+    assert registry.unavailable_reason("cuda", interpreter, torch.float32) is not None
+
+
+def test_devices_without_kernels():
+    assert Device.of(torch.device("mps")).vendor == "apple"
+    assert Device.of(torch.device("xpu")).vendor == "intel"
+    assert Device.of(torch.device("hpu")).vendor == "other"
