@@ -1,4 +1,4 @@
-"""The arguments of all commands. Needs no PyTorch, so --help and wrong usage are answered quickly."""
+"""The arguments of all commands. Needs no PyTorch, so --help and wrong usage are answered soon."""
 
 from __future__ import annotations
 
