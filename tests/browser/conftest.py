@@ -21,9 +21,14 @@ MINI = EXAMPLES / "wan_vae_mini.safetensors"
 CAT = EXAMPLES / "latents" / "cat_416x240_17f.latent"
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 # What comes and goes by itself, or hides nodes.
 UNDISTURBED = """
   .p-toast, .p-tooltip, .minimap-main-container { visibility: hidden !important }
@@ -44,7 +49,7 @@ FIT = """() => {
   graph.setDirtyCanvas(true, true);
 }"""
 # Everything on a busy machine with two cores, first load of the frontend included.
-TIMEOUT_MS = 60_000
+TIMEOUT_MS = 600_000
 
 
 @pytest.fixture(scope="session", params=["pinned", "newest"])
@@ -82,7 +87,7 @@ class Frontend:
 
     def open(self) -> None:
         """Load (or reload) and wait until the graph of the frontend has settled."""
-        self.page.goto(self.server.url, timeout=60_000)
+        self.page.goto(self.server.url, timeout=TIMEOUT_MS)
         self.page.wait_for_function(
             "() => window.app?.vueAppReady && window.app.extensionManager", timeout=TIMEOUT_MS
         )

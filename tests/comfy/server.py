@@ -23,17 +23,27 @@ from tests.comfy.provision import ComfyEnvironment
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACK = "ComfyUI-WanVAE"
 START_TIMEOUT_S = 120
-RUN_TIMEOUT_S = 120
+RUN_TIMEOUT_S = 600
 
 
 def install_pack(custom_nodes: Path) -> Path:
     """Copy the files that git tracks (and new ones it does not ignore) into `custom_nodes`."""
     target = custom_nodes / PACK
     listed = subprocess.run(
-        ["git", "-C", str(REPOSITORY), "ls-files", "-z", "--cached", "--others",
-         "--exclude-standard"],
-        check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
+        [
+            "git",
+            "-C",
+            str(REPOSITORY),
+            "ls-files",
+            "-z",
+            "--cached",
+            "--others",
+            "--exclude-standard",
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
     for name in filter(None, listed.split("\0")):
         source = REPOSITORY / name
         if source.is_file() and not name.startswith("tests/"):
@@ -93,10 +103,19 @@ class Comfy:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = base / "server.log"
         self._command = [
-            environment.python, str(Path(environment.comfyui) / "main.py"),
-            "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
-            "--database-url", "sqlite:///:memory:", "--disable-api-nodes", *flags,
-        ]  # fmt: skip
+            environment.python,
+            str(Path(environment.comfyui) / "main.py"),
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--base-directory",
+            str(base),
+            "--database-url",
+            "sqlite:///:memory:",
+            "--disable-api-nodes",
+            *flags,
+        ]
         # Nothing is written to the pack.
         self._variables = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
         if on_cpu:

@@ -45,7 +45,7 @@ def start(latents, output, *, ranks=2, nodes=1, node=0, port=0, more=(), before=
          "--vae", str(jobs.MINI), "-o", str(output), "--device", "cpu", *more],
         cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=before,
-    )  # fmt: skip
+    )
 
 
 def finish(process):

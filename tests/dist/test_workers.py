@@ -37,6 +37,8 @@ from wan_vae.workers.watch import Failure, Watch, Watched, error_of, failure_of
 from wan_vae.io.sink import TensorSink
 
 SHAPE = (1, 16, 3, 6, 16)
+# So long that the ranks cannot be done before a fault reaches them.
+LONG = (1, 16, 40, 6, 16)
 FULL = pytest.mark.full
 # For tests in which a worker does not answer; the others must within this time.
 SHORT_S = 3.0
@@ -148,7 +150,7 @@ def test_workers_import_nothing_of_comfyui(vae, latent, expected, tmp_path, monk
     marker = tmp_path / "imported"
     trap = f"from pathlib import Path\nPath({str(marker)!r}).open('a').write(__name__ + ' ')\n"
     for name in ("comfy", "comfy_api", "comfy_extras", "server", "folder_paths", "execution",
-                 "main", "aiohttp"):  # fmt: skip
+                 "main", "aiohttp"):
         (tmp_path / f"{name}.py").write_text(trap)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with WorkerPool(["cpu"]) as pool:
@@ -216,7 +218,7 @@ def kill_at(pool, rank, frames):
 
 @pytest.mark.parametrize(
     ("when", "rank"),
-    [pytest.param("before", 1, marks=FULL), ("during", 0), pytest.param("after", 1, marks=FULL)],
+    [pytest.param("before", 1, marks=FULL), ("first", 0), pytest.param("later", 1, marks=FULL)],
 )
 def test_a_killed_rank_is_named_and_the_next_decode_is_right(
     pool, vae, latent, expected, rank, when
@@ -235,12 +237,12 @@ def test_a_killed_rank_is_named_and_the_next_decode_is_right(
 
         hooks["should_stop"] = should_stop
     else:
-        # A first report comes while the other rank is in its next chunk; the last, after all.
-        hooks["on_progress"] = kill_at(pool, rank, 1 if when == "during" else 5)[0]
+        # At a report, while the ranks go on.
+        hooks["on_progress"] = kill_at(pool, rank, 1 if when == "first" else 13)[0]
     with pytest.raises(
         ShardingError, match=rf"rank {rank} \(cpu\) died \(exit code -9\)"
     ) as caught:
-        decode(pool, vae, latent, **hooks)
+        decode(pool, vae, jobs.noise(LONG), **hooks)
     assert caught.value.rank == rank
     assert all(is_gone(pid) for pid in pids) and pool.pids == []
     assert torch.equal(decode(pool, vae, latent), expected)
@@ -266,7 +268,7 @@ def test_out_of_memory_on_one_rank(pool, vae, expected, latent):
         limit = pages * resource.getpagesize() + (16 << 20)
         resource.prlimit(pids[1], resource.RLIMIT_AS, (limit, limit))
 
-    large = jobs.noise((1, 16, 3, 32, 48))
+    large = jobs.noise((1, 16, 9, 32, 48))
     with pytest.raises(ShardingError, match=r"rank 1 \(cpu\) is out of memory") as caught:
         decode(pool, vae, large, on_progress=starve)
     assert caught.value.rank == 1
@@ -287,7 +289,7 @@ def test_a_stuck_rank_is_named_after_the_time_out(
     with monkeypatch.context() as patch:
         patch.setattr(pool, "timeout_s", SHORT_S)  # of workers that are warm already
         with pytest.raises(ShardingError, match=rf"rank {rank} \(cpu\) does not answer") as caught:
-            decode(pool, vae, latent, on_progress=stop)
+            decode(pool, vae, jobs.noise(LONG), on_progress=stop)
     assert caught.value.rank == rank
     assert all(is_gone(pid) for pid in pids)
     assert torch.equal(decode(pool, vae, latent), expected)
@@ -297,8 +299,9 @@ def test_a_worker_that_stops_alone_is_found(vae, latent):
     with WorkerPool(["cpu"], timeout_s=SHORT_S, start_timeout_s=PATIENCE_S) as pool:
         pool.decode(vae, latent)
         (pid,) = pool.pids
+        stop = {"on_progress": lambda *_: os.kill(pid, signal.SIGSTOP)}
         with pytest.raises(ShardingError, match=r"rank 0 \(cpu\) does not answer .*sign of life"):
-            decode(pool, vae, latent, on_progress=lambda *_: os.kill(pid, signal.SIGSTOP))
+            decode(pool, vae, jobs.noise(LONG), **stop)
         assert is_gone(pid) and pool.pids == []
 
 
@@ -347,9 +350,9 @@ def test_cancel_stops_within_a_chunk_and_keeps_the_workers(pool, vae, latent, ex
     before, seen = pool.pids, []
     with pytest.raises(DecodeCancelled):
         decode(
-            pool, vae, jobs.noise((1, 16, 40, 6, 16)),
+            pool, vae, jobs.noise(LONG),
             on_progress=lambda done, *_: seen.append(done), should_stop=lambda: bool(seen),
-        )  # fmt: skip
+        )
     assert vae.last_report.status == "cancelled"
     assert seen[-1] < 157
     assert torch.equal(decode(pool, vae, latent), expected)
@@ -378,7 +381,7 @@ def test_cancel_while_a_rank_waits_for_halo_rows(pool, vae, latent, expected):
     helper = threading.Thread(target=resume)
     helper.start()
     with pytest.raises(DecodeCancelled):
-        decode(pool, vae, jobs.noise((1, 16, 40, 6, 16)), on_progress=hold, should_stop=should_stop)
+        decode(pool, vae, jobs.noise(LONG), on_progress=hold, should_stop=should_stop)
     helper.join()
     assert torch.equal(decode(pool, vae, latent), expected)
 
@@ -617,7 +620,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     parent = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(root)},
-    )  # fmt: skip
+    )
     pids = [int(p) for p in parent.stdout.readline().split()]
     assert len(pids) == 2
     ends = [os.pidfd_open(pid) for pid in pids]
@@ -632,3 +635,19 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
 def test_a_device_of_no_kind_is_refused_with_what_is_expected(text):
     with pytest.raises(ShardingError, match="is unknown: expected 'all', '0,1' or 'cpu,cpu'"):
         parse_devices(text.replace("cuda:0,", "cpu,"))
+
+
+def test_the_pool_plans_and_each_rank_executes_its_plan(pool, vae, latent, expected):
+    plans = pool.plan(vae, latent.shape, axis="height", chunk_frames=1)
+    assert [plan.device for plan in plans] == ["cpu", "cpu"]
+    assert plans[0].shards == plans[1].shards and plans[0].lengths == (1,) * latent.shape[2]
+    assert torch.equal(pool.decode(vae, latent, axis="height", plans=plans), expected)
+    assert [report.plan for report in pool.last_reports] == [plan.summary() for plan in plans]
+    # What the plans decide cannot be asked for again, and a plan is for its own cut.
+    with pytest.raises(GeometryError, match="give the options to plan"):
+        pool.decode(vae, latent, plans=plans, chunk_frames=2)
+    with pytest.raises(ShardingError, match="1 plans for 2 ranks"):
+        pool.decode(vae, latent, plans=plans[:1])
+    with pytest.raises(ShardingError, match="over 2 ranks by height: this is"):
+        pool.decode(vae, latent, axis="width", plans=plans)
+    assert torch.equal(decode(pool, vae, latent), expected)

@@ -24,15 +24,39 @@ _SIZES = ["frames_in", "frames_out", "rows_in", "cols_in", "height", "width", "c
 
 @triton.jit(do_not_specialize=_SIZES)
 def _conv(
-    x, weight, bias, residual, out,
-    frames_in, frames_out, rows_in, cols_in, height, width, cout, col_tiles, groups,
-    CIN: tl.constexpr, F: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    N0: tl.constexpr, N1: tl.constexpr,
-    BK: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
-    TAP0: tl.constexpr, TAPS: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    residual,
+    out,
+    frames_in,
+    frames_out,
+    rows_in,
+    cols_in,
+    height,
+    width,
+    cout,
+    col_tiles,
+    groups,
+    CIN: tl.constexpr,
+    F: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    N0: tl.constexpr,
+    N1: tl.constexpr,
+    BK: tl.constexpr,
+    KT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    PAD_Y: tl.constexpr,
+    PAD_X: tl.constexpr,
+    TAP0: tl.constexpr,
+    TAPS: tl.constexpr,
+    UP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
     # Grid: (column blocks * row tiles * col tiles, frame groups * batch, 4 parities or 1).
     # `rows_in` and `cols_in` are the buffer's, `height` and `width` the output's (of one parity).
     # TAPS: taps in a row of the weight. PRECISION is for float32 operands.

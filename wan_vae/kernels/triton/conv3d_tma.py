@@ -25,15 +25,37 @@ _SIZES = ["frames_in", "frames_out", "height", "width", "col_tiles", "groups"]
 
 @triton.jit(do_not_specialize=_SIZES)
 def _conv(
-    x, w0, w1, bias, residual, out, frames_in, frames_out, height, width, cout,
-    col_tiles, groups,
-    CIN: tl.constexpr, F: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    N0: tl.constexpr, N1: tl.constexpr,
-    BK: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
-    TAP0: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-):  # fmt: skip
+    x,
+    w0,
+    w1,
+    bias,
+    residual,
+    out,
+    frames_in,
+    frames_out,
+    height,
+    width,
+    cout,
+    col_tiles,
+    groups,
+    CIN: tl.constexpr,
+    F: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    N0: tl.constexpr,
+    N1: tl.constexpr,
+    BK: tl.constexpr,
+    KT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    PAD_Y: tl.constexpr,
+    PAD_X: tl.constexpr,
+    TAP0: tl.constexpr,
+    UP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
     # Grid: (column blocks * row tiles * col tiles, frame groups * batch, 4 parities or 1).
     # `height` and `width` are the output's (of one parity). PRECISION is for float32 operands.
     # Rounding: float32 accumulation, bias and residual added in float32, one rounding at the store.

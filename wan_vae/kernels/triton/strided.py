@@ -30,12 +30,31 @@ _SIZES = ["frames_in", "frames_out", "height", "width", "rows", "cols"]
 
 @triton.jit(do_not_specialize=_SIZES)
 def _strided(
-    x, weight, bias, out, frames_in, frames_out, height, width, rows, cols,
-    CIN: tl.constexpr, COUT: tl.constexpr, M: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
-    BK: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    ST: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    out,
+    frames_in,
+    frames_out,
+    height,
+    width,
+    rows,
+    cols,
+    CIN: tl.constexpr,
+    COUT: tl.constexpr,
+    M: tl.constexpr,
+    N0: tl.constexpr,
+    N1: tl.constexpr,
+    BK: tl.constexpr,
+    KT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    ST: tl.constexpr,
+    SY: tl.constexpr,
+    SX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
     # Grid: (column blocks * blocks of M output pixels, frames_out * batch). `height` and `width`
     # are the input's, `rows` and `cols` the output's. PRECISION is for float32 operands.
     # Rounding: float32 accumulation, bias added in float32, one rounding at the store.
