@@ -65,6 +65,7 @@ class Resources:
 
     kernel: str
     config: str
+    loads: str
     capability: int
     registers: int
     stack_bytes: int
@@ -75,7 +76,10 @@ class Resources:
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel to compile: its function, types of its arguments, and compile-time constants."""
+    """A kernel to compile: its function, types of its arguments, and compile-time constants.
+
+    loads: how a convolution is loaded.
+    """
 
     name: str
     config: str
@@ -84,6 +88,7 @@ class Job:
     constants: dict[str, object]
     warps: int = 4
     stages: int = 3
+    loads: str = ""
 
 
 def jobs(
@@ -166,7 +171,9 @@ def _conv(
             "w1": f"tensordesc<{operand}[{config.N1 or config.N0}, {config.BK}]>",
         }
     name = f"{label} {c}x{o} {kt}x{kh}x{kw}"
-    return Job(name, config.name, function, types, constants, config.warps, config.stages)
+    return Job(
+        name, config.name, function, types, constants, config.warps, config.stages, kernel.name
+    )
 
 
 def _strided(problem: StridedProblem, config: StridedConfig) -> Job:
@@ -253,6 +260,7 @@ def compile_job(job: Job, capability: int) -> Resources:
     return Resources(
         job.name,
         job.config,
+        job.loads,
         capability,
         int(_found(r"REG:(\d+)", usage)),
         int(_found(r"STACK:(\d+)", usage)),

@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,17 +22,28 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.suite.measure import times_ms
-from wan_vae.kernels.cuda.conv3x3 import Form, conv3x3, pack
-from wan_vae.kernels.proof.cases import BUILD_FAILURES
-from wan_vae.kernels.select import why_not_cuda
+from wan_vae.kernels import registry
+from wan_vae.kernels.cuda.conv3x3 import Variant, conv3x3, pack
+from wan_vae.kernels.device import Device
+from wan_vae.kernels.kernel import NormCall
 from wan_vae.kernels.triton import attention as triton_attention
-from wan_vae.kernels.triton import conv3d as triton_conv3d
-from wan_vae.kernels.triton import head as triton_head
-from wan_vae.kernels.triton import norm as triton_norm
-from wan_vae.kernels.triton.configs import attention_candidates, conv_candidates
-from wan_vae.kernels.triton.conv3d import Config
+from wan_vae.kernels.triton import conv3d_pointer, conv3d_tma
+from wan_vae.kernels.triton.configs import (
+    AttentionConfig,
+    ConvConfig,
+    attention_candidates,
+    conv_candidates,
+    pointer_candidates,
+)
+from wan_vae.kernels.triton.conv3d import ConvOperands, conv3d
+from wan_vae.kernels.triton.head import HeadOperands, head_conv, pack_head
+from wan_vae.kernels.triton.kernels import BUILD_FAILURES
+from wan_vae.kernels.triton.norm import norm_silu_join, norm_silu_pairs
+from wan_vae.kernels.weights import norm_scale
 from wan_vae.ops.eager.attention import attention
 from wan_vae.ops.eager.norm import rms_norm_silu
+from wan_vae.ops.opset import CallSize
+from wan_vae.ops.problem import NormConvProblem
 
 LAST = torch.channels_last_3d
 HALF = torch.float16
@@ -47,17 +59,22 @@ class Layer:
     frames: int
     rows: int
     columns: int
-    also: tuple[Config, ...] = ()
+    also: tuple[str, ...] = ()
+
+    @property
+    def flops(self) -> float:
+        """Of one call."""
+        problem = NormConvProblem(self.channels, self.channels, HALF)
+        return problem.flops(CallSize(1, self.frames, self.rows, self.columns))
 
 
-C = Config
 LAYERS = (
-    Layer(384, 1, 90, 160, (C(1, 16, 16, 128, 0, 32, 8, 3), C(1, 8, 16, 64, 0, 64, 8, 3))),
-    Layer(384, 2, 180, 320, (C(4, 8, 16, 64, 0, 32, 8, 3),)),
-    Layer(192, 4, 360, 640, (C(4, 8, 8, 64, 0, 32, 4, 3), C(4, 8, 8, 64, 0, 64, 4, 3))),
-    Layer(96, 4, 720, 1280, (C(4, 8, 16, 64, 32, 32, 8, 3), C(4, 8, 8, 64, 32, 32, 4, 2))),
+    Layer(384, 1, 90, 160, ("f1_p16x16_n128+0_k32_w8_s3", "f1_p8x16_n64+0_k64_w8_s3")),
+    Layer(384, 2, 180, 320, ("f4_p8x16_n64+0_k32_w8_s3",)),
+    Layer(192, 4, 360, 640, ("f4_p8x8_n64+0_k32_w4_s3", "f4_p8x8_n64+0_k64_w4_s3")),
+    Layer(96, 4, 720, 1280, ("f4_p8x16_n64+32_k32_w8_s3", "f4_p8x8_n64+32_k32_w4_s2")),
 )
-TINY = (Layer(16, 2, 5, 7, (C(1, 4, 8, 16, 0, 16, 4, 2),)),)
+TINY = (Layer(16, 2, 5, 7, ("f1_p4x8_n16+0_k16_w4_s2",)),)
 
 
 class Bench:
@@ -99,47 +116,45 @@ class Bench:
         x = self.random(1, t + 2, h, w, c).permute(0, 4, 1, 2, 3)
         weight = self.random(c, 3, 3, 3, c, scale=(27 * c) ** -0.5).permute(0, 4, 1, 2, 3)
         bias = self.random(c)
-        flops = 2.0 * 27 * c * c * t * h * w
+        flops, operands = layer.flops, ConvOperands(x, weight, bias)
         expected = F.conv3d(x.float(), weight.float(), bias.float(), padding=(0, 1, 1))
         ms = self.median_ms(lambda: F.conv3d(x, weight, bias, padding=(0, 1, 1)))
         print(f"{c} {t}x{h}x{w}: library {ms:.3f} ms {flops / ms / 1e9:.0f} TFLOP/s", flush=True)
+        tries = [
+            *(("tma", conv3d_tma.launch, n) for n in (*conv_candidates(c, c, t), *layer.also)),
+            *(("pointer", conv3d_pointer.launch, n) for n in pointer_candidates(c, c, t)),
+        ]
         right = [
             self.candidate(
-                config.name,
-                lambda k=config: triton_conv3d.conv3d(x, weight, bias, None, k),
+                f"{loads} {name}",
+                partial(conv3d, operands, ConvConfig.parse(name), launch),
                 expected,
                 flops,
             )
-            for config in (*conv_candidates(c, c, t), *layer.also)
+            for loads, launch, name in tries
         ]
-        if self.device.type == "cuda" and why_not_cuda(self.device) is None:
+        device = Device.of(self.device)
+        if registry.unavailable_reason("cuda", device, HALF) is None:
             right += self.cuda(layer)
         return any(right)
 
     def cuda(self, layer: Layer) -> list[bool]:
-        """The forms in CUDA C++, with a residual, as the second convolution of a block has."""
+        """The variants in CUDA C++, with a residual, as the second convolution of a block has."""
         c, t, h, w = layer.channels, layer.frames, layer.rows, layer.columns
         x, residual = (self.random(1, t, h, w, c).permute(0, 4, 1, 2, 3) for _ in range(2))
         bias = torch.randn(c, device=self.device)
-        scale = triton_norm.norm_scale(torch.ones(c, device=self.device))
+        scale = norm_scale(torch.ones(c, device=self.device))
         weight = self.random(c, 3, 3, 3, c, scale=(27 * c) ** -0.5).permute(0, 4, 1, 2, 3)
-        joined, _ = triton_norm.norm_silu_join(x, scale, None, 2, False)
-        pairs, _ = triton_norm.norm_silu_pairs(x, scale, None, False, HALF)
+        joined, _ = norm_silu_join(NormCall(x, scale))
+        pairs, _ = norm_silu_pairs(NormCall(x, scale))
         expected = F.conv3d(joined.float(), weight.float(), bias, padding=(0, 1, 1))
         expected += residual
-        flops = 2.0 * 27 * c * c * t * h * w
         right = []
         for winograd, operand in ((True, pairs), (False, joined)):
-            form = Form(c, c, winograd, 3, HALF)
-            packed = pack(weight, form)
-            right.append(
-                self.candidate(
-                    f"cuda {form.name}",
-                    lambda o=operand, p=packed, f=form: conv3x3(o, p, bias, residual, f, t, (1, 1)),
-                    expected,
-                    flops,
-                )
-            )
+            variant = Variant(c, c, winograd, 3, HALF)
+            packed = pack(weight, variant)
+            work = partial(conv3x3, operand, packed, bias, residual, variant, t, (1, 1))
+            right.append(self.candidate(f"cuda {variant.name}", work, expected, layer.flops))
         return right
 
     def attention(self, channels: int, positions: int) -> bool:
@@ -150,32 +165,30 @@ class Bench:
         print(f"attention {positions} x {channels}: library {ms:.3f} ms", flush=True)
         right = [
             self.candidate(
-                config.name,
-                lambda c=config: triton_attention.attention(q, k, v, c),
+                name,
+                partial(triton_attention.attention, q, k, v, AttentionConfig.parse(name)),
                 expected,
                 flops,
             )
-            for config in attention_candidates(channels)
+            for name in attention_candidates(channels)
         ]
         return any(right)
 
     def norm_and_head(self, channels: int, frames: int, rows: int, columns: int) -> None:
         x = self.random(1, frames, rows, columns, channels).permute(0, 4, 1, 2, 3)
         gamma = torch.ones(channels, device=self.device)
-        scale = triton_norm.norm_scale(gamma)
-        history = x[:, :, :2].contiguous(memory_format=LAST)
-        fused = self.median_ms(lambda: triton_norm.norm_silu_join(x, scale, history, 2, True)[0])
+        call = NormCall(x, norm_scale(gamma), x[:, :, :2].contiguous(memory_format=LAST), keep=True)
+        fused = self.median_ms(lambda: norm_silu_join(call)[0])
         eager = self.median_ms(lambda: rms_norm_silu(x, gamma))
         print(f"norm + SiLU: {fused:.3f} ms with history, eager {eager:.3f} without", flush=True)
-        buffer, _ = triton_norm.norm_silu_join(x, scale, history, 2, False)
+        buffer, _ = norm_silu_join(call)
         weight = self.random(3, channels, 3, 3, 3, scale=0.02).contiguous(memory_format=LAST)
         expected = F.conv3d(buffer.float(), weight.float(), padding=(0, 1, 1))
         ms = self.median_ms(lambda: F.conv3d(buffer, weight, padding=(0, 1, 1)))
         print(f"head {channels} to 3: library {ms:.3f} ms", flush=True)
         flops = 2.0 * 81 * channels * frames * rows * columns
-        self.candidate(
-            "narrow", lambda: triton_head.head_conv(buffer, weight, None), expected, flops
-        )
+        operands = HeadOperands(buffer, pack_head(weight, HALF), None, 3)
+        self.candidate("narrow", lambda: head_conv(operands), expected, flops)
 
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> float:

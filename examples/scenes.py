@@ -14,9 +14,22 @@ import torch.nn.functional as F
 # Pictures inside the scikit-image wheel (free licences; see examples/README.md). The held-out
 # ones are never trained on.
 TRAIN_PICTURES = (
-    "astronaut", "coffee", "rocket", "color", "ihc", "retina", "hubble_deep_field", "brick",
-    "grass", "coins", "moon", "page", "text", "motorcycle_right", "chessboard_RGB",
-)  # fmt: skip
+    "astronaut",
+    "coffee",
+    "rocket",
+    "color",
+    "ihc",
+    "retina",
+    "hubble_deep_field",
+    "brick",
+    "grass",
+    "coins",
+    "moon",
+    "page",
+    "text",
+    "motorcycle_right",
+    "chessboard_RGB",
+)
 HELD_OUT_PICTURES = ("chelsea", "gravel", "cell")
 
 

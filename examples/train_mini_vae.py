@@ -175,8 +175,14 @@ def main() -> None:
         if step == 20 or step % 500 == 0:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 scores, _ = evaluate(average, device, clips=1)
-            log.append({"step": step, "seconds": round(time.monotonic() - started, 1),
-                        "loss": round(loss.item(), 5), **scores})  # fmt: skip
+            log.append(
+                {
+                    "step": step,
+                    "seconds": round(time.monotonic() - started, 1),
+                    "loss": round(loss.item(), 5),
+                    **scores,
+                }
+            )
             print(json.dumps(log[-1]), flush=True)
             save(average, args.output)
 
@@ -186,8 +192,14 @@ def main() -> None:
     scores, pairs = evaluate(shipped, device)
     contact_sheet(pairs, args.output / "contact_sheet.png")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    summary = {"device": name, "torch": torch.__version__, "steps": step, "minutes": args.minutes,
-               "held_out_psnr_db": scores, "log": log}  # fmt: skip
+    summary = {
+        "device": name,
+        "torch": torch.__version__,
+        "steps": step,
+        "minutes": args.minutes,
+        "held_out_psnr_db": scores,
+        "log": log,
+    }
     (args.output / "training.json").write_text(json.dumps(summary, indent=1))
     print(json.dumps({k: v for k, v in summary.items() if k != "log"}), flush=True)
 

@@ -28,6 +28,9 @@ from wan_vae.planning.passes import pass_frames
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
 
+# For what ends by itself: only what hangs takes so long, on the busiest machine too.
+PATIENCE_S = 600.0
+
 # Tests that share servers, browsers or processes which start slowly. pytest-xdist runs a group in
 # one process and every other test in any (`--dist loadgroup`).
 GROUPS = {

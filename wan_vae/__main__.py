@@ -4,10 +4,10 @@ import sys
 
 
 def main() -> int:
-    """Run the command; also while it is still being imported, Ctrl-C is one line.
+    """Run the command line; returns the exit code.
 
-    So is a missing PyTorch, which no installation of this package brings by itself, and another
-    package that the command needs where it was installed without its dependencies.
+    Ctrl-C during an import gives one line on stderr. So does a missing package: PyTorch, which is
+    not a dependency of this package, or a dependency that was not installed with it.
     """
     try:
         from .commands.cli import main as command

@@ -27,6 +27,7 @@ Part = Literal["decoder", "encoder"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 MEMORY_FORMATS: tuple[MemoryFormat, ...] = get_args(MemoryFormat)
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 AXES: tuple[AxisRequest, ...] = get_args(AxisRequest)
 GATHERS: tuple[Gather, ...] = get_args(Gather)
 COLLECTS: tuple[Collect, ...] = get_args(Collect)
@@ -48,3 +49,7 @@ class RunOptions:
     strips: int | None = None
     backend: Backend = "auto"
     free_bytes: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.chunk_frames, list):  # a value, which nobody can change later
+            object.__setattr__(self, "chunk_frames", tuple(self.chunk_frames))

@@ -11,14 +11,25 @@ from pathlib import Path
 import torch
 
 from . import layout
+from .chunking import whole_number
 from .config import WanVAEConfig, detect_config
 from .device import pick_device, pick_dtype
 from .errors import CheckpointError, GeometryError
 from .hooks import Hooks, OnProgress, ShouldStop
 from .io.checkpoint import canonical_state_dict, load_checkpoint
+from .io.latents import check_channels
 from .io.sink import Sink
 from .network.model import WanVAEModel, build_model
-from .options import AxisRequest, Backend, Gather, MemoryFormat, Operation, Precision, RunOptions
+from .options import (
+    OPERATIONS,
+    AxisRequest,
+    Backend,
+    Gather,
+    MemoryFormat,
+    Operation,
+    Precision,
+    RunOptions,
+)
 from .planning.plan import Plan
 from .report import DecodeReport, ReportBuilder
 from .runs.decode import DecodeRequest, DecodeRun, abort, shards_of
@@ -134,7 +145,7 @@ class WanVAE:
         whole_frames: the pixels are wanted as whole frames (a video file, a stream). ranks, axis:
         plan for one of several ranks. The other options are those of `decode`. Give the plan to
         `decode` or `encode`, which executes it.
-        Raises GeometryError, LayoutError, BackendError, CheckpointError.
+        Raises LatentError, GeometryError, LayoutError, BackendError, CheckpointError.
         """
         options = RunOptions(
             chunk_frames=chunk_frames,
@@ -144,10 +155,13 @@ class WanVAE:
             backend=backend,
             free_bytes=free_bytes,
         )
-        shape = tuple(latent_shape)
-        if len(shape) != 5:
-            raise GeometryError(f"latent_shape is {shape}: expected [B, z, T, H, W]")
-        shards = shards_of(ShardContext(0, ranks, axis), shape)
+        if operation not in OPERATIONS:
+            raise GeometryError(f"operation is {operation!r}: expected 'decode' or 'encode'")
+        shape = tuple(whole_number(n, "a size of latent_shape") for n in latent_shape)
+        if len(shape) != 5 or min(shape) < 1:
+            raise GeometryError(f"latent_shape is {shape}: expected [B, z, T, H, W], all above 0")
+        check_channels(shape[1], self.config)
+        shards = shards_of(ShardContext(0, whole_number(ranks, "ranks"), axis), shape)
         setup = self.engine.setup(SetupRequest(operation, shape, options, shards))
         return self.engine.plan(setup, whole_frames=whole_frames)
 

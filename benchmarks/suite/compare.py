@@ -121,29 +121,40 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--case", action="append", choices=list(CASES), metavar="CASE",
+        "--case",
+        action="append",
+        choices=list(CASES),
+        metavar="CASE",
         help=f"repeatable; one of {', '.join(CASES)} (default on a GPU: {', '.join(GPU_CASES)}; "
         f"elsewhere: {', '.join(CPU_CASES)}); the first one is also started cold",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--backend", action="append", choices=BACKENDS,
+        "--backend",
+        action="append",
+        choices=BACKENDS,
         help=f"backend of this pack, repeatable (default: {' and '.join(_DEFAULT_BACKENDS)})",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--only", action="append", metavar="WORD",
+        "--only",
+        action="append",
+        metavar="WORD",
         help="only decoders with WORD in their name, repeatable (wan_vae, fastvae, ...)",
-    )  # fmt: skip
+    )
     parser.add_argument("--device", help="cuda:0, cpu, ... (default: the best one)")
     parser.add_argument(
-        "--precision", default="auto", choices=("auto", *DTYPES),
+        "--precision",
+        default="auto",
+        choices=("auto", *DTYPES),
         help="of every decoder (default: bf16 on a GPU, fp32 elsewhere)",
-    )  # fmt: skip
+    )
     parser.add_argument("--repeats", type=_positive, default=5, help="timed decodes (default: 5)")
     parser.add_argument(
-        "--part", action="append", choices=PARTS,
+        "--part",
+        action="append",
+        choices=PARTS,
         help="repeatable (default: all): decode compares, layers times each of ours, cold starts "
         "fresh processes",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--output", type=Path, help="folder for results.md, results.json and the plots"
     )

@@ -57,8 +57,9 @@ def _times(figure: Figure, results: Comparison) -> Figure:
             if isinstance(device, Result):
                 axes.barh(i, device.median_ms, 0.6, color=colour)
                 text = f"{device.median_ms:.0f}"
-            axes.annotate(text, (0, i), xytext=(4, 0), textcoords="offset points", va="center",
-                          fontsize=8)  # fmt: skip
+            axes.annotate(
+                text, (0, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+            )
         _, _, frames, height, width = CASES[case].pixels
         axes.set_title(f"{case}\n{frames} x {height} x {width}", fontsize=9)
         axes.set_xlabel("ms", fontsize=8)

@@ -7,7 +7,6 @@ history or add a residual count what they move.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -16,13 +15,12 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.suite.measure import synchronise
+from wan_vae.clock import Mark
 from wan_vae.layout import LayoutCounter
 from wan_vae.network.model import WanVAEModel
 from wan_vae.ops.opset import FusedConv, HaloRows, OpSet
 
-# A moment: seconds of the host's clock, or an event on the CUDA stream.
-_Mark = float | torch.cuda.Event
-_Marks = tuple[_Mark, _Mark]
+_Marks = tuple[Mark, Mark]
 _T = TypeVar("_T")
 
 
@@ -96,7 +94,7 @@ class Recorder:
         return tuple(sorted(rows, key=lambda row: -row.total_ms))
 
     def _layer_time(self, layer: LayerShape, calls: _Calls) -> LayerTime:
-        times = [_elapsed_ms(start, stop) for start, stop in calls.marks]
+        times = [start.ms_until(stop) for start, stop in calls.marks]
         return LayerTime(
             name=calls.name,
             layer=layer,
@@ -109,19 +107,11 @@ class Recorder:
 
     # -- the clock ---------------------------------------------------------------------------------
 
-    def _mark(self) -> _Mark:
-        if self._device.type != "cuda":
-            synchronise(self._device)
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
     def time(self, work: Callable[[], _T]) -> tuple[_T, _Marks]:
         """The result of `work`, and the moments before and after it."""
-        start = self._mark()
+        start = Mark.now(self._device)
         result = work()
-        return result, (start, self._mark())
+        return result, (start, Mark.now(self._device))
 
     def layer_name(self, weight: torch.Tensor) -> str:
         """The layer that `weight` belongs to.
@@ -271,13 +261,6 @@ class _TimedFused:
         size = moved(operand, used, residual, y)
         self._recorder.keep(self._recorder.layer_name(self._weight), layer, flops, size, marks)
         return y
-
-
-def _elapsed_ms(start: _Mark, stop: _Mark) -> float:
-    if isinstance(start, torch.cuda.Event) and isinstance(stop, torch.cuda.Event):
-        return float(start.elapsed_time(stop))
-    assert isinstance(start, float) and isinstance(stop, float)  # both are of one clock
-    return (stop - start) * 1e3
 
 
 def moved(*tensors: torch.Tensor | None) -> int:

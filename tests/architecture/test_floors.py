@@ -138,12 +138,15 @@ def test_an_arrow_up_is_found(tmp_path, text):
         ("network/blocks", "import torch.distributed as dist\n", "torch.distributed"),
         ("network/blocks", "from torch import distributed\n", "torch.distributed"),
         ("network/blocks", "import torch\ntorch.distributed.barrier()\n", "torch.distributed"),
-        ("runs/decode", "def f():\n    from torch.distributed import barrier\n",
-         "torch.distributed.barrier"),
+        (
+            "runs/decode",
+            "def f():\n    from torch.distributed import barrier\n",
+            "torch.distributed.barrier",
+        ),
         ("kernels/select", "import triton\n", "triton"),
         ("planning/peak", "from triton.tools import experimental\n", "triton.tools.experimental"),
     ],
-)  # fmt: skip
+)
 def test_a_forbidden_import_is_found(tmp_path, module, text, imported):
     files = {
         "wan_vae/network/blocks.py": "",
@@ -214,8 +217,10 @@ def test_two_circles_are_told_apart_and_a_chain_is_none():
 def test_a_module_without_a_floor_is_found(tmp_path):
     plant(tmp_path, {"wan_vae/cellar.py": "", "wan_vae/attic/dust.py": ""})
     assert homeless(modules_of(tmp_path, PACKAGES)) == [
-        "wan_vae.attic", "wan_vae.attic.dust", "wan_vae.cellar",
-    ]  # fmt: skip
+        "wan_vae.attic",
+        "wan_vae.attic.dust",
+        "wan_vae.cellar",
+    ]
     assert floor_of("wan_vae.ops.eager.norm") == floor_of("wan_vae.report")
 
 

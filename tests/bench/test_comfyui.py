@@ -93,10 +93,23 @@ def test_why_it_cannot_run(checkout, tmp_path, monkeypatch):
 @pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH names no checkout")
 def test_a_real_checkout_passes_the_gate(tmp_path):
     command = [
-        os.environ.get("COMFYUI_PYTHON", sys.executable), "-m", "wan_vae", "bench", "--device",
-        "cpu", "--case", "wan2.1-narrow", "--only", "comfyui", "--part", "decode", "--repeats", "1",
-        "--output", str(tmp_path),
-    ]  # fmt: skip
+        os.environ.get("COMFYUI_PYTHON", sys.executable),
+        "-m",
+        "wan_vae",
+        "bench",
+        "--device",
+        "cpu",
+        "--case",
+        "wan2.1-narrow",
+        "--only",
+        "comfyui",
+        "--part",
+        "decode",
+        "--repeats",
+        "1",
+        "--output",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]

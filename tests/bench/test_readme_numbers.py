@@ -96,11 +96,17 @@ def test_numbers_that_could_hide_are_named(problems):
 
 
 def test_what_is_no_measurement_is_left_alone(problems):
-    assert problems(
-        "81 frames of 1024 x 1024 on a 6 GB card, 3x3x3, fastvae 0.1.0, 2026-11-28,",
-        "`--limit-s 175 s` and [a link](results/2.34x.md); in 4 steps",
-        "```console", "wan-vae decode   # takes 972 ms", "```", "<!-- 972 ms -->",
-    ) == []  # fmt: skip
+    assert (
+        problems(
+            "81 frames of 1024 x 1024 on a 6 GB card, 3x3x3, fastvae 0.1.0, 2026-11-28,",
+            "`--limit-s 175 s` and [a link](results/2.34x.md); in 4 steps",
+            "```console",
+            "wan-vae decode   # takes 972 ms",
+            "```",
+            "<!-- 972 ms -->",
+        )
+        == []
+    )
 
 
 def test_the_command_prints_problems_and_fails(problems, monkeypatch, tmp_path, capsys):

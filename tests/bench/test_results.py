@@ -55,8 +55,12 @@ def line_of(text, *words):
 def test_times_ratios_and_reasons(results):
     text = write_up.comparison_markdown(results)
     assert line_of(text, "| wan_vae (triton) | bfloat16")[3:8] == [
-        "100.0 (99.0 to 101.0)", "1.00", "1.50e-02", "110.0 (109.0 to 111.0)", "1.10",
-    ]  # fmt: skip
+        "100.0 (99.0 to 101.0)",
+        "1.00",
+        "1.50e-02",
+        "110.0 (109.0 to 111.0)",
+        "1.10",
+    ]
     assert line_of(text, "| diffusers | bfloat16")[6:] == ["refused", "", "wrong"]
     unavailable = line_of(text, "| fastvae |", "unavailable")
     assert unavailable[3:] == ["unavailable", "", "", "unavailable", "", "not / installed"]
@@ -87,8 +91,13 @@ def test_json_keeps_every_row(results, tmp_path):
     write_up.write(results, tmp_path)
     data = json.loads((tmp_path / "results.json").read_text())
     assert [row["kind"] for row in data["rows"]] == [
-        "result", "result", "result", "refused", "unavailable", "unavailable",
-    ]  # fmt: skip
+        "result",
+        "result",
+        "result",
+        "refused",
+        "unavailable",
+        "unavailable",
+    ]
     assert len(data["rooflines"][0]["layers"]) == 2
     assert data["ceilings"]["copy_bytes_per_s"] == 1e12
     assert data["schema"] == SCHEMA and data["date"] == "2026-01-01"

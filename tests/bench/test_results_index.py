@@ -96,9 +96,7 @@ def times_of(data: object) -> Iterator[tuple[str, float]]:
             yield from times_of(value)
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in JSON if p.with_suffix(".md").exists()], ids=name
-)  # fmt: skip
+@pytest.mark.parametrize("path", [p for p in JSON if p.with_suffix(".md").exists()], ids=name)
 def test_both_files_of_a_pair_hold_the_same_times(path):
     data = json.loads(path.read_text(encoding="utf-8"))
     shown = table_numbers(path.with_suffix(".md").read_text(encoding="utf-8"))

@@ -13,8 +13,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(script: str, *arguments: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -30,5 +33,7 @@ def test_a_chunk_is_profiled_whole_and_as_a_shard():
 def test_host_memory_is_timed():
     lines = run("host_memory.py", "--megabytes", "1")
     assert [line.partition(":")[0] for line in lines] == [
-        "PyTorch's, fresh", "NumPy's, fresh", "used before",
-    ]  # fmt: skip
+        "PyTorch's, fresh",
+        "NumPy's, fresh",
+        "used before",
+    ]

@@ -21,9 +21,14 @@ MINI = EXAMPLES / "wan_vae_mini.safetensors"
 CAT = EXAMPLES / "latents" / "cat_416x240_17f.latent"
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 # What comes and goes by itself, or hides nodes.
 UNDISTURBED = """
   .p-toast, .p-tooltip, .minimap-main-container { visibility: hidden !important }

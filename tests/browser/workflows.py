@@ -7,15 +7,20 @@ import uuid
 
 def _node(number, kind, position, widgets, inputs=(), outputs=(), size=(300, 140)) -> dict:
     return {
-        "id": number, "type": kind, "pos": list(position), "size": list(size), "flags": {},
-        "order": number, "mode": 0, "properties": {}, "widgets_values": list(widgets),
-        "inputs": [
-            {"name": name, "type": type_, "link": link} for name, type_, link in inputs
-        ],
+        "id": number,
+        "type": kind,
+        "pos": list(position),
+        "size": list(size),
+        "flags": {},
+        "order": number,
+        "mode": 0,
+        "properties": {},
+        "widgets_values": list(widgets),
+        "inputs": [{"name": name, "type": type_, "link": link} for name, type_, link in inputs],
         "outputs": [
             {"name": name, "type": type_, "links": links} for name, type_, links in outputs
         ],
-    }  # fmt: skip
+    }
 
 
 def workflow_id(name: str) -> str:
@@ -32,17 +37,29 @@ def workflow(
     channels=16,
     identity="w1",
     chunk=0,
-) -> dict:  # fmt: skip
+) -> dict:
     """Latent and VAE into WanVAEDecode (node 3), and something that wants its image."""
     nodes = [
         _node(1, "VAELoader", (40, 80), [vae], outputs=[("VAE", "VAE", [1])], size=(300, 80)),
-        _node(2, "ProbeLatent", (40, 220), [1, channels, frames, height, width, seed, "plain"],
-              outputs=[("LATENT", "LATENT", [2])], size=(300, 260)),
-        _node(3, "WanVAEDecode", (400, 80), ["auto", "auto", chunk],
-              inputs=[("samples", "LATENT", 2), ("vae", "VAE", 1)],
-              outputs=[("IMAGE", "IMAGE", [3])], size=(340, 220)),
+        _node(
+            2,
+            "ProbeLatent",
+            (40, 220),
+            [1, channels, frames, height, width, seed, "plain"],
+            outputs=[("LATENT", "LATENT", [2])],
+            size=(300, 260),
+        ),
+        _node(
+            3,
+            "WanVAEDecode",
+            (400, 80),
+            ["auto", "auto", chunk],
+            inputs=[("samples", "LATENT", 2), ("vae", "VAE", 1)],
+            outputs=[("IMAGE", "IMAGE", [3])],
+            size=(340, 220),
+        ),
         _node(4, "ProbeSink", (800, 80), [], inputs=[("value", "*", 3)], size=(200, 60)),
-    ]  # fmt: skip
+    ]
     links = [[1, 1, 0, 3, 1, "VAE"], [2, 2, 0, 3, 0, "LATENT"], [3, 3, 0, 4, 0, "*"]]
     return _graph(identity, nodes, links)
 
@@ -61,23 +78,46 @@ def sharded_workflow(seed: int, identity: str) -> dict:
 def cat_workflow() -> dict:
     """The sample latent and the miniature VAE of the repository, to a preview. Node 3 decodes."""
     nodes = [
-        _node(1, "VAELoader", (40, 60), ["wan_vae_mini.safetensors"],
-              outputs=[("VAE", "VAE", [1])], size=(320, 80)),
-        _node(2, "LoadLatent", (40, 210), ["cat_416x240_17f.latent"],
-              outputs=[("LATENT", "LATENT", [2])], size=(320, 80)),
-        _node(3, "WanVAEDecode", (420, 60), ["auto", "auto", 1],
-              inputs=[("samples", "LATENT", 2), ("vae", "VAE", 1)],
-              outputs=[("IMAGE", "IMAGE", [3])], size=(380, 210)),
-        _node(4, "PreviewImage", (420, 340), [], inputs=[("images", "IMAGE", 3)],
-              size=(380, 330)),
-    ]  # fmt: skip
+        _node(
+            1,
+            "VAELoader",
+            (40, 60),
+            ["wan_vae_mini.safetensors"],
+            outputs=[("VAE", "VAE", [1])],
+            size=(320, 80),
+        ),
+        _node(
+            2,
+            "LoadLatent",
+            (40, 210),
+            ["cat_416x240_17f.latent"],
+            outputs=[("LATENT", "LATENT", [2])],
+            size=(320, 80),
+        ),
+        _node(
+            3,
+            "WanVAEDecode",
+            (420, 60),
+            ["auto", "auto", 1],
+            inputs=[("samples", "LATENT", 2), ("vae", "VAE", 1)],
+            outputs=[("IMAGE", "IMAGE", [3])],
+            size=(380, 210),
+        ),
+        _node(4, "PreviewImage", (420, 340), [], inputs=[("images", "IMAGE", 3)], size=(380, 330)),
+    ]
     links = [[1, 1, 0, 3, 1, "VAE"], [2, 2, 0, 3, 0, "LATENT"], [3, 3, 0, 4, 0, "IMAGE"]]
     return _graph("cat", nodes, links)
 
 
 def _graph(identity: str, nodes: list, links: list) -> dict:
     return {
-        "id": workflow_id(identity), "last_node_id": len(nodes), "last_link_id": len(links),
-        "nodes": nodes, "links": links, "groups": [], "config": {},
-        "extra": {"ds": {"scale": 1, "offset": [0, 0]}}, "version": 0.4,
-    }  # fmt: skip
+        "id": workflow_id(identity),
+        "last_node_id": len(nodes),
+        "last_link_id": len(links),
+        "nodes": nodes,
+        "links": links,
+        "groups": [],
+        "config": {},
+        "extra": {"ds": {"scale": 1, "offset": [0, 0]}},
+        "version": 0.4,
+    }

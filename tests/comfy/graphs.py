@@ -33,9 +33,15 @@ def load_vae(name: str = "wan21.safetensors") -> dict:
 
 def latent(batch=1, channels=16, frames=3, height=8, width=12, seed=0, kind="plain") -> dict:
     return node(
-        "ProbeLatent", batch=batch, channels=channels, frames=frames, height=height, width=width,
-        seed=seed, kind=kind,
-    )  # fmt: skip
+        "ProbeLatent",
+        batch=batch,
+        channels=channels,
+        frames=frames,
+        height=height,
+        width=width,
+        seed=seed,
+        kind=kind,
+    )
 
 
 def decode_and_compare(samples: dict, vae: dict | None = None, **options) -> dict:

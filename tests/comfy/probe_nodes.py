@@ -33,9 +33,13 @@ class ProbeCompareImages(_Probe):
         difference = float((a.float() - b.float()).abs().max()) if a.shape == b.shape else None
         spread = float(b.float().std())
         return {
-            "ui": {"a": [_facts(a)], "b": [_facts(b)], "difference": [difference],
-                   "spread": [spread]}
-        }  # fmt: skip
+            "ui": {
+                "a": [_facts(a)],
+                "b": [_facts(b)],
+                "difference": [difference],
+                "spread": [spread],
+            }
+        }
 
 
 class ProbeCompareLatents(ProbeCompareImages):
@@ -197,9 +201,15 @@ class ProbeWan22VAE:
         made = copy.copy(vae)
         with torch.inference_mode(False), torch.no_grad():
             model = comfy.ldm.wan.vae2_2.WanVAE(
-                dim=16, dec_dim=32, z_dim=48, dim_mult=[1, 2, 4, 4], num_res_blocks=2,
-                attn_scales=[], temperal_downsample=[False, True, True], dropout=0.0,
-            ).eval()  # fmt: skip
+                dim=16,
+                dec_dim=32,
+                z_dim=48,
+                dim_mult=[1, 2, 4, 4],
+                num_res_blocks=2,
+                attn_scales=[],
+                temperal_downsample=[False, True, True],
+                dropout=0.0,
+            ).eval()
             for name, parameter in model.named_parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
                 gain = 1.0 if name.endswith("gamma") else 0.0
@@ -248,7 +258,16 @@ class ProbeUnload(_Probe):
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
-        ProbeCompareImages, ProbeCompareLatents, ProbeSink, ProbeLatent, ProbeChoice,
-        ProbeFrames, ProbeVAEWeights, ProbeBrokenVAE, ProbeWan22VAE, ProbeMemory, ProbeUnload,
+        ProbeCompareImages,
+        ProbeCompareLatents,
+        ProbeSink,
+        ProbeLatent,
+        ProbeChoice,
+        ProbeFrames,
+        ProbeVAEWeights,
+        ProbeBrokenVAE,
+        ProbeWan22VAE,
+        ProbeMemory,
+        ProbeUnload,
     )
-}  # fmt: skip
+}

@@ -30,12 +30,33 @@ NEWEST_FRONTEND = "comfyui-frontend-package==1.58.1"
 
 # What `main.py --cpu` imports, and no CUDA wheel. torch is the release with a CPU build.
 REQUIREMENTS = (
-    "torch==2.13.0", "numpy", "einops", "transformers", "tokenizers", "sentencepiece",
-    "safetensors", "aiohttp", "yarl", "pyyaml", "Pillow", "scipy", "tqdm", "psutil", "av",
-    "requests", "alembic", "SQLAlchemy", "filelock", "simpleeval", "blake3",
-    "pydantic", "pydantic-settings",
-    "comfy-kitchen==0.2.31", "comfy-aimdo==0.4.13", INSTALLED_FRONTEND,
-)  # fmt: skip
+    "torch==2.13.0",
+    "numpy",
+    "einops",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "aiohttp",
+    "yarl",
+    "pyyaml",
+    "Pillow",
+    "scipy",
+    "tqdm",
+    "psutil",
+    "av",
+    "requests",
+    "alembic",
+    "SQLAlchemy",
+    "filelock",
+    "simpleeval",
+    "blake3",
+    "pydantic",
+    "pydantic-settings",
+    "comfy-kitchen==0.2.31",
+    "comfy-aimdo==0.4.13",
+    INSTALLED_FRONTEND,
+)
 # Their dependencies would bring CUDA builds of torch.
 REQUIREMENTS_ALONE = ("torchvision==0.28.0", "torchsde", "trampoline", "torchaudio==2.11.0")
 
@@ -171,11 +192,17 @@ def _pip(python: Path, command: str, *arguments: str) -> None:
     late = ["--no-compile"] if command == "install" else []
     subprocess.run(
         [
-            str(python), "-m", "pip", command, "--quiet", "--disable-pip-version-check", *late,
+            str(python),
+            "-m",
+            "pip",
+            command,
+            "--quiet",
+            "--disable-pip-version-check",
+            *late,
             *arguments,
         ],
         check=True,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

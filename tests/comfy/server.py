@@ -30,10 +30,20 @@ def install_pack(custom_nodes: Path) -> Path:
     """Copy the files that git tracks (and new ones it does not ignore) into `custom_nodes`."""
     target = custom_nodes / PACK
     listed = subprocess.run(
-        ["git", "-C", str(REPOSITORY), "ls-files", "-z", "--cached", "--others",
-         "--exclude-standard"],
-        check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
+        [
+            "git",
+            "-C",
+            str(REPOSITORY),
+            "ls-files",
+            "-z",
+            "--cached",
+            "--others",
+            "--exclude-standard",
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
     for name in filter(None, listed.split("\0")):
         source = REPOSITORY / name
         if source.is_file() and not name.startswith("tests/"):
@@ -89,10 +99,20 @@ class Comfy:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = base / "server.log"
         self._command = [
-            environment.python, str(Path(environment.comfyui) / "main.py"), "--cpu",
-            "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
-            "--database-url", "sqlite:///:memory:", "--disable-api-nodes", *flags,
-        ]  # fmt: skip
+            environment.python,
+            str(Path(environment.comfyui) / "main.py"),
+            "--cpu",
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--base-directory",
+            str(base),
+            "--database-url",
+            "sqlite:///:memory:",
+            "--disable-api-nodes",
+            *flags,
+        ]
 
     def __enter__(self) -> Comfy:
         # One thread a server leaves the other cores to the browser; nothing is written to the pack.

@@ -42,10 +42,16 @@ def test_same_picture_as_core(comfy, family, shape, expected):
     assert len(report["layers"]) > 20
 
 
-@pytest.mark.parametrize("options", [
-    {"memory_layout": "contiguous"}, {"memory_layout": "channels_last_3d"}, {"chunk_frames": 1},
-    {"chunk_frames": 4}, {"precision": "fp32"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory_layout": "contiguous"},
+        {"memory_layout": "channels_last_3d"},
+        {"chunk_frames": 1},
+        {"chunk_frames": 4},
+        {"precision": "fp32"},
+    ],
+)
 def test_options_change_no_pixel(comfy, options):
     run = comfy.run(decode_and_compare(latent(frames=4, seed=2), **options))
     assert_same(run)

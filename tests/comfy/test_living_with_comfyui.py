@@ -43,10 +43,12 @@ def forget(comfy) -> None:
 def test_comfyui_accounts_for_our_weights_unloads_them_and_brings_them_back(comfy):
     assert_as_core(comfy.run(decode_and_compare(latent(seed=100))))
     assert "WanVAEModel" in memory(comfy, keep=VAES[0])["models"]
-    unloaded = comfy.run({
-        **decode(latent(frames=1, seed=101)),
-        "6": node("ProbeUnload", image=["3", 0]),
-    })  # fmt: skip
+    unloaded = comfy.run(
+        {
+            **decode(latent(frames=1, seed=101)),
+            "6": node("ProbeUnload", image=["3", 0]),
+        }
+    )
     assert unloaded.error is None, unloaded.error
     assert unloaded.outputs["6"].get("left", []) == []
     assert "WanVAEModel" not in memory(comfy, keep=VAES[0])["models"]
@@ -115,9 +117,15 @@ def test_one_vae_at_two_sizes(comfy):
 
 
 def test_one_vae_in_two_precisions_and_layouts(comfy):
-    for i, options in enumerate([
-        {"precision": "bf16"}, {}, {"memory_layout": "channels_last_3d"}, {"precision": "fp16"}, {},
-    ]):  # fmt: skip
+    for i, options in enumerate(
+        [
+            {"precision": "bf16"},
+            {},
+            {"memory_layout": "channels_last_3d"},
+            {"precision": "fp16"},
+            {},
+        ]
+    ):
         run = comfy.run(decode_and_compare(latent(seed=170 + i), **options))
         assert run.error is None, run.error
         bound = 0.2 if "precision" in options else TOLERANCE
@@ -165,16 +173,18 @@ def test_weights_that_another_node_changes_between_two_decodes(comfy, kind):
     name = f"changed_{kind}.safetensors"
     folder = comfy.base / "models" / "vae"
     (folder / name).write_bytes((folder / VAES[1]).read_bytes())
-    run = comfy.run({
-        "1": load_vae(name),
-        "2": latent(frames=2, seed=255),
-        "3": node("WanVAEDecode", vae=["1", 0], samples=["2", 0]),
-        "6": node("ProbeVAEWeights", vae=["1", 0], kind=kind, after=["3", 0]),
-        "7": node("WanVAEDecode", vae=["6", 0], samples=["2", 0]),
-        "4": node("VAEDecode", vae=["6", 0], samples=["2", 0]),
-        "5": node("ProbeCompareImages", a=["7", 0], b=["4", 0]),
-        "8": node("ProbeCompareImages", a=["7", 0], b=["3", 0]),
-    })  # fmt: skip
+    run = comfy.run(
+        {
+            "1": load_vae(name),
+            "2": latent(frames=2, seed=255),
+            "3": node("WanVAEDecode", vae=["1", 0], samples=["2", 0]),
+            "6": node("ProbeVAEWeights", vae=["1", 0], kind=kind, after=["3", 0]),
+            "7": node("WanVAEDecode", vae=["6", 0], samples=["2", 0]),
+            "4": node("VAEDecode", vae=["6", 0], samples=["2", 0]),
+            "5": node("ProbeCompareImages", a=["7", 0], b=["4", 0]),
+            "8": node("ProbeCompareImages", a=["7", 0], b=["3", 0]),
+        }
+    )
     assert_as_core(run)
     assert run.outputs["8"]["difference"][0] > 100 * TOLERANCE, "the change shows in the picture"
 

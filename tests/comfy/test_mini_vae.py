@@ -23,13 +23,15 @@ def shipped_files(comfy):
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_samples_decode_as_core_decodes_them(comfy, name):
-    run = comfy.run({
-        "1": load_vae(MINI),
-        "2": node("LoadLatent", latent=name),
-        "3": node("WanVAEDecode", vae=["1", 0], samples=["2", 0]),
-        "4": node("VAEDecode", vae=["1", 0], samples=["2", 0]),
-        "5": node("ProbeCompareImages", a=["3", 0], b=["4", 0]),
-    })  # fmt: skip
+    run = comfy.run(
+        {
+            "1": load_vae(MINI),
+            "2": node("LoadLatent", latent=name),
+            "3": node("WanVAEDecode", vae=["1", 0], samples=["2", 0]),
+            "4": node("VAEDecode", vae=["1", 0], samples=["2", 0]),
+            "5": node("ProbeCompareImages", a=["3", 0], b=["4", 0]),
+        }
+    )
     assert run.error is None, run.error
     found = run.outputs["5"]
     assert found["a"] == found["b"]
@@ -41,16 +43,18 @@ def test_samples_decode_as_core_decodes_them(comfy, name):
 @pytest.mark.parametrize("frames", [1, 5, 6, 8])
 def test_frames_encode_as_core_encodes_them_and_come_back(comfy, frames):
     """Frame counts that are not 4n + 1 lose the frames past it, as in core."""
-    run = comfy.run({
-        "1": load_vae(MINI),
-        "2": node("ProbeFrames", frames=frames, height=72, width=88, channels=3, seed=frames),
-        "3": node("WanVAEEncode", vae=["1", 0], pixels=["2", 0]),
-        "4": node("VAEEncode", vae=["1", 0], pixels=["2", 0]),
-        "5": node("ProbeCompareLatents", a=["3", 0], b=["4", 0]),
-        "6": node("WanVAEDecode", vae=["1", 0], samples=["3", 0]),
-        "7": node("VAEDecode", vae=["1", 0], samples=["4", 0]),
-        "8": node("ProbeCompareImages", a=["6", 0], b=["7", 0]),
-    })  # fmt: skip
+    run = comfy.run(
+        {
+            "1": load_vae(MINI),
+            "2": node("ProbeFrames", frames=frames, height=72, width=88, channels=3, seed=frames),
+            "3": node("WanVAEEncode", vae=["1", 0], pixels=["2", 0]),
+            "4": node("VAEEncode", vae=["1", 0], pixels=["2", 0]),
+            "5": node("ProbeCompareLatents", a=["3", 0], b=["4", 0]),
+            "6": node("WanVAEDecode", vae=["1", 0], samples=["3", 0]),
+            "7": node("VAEDecode", vae=["1", 0], samples=["4", 0]),
+            "8": node("ProbeCompareImages", a=["6", 0], b=["7", 0]),
+        }
+    )
     assert run.error is None, run.error
     for compared, bound in (("5", 1e-4), ("8", 1e-4)):
         found = run.outputs[compared]

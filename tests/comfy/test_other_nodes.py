@@ -14,13 +14,15 @@ pytestmark = pytest.mark.comfy
 @pytest.mark.parametrize("frames", [1, 5, 7])
 def test_encode_is_that_of_core(comfy, frames):
     pixels = node("ProbeFrames", frames=frames, height=67, width=90, channels=3, seed=frames)
-    run = comfy.run({
-        "1": load_vae(),
-        "2": pixels,
-        "3": node("WanVAEEncode", vae=["1", 0], pixels=["2", 0]),
-        "4": node("VAEEncode", vae=["1", 0], pixels=["2", 0]),
-        "5": node("ProbeCompareLatents", a=["3", 0], b=["4", 0]),
-    })  # fmt: skip
+    run = comfy.run(
+        {
+            "1": load_vae(),
+            "2": pixels,
+            "3": node("WanVAEEncode", vae=["1", 0], pixels=["2", 0]),
+            "4": node("VAEEncode", vae=["1", 0], pixels=["2", 0]),
+            "5": node("ProbeCompareLatents", a=["3", 0], b=["4", 0]),
+        }
+    )
     assert run.error is None, run.error
     found = run.outputs["5"]
     assert found["a"] == found["b"]
@@ -45,11 +47,13 @@ def test_inspect_reports_without_decoding(comfy):
 def test_inspect_tells_the_numbers_of_the_file_from_those_of_the_computation(comfy):
     folder = comfy.base / "models" / "vae"
     shutil.copyfile(folder / VAES[0], folder / "halved.safetensors")
-    run = comfy.run({
-        "1": load_vae("halved.safetensors"),
-        "2": node("ProbeVAEWeights", vae=["1", 0], kind="bfloat16"),
-        "3": node("WanVAEInspect", vae=["2", 0]),
-    })  # fmt: skip
+    run = comfy.run(
+        {
+            "1": load_vae("halved.safetensors"),
+            "2": node("ProbeVAEWeights", vae=["1", 0], kind="bfloat16"),
+            "3": node("WanVAEInspect", vae=["2", 0]),
+        }
+    )
     assert run.error is None, run.error
     lines = run.outputs["3"]["text"][0].splitlines()
     assert "compute   float32 on cpu (CPU)" in lines
@@ -129,9 +133,15 @@ def test_an_unknown_precision_is_refused_in_words(comfy):
 
 @pytest.mark.parametrize(
     "pnginfo",
-    ["text", ["workflow"], {"workflow": "text"}, {"workflow": ["id"]}, {"workflow": {"id": 7}},
-     {"workflow": {"id": ["a"]}}],
-)  # fmt: skip
+    [
+        "text",
+        ["workflow"],
+        {"workflow": "text"},
+        {"workflow": ["id"]},
+        {"workflow": {"id": 7}},
+        {"workflow": {"id": ["a"]}},
+    ],
+)
 def test_any_workflow_that_an_api_client_sends_is_decoded(comfy, pnginfo):
     seed = 1000 + sum(map(ord, str(pnginfo)))
     run = comfy.run(decode(latent(frames=1, seed=seed)), pnginfo=pnginfo)
@@ -140,12 +150,19 @@ def test_any_workflow_that_an_api_client_sends_is_decoded(comfy, pnginfo):
 
 
 def test_video_is_streamed_into_the_output_folder(comfy):
-    run = comfy.run({
-        "1": load_vae(),
-        "2": latent(frames=3, seed=11),
-        "3": node("WanVAEDecodeToVideo", vae=["1", 0], samples=["2", 0], fps=16.0,
-                  filename_prefix="video/test"),
-    })  # fmt: skip
+    run = comfy.run(
+        {
+            "1": load_vae(),
+            "2": latent(frames=3, seed=11),
+            "3": node(
+                "WanVAEDecodeToVideo",
+                vae=["1", 0],
+                samples=["2", 0],
+                fps=16.0,
+                filename_prefix="video/test",
+            ),
+        }
+    )
     assert run.error is None, run.error
     (shown,) = run.outputs["3"]["images"]
     path = comfy.base / "output" / shown["subfolder"] / shown["filename"]
@@ -154,12 +171,19 @@ def test_video_is_streamed_into_the_output_folder(comfy):
 
 
 def test_a_batch_becomes_a_file_for_each_latent(comfy):
-    run = comfy.run({
-        "1": load_vae(),
-        "2": latent(frames=2, batch=2, seed=14),
-        "3": node("WanVAEDecodeToVideo", vae=["1", 0], samples=["2", 0], fps=16.0,
-                  filename_prefix="video/batch"),
-    })  # fmt: skip
+    run = comfy.run(
+        {
+            "1": load_vae(),
+            "2": latent(frames=2, batch=2, seed=14),
+            "3": node(
+                "WanVAEDecodeToVideo",
+                vae=["1", 0],
+                samples=["2", 0],
+                fps=16.0,
+                filename_prefix="video/batch",
+            ),
+        }
+    )
     assert run.error is None, run.error
     names = [shown["filename"] for shown in run.outputs["3"]["images"]]
     assert len(set(names)) == 2

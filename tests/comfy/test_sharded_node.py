@@ -33,7 +33,7 @@ def workers(comfy) -> list[int]:
     found = []
     for task in Path(f"/proc/{comfy.pid}/task").iterdir():
         for pid in (task / "children").read_text().split():
-            if "sharding.worker" in Path(f"/proc/{pid}/cmdline").read_text():
+            if "workers.worker" in Path(f"/proc/{pid}/cmdline").read_text():
                 found.append(int(pid))
     return sorted(found)
 

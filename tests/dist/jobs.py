@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import wan_vae
-from tests.conftest import SMALL_CONFIGS, random_state
+from tests.conftest import PATIENCE_S, SMALL_CONFIGS, random_state
 from wan_vae import WanVAE
 from wan_vae.network.blocks import Step
 from wan_vae.network.cache import FeatureCache
@@ -46,6 +46,11 @@ def noise(shape, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def _context(rank, ranks, group, axis="auto") -> ShardContext:
+    """A rank's place; on a busy machine it may wait for another one."""
+    return ShardContext(rank, ranks, axis, group, timeout_s=PATIENCE_S)
+
+
 def _to_numpy(x):
     return None if x is None else x.numpy()
 
@@ -54,7 +59,7 @@ def decode(rank, ranks, group, *, name, shape, axis="auto", gather="all", format
     """Decode noise with shards: (pixels or None, report)."""
     wanted = formats[rank] if formats else "contiguous"
     vae = model(name, wanted)
-    context = ShardContext(rank, ranks, axis, group)
+    context = _context(rank, ranks, group, axis)
     if formats:
         options["memory_format"] = wanted
     pixels = vae.decode(noise(shape), shard=context, gather=gather, **options)
@@ -70,7 +75,7 @@ def decode_with_kernels(rank, ranks, group, *, cache, **arguments):
 def encode(rank, ranks, group, *, name, shape, axis="auto", gather="all", **options):
     """Encode noise with shards: (latent or None, report)."""
     vae = model(name)
-    context = ShardContext(rank, ranks, axis, group)
+    context = _context(rank, ranks, group, axis)
     latent = vae.encode(noise(shape).tanh(), shard=context, gather=gather, **options)
     return _to_numpy(latent), asdict(vae.last_report)
 
@@ -96,7 +101,7 @@ def decode_with_a_difference(
     latent = noise((1, 16, frames_of_rank_1 if odd else 2, 4, 4), seed_of_rank_1 if odd else 0)
     model("wan2.1").decode(
         latent,
-        shard=ShardContext(rank, ranks, "height", group),
+        shard=_context(rank, ranks, group, "height"),
         chunk_frames=chunks_of_rank_1 if odd else 1,
         precision=precision_of_rank_1 if odd else "fp32",
     )
@@ -104,16 +109,18 @@ def decode_with_a_difference(
 
 def send_something_else(rank, ranks, group, *, kind):
     """Both ranks exchange rows; rank 1's differ in shape, dtype, place or count."""
-    wire = Wire(ShardContext(rank, ranks, "height", group), torch.device("cpu"))
+    context, cpu = _context(rank, ranks, group, "height"), torch.device("cpu")
+    wire = Wire(context, cpu)
     shape, dtype, site = (1, 2, 1, 1, 5), torch.float32, "decoder.conv1"
+    peer = 1 - rank
+    if kind == "order":
+        wire.exchange(site, dtype, [Outgoing(peer, torch.zeros(shape))], [Incoming(peer, shape)])
     if rank == 1:
         shape = (1, 2, 1, 1, 6) if kind == "shape" else shape
         dtype = torch.bfloat16 if kind == "dtype" else dtype
         site = "decoder.head.2" if kind == "site" else site
-        if kind == "order":
-            wire.exchange(site, dtype, [], [])
-            wire._count += 1  # as if it had skipped a convolution
-    peer = 1 - rank
+        # This one counts from the start, as if it had skipped a convolution.
+        wire = Wire(context, cpu) if kind == "order" else wire
     out = [Outgoing(peer, torch.zeros(shape, dtype=dtype))]
     wire.exchange(site, dtype, out, [Incoming(peer, shape)])
 
@@ -130,7 +137,7 @@ def decode_and_cancel(rank, ranks, group, *, stop_rank, after):
     try:
         vae.decode(
             noise((1, 16, 5, 4, 4)),
-            shard=ShardContext(rank, ranks, "height", group),
+            shard=_context(rank, ranks, group, "height"),
             chunk_frames=1,
             should_stop=should_stop,
         )
@@ -143,7 +150,7 @@ def count_messages(rank, ranks, group, *, name, shape, chunk_frames):
     """Decode with a wire of our own: (messages, bytes) that this rank received in each chunk."""
     vae = model(name)
     plan = plan_shards(shape[3], shape[4], ranks)
-    context = ShardContext(rank, ranks, group=group)
+    context = _context(rank, ranks, group)
     wire = Wire(context, torch.device("cpu"))
     shard, cache, counts = Shard(context, plan, wire), FeatureCache(), []
     z = own_part(noise(shape), plan, rank).contiguous()
@@ -158,7 +165,7 @@ def count_messages(rank, ranks, group, *, name, shape, chunk_frames):
 
 def gather_every_format(rank, ranks, group):
     """Each rank gathers its number in another memory format; all must arrive as NCDHW."""
-    wire = Wire(ShardContext(rank, ranks, "height", group), torch.device("cpu"))
+    wire = Wire(_context(rank, ranks, group, "height"), torch.device("cpu"))
     steps = torch.arange(2 * 3 * 2 * 4 * 5.0).view(2, 3, 2, 4, 5)
     x = [
         steps.contiguous(memory_format=torch.channels_last_3d),

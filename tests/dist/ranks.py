@@ -13,6 +13,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from tests.conftest import PATIENCE_S
+
 RANKS = 4
 LOOPBACK = "lo" if os.name == "posix" and os.uname().sysname == "Linux" else "lo0"
 
@@ -27,7 +29,7 @@ def _serve(rank: int, rendezvous: str, pipe) -> None:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # for jobs that ask for our kernels
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", timedelta(seconds=60), RANKS, rank)
+    dist.init_process_group("gloo", f"file://{rendezvous}", timedelta(seconds=PATIENCE_S), RANKS, rank)
     groups = {n: dist.new_group(list(range(n))) for n in range(2, RANKS + 1)}
     while (job := pipe.recv()) is not None:
         name, ranks, arguments = job
@@ -61,7 +63,7 @@ class Ranks:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, job: str, ranks: int, timeout_s: float = 60.0, **arguments) -> list:
+    def run(self, job: str, ranks: int, **arguments) -> list:
         """Results of `jobs.job(rank, ranks, group, **arguments)` in rank order."""
         pipes = self.pipes[:ranks]
         for pipe in pipes:
@@ -69,7 +71,7 @@ class Ranks:
         results, errors = {}, {}
         while len(results) + len(errors) < ranks:
             left = [p for r, p in enumerate(pipes) if r not in results and r not in errors]
-            ready = wait(left, timeout_s)
+            ready = wait(left, PATIENCE_S)
             assert ready, f"ranks {[pipes.index(p) for p in left]} gave no result of {job}"
             for pipe in ready:
                 good, value = pipe.recv()
@@ -82,5 +84,5 @@ class Ranks:
         for pipe in self.pipes:
             pipe.send(None)
         for process in self.processes:
-            process.join(10)
+            process.join(PATIENCE_S)
             assert process.exitcode == 0, f"rank process ended with {process.exitcode}"

@@ -50,27 +50,27 @@ def tiny_sizes() -> Sizes:
          Case("tiny 2.2", wan22(dim=8, decoder_dim=8), (1, 48, 2, 3, 8))),
         Case("tiny", NARROW, (1, 16, 4, 4, 16)),
         2.0,
-    )  # fmt: skip
+    )
 
 
 def test_the_whole_bench_on_two_cpu_ranks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "small_sizes", tiny_sizes)
     monkeypatch.setattr(command, "exact_float32", lambda: None)  # this process goes on
     code = command.main(["--ranks", "1,2", "--device", "cpu", "--repeats", "1",
-                       "--output", str(tmp_path)])  # fmt: skip
+                       "--output", str(tmp_path)])
     assert code == 0, capsys.readouterr().out
     found = json.loads((tmp_path / "ranks.json").read_text())
     assert [(c["ranks"], c["passed"]) for c in found["checks"]] == [(1, True)] * 4 + [(2, True)] * 6
     names = [c["name"] for c in found["checks"]]
     assert names[:4] == ["decode tiny fp32", "encode tiny fp32", "decode tiny odd fp32",
-                         "encode tiny odd fp32"]  # fmt: skip
+                         "encode tiny odd fp32"]
     assert "0 mixed calls" in found["checks"][-2]["said"]
     assert [(t["case"], t["ranks"]) for t in found["timings"]] == [
-        ("tiny", 1), ("tiny", 2), ("tiny 2.2", 1), ("tiny 2.2", 2)]  # fmt: skip
+        ("tiny", 1), ("tiny", 2), ("tiny 2.2", 1), ("tiny 2.2", 2)]
     two = found["timings"][1]
     assert two["halo_bytes_a_chunk"] > 0 and two["wait_ms_a_chunk"] > 0
     assert all(two[k] > 0 for k in ("speed_up", "device_speed_up", "model_speed_up",
-                                    "emulated_speed_up"))  # fmt: skip
+                                    "emulated_speed_up"))
     assert [f["passed"] for f in found["faults"]] == [True] * 4
     assert "died (exit code -9)" in found["faults"][0]["said"]
     assert found["skipped"] == [] and found["backends"]["2"] == "gloo"
@@ -162,7 +162,7 @@ def test_emulation_times_each_shard_and_adds_the_link():
     vae = random_vae(NARROW, CPU)
     found = emulate(vae, 3, 5, [2, 4], LINKS, repeats=1, clip_frames=2)
     assert [(e.ranks, e.axis, len(e.shard_ms)) for e in found] == [
-        (2, "width", 2), (2, "width", 2), (4, "width", 4), (4, "width", 4)]  # fmt: skip
+        (2, "width", 2), (2, "width", 2), (4, "width", 4), (4, "width", 4)]
     two = found[0]
     assert two.frames == 2
     assert two.link_ms == exchanged(NARROW, plan_shards(3, 5, 2), 3, LINKS[0], 4, 2).link_ms > 4

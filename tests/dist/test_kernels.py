@@ -27,7 +27,7 @@ def test_shards_give_the_bits_of_one_process(interpreted, ranks, tmp_path, monke
     options = {"backend": "triton", "memory_format": "channels_last_3d"}
     whole = jobs.model("kernels").decode(jobs.noise(shape), **options)
     arguments = {"name": "kernels", "shape": shape, "axis": axis, "cache": str(tmp_path), **options}
-    for pixels, report in ranks.run("decode_with_kernels", 2, timeout_s=120.0, **arguments):
+    for pixels, report in ranks.run("decode_with_kernels", 2, **arguments):
         assert torch.equal(torch.from_numpy(pixels), whole)
         assert {layer["backend"] for layer in report["layers"]} == {"triton"}
         assert report["layout"]["mixed_calls"] == 0
@@ -52,7 +52,7 @@ def test_shards_encode_with_the_bits_of_one_process(
     shape = (1, 3, frames, *(n * vae.config.spatial_factor for n in sides))
     whole = vae.encode(jobs.noise(shape).tanh(), **options)
     arguments = {"name": name, "shape": shape, "axis": axis, "cache": str(tmp_path), **options}
-    for latent, report in ranks.run("encode_with_kernels", count, timeout_s=180.0, **arguments):
+    for latent, report in ranks.run("encode_with_kernels", count, **arguments):
         assert torch.equal(torch.from_numpy(latent), whole)
         assert {layer["backend"] for layer in report["layers"]} == {"triton"}
         assert report["layout"]["mixed_calls"] == 0

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import PATIENCE_S
 from tests.dist import jobs
 from wan_vae.io.latents import save_latent
 
@@ -44,11 +45,11 @@ def start(latents, output, *, ranks=2, nodes=1, node=0, port=0, more=(), before=
          "--vae", str(jobs.MINI), "-o", str(output), "--device", "cpu", *more],
         cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=before,
-    )  # fmt: skip
+    )
 
 
 def finish(process):
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=PATIENCE_S)
     return text
 
 

@@ -145,5 +145,7 @@ def test_full_width_keys_and_shapes(options, config):
     found = canonical_state_dict(reference.state_dict())
     assert {k: tuple(v.shape) for k, v in found.state.items()} == expected_shapes(config)
     assert (found.config.family, found.config.dim, found.config.decoder_dim) == (
-        config.family, config.dim, config.decoder_dim,
-    )  # fmt: skip
+        config.family,
+        config.dim,
+        config.decoder_dim,
+    )

@@ -279,15 +279,26 @@ def test_help_shows_an_example(name, capsys):
     assert f"wan-vae {name}" in capsys.readouterr().out.split("example")[-1]
 
 
-@pytest.mark.parametrize("module, package, command", [
-    ("av", "av", ["demo", "--output", "out"]),
-    ("PIL.Image", "Pillow", ["demo", "--output", "out"]),
-    ("av", "av", ["decode", "z.latent", "--vae", "v.safetensors", "-o", "out/o.mp4"]),
-    ("PIL.Image", "Pillow", ["decode", "z.latent", "--vae", "v.safetensors", "-o", "out/o.png"]),
-    ("PIL.Image", "Pillow", ["decode", "z.latent", "--vae", "v.safetensors", "-o", "out"]),
-    ("av", "av", ["encode", "in.mp4", "--vae", "v.safetensors", "-o", "out/z.latent"]),
-    ("PIL.Image", "Pillow", ["encode", "in.png", "--vae", "v.safetensors", "-o", "out/z.latent"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "module, package, command",
+    [
+        ("av", "av", ["demo", "--output", "out"]),
+        ("PIL.Image", "Pillow", ["demo", "--output", "out"]),
+        ("av", "av", ["decode", "z.latent", "--vae", "v.safetensors", "-o", "out/o.mp4"]),
+        (
+            "PIL.Image",
+            "Pillow",
+            ["decode", "z.latent", "--vae", "v.safetensors", "-o", "out/o.png"],
+        ),
+        ("PIL.Image", "Pillow", ["decode", "z.latent", "--vae", "v.safetensors", "-o", "out"]),
+        ("av", "av", ["encode", "in.mp4", "--vae", "v.safetensors", "-o", "out/z.latent"]),
+        (
+            "PIL.Image",
+            "Pillow",
+            ["encode", "in.png", "--vae", "v.safetensors", "-o", "out/z.latent"],
+        ),
+    ],
+)
 def test_a_package_that_is_missing_is_one_line_that_says_what_to_install(
     module, package, command, tmp_path, monkeypatch, capsys
 ):
@@ -317,11 +328,23 @@ def test_what_was_left_out_with_the_dependencies_is_one_line(module, files, tmp_
     )
     root = Path(wan_vae.__file__).resolve().parents[1]
     done = subprocess.run(
-        [sys.executable, "-m", "wan_vae", "decode", str(files / "clip.latent"), "--vae",
-         str(files / "vae.safetensors"), "-o", "o.mp4", *CPU],
-        capture_output=True, text=True, cwd=tmp_path,
+        [
+            sys.executable,
+            "-m",
+            "wan_vae",
+            "decode",
+            str(files / "clip.latent"),
+            "--vae",
+            str(files / "vae.safetensors"),
+            "-o",
+            "o.mp4",
+            *CPU,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])},
-    )  # fmt: skip
+    )
     assert done.returncode == 1
     assert done.stderr == f"wan-vae: {module} is missing: pip install {module}\n"
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".mp4"] == []

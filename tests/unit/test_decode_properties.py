@@ -232,19 +232,22 @@ def test_encode_crops_frames_and_rows_that_have_no_latent(small_vae):
     assert torch.equal(latent, small_vae.encode(pixels[:, :, :5, 1 : 1 + 2 * s, 1 : 1 + s]))
 
 
-@pytest.mark.parametrize("call, error", [
-    (lambda v, z: v.decode(z[:, :7]), LatentError),
-    (lambda v, z: v.decode(z[0, 0]), LatentError),
-    (lambda v, z: v.decode(z[:, :, :0]), LatentError),
-    (lambda v, z: v.decode(z * float("nan")), LatentError),
-    (lambda v, z: v.decode(z, chunk_frames=0), GeometryError),
-    (lambda v, z: v.decode(z, chunk_frames=[1]), GeometryError),
-    (lambda v, z: v.decode(z, strips=99), GeometryError),
-    (lambda v, z: v.decode(z, memory_format="nchw"), LayoutError),
-    (lambda v, z: v.decode(z, precision="fp8"), BackendError),
-    (lambda v, z: v.encode(z), LatentError),
-    (lambda v, z: v.encode(torch.zeros(1, 3, 1, 2, 2)), GeometryError),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, error",
+    [
+        (lambda v, z: v.decode(z[:, :7]), LatentError),
+        (lambda v, z: v.decode(z[0, 0]), LatentError),
+        (lambda v, z: v.decode(z[:, :, :0]), LatentError),
+        (lambda v, z: v.decode(z * float("nan")), LatentError),
+        (lambda v, z: v.decode(z, chunk_frames=0), GeometryError),
+        (lambda v, z: v.decode(z, chunk_frames=[1]), GeometryError),
+        (lambda v, z: v.decode(z, strips=99), GeometryError),
+        (lambda v, z: v.decode(z, memory_format="nchw"), LayoutError),
+        (lambda v, z: v.decode(z, precision="fp8"), BackendError),
+        (lambda v, z: v.encode(z), LatentError),
+        (lambda v, z: v.encode(torch.zeros(1, 3, 1, 2, 2)), GeometryError),
+    ],
+)
 def test_wrong_arguments_are_refused_at_once(small_vae, call, error):
     with pytest.raises(error) as caught:
         call(small_vae, latent_of(small_vae))

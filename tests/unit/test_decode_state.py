@@ -172,9 +172,12 @@ def test_the_cpus_way_of_running_out_of_memory_is_understood(vae, z, monkeypatch
         vae.decode(z)
     tried = [text.partition(":")[0] for text in vae.last_report.fallbacks]
     assert tried == [
-        "chunk of 3 latent frames", "chunk of 2 latent frames", "chunk of 1 latent frame",
-        "2 strips", "4 strips",
-    ]  # fmt: skip
+        "chunk of 3 latent frames",
+        "chunk of 2 latent frames",
+        "chunk of 1 latent frame",
+        "2 strips",
+        "4 strips",
+    ]
     monkeypatch.setattr(type(vae.model), "encode_chunk", full)
     with pytest.raises(DecodeMemoryError, match="encode a smaller"):
         vae.encode(torch.zeros(1, 3, 5, 16, 16))

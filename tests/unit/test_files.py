@@ -1,5 +1,5 @@
-"""Outputs appear whole or not at all and take nothing else with them; inputs are read as viewers
-show them."""
+"""Outputs appear complete or not at all and remove no other file; inputs are read as viewers show
+them."""
 
 from __future__ import annotations
 
@@ -293,9 +293,15 @@ def test_pictures_are_read_upright(orientation, tmp_path):
 # Matrix (a, b, c, d) of a track -> the same turns, by the rule of QuickTime's file format:
 # x' = a x + c y, y' = b x + d y.
 MATRICES = {
-    (1, 0, 0, 1): 1, (-1, 0, 0, 1): 2, (-1, 0, 0, -1): 3, (1, 0, 0, -1): 4,
-    (0, 1, 1, 0): 5, (0, 1, -1, 0): 6, (0, -1, -1, 0): 7, (0, -1, 1, 0): 8,
-}  # fmt: skip
+    (1, 0, 0, 1): 1,
+    (-1, 0, 0, 1): 2,
+    (-1, 0, 0, -1): 3,
+    (1, 0, 0, -1): 4,
+    (0, 1, 1, 0): 5,
+    (0, 1, -1, 0): 6,
+    (0, -1, -1, 0): 7,
+    (0, -1, 1, 0): 8,
+}
 
 
 def turned_video(path: Path, matrix: tuple[float, ...]) -> None:

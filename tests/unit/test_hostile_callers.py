@@ -256,8 +256,10 @@ def test_a_reader_that_leaves_early_is_no_traceback(tmp_path):
     save_file(STATE, str(tmp_path / "v.safetensors"))
     process = subprocess.Popen(
         [sys.executable, "-m", "wan_vae", "inspect", str(tmp_path / "v.safetensors"), "--json"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(60) == 1

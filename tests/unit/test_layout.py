@@ -46,13 +46,16 @@ def test_a_temporal_slice_of_a_channels_last_weight_is_checked_anew():
 
 
 @pytest.mark.parametrize("fmt", ["contiguous", "channels_last_3d"])
-@pytest.mark.parametrize("make", [
-    lambda: torch.randn(2, 3, 4, 5, 6),
-    lambda: torch.randn(2, 3, 4, 5, 6).contiguous(memory_format=NDHWC),
-    lambda: torch.randn(6, 5, 4, 3, 2).permute(4, 3, 2, 1, 0),
-    lambda: torch.randn(2, 1, 1, 1, 6).expand(2, 3, 4, 5, 6),
-    lambda: torch.randn(2, 3, 5, 6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.randn(2, 3, 4, 5, 6),
+        lambda: torch.randn(2, 3, 4, 5, 6).contiguous(memory_format=NDHWC),
+        lambda: torch.randn(6, 5, 4, 3, 2).permute(4, 3, 2, 1, 0),
+        lambda: torch.randn(2, 1, 1, 1, 6).expand(2, 3, 4, 5, 6),
+        lambda: torch.randn(2, 3, 5, 6),
+    ],
+)
 def test_to_format_keeps_values_and_gives_canonical_strides(fmt, make):
     x = make()
     y = layout.to_format(x, fmt)
@@ -87,8 +90,9 @@ def test_the_mixed_call_counter_counts_mixed_calls():
 
 def test_a_strided_weight_is_refused():
     with pytest.raises(LayoutError, match="pack_weights"):
-        layout.match_input(torch.randn(1, 4, 3, 5, 5), torch.randn(4, 4, 6, 3, 3)[:, :, ::2],
-                           LayoutCounter())  # fmt: skip
+        layout.match_input(
+            torch.randn(1, 4, 3, 5, 5), torch.randn(4, 4, 6, 3, 3)[:, :, ::2], LayoutCounter()
+        )
 
 
 def test_unknown_request_is_refused():
@@ -96,10 +100,13 @@ def test_unknown_request_is_refused():
         layout.decide("nhwc", torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("device, dtype, chosen", [
-    ("cpu", torch.float32, "contiguous"),
-    ("mps", torch.float16, "contiguous"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "device, dtype, chosen",
+    [
+        ("cpu", torch.float32, "contiguous"),
+        ("mps", torch.float16, "contiguous"),
+    ],
+)
 def test_auto_decision(device, dtype, chosen):
     decision = layout.decide("auto", torch.device(device), dtype)
     assert decision.chosen == chosen and decision.reason
@@ -128,13 +135,16 @@ def test_raw_bytes_of_channels_last_are_garbage_and_the_guard_makes_them_right()
     assert torch.equal(raw_byte_gather(layout.contiguous_for_collective(last)), x)
 
 
-@pytest.mark.parametrize("make", [
-    lambda x: x,
-    lambda x: x.contiguous(memory_format=NDHWC),
-    lambda x: x.permute(4, 3, 2, 1, 0),
-    lambda x: x[:, :, :, 2:5],
-    lambda x: x[:, :1].expand(-1, 4, -1, -1, -1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x,
+        lambda x: x.contiguous(memory_format=NDHWC),
+        lambda x: x.permute(4, 3, 2, 1, 0),
+        lambda x: x[:, :, :, 2:5],
+        lambda x: x[:, :1].expand(-1, 4, -1, -1, -1),
+    ],
+)
 def test_the_guard_is_right_for_any_view(make):
     x = make(torch.randn(2, 8, 3, 10, 12))
     safe = layout.contiguous_for_collective(x)

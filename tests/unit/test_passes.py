@@ -121,18 +121,21 @@ def stage_inputs(vae: WanVAE):
     return seen, hooks
 
 
-@pytest.mark.parametrize("limits, lengths, expected", [
-    # All at once: the video's first frame goes with the others, an odd number together.
-    (WHOLE, [5], [[5], [9], [17], [17]]),
-    (WHOLE, [2, 3], [[2, 3], [3, 6], [5, 12], [5, 12]]),
-    # Else it goes alone, and the others by as many as may go at once.
-    ((2, 4, 8, 8), [5], [[1, 2, 2], [1, 4, 4], [1, 8, 8], [1, 8, 8]]),
-    ((3, 4, 4, 2), [5], [[1, 3, 1], [1, 4, 2, 2], [1, 4, 4, 4, 4], [1] + [2] * 8]),
-    ((99, 99, 6, 99), [4], [[4], [7], [1, 6, 6], [1, 6, 6]]),
-    ((1, 2, 2, 2), [1, 2], [[1, 1, 1], [1, 2, 2], [1, 2, 2, 2, 2], [1, 2, 2, 2, 2]]),
-    # A chunk that is not the first has no frame that goes alone.
-    ((2, 4, 6, 4), [1, 3], [[1, 2, 1], [1, 4, 2], [1, 6, 2, 4], [1, 4, 2, 2, 4]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "limits, lengths, expected",
+    [
+        # All at once: the video's first frame goes with the others, an odd number together.
+        (WHOLE, [5], [[5], [9], [17], [17]]),
+        (WHOLE, [2, 3], [[2, 3], [3, 6], [5, 12], [5, 12]]),
+        # Else it goes alone, and the others by as many as may go at once.
+        ((2, 4, 8, 8), [5], [[1, 2, 2], [1, 4, 4], [1, 8, 8], [1, 8, 8]]),
+        ((3, 4, 4, 2), [5], [[1, 3, 1], [1, 4, 2, 2], [1, 4, 4, 4, 4], [1] + [2] * 8]),
+        ((99, 99, 6, 99), [4], [[4], [7], [1, 6, 6], [1, 6, 6]]),
+        ((1, 2, 2, 2), [1, 2], [[1, 1, 1], [1, 2, 2], [1, 2, 2, 2, 2], [1, 2, 2, 2, 2]]),
+        # A chunk that is not the first has no frame that goes alone.
+        ((2, 4, 6, 4), [1, 3], [[1, 2, 1], [1, 4, 2], [1, 6, 2, 4], [1, 4, 2, 2, 4]]),
+    ],
+)
 def test_each_stage_takes_so_many_frames_at_once(small_vae, monkeypatch, limits, lengths, expected):
     z = latent_of(small_vae, sum(lengths))
     limit_passes(monkeypatch, limits)
@@ -369,17 +372,20 @@ def test_strips_have_one_record_a_chunk_and_progress_up_to_the_total(
         z,
         chunk_frames=[3, 2],
         strips=2,
-        sink=Once((1, 3, 17, 4 * small_vae.config.spatial_factor,
-                   2 * small_vae.config.spatial_factor), whole_frames),
+        sink=Once(
+            (1, 3, 17, 4 * small_vae.config.spatial_factor, 2 * small_vae.config.spatial_factor),
+            whole_frames,
+        ),
         on_progress=lambda done, total, report: seen.append(done),
-    )  # fmt: skip
+    )
     if whole_frames:
         assert seen == [9, 17]
     else:  # half of the rows of each frame, pass after pass, and then the other half
         assert seen == [n // 2 for n in (1, 5, 9, 13, 17, 18, 22, 26, 30, 34)]
     assert [(c.start, c.stop, c.frames) for c in small_vae.last_report.chunks] == [
-        (0, 3, 9), (3, 5, 8),
-    ]  # fmt: skip
+        (0, 3, 9),
+        (3, 5, 8),
+    ]
 
 
 @pytest.mark.parametrize("asked", range(6))
@@ -455,17 +461,20 @@ def plant(monkeypatch, vae, start, number, times=1):
     return used
 
 
-@pytest.mark.parametrize("frames, chunk_frames, last, start, number, pieces, lengths", [
-    # The second pass of the third chunk: 17 frames were given out.
-    (7, 2, 4, 4, 1, [1, 4, 4, 4, 4] + [2] * 4, [1] * 7),
-    # Its first.
-    (7, 2, 4, 4, 0, [1, 4, 4, 4] + [2] * 6, [1] * 7),
-    # The first pass of all.
-    (5, 5, 8, 0, 0, [1, 4, 4, 4, 4], [3, 2]),
-    # 9 + 10 frames were given out; the passes of 4 that come next have two of those that are new
-    # behind two that are not.
-    (8, 3, 10, 3, 1, [9, 10, 2] + [4] * 2, [2, 1, 2, 1, 2]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "frames, chunk_frames, last, start, number, pieces, lengths",
+    [
+        # The second pass of the third chunk: 17 frames were given out.
+        (7, 2, 4, 4, 1, [1, 4, 4, 4, 4] + [2] * 4, [1] * 7),
+        # Its first.
+        (7, 2, 4, 4, 0, [1, 4, 4, 4] + [2] * 6, [1] * 7),
+        # The first pass of all.
+        (5, 5, 8, 0, 0, [1, 4, 4, 4, 4], [3, 2]),
+        # 9 + 10 frames were given out; of the passes of 4 that come next two frames are new,
+        # behind two that are not.
+        (8, 3, 10, 3, 1, [9, 10, 2] + [4] * 2, [2, 1, 2, 1, 2]),
+    ],
+)
 def test_out_of_memory_in_a_pass_gives_each_frame_out_once(
     small_vae, monkeypatch, frames, chunk_frames, last, start, number, pieces, lengths
 ):
@@ -509,8 +518,10 @@ def test_a_second_attempt_that_fails_too_halves_again_and_then_goes_on_in_strips
     report = small_vae.last_report
     planted = "chunk of 1 latent frame: CUDA out of memory (planted)"
     assert report.fallbacks == (
-        f"{planted}; started again with 2", f"{planted}; started again with 1", planted,
-    )  # fmt: skip
+        f"{planted}; started again with 2",
+        f"{planted}; started again with 1",
+        planted,
+    )
     assert report.strips == 2
     assert [c.stop - c.start for c in report.chunks] == [1] * 5
 

@@ -23,13 +23,16 @@ EAGER = PlanRequest(wan21(), LATENT, torch.bfloat16, "channels_last_3d")
 KERNELS = replace(EAGER, layers=fake_layers(wan21(), "cuda", torch.bfloat16))
 
 
-@pytest.mark.parametrize("card_gb, height, width, strips", [
-    (6, 90, 160, True),
-    (8, 135, 240, True),
-    (12, 90, 160, False),
-    (24, 90, 160, False),
-    (24, 135, 240, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "card_gb, height, width, strips",
+    [
+        (6, 90, 160, True),
+        (8, 135, 240, True),
+        (12, 90, 160, False),
+        (24, 90, 160, False),
+        (24, 135, 240, False),
+    ],
+)
 def test_small_cards_get_strips_and_large_ones_do_not(card_gb, height, width, strips):
     free = card_gb * GB - CONTEXT - WEIGHTS
     choice = choose(replace(EAGER, latent_shape=(1, 16, 21, height, width), free_bytes=free))

@@ -52,18 +52,25 @@ def limit():
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("backend, memory_format", [
-    ("eager", "channels_last_3d"),
-    ("eager", "contiguous"),
-    ("auto", "auto"),
-])  # fmt: skip
-@pytest.mark.parametrize("config, size", [
-    (wan21(), (5, 60, 104)),
-    (wan21(), (5, 90, 160)),
-    (wan21(), (1, 128, 128)),
-    (wan22(), (5, 30, 52)),
-    (wan22(), (5, 44, 80)),
-], ids=["2.1-480p", "2.1-720p", "2.1-image", "2.2-480p", "2.2-720p"])  # fmt: skip
+@pytest.mark.parametrize(
+    "backend, memory_format",
+    [
+        ("eager", "channels_last_3d"),
+        ("eager", "contiguous"),
+        ("auto", "auto"),
+    ],
+)
+@pytest.mark.parametrize(
+    "config, size",
+    [
+        (wan21(), (5, 60, 104)),
+        (wan21(), (5, 90, 160)),
+        (wan21(), (1, 128, 128)),
+        (wan22(), (5, 30, 52)),
+        (wan22(), (5, 44, 80)),
+    ],
+    ids=["2.1-480p", "2.1-720p", "2.1-image", "2.2-480p", "2.2-720p"],
+)
 def test_the_measured_peak_is_within_15_percent_of_the_plan(config, size, backend, memory_format):
     vae = vae_of(config)
     z = latent_of(vae, *size)
@@ -95,10 +102,14 @@ def test_the_measured_peak_of_strips_is_within_15_percent_of_the_plan(strips, ba
 
 
 @pytest.mark.parametrize("backend", ["eager", "auto"])
-@pytest.mark.parametrize("card_bytes, height, width", [
-    (6 * 10**9, 90, 160),
-    (8 * 10**9, 135, 240),
-], ids=["6GB-720p", "8GB-1080p"])  # fmt: skip
+@pytest.mark.parametrize(
+    "card_bytes, height, width",
+    [
+        (6 * 10**9, 90, 160),
+        (8 * 10**9, 135, 240),
+    ],
+    ids=["6GB-720p", "8GB-1080p"],
+)
 def test_a_small_card_decodes_81_frames_in_planned_strips(
     limit, card_bytes, height, width, backend
 ):

@@ -134,16 +134,19 @@ def model_without_data(config, memory_format: str) -> WanVAEModel:
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("config, latent, frames, share", [
-    (wan21(), (1, 16, 21, 60, 104), 1, 1.0),
-    (wan21(), (1, 16, 21, 90, 160), 1, 1.0),
-    (wan21(), (1, 16, 21, 90, 160), 1, 0.5),
-    (wan21(), (1, 16, 21, 90, 160), 2, 0.5),
-    (wan21(), (2, 16, 21, 60, 104), 3, 1.0),
-    (wan22(), (1, 48, 31, 44, 80), 1, 1.0),
-    (wan22(), (1, 48, 31, 44, 80), 1, 0.5),
-    (wan22(), (1, 48, 31, 44, 80), 4, 0.5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config, latent, frames, share",
+    [
+        (wan21(), (1, 16, 21, 60, 104), 1, 1.0),
+        (wan21(), (1, 16, 21, 90, 160), 1, 1.0),
+        (wan21(), (1, 16, 21, 90, 160), 1, 0.5),
+        (wan21(), (1, 16, 21, 90, 160), 2, 0.5),
+        (wan21(), (2, 16, 21, 60, 104), 3, 1.0),
+        (wan22(), (1, 48, 31, 44, 80), 1, 1.0),
+        (wan22(), (1, 48, 31, 44, 80), 1, 0.5),
+        (wan22(), (1, 48, 31, 44, 80), 4, 0.5),
+    ],
+)
 def test_a_full_size_chunk_without_data_takes_what_was_planned(
     config, latent, frames, share, memory_format, monkeypatch
 ):
@@ -213,10 +216,13 @@ def test_kernels_for_some_layers_take_what_was_planned(family, covered, memory_f
 
 
 @pytest.mark.parametrize("family", ["triton", "cuda"])
-@pytest.mark.parametrize("config, latent", [
-    (wan21(), (1, 16, 21, 90, 160)),
-    (wan22(), (1, 48, 31, 44, 80)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config, latent",
+    [
+        (wan21(), (1, 16, 21, 90, 160)),
+        (wan22(), (1, 48, 31, 44, 80)),
+    ],
+)
 def test_a_plan_for_some_layers_lies_between_those_for_all_and_for_none(config, latent, family):
     """Of the same chunks and passes. Every stage that has kernels, from the first one on, saves."""
     stages = architecture.stages(config)
@@ -237,11 +243,14 @@ def starts_with(prefixes: list[str]) -> Callable[[str], bool]:
 
 # Peaks that an NVIDIA H100 measured with our kernels, above weights and output, in GiB:
 # benchmarks/results/2026-11-28-h100x4-ranks.md (one rank).
-@pytest.mark.parametrize("config, latent, measured", [
-    (wan21(), (1, 16, 21, 60, 104), 4.37),
-    (wan21(), (1, 16, 21, 90, 160), 7.07),
-    (wan22(), (1, 48, 31, 44, 80), 4.79),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config, latent, measured",
+    [
+        (wan21(), (1, 16, 21, 60, 104), 4.37),
+        (wan21(), (1, 16, 21, 90, 160), 7.07),
+        (wan22(), (1, 48, 31, 44, 80), 4.79),
+    ],
+)
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_plans_for_kernels_are_what_a_gpu_measured(config, latent, measured, memory_format):
     layers = fake_layers(config, "cuda", torch.bfloat16)
@@ -252,18 +261,21 @@ def test_plans_for_kernels_are_what_a_gpu_measured(config, latent, measured, mem
 # Peaks above weights and output of the eager backend on an NVIDIA H200, GiB, in
 # benchmarks/results/2026-11-24-h200-eager.md. Taken before the decode freed the inputs of its
 # operations: what it takes now must be less, and in NDHWC not by more than was freed then.
-@pytest.mark.parametrize("config, latent, memory_format, measured", [
-    (wan21(), (1, 16, 21, 60, 104), "channels_last_3d", 6.43),
-    (wan21(), (1, 16, 21, 60, 104), "contiguous", 7.71),
-    (wan21(), (1, 16, 21, 90, 160), "channels_last_3d", 11.49),
-    (wan21(), (1, 16, 21, 90, 160), "contiguous", 13.13),
-    (wan21(), (1, 16, 1, 128, 128), "channels_last_3d", 0.86),
-    (wan21(), (1, 16, 1, 128, 128), "contiguous", 2.40),
-    (wan22(), (1, 48, 31, 30, 52), "channels_last_3d", 5.38),
-    (wan22(), (1, 48, 31, 30, 52), "contiguous", 6.72),
-    (wan22(), (1, 48, 31, 44, 80), "channels_last_3d", 9.08),
-    (wan22(), (1, 48, 31, 44, 80), "contiguous", 10.37),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config, latent, memory_format, measured",
+    [
+        (wan21(), (1, 16, 21, 60, 104), "channels_last_3d", 6.43),
+        (wan21(), (1, 16, 21, 60, 104), "contiguous", 7.71),
+        (wan21(), (1, 16, 21, 90, 160), "channels_last_3d", 11.49),
+        (wan21(), (1, 16, 21, 90, 160), "contiguous", 13.13),
+        (wan21(), (1, 16, 1, 128, 128), "channels_last_3d", 0.86),
+        (wan21(), (1, 16, 1, 128, 128), "contiguous", 2.40),
+        (wan22(), (1, 48, 31, 30, 52), "channels_last_3d", 5.38),
+        (wan22(), (1, 48, 31, 30, 52), "contiguous", 6.72),
+        (wan22(), (1, 48, 31, 44, 80), "channels_last_3d", 9.08),
+        (wan22(), (1, 48, 31, 44, 80), "contiguous", 10.37),
+    ],
+)
 def test_full_size_plans_stay_below_what_was_measured_before(
     config, latent, memory_format, measured
 ):

@@ -1,4 +1,4 @@
-"""The arguments of all commands. Needs no PyTorch: --help and wrong usage are answered at once."""
+"""The arguments of all commands. Needs no PyTorch, so --help and wrong usage are quick."""
 
 from __future__ import annotations
 

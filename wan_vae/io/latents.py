@@ -122,13 +122,18 @@ def check_latent_shape(latent: torch.Tensor, config: WanVAEConfig) -> None:
         raise LatentError(
             f"the latent is of {latent.dtype}: expected a floating tensor of 16 to 64 bits"
         )
-    if latent.shape[1] != config.z_dim:
-        other = {16: "Wan 2.1", 48: "Wan 2.2 (5B)"}.get(latent.shape[1])
-        hint = f"; {other} latents have {latent.shape[1]} channels" if other else ""
-        raise LatentError(
-            f"the latent has {latent.shape[1]} channels: this {config.family} VAE decodes "
-            f"{config.z_dim}{hint}"
-        )
+    check_channels(latent.shape[1], config)
+
+
+def check_channels(channels: int, config: WanVAEConfig) -> None:
+    """Raise LatentError unless a latent of `channels` is one of this VAE."""
+    if channels == config.z_dim:
+        return
+    other = {16: "Wan 2.1", 48: "Wan 2.2 (5B)"}.get(channels)
+    hint = f"; {other} latents have {channels} channels" if other else ""
+    raise LatentError(
+        f"the latent has {channels} channels: this {config.family} VAE decodes {config.z_dim}{hint}"
+    )
 
 
 def check_pixels(pixels: torch.Tensor, config: WanVAEConfig) -> None:

@@ -53,7 +53,7 @@ def read_safetensors(path: Path, start: bytes | None = None) -> dict[str, torch.
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file with the permissions of any new file.
 
-    `save_file` alone creates a file that only its owner can read, whatever the umask says.
+    `save_file` alone creates a file that only its owner can read, even if the umask allows more.
     Raises SafetensorError, OSError.
     """
     path.open("ab").close()

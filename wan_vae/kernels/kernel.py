@@ -61,7 +61,7 @@ class Requires:
     def unmet_by_device(self, device: Device) -> str | None:
         """What `device` lacks, or None."""
         if device.vendor not in self.vendors:
-            if device.vendor == "cpu":
+            if device.vendor in ("cpu", "interpreter"):
                 return "no CUDA device"
             return f"written for {self._vendor_names} cards, {device.spoken}"
         if device.vendor == "interpreter":

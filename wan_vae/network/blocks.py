@@ -92,9 +92,13 @@ class CausalConv3d(nn.Module):
         # In a video of one frame all history is zero: only the kernel's last slice matters.
         only_frame = step.chunk.is_only_frame and self.kernel[0] > 1
         return step.ops.conv3d(
-            operand, self.weight, self.bias, step.counter,
-            padding=self.padding(step), last_slice=only_frame,
-        )  # fmt: skip
+            operand,
+            self.weight,
+            self.bias,
+            step.counter,
+            padding=self.padding(step),
+            last_slice=only_frame,
+        )
 
     @property
     def _padding(self) -> tuple[int, int]:
@@ -278,9 +282,12 @@ def fused_convolve(
 ) -> torch.Tensor:
     """Convolve an operand from `fused_operand` and add `residual`; returns `frames` frames."""
     return fused.convolve(
-        operand, frames, residual,
-        padding=conv.padding(step), only_frame=step.chunk.is_only_frame,
-    )  # fmt: skip
+        operand,
+        frames,
+        residual,
+        padding=conv.padding(step),
+        only_frame=step.chunk.is_only_frame,
+    )
 
 
 class Attention(nn.Module):

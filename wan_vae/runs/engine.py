@@ -30,7 +30,7 @@ from ..planning.choose import Choice, PlanRequest, choose, planned_bytes
 from ..planning.plan import LayerChoices, Plan
 from ..report import LayerRecord
 from ..sharding.plan import ShardPlan
-from .kernel_choice import select_ops
+from .kernel_choice import may_prove, select_ops
 
 _PARTS: dict[Operation, Part] = {"decode": "decoder", "encode": "encoder"}
 
@@ -125,6 +125,21 @@ class Engine:
                 raise GeometryError("strips divide one device's picture: not possible with a shard")
             geometry.strips(rows, options.strips, self.config)
         return Setup(request, model, ops, decision)
+
+    def may_prove(self, request: SetupRequest, device: torch.device) -> bool:
+        """Whether `setup`, once the weights are on `device`, may have to prove kernels.
+
+        That takes device memory before anybody knows what the run will take.
+        """
+        shards = request.shards
+        return may_prove(
+            request.options.backend,
+            self.model,
+            device,
+            request.latent_shape[2] == 1,
+            None if shards is None else shards.axis,
+            _PARTS[request.operation],
+        )
 
     def plan(
         self, setup: Setup, *, whole_frames: bool = False, lengths: tuple[int, ...] | None = None

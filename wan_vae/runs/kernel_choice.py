@@ -52,10 +52,7 @@ def select_ops(
             if requested == "auto":
                 return _eager_because(family, reason)
             raise BackendError(f"backend {requested!r} cannot run: {reason}")
-    # Of this part alone: packing the other's weights must not cost this one its kernels.
-    weights = [p for module in own_modules(model, part) for p in module.parameters()]
-    state = [(p.data_ptr(), tensor_version(p)) for p in weights]
-    key = (requested, only_frame, axis, part)
+    key, state = (requested, only_frame, axis, part), _state_of(model, part)
     kept = model.prepared.get(key)
     if kept is None or kept[0] != state:
         sites = tuple(layer_sites(model, part, only_frame))
@@ -63,6 +60,32 @@ def select_ops(
         kept = state, select_kernels(request)
         model.prepared[key] = kept
     return kept[1]
+
+
+def may_prove(
+    requested: Backend,
+    model: WanVAEModel,
+    device: torch.device,
+    only_frame: bool,
+    axis: Axis | None = None,
+    part: Part = "decoder",
+) -> bool:
+    """Whether `select_ops`, with the model on `device`, may have to prove kernels first."""
+    if not registry.families_of(requested, Device.of(device)):
+        return False
+    if unavailable_reason(requested, device, model.decoder.conv1.weight.dtype) is not None:
+        return False
+    kept = model.prepared.get((requested, only_frame, axis, part))
+    return kept is None or kept[0] != _state_of(model, part)
+
+
+def _state_of(model: WanVAEModel, part: Part) -> list[tuple[int, int]]:
+    """Which tensors the weights of `part` are, and how often each was changed in place.
+
+    Of this part alone: packing the other's weights must not cost this one its kernels.
+    """
+    weights = [p for module in own_modules(model, part) for p in module.parameters()]
+    return [(p.data_ptr(), tensor_version(p)) for p in weights]
 
 
 def unavailable_reason(requested: Backend, device: torch.device, dtype: torch.dtype) -> str | None:

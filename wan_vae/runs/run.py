@@ -22,9 +22,11 @@ from ..network.blocks import Step
 from ..network.cache import FeatureCache
 from ..network.model import WanVAEModel
 from ..ops.opset import OpSet
+from ..options import Operation
 from ..planning import passes
 from ..planning.plan import Plan
 from ..report import BackendOff, DecodeReport, ReportBuilder
+from ..sharding.plan import ShardPlan
 from .clock import RunClock
 from .engine import Engine, Setup
 from .ranks import Ranks, WholePicture
@@ -81,10 +83,13 @@ class Run(ABC):
         where it needs more memory than is free now. A collective of the ranks.
         """
         notes: tuple[str, ...] = ()
-        if plan is not None and (reason := self._outdated(plan, whole_frames)):
-            plan, notes = None, (f"planned again: {reason}",)
+        now = self.engine.plan(self.setup, whole_frames=whole_frames)
         if plan is None:
-            plan = self.engine.plan(self.setup, whole_frames=whole_frames)
+            plan = now
+        elif reason := self._outdated(plan, now):
+            plan, notes = now, (f"planned again: {reason}",)
+        else:
+            plan = replace(plan, free_bytes=now.free_bytes)
         lengths = self.ranks.agree_on(plan)
         if lengths != plan.lengths:
             plan = self.engine.plan(self.setup, whole_frames=whole_frames, lengths=lengths)
@@ -92,22 +97,25 @@ class Run(ABC):
         self._plan = plan
         self.clock = RunClock(self.device)  # its peak is above what is allocated now
 
-    def _outdated(self, plan: Plan, whole_frames: bool) -> str | None:
-        """Why `plan`, made before, cannot be executed now; None if it can."""
-        setup, request = self.setup, self.setup.request
-        if (plan.operation, plan.latent_shape) != (request.operation, request.latent_shape):
+    def _outdated(self, plan: Plan, now: Plan) -> str | None:
+        """Why `plan`, made before, cannot be executed now; None if it can. now: a plan of now.
+
+        Raises GeometryError for the plan of another run.
+        """
+        request = self.setup.request
+        same = (request.operation, request.latent_shape, request.shards)
+        if (plan.operation, plan.latent_shape, plan.shards) != same:
             raise GeometryError(
-                f"the plan is for a {plan.operation} of {plan.latent_shape}: this is a "
-                f"{request.operation} of {request.latent_shape}"
+                f"the plan is for {_what(plan.operation, plan.latent_shape, plan.shards)}: this is "
+                f"{_what(*same)}"
             )
-        now = self.engine.plan(setup, whole_frames=whole_frames or plan.whole_frames)
         if (now.device, now.dtype, now.choices) != (plan.device, plan.dtype, plan.choices):
             return "device, dtype or kernels are not those of the plan"
-        if whole_frames and plan.strips and not plan.whole_frames:
+        if now.whole_frames and plan.strips and not plan.whole_frames:
             return "the output needs whole frames"
-        if now.planned_bytes < plan.planned_bytes:
-            gib = [n / 2**30 for n in (plan.planned_bytes, now.free_bytes or 0)]
-            return f"{gib[0]:.1f} GiB were planned, {gib[1]:.1f} GiB are free now"
+        if now.free_bytes is not None and now.planned_bytes < plan.planned_bytes:
+            planned, free = plan.planned_bytes / 2**30, now.free_bytes / 2**30
+            return f"{planned:.2f} GiB were planned, {free:.2f} GiB are free now"
         return None
 
     def _report_plan(self, plan: Plan, notes: tuple[str, ...]) -> None:
@@ -322,3 +330,10 @@ def in_memory(what: str, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         failure = first_line(error)
     # Outside of the except block, so that no traceback holds the tensors of the failed attempt.
     raise DecodeMemoryError(f"{what}: {failure}")
+
+
+def _what(operation: Operation, latent_shape: tuple[int, ...], shards: ShardPlan | None) -> str:
+    """An operation in words."""
+    article = "an" if operation == "encode" else "a"
+    ranks = "" if shards is None else f" over {shards.world_size} ranks by {shards.axis}"
+    return f"{article} {operation} of a latent {list(latent_shape)}{ranks}"

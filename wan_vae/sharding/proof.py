@@ -38,9 +38,11 @@ def check_wire(context: ShardContext, device: torch.device) -> dict[str, object]
     for turn in range(3):
         mine = in_format(wanted[rank], rank + turn)
         received = wire.exchange(
-            f"proof {turn}", mine.dtype, [Outgoing(r, mine) for r in others],
+            f"proof {turn}",
+            mine.dtype,
+            [Outgoing(r, mine) for r in others],
             [Incoming(r, tuple(mine.shape)) for r in others],
-        )  # fmt: skip
+        )
         exchange &= all(torch.equal(x, wanted[r]) for x, r in zip(received, others, strict=True))
     return {"gather": gather, "exchange": exchange, "unguarded": unguarded_gather(context, device)}
 

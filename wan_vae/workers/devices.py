@@ -34,8 +34,9 @@ def parse_devices(text: str | Sequence[str | torch.device]) -> list[torch.device
         if isinstance(name, str) and not name.startswith(_KINDS):
             raise ShardingError(
                 f"rank {rank} cannot start: device {part!r} is unknown: expected 'all', '0,1' or "
-                "'cpu,cpu'", rank=rank,
-            )  # fmt: skip
+                "'cpu,cpu'",
+                rank=rank,
+            )
         try:
             devices.append(pick_device(name))
         except BackendError as error:

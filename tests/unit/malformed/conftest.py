@@ -16,7 +16,7 @@ from wan_vae.io.latents import save_latent
 
 @pytest.fixture(autouse=True)
 def no_hang():
-    """A case that hangs fails by itself instead of with the whole run."""
+    """Let a case that hangs fail, so that the other cases still run."""
     if not hasattr(signal, "SIGALRM"):
         yield
         return

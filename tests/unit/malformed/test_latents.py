@@ -59,21 +59,38 @@ LATENTS: dict[str, tuple[str, bytes | Callable[[], bytes], str]] = {
     "npy of integers": ("z.npy", npy_bytes(np.zeros((16, 2, 4, 4), np.int64)), "int64"),
     "npy of text": ("z.npy", npy_bytes(np.array(["a", "b"])), "expected floating"),
     "npy of records": (
-        "z.npy", npy_bytes(np.zeros(4, dtype=[("a", "f4"), ("b", "i2")])), "expected floating"),
+        "z.npy",
+        npy_bytes(np.zeros(4, dtype=[("a", "f4"), ("b", "i2")])),
+        "expected floating",
+    ),
     "npy of complex numbers": (
-        "z.npy", npy_bytes(np.zeros((16, 2, 4, 4), np.complex64)), "complex64"),
+        "z.npy",
+        npy_bytes(np.zeros((16, 2, 4, 4), np.complex64)),
+        "complex64",
+    ),
     "npy cut": ("z.npy", npy_bytes(Z.numpy())[:-9], "npy"),
     "npy empty": ("z.npy", b"", "npy"),
     "npy that claims an exabyte": (
         "z.npy",
-        npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (2**58,), }"
-                   .replace("2**58", str(2**58))), "npy"),
+        npy_header(
+            "{'descr': '<f4', 'fortran_order': False, 'shape': (2**58,), }".replace(
+                "2**58", str(2**58)
+            )
+        ),
+        "npy",
+    ),
     "npy of negative size": (
-        "z.npy", npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (-4,), }"), "npy"),
+        "z.npy",
+        npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (-4,), }"),
+        "npy",
+    ),
     "npy header with code": (
-        "z.npy", npy_header("{'descr': __import__('os').getcwd(), 'shape': (1,)}"), "npy"),
+        "z.npy",
+        npy_header("{'descr': __import__('os').getcwd(), 'shape': (1,)}"),
+        "npy",
+    ),
     "npz named npy": ("z.npy", lambda: npz_bytes(), "npy"),
-}  # fmt: skip
+}
 
 
 def npz_bytes() -> bytes:

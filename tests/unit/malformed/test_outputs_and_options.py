@@ -86,8 +86,10 @@ def test_the_real_process_prints_one_line_and_no_traceback(tmp_path):
     path.write_bytes(FILE[: len(FILE) // 2])
     done = subprocess.run(
         [sys.executable, "-m", "wan_vae", "inspect", str(path)],
-        capture_output=True, text=True, timeout=HANG_S,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+    )
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1

@@ -185,7 +185,7 @@ def _launch(variant: Variant, call: _Call) -> None:
     with torch.cuda.device(out.device):
         function, processors = _function(variant, out.device.index)
         arguments: list[c_int | c_void_p | TensorMap] = [
-            # Two bytes a number, whatever their kind.
+            # Two bytes a number, bfloat16 or float16.
             frames_map(*operand, _BOX),
             frames_map(
                 added.data_ptr(), (clips * frames, height, width, variant.cout), _RESIDUAL_BOX

@@ -146,10 +146,10 @@ def frames_map(
     # The driver wants 64-byte alignment, which ctypes does not promise.
     raw = (ctypes.c_ubyte * 192)()
     at = -ctypes.addressof(raw) % 64
+    layout = (_NO_INTERLEAVE, _SWIZZLE_64, _PROMOTE_L2_128, _ZERO_FILL)
     code = _driver().cuTensorMapEncodeTiled(
-        byref(raw, at), _FLOAT16, 4, c_void_p(address), sizes, strides, boxes, steps,
-        _NO_INTERLEAVE, _SWIZZLE_64, _PROMOTE_L2_128, _ZERO_FILL,
-    )  # fmt: skip
+        byref(raw, at), _FLOAT16, 4, c_void_p(address), sizes, strides, boxes, steps, *layout
+    )
     _check(code, f"describe a tensor of {shape}")
     return TensorMap.from_buffer_copy(raw, at)
 
@@ -180,12 +180,13 @@ def _nvrtc() -> ctypes.CDLL:
     major = (torch.version.cuda or "*").partition(".")[0]
     name = f"nvrtc64_{major}0_0.dll" if sys.platform == "win32" else f"libnvrtc.so.{major}"
     site = Path(torch.__file__).resolve().parents[1]
-    found = sorted([*site.glob(f"nvidia/*/*/{name}"), *site.glob(f"torch/lib/{name}")])
-    library = ctypes.CDLL(str(found[0]) if found else name)
+    paths = sorted([*site.glob(f"nvidia/*/*/{name}"), *site.glob(f"torch/lib/{name}")])
+    library = ctypes.CDLL(str(paths[0]) if paths else name)
     library.nvrtcGetErrorString.restype = c_char_p
     library.nvrtcCreateProgram.argtypes = (
-        POINTER(c_void_p), c_char_p, c_char_p, c_int, c_void_p, c_void_p,
-    )  # fmt: skip
+        *(POINTER(c_void_p), c_char_p, c_char_p),
+        *(c_int, c_void_p, c_void_p),
+    )
     library.nvrtcCompileProgram.argtypes = (c_void_p, c_int, c_void_p)
     for get in ("nvrtcGetProgramLogSize", "nvrtcGetCUBINSize"):
         getattr(library, get).argtypes = (c_void_p, POINTER(c_size_t))

@@ -21,9 +21,19 @@ _LOG2_E = 1.4426950408889634
 
 @triton.jit(do_not_specialize=["queries", "keys"])
 def _attention(
-    q, k, v, out, queries, keys, scale,
-    D: tl.constexpr, DC: tl.constexpr, NC: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    out,
+    queries,
+    keys,
+    scale,
+    D: tl.constexpr,
+    DC: tl.constexpr,
+    NC: tl.constexpr,
+    M: tl.constexpr,
+    BN: tl.constexpr,
+):
     # Grid: (blocks of M queries, frames, D / (DC * NC)). `scale` has log2(e) in it.
     q0 = tl.program_id(0) * M
     n = tl.program_id(1)

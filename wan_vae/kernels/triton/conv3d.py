@@ -55,9 +55,19 @@ Launch = Callable[[ConvCall, ConvConfig], None]
 
 @triton.jit
 def store_frame(
-    acc, out, residual, bias, frame, plane, pixel, rows, n, cout,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-):  # fmt: skip
+    acc,
+    out,
+    residual,
+    bias,
+    frame,
+    plane,
+    pixel,
+    rows,
+    n,
+    cout,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
     # Bias and residual are added in float32; one rounding, at the store.
     at = (frame * plane + pixel)[:, None] * cout + n[None, :]
     mask = rows[:, None] & (n < cout)[None, :]

@@ -5,9 +5,9 @@ which the compiler turns into asynchronous copies (cp.async). A pixel past the p
 frame past the last one, is masked and reads as zero: that is the spatial padding. Programs make one
 or two frames; shared memory of 99 KiB holds no more.
 
-The sum of an output pixel runs over (kh, kw, blocks of BK input channels, kt) in this order,
-whatever its place in the picture, the length of the chunk or the tile: its bits depend on nothing
-but its inputs.
+The sum of an output pixel always runs over (kh, kw, blocks of BK input channels, kt)
+in this order. Its bits depend on nothing but its inputs: not on its place in the picture, the
+length of the chunk or the tile.
 """
 
 from __future__ import annotations
@@ -24,15 +24,39 @@ _SIZES = ["frames_in", "frames_out", "rows_in", "cols_in", "height", "width", "c
 
 @triton.jit(do_not_specialize=_SIZES)
 def _conv(
-    x, weight, bias, residual, out,
-    frames_in, frames_out, rows_in, cols_in, height, width, cout, col_tiles, groups,
-    CIN: tl.constexpr, F: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    N0: tl.constexpr, N1: tl.constexpr,
-    BK: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
-    TAP0: tl.constexpr, TAPS: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    residual,
+    out,
+    frames_in,
+    frames_out,
+    rows_in,
+    cols_in,
+    height,
+    width,
+    cout,
+    col_tiles,
+    groups,
+    CIN: tl.constexpr,
+    F: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    N0: tl.constexpr,
+    N1: tl.constexpr,
+    BK: tl.constexpr,
+    KT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    PAD_Y: tl.constexpr,
+    PAD_X: tl.constexpr,
+    TAP0: tl.constexpr,
+    TAPS: tl.constexpr,
+    UP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
     # Grid: (column blocks * row tiles * col tiles, frame groups * batch, 4 parities or 1).
     # `rows_in` and `cols_in` are the buffer's, `height` and `width` the output's (of one parity).
     # TAPS: taps in a row of the weight. PRECISION is for float32 operands.

@@ -5,9 +5,9 @@ are zero: that is the spatial padding. Output frames of a program share their in
 outputs need F + KT - 1 inputs, which is what pays, because the kernel is bound by L2-to-shared
 traffic and not by the tensor cores.
 
-The sum of an output pixel runs over (kh, kw, blocks of BK input channels, kt) in this order,
-whatever its place in the picture, the length of the chunk or the tile: its bits depend on nothing
-but its inputs.
+The sum of an output pixel always runs over (kh, kw, blocks of BK input channels, kt)
+in this order. Its bits depend on nothing but its inputs: not on its place in the picture, the
+length of the chunk or the tile.
 """
 
 from __future__ import annotations
@@ -25,15 +25,37 @@ _SIZES = ["frames_in", "frames_out", "height", "width", "col_tiles", "groups"]
 
 @triton.jit(do_not_specialize=_SIZES)
 def _conv(
-    x, w0, w1, bias, residual, out, frames_in, frames_out, height, width, cout,
-    col_tiles, groups,
-    CIN: tl.constexpr, F: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    N0: tl.constexpr, N1: tl.constexpr,
-    BK: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
-    TAP0: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-):  # fmt: skip
+    x,
+    w0,
+    w1,
+    bias,
+    residual,
+    out,
+    frames_in,
+    frames_out,
+    height,
+    width,
+    cout,
+    col_tiles,
+    groups,
+    CIN: tl.constexpr,
+    F: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    N0: tl.constexpr,
+    N1: tl.constexpr,
+    BK: tl.constexpr,
+    KT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    PAD_Y: tl.constexpr,
+    PAD_X: tl.constexpr,
+    TAP0: tl.constexpr,
+    UP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
     # Grid: (column blocks * row tiles * col tiles, frame groups * batch, 4 parities or 1).
     # `height` and `width` are the output's (of one parity). PRECISION is for float32 operands.
     # Rounding: float32 accumulation, bias and residual added in float32, one rounding at the store.

@@ -17,10 +17,18 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["pixels", "frames"])
 def _partials(
-    buffer, weight, partial, pixels, frames,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, COLS: tl.constexpr, USED: tl.constexpr,
-    M: tl.constexpr, KT: tl.constexpr,
-):  # fmt: skip
+    buffer,
+    weight,
+    partial,
+    pixels,
+    frames,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COLS: tl.constexpr,
+    USED: tl.constexpr,
+    M: tl.constexpr,
+    KT: tl.constexpr,
+):
     # Grid: (blocks of M pixels, frames, batch). float32 accumulation; float32 partial sums, a plane
     # for each column, so that the second pass reads whole rows.
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
@@ -44,10 +52,18 @@ def _partials(
 
 @triton.jit(do_not_specialize=["frames", "height", "width"])
 def _gather(
-    partial, bias, out, frames, height, width,
-    OUT: tl.constexpr, M: tl.constexpr,
-    PAD_Y: tl.constexpr, PAD_X: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
+    partial,
+    bias,
+    out,
+    frames,
+    height,
+    width,
+    OUT: tl.constexpr,
+    M: tl.constexpr,
+    PAD_Y: tl.constexpr,
+    PAD_X: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
     # Grid: (blocks of M output pixels, frames, batch). `height` and `width` are those of `partial`.
     # Taps are added in a fixed order, float32.
     rows = height + 2 * PAD_Y - 2

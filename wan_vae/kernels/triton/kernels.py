@@ -7,7 +7,7 @@ that nothing overlaps, so kernels that use them require TMA for the sake of spee
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -56,6 +56,12 @@ _LARGEST = torch.finfo(OPERAND).max
 # A convolution of few output channels has a kernel of its own: nine columns for each of them.
 _NARROW = 128 // 9
 Candidates = Callable[[int, int, int], Sequence[str]]
+BUILD_FAILURES: tuple[type[Exception], ...] = (
+    BuildError,
+    triton.runtime.errors.OutOfResources,
+    triton.runtime.errors.PTXASError,
+    triton.compiler.errors.CompilationError,
+)
 
 
 @dataclass(frozen=True)
@@ -67,15 +73,7 @@ class _TritonKernel:
     requires: Requires
     used: Mapping[str, str]
     family: str = "triton"
-    build_failures: tuple[type[Exception], ...] = field(
-        default=(
-            BuildError,
-            triton.runtime.errors.OutOfResources,
-            triton.runtime.errors.PTXASError,
-            triton.compiler.errors.CompilationError,
-        ),
-        repr=False,
-    )
+    build_failures: tuple[type[Exception], ...] = BUILD_FAILURES
 
     def build(self, problem: object, config: str, target: Device) -> None:
         """See `Kernel`. Triton compiles at the first launch, for the card in use."""

@@ -39,11 +39,27 @@ def _place(pixel, width, plane_width, first, PLACED: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _norm_silu_join(
-    x, scale, history, buffer, kept, pixels, width, plane, plane_width, first, frames,
-    has_x, has_history, keep,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    PAST_FRAMES: tl.constexpr, SILU: tl.constexpr, PLACED: tl.constexpr,
-):  # fmt: skip
+    x,
+    scale,
+    history,
+    buffer,
+    kept,
+    pixels,
+    width,
+    plane,
+    plane_width,
+    first,
+    frames,
+    has_x,
+    has_history,
+    keep,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAST_FRAMES: tl.constexpr,
+    SILU: tl.constexpr,
+    PLACED: tl.constexpr,
+):
     # Grid: (blocks of ROWS pixels of x, frames + PAST_FRAMES, batch). Everything is [.., pixel, C];
     # x has `pixels` in a frame, the others `plane`. Rounding: sums, norm and SiLU in float32; one
     # rounding, at the store.
@@ -151,7 +167,7 @@ def _parts(x: torch.Tensor, halo: HaloRows | None) -> tuple[tuple[_Part, ...], t
 
 
 def _flag(value: bool) -> float:
-    """A kernel's argument. Not an integer: Triton compiles anew for an integer that is 1."""
+    """A kernel's argument. Not an integer: Triton compiles again for an integer that is 1."""
     return float(value)
 
 
@@ -166,10 +182,25 @@ def _normed(frame, gain, mask, OPERAND: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _norm_silu_pairs(
-    x, scale, history, out, kept, pixels, width, plane, plane_width, first, frames,
-    has_x, has_history, keep,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, PLACED: tl.constexpr,
-):  # fmt: skip
+    x,
+    scale,
+    history,
+    out,
+    kept,
+    pixels,
+    width,
+    plane,
+    plane_width,
+    first,
+    frames,
+    has_x,
+    has_history,
+    keep,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+    PLACED: tl.constexpr,
+):
     # Grid: (blocks of ROWS pixels of x, batch). A program goes through all frames of its pixels, so
     # each is read and normalised once. Sizes as in `_norm_silu_join`.
     operand: tl.constexpr = out.dtype.element_ty

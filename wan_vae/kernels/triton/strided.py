@@ -8,9 +8,9 @@ zero, which is the padding on the right and at the bottom that the network was t
 that has its neighbour's row there reads that. So nothing is padded in memory, and a shard's sums
 are those of the whole picture.
 
-The sum of an output pixel runs over (taps, blocks of BK input channels) in this order, whatever its
-place in the picture, the length of the chunk or the size of the shard: its bits depend on nothing
-but its inputs.
+The sum of an output pixel always runs over (taps, blocks of BK input channels)
+in this order. Its bits depend on nothing but its inputs: not on its place in the picture, the
+length of the chunk or the size of the shard.
 """
 
 from __future__ import annotations
@@ -30,12 +30,31 @@ _SIZES = ["frames_in", "frames_out", "height", "width", "rows", "cols"]
 
 @triton.jit(do_not_specialize=_SIZES)
 def _strided(
-    x, weight, bias, out, frames_in, frames_out, height, width, rows, cols,
-    CIN: tl.constexpr, COUT: tl.constexpr, M: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
-    BK: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    ST: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    out,
+    frames_in,
+    frames_out,
+    height,
+    width,
+    rows,
+    cols,
+    CIN: tl.constexpr,
+    COUT: tl.constexpr,
+    M: tl.constexpr,
+    N0: tl.constexpr,
+    N1: tl.constexpr,
+    BK: tl.constexpr,
+    KT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    ST: tl.constexpr,
+    SY: tl.constexpr,
+    SX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
     # Grid: (column blocks * blocks of M output pixels, frames_out * batch). `height` and `width`
     # are the input's, `rows` and `cols` the output's. PRECISION is for float32 operands.
     # Rounding: float32 accumulation, bias added in float32, one rounding at the store.
