@@ -19,6 +19,8 @@ class TensorCounter(TorchDispatchMode):
     Two things are as on CUDA and not as on the CPU. A convolution's result takes the memory format
     of its weight, or of its input where a 1x1x1 weight has none, as cuDNN gives it. And for NCDHW
     data it takes, for as long as it runs, what was measured for cuDNN (`peak._IMAGE_COLUMNS`).
+
+    Convolutions give zeros: computing them would be most of the time, and no size depends on it.
     """
 
     def __init__(self):
@@ -30,10 +32,11 @@ class TensorCounter(TorchDispatchMode):
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, torch.Tensor):  # what was there before, such as weights
                 self._seen.add(tensor.untyped_storage()._cdata)
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if name in CONVOLUTIONS:
+        if func.overloadpacket.__name__ not in CONVOLUTIONS:
+            result = func(*args, **(kwargs or {}))
+        else:
             x, weight = args[:2]
+            result = _zeros(*args)
             deciding = x if detect(weight) == "either" else weight
             if detect(deciding) == "channels_last_3d":
                 result = to_format(result, "channels_last_3d")
@@ -60,3 +63,17 @@ class TensorCounter(TorchDispatchMode):
     def _free(self, key, n):
         self._seen.discard(key)
         self.live -= n
+
+
+def _zeros(x, weight, bias=None, stride=1, padding=0, *_):
+    """What a convolution of `x` without dilation gives, as zeros."""
+    stride, padding = (
+        [value] * (x.ndim - 2) if isinstance(value, int) else value for value in (stride, padding)
+    )
+    size = [
+        (length + 2 * around - taps) // step + 1
+        for length, taps, step, around in zip(
+            x.shape[2:], weight.shape[2:], stride, padding, strict=True
+        )
+    ]
+    return x.new_zeros((x.shape[0], weight.shape[0], *size))
