@@ -19,21 +19,21 @@ ASKED: list[int] = []
 _TOOL = 4
 
 
-def observe() -> None:
-    """Note what load_models_gpu is asked for. ComfyUI runs as it is: Python tells of the calls."""
-    events = sys.monitoring
-
-    def entered(code: CodeType, _offset: int) -> None:
-        ASKED.append(int(sys._getframe(1).f_locals["memory_required"]))
-
-    events.use_tool_id(_TOOL, "wan_vae_bench")
-    events.register_callback(_TOOL, events.events.PY_START, entered)
-    code = inspect.unwrap(model_management.load_models_gpu).__code__
-    events.set_local_events(_TOOL, code, events.events.PY_START)
-
-
-# Python 3.11 cannot tell: there the list stays empty.
+# Python 3.11 cannot tell of calls: there the list stays empty.
 if sys.version_info >= (3, 12):
+
+    def observe() -> None:
+        """Note what load_models_gpu is asked for, as Python tells of its calls; nothing changes."""
+        events = sys.monitoring
+
+        def entered(code: CodeType, _offset: int) -> None:
+            ASKED.append(int(sys._getframe(1).f_locals["memory_required"]))
+
+        events.use_tool_id(_TOOL, "wan_vae_bench")
+        events.register_callback(_TOOL, events.events.PY_START, entered)
+        code = inspect.unwrap(model_management.load_models_gpu).__code__
+        events.set_local_events(_TOOL, code, events.events.PY_START)
+
     observe()
 
 

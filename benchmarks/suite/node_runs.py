@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.comfy.graphs import latent, load_vae, node
 from tests.comfy.server import PACK, REPOSITORY, Comfy, Run
 
 VAE_FILE = "wan2.1_random.safetensors"
@@ -38,7 +37,7 @@ class NodeCase:
     def prompt(self, seed: int) -> dict[str, Any]:
         """The API prompt: random numbers from `seed` into the node, and its result to the probe."""
         if self.node == "WanVAEEncode":
-            source = node(
+            source = _node(
                 "ProbeFrames",
                 frames=self.frames,
                 height=self.height,
@@ -48,20 +47,28 @@ class NodeCase:
             )
             name = "pixels"
         else:
-            source = latent(
+            source = _node(
+                "ProbeLatent",
+                batch=1,
+                channels=16,
                 frames=(self.frames - 1) // 4 + 1,
                 height=self.height // 8,
                 width=self.width // 8,
                 seed=seed,
+                kind="plain",
             )
             name = "samples"
         inputs = {"vae": [_VAE, 0], name: [_SOURCE, 0], **self.inputs}
         return {
-            _VAE: load_vae(VAE_FILE),
+            _VAE: _node("VAELoader", vae_name=VAE_FILE),
             _SOURCE: source,
-            _MEASURED: node(self.node, **inputs),
-            _PROBE: node("WanVAEBenchMemory", value=[_MEASURED, 0]),
+            _MEASURED: _node(self.node, **inputs),
+            _PROBE: _node("WanVAEBenchMemory", value=[_MEASURED, 0]),
         }
+
+
+def _node(class_type: str, **inputs: object) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}
 
 
 def cases(on_cpu: bool) -> tuple[NodeCase, ...]:

@@ -53,7 +53,7 @@ def test_line_and_panel_follow_a_run(frontend):
 
 
 def test_the_shards_of_a_run_are_a_table(frontend):
-    if (frontend.server.frontend, frontend.mode) != ("newest", "canvas"):
+    if (frontend.name, frontend.mode) != ("newest", "canvas"):
         return  # two workers start slowly, and the panel is the same in each
     frontend.load(sharded_workflow(seed=1, identity="shards"))
     frontend.open_tab()
@@ -71,7 +71,7 @@ def test_the_shards_of_a_run_are_a_table(frontend):
 
 
 def test_the_sample_that_the_repository_ships(frontend):
-    """Also the picture of the README: node, preview and panel after a real decode."""
+    """Node, preview and panel after a decode of a real picture."""
     frontend.load(cat_workflow())
     frontend.open_tab()
     frontend.queue()
@@ -90,7 +90,7 @@ def test_the_sample_that_the_repository_ships(frontend):
     bars = frontend.page.locator(".wan-vae-card").first.locator(".wan-vae-bar")
     assert bars.count() == 5, "one bar a chunk of one latent frame"
     frontend.fit()
-    frontend.shot("readme")
+    frontend.shot("sample")
 
 
 def test_line_has_the_height_it_asks_for_and_stays_inside_the_node(frontend):

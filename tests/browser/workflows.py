@@ -109,6 +109,47 @@ def cat_workflow() -> dict:
     return _graph("cat", nodes, links)
 
 
+def decode_workflow(vae: str, latent: str) -> dict:
+    """Files named `vae` and `latent` into Wan VAE Decode (node 3), and its image into a file."""
+    nodes = [
+        _node(
+            1,
+            "VAELoader",
+            (40, 250),
+            [vae],
+            outputs=[("VAE", "VAE", [1])],
+            size=(300, 100),
+        ),
+        _node(
+            2,
+            "LoadLatent",
+            (40, 60),
+            [latent],
+            outputs=[("LATENT", "LATENT", [2])],
+            size=(300, 100),
+        ),
+        _node(
+            3,
+            "WanVAEDecode",
+            (380, 60),
+            ["auto", "auto", 0],
+            inputs=[("samples", "LATENT", 2), ("vae", "VAE", 1)],
+            outputs=[("IMAGE", "IMAGE", [3])],
+            size=(390, 210),
+        ),
+        _node(
+            4,
+            "SaveImage",
+            (810, 60),
+            ["video/frame"],
+            inputs=[("images", "IMAGE", 3)],
+            size=(250, 80),
+        ),
+    ]
+    links = [[1, 1, 0, 3, 1, "VAE"], [2, 2, 0, 3, 0, "LATENT"], [3, 3, 0, 4, 0, "IMAGE"]]
+    return _graph("decode", nodes, links)
+
+
 def _graph(identity: str, nodes: list, links: list) -> dict:
     return {
         "id": workflow_id(identity),

@@ -1,0 +1,89 @@
+"""`wan-vae bench nodes`: the clock, the rows and the page. A run needs a ComfyUI and minutes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import comfyui_nodes
+from benchmarks.suite.facts import Facts
+from benchmarks.suite.node_runs import NodeClock, NodeRow, cases
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/2026-11-28-h200-nodes.json"
+
+
+@pytest.fixture
+def rows() -> list[NodeRow]:
+    """The rows of a run on a GPU."""
+    made = []
+    for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]:
+        tuples = {name: tuple(row[name]) for name in ("warm_ms", "asked_bytes")}
+        made.append(NodeRow(**{**row, **tuples}))
+    return made
+
+
+def heard(*messages: tuple[str, str | None]) -> NodeClock:
+    clock = NodeClock("3")
+    for kind, node in messages:
+        data: dict[str, Any] = {} if kind == "status" else {"node": node}
+        clock.hear({"type": kind, "data": data})
+    return clock
+
+
+@pytest.mark.parametrize("end", [("executed", "3"), ("executing", "4"), ("executing", None)])
+def test_the_clock_runs_from_the_start_of_the_node_to_its_end(end):
+    start = (("status", None), ("executing", "2"), ("executing", "3"), ("status", None))
+    assert heard(*start, end).ms > 0
+    clock = heard(*start, end)
+    first = clock.ms
+    clock.hear({"type": "executed", "data": {"node": "3"}})
+    assert clock.ms == first
+
+
+@pytest.mark.parametrize(
+    "messages", [[("executing", "2"), ("executed", "4")], [("executing", "3"), ("executed", "4")]]
+)
+def test_a_node_without_start_or_end_has_no_time(messages):
+    with pytest.raises(RuntimeError, match="node 3 was not executed"):
+        _ = heard(*messages).ms
+
+
+def test_each_run_of_a_case_has_its_own_numbers():
+    for case in (*cases(on_cpu=False), *cases(on_cpu=True)):
+        one, other = case.prompt(0), case.prompt(1)
+        assert one["3"] == other["3"] and one["3"]["class_type"] == case.node
+        assert one["2"] != other["2"]
+
+
+def test_a_run_on_a_gpu_asked_comfyui_for_what_was_planned(rows):
+    assert [row.faults() for row in rows] == [[]] * len(rows)
+    ours = [row for row in rows if row.report is not None]
+    assert len(ours) == 4
+    assert all(row.asked_bytes[-1] == row.report["memory"]["planned_bytes"] for row in ours)
+
+
+def test_faults_are_named(rows):
+    row = rows[0]
+    assert "ComfyUI was asked for 5" in replace(row, asked_bytes=(0, 5)).faults()[0]
+    assert replace(row, asked_bytes=()).faults() == []
+    failed = {**row.report, "status": "failed"}
+    assert replace(row, report=failed).faults() == ["Wan VAE Decode: the report says failed"]
+
+
+def test_the_page_is_that_of_the_results(rows):
+    data = json.loads(RESULTS.read_text(encoding="utf-8"))
+    facts = Facts(*(data[name] for name in ("schema", "command", "device", "date", "versions")))
+    page = comfyui_nodes.nodes_markdown(rows, facts)
+    assert page == RESULTS.with_suffix(".md").read_text(encoding="utf-8").rstrip("\n") + "\n"
+
+
+def test_without_a_comfyui_it_says_what_is_missing(monkeypatch, capsys):
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        comfyui_nodes.main(["--cpu"])
+    assert stopped.value.code == 2
+    assert "COMFYUI_PATH must name a ComfyUI checkout" in capsys.readouterr().err
