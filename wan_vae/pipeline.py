@@ -1,6 +1,7 @@
-"""A latent goes in, one layout decision is made, the causal decoder runs chunk by chunk, pixels
-stream out, and a report says what happened. This file is the library's interface; `runs/` is the
-way through.
+"""The interface of the library: `load`, and `WanVAE` with decode, encode, plan and inspect.
+
+A latent goes in, one layout decision is made, the causal decoder runs chunk by chunk, pixels stream
+out, and a report says what happened. `runs/` does that work; CONTRIBUTING.md shows the path.
 """
 
 from __future__ import annotations
@@ -138,10 +139,10 @@ class WanVAE:
         ranks: int = 1,
         axis: AxisRequest = "auto",
     ) -> Plan:
-        """Decide all that a decode or encode of a latent [B, z, T, H, W] will do; runs nothing.
+        """Decide all that a decode or encode of a latent [B, z, T, H, W] will do, without doing it.
 
-        Kernels are proven on the device where no verdict is kept, because the plan depends on
-        them. free_bytes: None counts what is free now, infinity plans as if all of it fitted.
+        Kernels that were never checked on this device are checked now, because the plan depends on
+        them. free_bytes: None counts what is free now, infinity plans as if everything fitted.
         whole_frames: the pixels are wanted as whole frames (a video file, a stream). ranks, axis:
         plan for one of several ranks. The other options are those of `decode`. Give the plan to
         `decode` or `encode`, which executes it.
@@ -201,8 +202,8 @@ class WanVAE:
         them where not even one latent frame a chunk fits.
         backend: "auto", "eager" (plain PyTorch), "triton" or "cuda".
         free_bytes: device memory that the plan may count on, where less than is free.
-        plan: from `plan`, with its options; only free_bytes may stand next to it. It is executed
-        as it is, unless it needs more memory than is free now.
+        plan: a result of `plan`, which holds its options; only free_bytes may be given beside it.
+        It is executed as it is; if it needs more memory than is free now, a new one is made.
         shard: this process's place among the ranks of a picture. The call is then a collective:
         every rank of the group makes it with the same arguments and decodes its own rows.
         `gather` says who gets the pixels: "all" ranks, "rank0" (the others get None), or each rank
@@ -227,7 +228,7 @@ class WanVAE:
         )
 
     def run_decode(self, request: DecodeRequest) -> torch.Tensor | None:
-        """`decode` with its arguments as a value."""
+        """Decode as `decode` does, with the arguments in one `DecodeRequest`."""
         self.last_report = None
         try:
             run = DecodeRun(self.engine, request)
@@ -312,7 +313,7 @@ class WanVAE:
         return self.run_encode(request)
 
     def run_encode(self, request: EncodeRequest) -> torch.Tensor | None:
-        """`encode` with its arguments as a value."""
+        """Encode as `encode` does, with the arguments in one `EncodeRequest`."""
         self.last_report = None
         run = EncodeRun(self.engine, request)
         try:
@@ -321,7 +322,7 @@ class WanVAE:
             self.last_report = run.report
 
     def inspect(self) -> DecodeReport:
-        """What the weights are and which layout a decode would choose; runs nothing."""
+        """Report what the weights are and which layout a decode would choose. Decodes nothing."""
         builder = ReportBuilder("inspect", self.config, self.device, self.dtype)
         decision = layout.decide("auto", self.device, self.dtype)
         layers = layer_records(self.model, ("decoder", "encoder"))
@@ -333,7 +334,10 @@ class WanVAE:
 
 
 def _options_beside(plan: Plan | None, options: RunOptions) -> RunOptions:
-    """The options of a run: those of `plan`, beside which only free_bytes may be given."""
+    """The options of a run: those of `plan` if there is one, with the caller's free_bytes.
+
+    Raises GeometryError if the caller gave other options beside a plan.
+    """
     if plan is None:
         return options
     free = options.free_bytes

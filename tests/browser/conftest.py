@@ -49,7 +49,7 @@ FIT = """() => {
   graph.setDirtyCanvas(true, true);
 }"""
 # Everything on a busy machine with two cores, first load of the frontend included.
-TIMEOUT_MS = 60_000
+TIMEOUT_MS = 600_000
 
 
 @pytest.fixture(scope="session", params=["pinned", "newest"])
@@ -87,7 +87,7 @@ class Frontend:
 
     def open(self) -> None:
         """Load (or reload) and wait until the graph of the frontend has settled."""
-        self.page.goto(self.server.url, timeout=60_000)
+        self.page.goto(self.server.url, timeout=TIMEOUT_MS)
         self.page.wait_for_function(
             "() => window.app?.vueAppReady && window.app.extensionManager", timeout=TIMEOUT_MS
         )

@@ -32,7 +32,7 @@ _WIDE_CHUNKS = 2
 # Numbers that the features of a pass may hold: a latent frame of Wan 2.1 at 720p, and half of one
 # where memory is short.
 PASSES = (4 * 720 * 1280 * 96, 2 * 720 * 1280 * 96)
-# Shards take more: an exchange of rows takes the same time in a short chunk as in a long one, and at
+# Shards take more: an exchange of rows takes as long in a short chunk as in a long one, and at
 # latent resolution a shard's frame is too small for a device.
 _SHARD_CHUNKS = 2
 _STRIP_COUNTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)

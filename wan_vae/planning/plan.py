@@ -1,6 +1,6 @@
 """Plan: all that a run will do, and why, fixed before its first chunk. One frozen value.
 
-Made by the code that runs it, executed by the run, sent to workers, printed by the report.
+`Engine.plan` makes it, `Run` executes it, the parent sends it to workers, and the report prints it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Plan:
     complete. shards: the rows of each rank; None on one device. free_bytes: device memory that the
     plan could count on; None where nobody can say. planned_bytes: predicted peak above weights,
     latent and output, of one rank. extra_work: share of the multiplications that strips do twice.
-    notes: why strips were planned, and what was planned again.
+    notes: sentences for the report, such as why strips were planned.
     """
 
     operation: Operation
@@ -67,9 +67,9 @@ class Plan:
         return max(self.lengths)
 
     def halved(self) -> Plan:
-        """The same with half as much at a time: shorter chunks, smaller passes.
+        """A plan that takes half as much at a time: shorter chunks, smaller passes.
 
-        `lengths` stay as they are if each chunk has one latent frame already.
+        `lengths` do not change if each chunk has one latent frame already.
         """
         half = (max(self.lengths) + 1) // 2
         smaller = tuple(
@@ -90,7 +90,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Plan:
-        """The plan that `as_dict` made `plain` of, in this process or another."""
+        """Make a plan from what `as_dict` returned, in this process or another."""
         values = dict(plain)
         backends, layers = values.pop("backends"), values.pop("layers")
         options, shards = values["options"], values["shards"]
