@@ -3,7 +3,8 @@
     wan-vae bench profile [--height 90 --width 160] [--frames 2] [--ranks 1,2]
     python benchmarks/chunk_profile.py        # the same
 
-Prints device time by kernel (PyTorch's profiler). Neighbours' rows are zeros that lie ready.
+Prints device time by kernel (PyTorch's profiler), and on a GPU the host's time for a chunk.
+Neighbours' rows are zeros that lie ready.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.suite.emulation import SteadyClip
-from benchmarks.suite.measure import synchronise
+from benchmarks.suite.measure import synchronise, times_ms
 from benchmarks.suite.weights import random_vae
 from wan_vae.arithmetic import own_arithmetic
 from wan_vae.config import wan21
@@ -51,6 +52,24 @@ def profiled(vae: WanVAE, height: int, width: int, frames: int, ranks: int) -> p
     return found
 
 
+def host_ms(vae: WanVAE, chunks: int = 20, repeats: int = 8) -> float:
+    """Milliseconds of the host for a chunk of one latent frame: what remains on tiny pictures.
+
+    The difference between two decodes that the launches bound, one of them `chunks` chunks longer;
+    of each the fastest of `repeats`.
+    """
+    fastest: list[float] = []
+    for frames in (2, 2 + chunks):
+        z = torch.randn((1, vae.config.z_dim, frames, 8, 8), device=vae.device)
+
+        def decode(latent: torch.Tensor = z) -> None:
+            vae.decode(latent, chunk_frames=1)
+
+        decode()
+        fastest.append(min(times_ms(decode, vae.device, repeats)))
+    return (fastest[1] - fastest[0]) / chunks
+
+
 def table(found: profile, device: torch.device, rows: int = 14) -> str:
     """Milliseconds and calls of the kernels that take longest, after their sum."""
     own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
@@ -79,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for ranks in map(int, args.ranks.split(",")):
         print(f"rank 0 of {ranks}, {args.frames} latent frames of {args.height}x{args.width}")
         print(table(profiled(vae, args.height, args.width, args.frames, ranks), device))
+    if device.type == "cuda":
+        print(f"host: {host_ms(vae):.2f} ms a chunk (8x8 latents, where only launches count)")
     return 0
 
 

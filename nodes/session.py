@@ -32,7 +32,10 @@ PROOF_BYTES = 3 << 29
 
 
 class Session:
-    """One run of one node, between the choice of the VAE and the final report."""
+    """One run of one node, from the choice of the VAE to the final report.
+
+    Do not make one yourself: `session` makes it and sends its final report.
+    """
 
     def __init__(self, hidden: Any, vae: Any, precision: str) -> None:
         self._reporter = Reporter(NodeId.of(hidden))
@@ -81,12 +84,12 @@ class Session:
         chunk_frames: int = 0,
         whole_frames: bool = False,
     ) -> Plan:
-        """The plan of a run, for which ComfyUI has been asked for exactly the planned memory.
+        """Make the plan of a run, and ask ComfyUI to free exactly the planned memory.
 
-        chunk_frames: 0 plans them. The weights are on the device afterwards. The run executes the
-        plan as it is, unless ComfyUI could not free that much.
+        chunk_frames: 0 lets the plan decide. The weights are on the device afterwards. The run
+        executes this plan, or makes a smaller one if ComfyUI could not free that much.
         """
-        # Weights first: which kernels run is known where they are.
+        # Weights first: the device that holds them decides which kernels run.
         request = SetupRequest(operation, tuple(latent_shape), RunOptions())
         proves = self.wan.engine.may_prove(request, self.packed.device)
         self.packed.load(PROOF_BYTES if proves else 0)
@@ -110,7 +113,8 @@ class Session:
     def _on_progress(self, done: int, total: int, report: DecodeReport) -> None:
         if self._reporter.due():
             self._reporter.send(report.as_dict())
-        if not model_management.processing_interrupted():  # else it raises: should_stop is next
+        # After an interrupt the bar would raise; `should_stop` ends the run in a moment instead.
+        if not model_management.processing_interrupted():
             self._bar.update_absolute(done, total)
 
     def finish(self) -> None:
@@ -120,7 +124,7 @@ class Session:
         self._reporter.finish(self.report)
 
     def finish_early(self, operation: str, status: str, error: str) -> None:
-        """Send the library's report of the run that ended early, or only how it ended."""
+        """Send the report of a run that ended early: the library's, or else only how it ended."""
         report = None if self._packed is None else self._packed.wan.last_report
         if report is not None and report is not self._before:
             self.report = replace(report, status=status, error=error).as_dict()
@@ -138,8 +142,8 @@ class Session:
 def session(hidden: Any, vae: Any, precision: str, operation: str) -> Iterator[Session]:
     """Run a node's work with progress, cancel and reports.
 
-    A cancel raises ComfyUI's own exception. Every other error goes through after its report was
-    sent: otherwise the panel would go on showing the run before.
+    A cancel raises ComfyUI's own exception. Every other error is raised again, after its report
+    was sent: otherwise the panel would still show the previous run.
     """
     run = Session(hidden, vae, precision)
     try:

@@ -1,6 +1,7 @@
-"""A latent goes in, one layout decision is made, the causal decoder runs chunk by chunk, pixels
-stream out, and a report says what happened. This file is the library's interface; `runs/` is the
-way through.
+"""The interface of the library: `load`, and `WanVAE` with decode, encode, plan and inspect.
+
+A latent goes in, one layout decision is made, the causal decoder runs chunk by chunk, pixels stream
+out, and a report says what happened. `runs/` does that work; CONTRIBUTING.md shows the path.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .io.latents import check_channels
 from .io.sink import Sink
 from .network.model import WanVAEModel, build_model
 from .options import (
+    AXES,
     OPERATIONS,
     AxisRequest,
     Backend,
@@ -138,10 +140,10 @@ class WanVAE:
         ranks: int = 1,
         axis: AxisRequest = "auto",
     ) -> Plan:
-        """Decide all that a decode or encode of a latent [B, z, T, H, W] will do; runs nothing.
+        """Decide all that a decode or encode of a latent [B, z, T, H, W] will do, without doing it.
 
-        Kernels are proven on the device where no verdict is kept, because the plan depends on
-        them. free_bytes: None counts what is free now, infinity plans as if all of it fitted.
+        Kernels that were never checked on this device are checked now, because the plan depends on
+        them. free_bytes: None counts what is free now, infinity plans as if everything fitted.
         whole_frames: the pixels are wanted as whole frames (a video file, a stream). ranks, axis:
         plan for one of several ranks. The other options are those of `decode`. Give the plan to
         `decode` or `encode`, which executes it.
@@ -155,12 +157,7 @@ class WanVAE:
             backend=backend,
             free_bytes=free_bytes,
         )
-        if operation not in OPERATIONS:
-            raise GeometryError(f"operation is {operation!r}: expected 'decode' or 'encode'")
-        shape = tuple(whole_number(n, "a size of latent_shape") for n in latent_shape)
-        if len(shape) != 5 or min(shape) < 1:
-            raise GeometryError(f"latent_shape is {shape}: expected [B, z, T, H, W], all above 0")
-        check_channels(shape[1], self.config)
+        shape = checked_shape(latent_shape, operation, axis, self.config)
         shards = shards_of(ShardContext(0, whole_number(ranks, "ranks"), axis), shape)
         setup = self.engine.setup(SetupRequest(operation, shape, options, shards))
         return self.engine.plan(setup, whole_frames=whole_frames)
@@ -201,8 +198,8 @@ class WanVAE:
         them where not even one latent frame a chunk fits.
         backend: "auto", "eager" (plain PyTorch), "triton" or "cuda".
         free_bytes: device memory that the plan may count on, where less than is free.
-        plan: from `plan`, with its options; only free_bytes may stand next to it. It is executed
-        as it is, unless it needs more memory than is free now.
+        plan: a result of `plan`, which holds its options; only free_bytes may be given beside it.
+        It is executed as it is; if it needs more memory than is free now, a new one is made.
         shard: this process's place among the ranks of a picture. The call is then a collective:
         every rank of the group makes it with the same arguments and decodes its own rows.
         `gather` says who gets the pixels: "all" ranks, "rank0" (the others get None), or each rank
@@ -216,7 +213,7 @@ class WanVAE:
             DecodeRequest(
                 latent=latent,
                 normalized=normalized,
-                options=_options_beside(plan, options),
+                options=options,
                 hooks=Hooks(on_progress, should_stop),
                 plan=plan,
                 out=out,
@@ -227,7 +224,7 @@ class WanVAE:
         )
 
     def run_decode(self, request: DecodeRequest) -> torch.Tensor | None:
-        """`decode` with its arguments as a value."""
+        """Decode as `decode` does, with the arguments in one `DecodeRequest`."""
         self.last_report = None
         try:
             run = DecodeRun(self.engine, request)
@@ -303,7 +300,7 @@ class WanVAE:
         request = EncodeRequest(
             pixels=pixels,
             normalized=normalized,
-            options=_options_beside(plan, options),
+            options=options,
             hooks=Hooks(on_progress, should_stop),
             plan=plan,
             context=shard,
@@ -312,7 +309,7 @@ class WanVAE:
         return self.run_encode(request)
 
     def run_encode(self, request: EncodeRequest) -> torch.Tensor | None:
-        """`encode` with its arguments as a value."""
+        """Encode as `encode` does, with the arguments in one `EncodeRequest`."""
         self.last_report = None
         run = EncodeRun(self.engine, request)
         try:
@@ -321,7 +318,7 @@ class WanVAE:
             self.last_report = run.report
 
     def inspect(self) -> DecodeReport:
-        """What the weights are and which layout a decode would choose; runs nothing."""
+        """Report what the weights are and which layout a decode would choose. Decodes nothing."""
         builder = ReportBuilder("inspect", self.config, self.device, self.dtype)
         decision = layout.decide("auto", self.device, self.dtype)
         layers = layer_records(self.model, ("decoder", "encoder"))
@@ -332,20 +329,18 @@ class WanVAE:
         return self.last_report
 
 
-def _options_beside(plan: Plan | None, options: RunOptions) -> RunOptions:
-    """The options of a run: those of `plan`, beside which only free_bytes may be given."""
-    if plan is None:
-        return options
-    free = options.free_bytes
-    if options != RunOptions(free_bytes=free):
-        raise GeometryError(
-            "a run got plan= and options that the plan has decided: give the options to plan()"
-        )
-    return RunOptions(
-        plan.options.chunk_frames,
-        plan.options.memory_format,
-        plan.options.precision,
-        plan.options.strips,
-        plan.options.backend,
-        free,
-    )
+def checked_shape(
+    latent_shape: Sequence[int], operation: Operation, axis: AxisRequest, config: WanVAEConfig
+) -> tuple[int, ...]:
+    """The shape of a latent that is to be planned for. Raises LatentError, GeometryError."""
+    if operation not in OPERATIONS:
+        raise GeometryError(f"operation is {operation!r}: expected 'decode' or 'encode'")
+    if axis not in AXES:
+        raise GeometryError(f"axis is {axis!r}: expected 'auto', 'height' or 'width'")
+    if not isinstance(latent_shape, Sequence):
+        raise GeometryError(f"latent_shape is {latent_shape!r}: expected [B, z, T, H, W]")
+    shape = tuple(whole_number(n, "a size of latent_shape") for n in latent_shape)
+    if len(shape) != 5 or min(shape) < 1:
+        raise GeometryError(f"latent_shape is {shape}: expected [B, z, T, H, W], all above 0")
+    check_channels(shape[1], config)
+    return shape

@@ -1,9 +1,13 @@
-"""Chooses the kernel of every layer: requires, candidates, build, proof, prepare.
+"""Chooses the kernel of every layer.
 
-Nothing here knows an operation or a family. Each layer takes the first kernel, in the order of the
-registry, in the first configuration that is proven on this device; a layer without one runs eager,
-with the reason in the report. Where every layer has a kernel, the bits of the result depend on
-neither chunks, strips nor shards: each kernel sums in its own order, for every size of its input.
+For each layer, the kernels are tried in the order of the registry. A kernel goes through five
+steps: `requires` (card, dtype, channels), `candidates` (its configurations), `build` (compile), the
+proof on this device, and `prepare` (pack the weights). The first configuration that is proven is
+taken. A layer without one runs eager, and the report says why. This module knows no operation and
+no family.
+
+If every layer has a kernel, the bits of the result do not depend on chunks, strips or shards: a
+kernel adds up in one fixed order, whatever the size of its input.
 """
 
 from __future__ import annotations
@@ -32,9 +36,9 @@ from .table import LayerTable
 class SelectRequest:
     """What kernels are wanted for.
 
-    families: in order of preference. device: the card as which kernels are chosen. runs_on: where
-    they are built, proven and run; usually the same card. axis: along which features have halo
-    rows, as those of a shard.
+    families: in order of preference. device: the card for which kernels are chosen. runs_on: the
+    device that builds, proves and runs them; usually the same card. axis: the axis along which
+    the features of a shard have halo rows; None for the whole picture.
     """
 
     sites: Sequence[LayerSite]
@@ -63,7 +67,7 @@ class _Selection:
     def __init__(self, request: SelectRequest):
         self.request = request
         self.target = Device.of(request.runs_on)
-        # What a configuration could not be built for, or None; by proof key.
+        # Why a configuration could not be built, or None if it could; by proof key.
         self.builds: dict[str, str | None] = {}
 
     def table(self) -> LayerTable:
@@ -123,7 +127,7 @@ class _Selection:
         return self.builds[key]
 
     def _build_ahead(self) -> None:
-        """Build what each layer tries first, side by side: compilers take seconds."""
+        """Build in parallel what each layer tries first, because compilers take seconds."""
         device, jobs = self.request.device, {}
         for site in self.request.sites:
             for kernel in self._kernels(site):
@@ -150,10 +154,10 @@ def _build_failure(
 
 
 def _largest_operands(sites: Iterable[LayerSite]) -> list[float]:
-    """The largest absolute value that each layer may have to read behind its norm; 0 without one.
+    """The largest absolute value that each layer can get from its norm; 0 if it has no norm.
 
-    The norm bounds the length of a pixel, and so what a row of the weight in front of attention can
-    make of it. One message from the device for all of them.
+    After the norm, the length of a pixel's vector has a bound. So has its product with a row of
+    the weight in front of attention. All values come from the device in one transfer.
     """
     peaks: list[torch.Tensor | None] = []
     for site in sites:

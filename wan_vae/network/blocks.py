@@ -1,4 +1,5 @@
-"""The building blocks of decoder and encoder. They keep no state: a `Step` holds what a call needs.
+"""The building blocks of decoder and encoder. They keep no state between calls: what a call needs
+besides its input is in a `Step`.
 
 All shapes are [B, C, T, H, W]. Attributes have the names of native checkpoints ("residual.2",
 "resample.1"), so a native state dict loads without renaming.
@@ -23,9 +24,10 @@ from .cache import FeatureCache, may_overwrite
 class Step:
     """Everything that the network needs to process one chunk.
 
-    cache: past frames by slot. chunk: the latent frames to process. exchange: access to the
-    neighbours of a shard; None if the features are those of the whole picture. ops: the function
-    for each operation. counter: counts format conversions and mixed calls.
+    cache: past frames by slot (the name of a layer). chunk: the latent frames to process.
+    exchange: access to the neighbours of a shard; None if the features are those of the whole
+    picture. ops: the function for each operation. counter: counts format conversions and mixed
+    calls.
     pass_frames: how many frames each stage of the decoder takes at once; empty: all of them.
     """
 
@@ -115,7 +117,7 @@ class CausalConv3d(nn.Module):
 class StridedTimeConv3d(CausalConv3d):
     """Temporal convolution that halves the number of frames: kernel 3, stride 2.
 
-    It needs one past frame. The first frame of a video is not changed and becomes history.
+    It needs one past frame. The first frame of a video passes unchanged and is the first history.
     """
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
@@ -147,10 +149,10 @@ class Conv2d(nn.Module):
 def with_history(
     x: torch.Tensor, slot: str, past: int, weight: torch.Tensor, step: Step
 ) -> torch.Tensor:
-    """Put the `past` history frames in front of `x`, in the weight's format, and keep the new ones.
+    """Join the `past` history frames and `x` in the weight's format, and store the new history.
 
-    For every chunk length: `buffer = [history, x]; history = buffer[-past:]`. That makes every
-    chunk schedule exact.
+    `buffer = [history, x]; history = buffer[-past:]` holds for every chunk length, also for one
+    that is shorter than `past`. So every chunk schedule is exact.
     """
     history = step.cache.take(slot, x, past)
     buffer = layout.join_frames((history, x), weight, step.counter)
@@ -201,7 +203,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         (norm1, conv1), (norm2, conv2) = self.normed_convolutions()
         y = norm_silu_conv(x, norm1, conv1, step)
-        # Only now, because memory peaks in the wider first convolution.
+        # Not earlier: memory peaks in the first convolution, which is wider.
         skip = x if self.shortcut is None else self.shortcut(x, step)
         fused = fused_conv(conv2, step)
         if fused is not None:
@@ -252,7 +254,9 @@ def fused_conv(conv: CausalConv3d, step: Step) -> FusedConv | None:
 def fused_operand(
     fused: FusedConv, x: torch.Tensor, conv: CausalConv3d, step: Step
 ) -> torch.Tensor:
-    """Make the operand of a fused kernel: history, then `silu(norm(x))`. Keeps the new history.
+    """Make the operand of a fused kernel: the history frames, then `silu(norm(x))`.
+
+    Stores the new history.
 
     Shards exchange rows of `x`, before the norm. The norm works on single pixels, so each rank
     computes the same bits as its neighbour, and zero rows stay zero.
@@ -355,9 +359,9 @@ def _interleave(pairs: torch.Tensor) -> torch.Tensor:
     if layout.detect(pairs) != "channels_last_3d":
         apart: torch.Tensor = pairs.unflatten(1, (2, c // 2))
         return apart.permute(0, 2, 3, 1, 4, 5).reshape(b, c // 2, 2 * t, h, w)
-    # Move whole pixels: through NCDHW and back this takes 5% of a decode. Move words of eight
-    # bytes: with numbers of two bytes the copy reaches a third of the memory's speed. `to_format`
-    # also normalises strides of size-1 dimensions, which a view as words would refuse.
+    # Move whole pixels, because the way through NCDHW and back takes 5% of a decode. Move words of
+    # eight bytes, because a copy of two-byte numbers reaches a third of the memory's speed.
+    # `to_format` also normalises strides of size-1 dimensions, which a view as words would refuse.
     frames = layout.to_format(pairs, "channels_last_3d").permute(0, 2, 3, 4, 1)
     words = not pairs.requires_grad and c // 2 * pairs.itemsize % 8 == 0
     moved: torch.Tensor = frames.view(torch.int64) if words else frames

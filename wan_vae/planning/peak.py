@@ -1,12 +1,12 @@
 """The peak of device memory of a decode, predicted before its first chunk.
 
 The prediction is a walk over the decoder: it holds and drops, in bytes, the tensors that
-`blocks.py` and `decoder.py` hold and drop. It allocates nothing and takes milliseconds. What a
-kernel takes beside its input and its result, the prepared layer says (`Prepared.workspace`); a
-layer without a kernel is counted as the eager code runs it.
+`blocks.py` and `decoder.py` hold and drop. It allocates nothing and takes milliseconds. A layer
+with a kernel says itself how many bytes it takes in addition to its input and its result
+(`Prepared.workspace`); a layer without a kernel is counted as the eager code runs it.
 
-A test compares the walk with decodes whose tensors are counted. It fails if a change of those
-files takes more memory than the walk knows of.
+If you change what those two files hold, change the walk too: a test counts the tensors of real
+decodes, and fails if they take more than the walk says.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..network.architecture import Block, Stage, Upsampler
 from ..ops.opset import CallSize, Prepared, Workspace
 from .passes import pass_frames
 
-# The format in which weights lie.
+# The memory format of the weights.
 WeightFormat = Literal["contiguous", "channels_last_3d"]
 
 # The allocator's smallest block.
@@ -44,7 +44,10 @@ _IMAGE_COLUMNS = 9
 
 
 class StripsPeak(NamedTuple):
-    """Peak of a decode in strips, and the share of the multiplications that strips do twice."""
+    """Peak bytes of a decode in strips, and its extra work.
+
+    extra_work: the multiplications that strips do twice, as a share of those without strips.
+    """
 
     bytes: int
     extra_work: float
@@ -67,9 +70,10 @@ class _Peak:
 
 @dataclass(frozen=True)
 class DecodeMemory:
-    """Memory of decodes of one latent shape [B, z, T, H, W]: dtype, format of the weights, kernels.
+    """Predicts the memory of decodes of latents of one shape [B, z, T, H, W].
 
-    layers: what kernels run, by native layer name (`OpSet.layers`).
+    dtype: that of the computation. memory_format: that of the weights. layers: the layers that
+    kernels run, by native name (`OpSet.layers`).
     """
 
     config: WanVAEConfig
@@ -81,8 +85,8 @@ class DecodeMemory:
     def of_picture(self, chunks: Sequence[Chunk], elements: int | None) -> int:
         """Peak of the whole picture, chunk after chunk.
 
-        The frames of the pass before are still held. elements: numbers that a pass may hold (see
-        `pass_frames`); None takes each chunk as a whole.
+        The pixels of the previous pass are still held while the next one runs. elements: how many
+        numbers a pass may hold (see `pass_frames`); None takes each chunk as a whole.
         """
         height, peak = self.shape[3], 0
         for chunk in _heaviest(chunks):
@@ -97,8 +101,9 @@ class DecodeMemory:
     ) -> StripsPeak:
         """Peak of the same decode in `count` strips.
 
-        whole_frames: strips are taken in each chunk, and the history of all of them stays. Raises
-        GeometryError for an impossible count.
+        whole_frames: each chunk is cut into strips, and the history of all strips stays; otherwise
+        each strip goes through all chunks before the next. Raises GeometryError for an impossible
+        count.
         """
         t, height = self.shape[2:4]
         heaviest = _heaviest(chunks)
@@ -155,12 +160,12 @@ class DecodeMemory:
 
 
 class _Walk:
-    """One chunk through the decoder: what is alive, layer by layer.
+    """One chunk on its way through the decoder: the bytes that are alive, layer by layer.
 
-    The method of a layer takes the layer's input as alive and owned by the caller, leaves the
-    layer's result alive and returns its bytes. Bytes are counted from what was alive before the
-    chunk. History of earlier chunks counts as 0, because its size is unknown until the walk is
-    over: what the first chunk makes, later ones write over.
+    When the method of a layer is called, the layer's input is alive and the caller owns it. The
+    method leaves the layer's result alive and returns its bytes. `live` starts at 0: what was alive
+    before the chunk is not counted. The history of earlier chunks is not counted either, because
+    its size is unknown until the walk is over; `found` adds it.
     """
 
     def __init__(self, memory: DecodeMemory, chunk: Chunk, rows: int, elements: int | None):
@@ -229,8 +234,9 @@ class _Walk:
         return y
 
     def passes(self, i: int, x: int, rows: list[int], cropped: int | None) -> None:
-        """Stage `i` and all that follow, in passes over `x`, which the first pass frees: the frames
-        that wait are copied.
+        """Stage `i` and all later stages, in passes over the features `x` (bytes).
+
+        The first pass frees `x`, because the frames that wait for later passes are copied.
 
         rows: of the input of each stage. cropped: rows of the result.
         """
@@ -350,7 +356,7 @@ class _Walk:
         return y
 
     def operand(self, prepared: Prepared, cin: int, h: int) -> tuple[int, Workspace]:
-        """Norm, SiLU and join in one kernel: its result, and the new history beside the old."""
+        """Norm, SiLU and join in one kernel: its result and the new history."""
         workspace = self.workspace(prepared, h)
         operand, slot = _rounded(workspace.operand_bytes), _rounded(workspace.history_bytes)
         converted = 0 if self.ndhwc else self.size(cin, h)
@@ -407,24 +413,31 @@ class _Walk:
         return y
 
     def attention(self, c: int, h: int) -> int:
-        x = self.size(c, h)
+        x = normed = self.size(c, h)
+        converted = 0 if self.ndhwc else x
         prepared = self.layers.get(architecture.ATTENTION)
-        copy = 0 if self.ndhwc or prepared else x
-        self.hold(x + copy)  # norm, and the dense input of the convolution
-        self.hold(3 * x)
-        self.drop(copy)
-        if copy:
-            self.hold(3 * x)
-            self.drop(3 * x)
-        self.hold(x)
         if prepared is not None:
-            self.hidden(self.workspace(prepared, h).hidden_bytes)
-        elif self.itemsize < 4:
-            # A head as wide as this one is summed up in float32 beside the result.
-            self.hidden(x * 4 // self.itemsize)
-        self.drop(x)  # the norm's result
+            # The norm's result, and what follows up to the projection, has the operand's dtype.
+            workspace = self.workspace(prepared, h)
+            normed, sums = _rounded(workspace.operand_bytes), workspace.hidden_bytes
+            self.hold(converted + normed)
+            self.drop(converted)
+            self.hold(3 * normed)
+        else:
+            # A head as wide as this one is summed up in float32, next to the result.
+            sums = x * 4 // self.itemsize if self.itemsize < 4 else 0
+            self.hold(normed + converted)  # the norm, and the dense input of the convolution
+            self.hold(3 * x)
+            self.drop(converted)
+            if converted:
+                self.hold(3 * x)  # queries, keys and values in channels last
+        self.hold(normed)
+        self.hidden(sums)
+        self.drop(normed)  # the norm's result
         self.hold(x)
-        self.drop(4 * x)
+        self.drop(4 * normed)
+        if converted and prepared is None:
+            self.drop(3 * x)
         # Attention is over pixels in channels last, and the 1x1 convolution behind it keeps that.
         self.ndhwc = True
         self.work += (4 * c * c + 2 * c * h * self.width) * self.elements(1, h)
@@ -508,12 +521,15 @@ class _Walk:
         self.live -= n
 
     def hidden(self, n: int) -> None:
-        """Taken and given back inside a call, where no count of tensors sees it."""
+        """Count `n` bytes that a call takes and gives back itself, outside of our tensors."""
         self.peak = max(self.peak, self.live + n)
 
 
 def _heaviest(chunks: Iterable[Chunk]) -> list[Chunk]:
-    """One chunk of each kind that can be the peak: no lighter one of the same or fewer frames."""
+    """One chunk of each kind (frames, first, last) that can reach the peak.
+
+    A first or last chunk is left out if a chunk between them is at least as long.
+    """
     kinds = {(c.frames, c.is_first, c.is_last): c for c in chunks}
     inner = max((n for n, first, last in kinds if not (first or last)), default=0)
     return [c for (n, first, last), c in kinds.items() if n > inner or not (first or last)]

@@ -1,12 +1,13 @@
 """Plan: all that a run will do, and why, fixed before its first chunk. One frozen value.
 
-Made by the code that runs it, executed by the run, sent to workers, printed by the report.
+`Engine.plan` makes it, `Run` executes it, the parent sends it to workers, and the report prints it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from typing import Any
 
 from ..layout import LayoutDecision
@@ -22,7 +23,7 @@ class LayerChoices:
     kernels were refused."""
 
     layers: tuple[LayerRecord, ...] = ()
-    used: Mapping[str, str] = field(default_factory=dict)
+    used: Mapping[str, str] = field(default_factory=dict, hash=False)
     refusals: tuple[Refusal, ...] = ()
 
 
@@ -39,7 +40,7 @@ class Plan:
     complete. shards: the rows of each rank; None on one device. free_bytes: device memory that the
     plan could count on; None where nobody can say. planned_bytes: predicted peak above weights,
     latent and output, of one rank. extra_work: share of the multiplications that strips do twice.
-    notes: why strips were planned, and what was planned again.
+    notes: sentences for the report, such as why strips were planned.
     """
 
     operation: Operation
@@ -67,9 +68,9 @@ class Plan:
         return max(self.lengths)
 
     def halved(self) -> Plan:
-        """The same with half as much at a time: shorter chunks, smaller passes.
+        """A plan that takes half as much at a time: shorter chunks, smaller passes.
 
-        `lengths` stay as they are if each chunk has one latent frame already.
+        `lengths` do not change if each chunk has one latent frame already.
         """
         half = (max(self.lengths) + 1) // 2
         smaller = tuple(
@@ -84,19 +85,20 @@ class Plan:
     def as_dict(self) -> dict[str, object]:
         """Plain values for JSON: dictionaries, lists, strings, numbers, booleans and None."""
         plain = asdict(self)
+        if self.options.free_bytes == inf:  # which JSON has no number for
+            plain["options"]["free_bytes"] = "inf"
         plain |= plain.pop("choices")
         plain["backends"] = {"used": plain.pop("used"), "refusals": plain.pop("refusals")}
         return {name: _plain(value) for name, value in plain.items()}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Plan:
-        """The plan that `as_dict` made `plain` of, in this process or another."""
+        """Make a plan from what `as_dict` returned, in this process or another."""
         values = dict(plain)
         backends, layers = values.pop("backends"), values.pop("layers")
         options, shards = values["options"], values["shards"]
-        frames = options["chunk_frames"]
-        if isinstance(frames, list):
-            options = {**options, "chunk_frames": tuple(frames)}
+        if options["free_bytes"] == "inf":
+            options = {**options, "free_bytes": inf}
         if shards is not None:
             bounds = tuple((start, stop) for start, stop in shards["bounds"])
             shards = ShardPlan(shards["axis"], bounds, shards["world_size"])

@@ -21,7 +21,7 @@ from ..options import Gather, RunOptions
 from ..planning.plan import Plan
 from ..sharding.context import SINGLE, ShardContext
 from ..sharding.plan import ShardPlan, plan_shards
-from .engine import Engine, SetupRequest, latent_statistics
+from .engine import Engine, SetupRequest, latent_statistics, options_of
 from .ranks import Ranks
 from .run import Piece, Run, in_memory
 
@@ -30,7 +30,7 @@ from .run import Piece, Run, in_memory
 class DecodeRequest:
     """What is to be decoded, how, and where the pixels go; see `WanVAE.decode`.
 
-    notes: sentences for the report's fallbacks, of a caller that tried something else first.
+    notes: sentences for `report.fallbacks`, from a caller that tried something else first.
     """
 
     latent: torch.Tensor
@@ -51,7 +51,7 @@ class DecodeRun(Run):
     def __init__(self, engine: Engine, request: DecodeRequest, ranks: Ranks | None = None) -> None:
         """Check the request and make the model ready. A collective where ranks share the picture.
 
-        ranks: this process's part, where it is not that of `request.context`.
+        ranks: this process's part of the picture; None takes it from `request.context`.
         Raises LatentError, GeometryError, LayoutError, BackendError, ShardingError.
         """
         if request.sink is not None and request.out is not None:
@@ -60,12 +60,13 @@ class DecodeRun(Run):
         check_latent_shape(latent, engine.config)
         shape = tuple(latent.shape)
         shards = shards_of(request.context, shape)
-        setup = engine.setup(SetupRequest("decode", shape, request.options, shards))
+        options = options_of(request.plan, request.options)
+        setup = engine.setup(SetupRequest("decode", shape, options, shards))
         latent_format = layout.detect(latent)
 
         # A copy: a stream reads it long after the call, when the caller's may have changed.
         z = latent.to(device=engine.device, dtype=torch.float32, copy=True)
-        check_latent_values(z)  # where that takes no time
+        check_latent_values(z)  # here, on the device, it takes no time
         if request.normalized:
             mean, std = latent_statistics(engine.config, z)
             z = z * std + mean

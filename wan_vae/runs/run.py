@@ -1,6 +1,8 @@
-"""Run: the one way through a decode or encode: chunks, passes, progress, cancel, memory that runs
-out, clock and report. `decode.py` and `encode.py` say what a chunk is; `ranks.py` what differs
-where several ranks share the picture.
+"""Run: what every decode and encode has in common: the plan, the loop over the pieces of the
+result, progress, cancel, a new start when memory runs out, the clock and the report.
+
+`decode.py` and `encode.py` make the pieces (`_whole`, `_in_strips`). `ranks.py` holds what differs
+if several ranks share the picture.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from .ranks import Ranks, WholePicture
 
 @dataclass(frozen=True)
 class Piece:
-    """A final part of the result on the device, [B, C, t, rows, W], and where it belongs."""
+    """A part of the result that is final, [B, C, t, rows, W] on the device, and its place in it."""
 
     values: torch.Tensor
     start_frame: int
@@ -42,9 +44,10 @@ class Piece:
 
 
 class Run(ABC):
-    """One decode or encode under way: its plan, what was done, and the report so far.
+    """One decode or encode while it runs: its plan, its progress and its report.
 
-    `report` is that of the run once it has ended, however it ended; None before.
+    Call `begin`, then `execute`. `report` is None until the run has ended; then it is the final
+    report, also if the run failed or was cancelled.
     """
 
     def __init__(
@@ -71,16 +74,17 @@ class Run(ABC):
 
     @property
     def plan(self) -> Plan:
-        """What this run executes now: smaller than at the start where memory ran out."""
+        """What this run executes now; if memory ran out, it takes less at a time than at first."""
         if self._plan is None:
             raise RuntimeError("a run has no plan before begin()")
         return self._plan
 
     def begin(self, whole_frames: bool = False, plan: Plan | None = None) -> None:
-        """Fix the plan. Call it when all that stays was allocated, before the first chunk.
+        """Fix the plan. Call it before the first chunk, after everything that stays is allocated.
 
-        whole_frames: what the sink needs. plan: one made before for the same run; it is made again
-        where it needs more memory than is free now. A collective of the ranks.
+        whole_frames: whether the sink needs whole frames. plan: a plan made before for the same
+        run; a new one replaces it if it needs more memory than is free now. A collective: every
+        rank calls it.
         """
         notes: tuple[str, ...] = ()
         now = self.engine.plan(self.setup, whole_frames=whole_frames)
@@ -89,7 +93,9 @@ class Run(ABC):
         elif reason := self._outdated(plan, now):
             plan, notes = now, (f"planned again: {reason}",)
         else:
-            plan = replace(plan, free_bytes=now.free_bytes)
+            # Where memory runs out all the same, strips must give what the output needs.
+            whole = plan.whole_frames or whole_frames
+            plan = replace(plan, free_bytes=now.free_bytes, whole_frames=whole)
         lengths = self.ranks.agree_on(plan)
         if lengths != plan.lengths:
             plan = self.engine.plan(self.setup, whole_frames=whole_frames, lengths=lengths)
@@ -133,11 +139,14 @@ class Run(ABC):
         builder.plan = replace(plan, notes=(*notes, *plan.notes)).summary()
         builder.fallbacks.extend(plan.notes)
 
-    # -- the way through -----------------------------------------------------------------------
+    # -- the pieces of the result --------------------------------------------------------------
 
     @abstractmethod
     def _whole(self) -> Iterator[Piece]:
-        """Every piece of the result, chunk after chunk of the picture or this rank's part."""
+        """Every piece of the result, chunk after chunk, without strips.
+
+        With several ranks, only this rank's rows are computed.
+        """
 
     @abstractmethod
     def _in_strips(self, count: int) -> Iterator[Piece]:
@@ -145,11 +154,11 @@ class Run(ABC):
 
     @abstractmethod
     def _strip_counts(self) -> list[int]:
-        """How many strips to try, in turn, where the whole picture does not fit; empty for none."""
+        """The numbers of strips to try, one after another; empty if strips are not possible."""
 
     @abstractmethod
     def _does_not_fit(self, tried: str, reason: str) -> DecodeMemoryError:
-        """The final error; `tried` says with how little at a time."""
+        """The error to raise when nothing smaller is left; `tried` names the smallest attempt."""
 
     @property
     def may_start_over(self) -> bool:
@@ -157,11 +166,13 @@ class Run(ABC):
         return self.ranks.exchange is None
 
     def pieces(self) -> Iterator[Piece]:
-        """Every piece of the result once: in whole chunks, or in strips where memory is short.
+        """Every piece of the result: in whole chunks, or in strips where memory is short.
 
-        A run that is out of memory starts over with half as much at a time, because history is
-        written over as it goes. Frames that were given out are made again, with the same bits, and
-        are not given out twice. Raises DecodeMemoryError when nothing smaller is left.
+        If memory runs out, the run starts over from the first frame with half as much at a time. It
+        cannot go on from the failed chunk, because each chunk overwrites the history of the one
+        before. Frames that were yielded already are computed again, but not yielded again; only
+        strips that go one after another yield all rows again, and the sink writes over them.
+        Raises DecodeMemoryError when nothing smaller is left.
         """
         counts = self._strip_counts()
         if self.plan.strips is None:
@@ -223,7 +234,7 @@ class Run(ABC):
             yield chunk, self.step(cache, chunk, rows)
 
     def step(self, cache: FeatureCache, chunk: Chunk, rows: int) -> Step:
-        """What the network needs for `chunk`, with the history in `cache`."""
+        """The `Step` for `chunk`, with the history in `cache`. rows: see `chunks`."""
         frames: tuple[int, ...] = ()
         elements = self.plan.pass_elements
         if elements is not None:
@@ -244,9 +255,10 @@ class Run(ABC):
         return last - first
 
     def timed(self, chunk: Chunk, what: str, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """`work()`, a part of `chunk`, under the clock, unless somebody wants to stop.
+        """Return `work()`, which computes a part of `chunk`, and measure its time.
 
-        Raises DecodeCancelled, and DecodeMemoryError that says `what` did not fit.
+        Raises DecodeCancelled if the caller or a rank wants to stop, and DecodeMemoryError, which
+        says that `what` did not fit.
         """
         should_stop = self.hooks.should_stop
         stop = should_stop is not None and should_stop()
@@ -260,9 +272,9 @@ class Run(ABC):
     # -- executing and ending --------------------------------------------------------------------
 
     def execute(self, put: Callable[[Piece], None], close: Callable[[], None]) -> None:
-        """Make every piece and `put` it, tell of progress, then `close`; sets `report`.
+        """Compute every piece, `put` it and report progress; then `close`. Sets `report`.
 
-        Whatever goes wrong is raised, after `report` says so.
+        Every error is raised again, after `report` was set.
         """
         try:
             with own_arithmetic(self.device):
@@ -285,10 +297,14 @@ class Run(ABC):
             on_progress(self.done_frames, self.total_frames, self.builder.build("running"))
 
     def _translated(self, error: BaseException) -> BaseException:
-        """An out-of-memory error of a shard in the words of its rank; any other error as it is."""
+        """`error`, or for a shard that is out of memory an error that names its rank."""
         if isinstance(error, DecodeMemoryError) or not is_out_of_memory(error):
             return error
-        return self.ranks.out_of_memory(first_line(error)) or error
+        return self._out_of_memory(first_line(error)) or error
+
+    def _out_of_memory(self, reason: str) -> DecodeMemoryError | None:
+        """The error for memory that ran out outside of a chunk; None leaves it as it is."""
+        return self.ranks.out_of_memory(reason)
 
     def complete(self) -> None:
         """Set the final report; waits for the device, so that its times are true."""
@@ -300,7 +316,9 @@ class Run(ABC):
         self.report = self.builder.build("done")
 
     def fail(self, error: BaseException) -> None:
-        """Set the report of a run that ended early; never itself fails on a broken device."""
+        """Set the report of a run that ended early. It does not wait for the device, which may be
+        broken.
+        """
         stopped = isinstance(error, (DecodeCancelled, GeneratorExit, KeyboardInterrupt))
         self._fill(wait=False)
         self.report = self.builder.build("cancelled" if stopped else "failed", str(error) or None)
@@ -321,7 +339,7 @@ class Run(ABC):
 
 
 def in_memory(what: str, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """`work()`; DecodeMemoryError, which says `what` did not fit, if it is out of memory."""
+    """Return `work()`. Raises DecodeMemoryError, which says that `what` did not fit."""
     try:
         return work()
     except (RuntimeError, MemoryError) as error:

@@ -1,8 +1,8 @@
-"""One run over several devices from one program: worker processes, one a device, kept warm.
+"""One run over several devices from one program: one worker process for each device.
 
-The parent is no rank. It moves no pixels: the workers agree among themselves and write their rows
-into one host buffer that all of them share. It starts them, watches them, and when one fails ends
-them all and says which and why.
+The parent (this process) is not a rank. It moves no pixels: the workers agree among themselves and
+write their rows into one host buffer that all of them share. The parent starts the workers, watches
+them and keeps them for the next run. If one fails, it ends all of them and says which one, and why.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ from ..options import (
     Precision,
     RunOptions,
 )
-from ..pipeline import WanVAE
+from ..pipeline import WanVAE, checked_shape
 from ..planning.plan import Plan
 from ..report import DecodeReport
+from ..runs.engine import checked_options
 from .devices import Transport, parse_devices, pick_transport
 from .launch import WorkerProcess, receive, spawn, try_send
 from .pipe import ready_of
@@ -58,7 +59,7 @@ ONE_DEVICE = "one device: nothing to shard; name more devices, or decode without
 class _Job:
     """One operation of the pool: `tensor` in, a float32 tensor of `shape` out.
 
-    arguments: of the worker's command, for all ranks. by_rank: those of each rank.
+    arguments: what the command tells every rank. by_rank: what it also tells each rank alone.
     """
 
     operation: Operation
@@ -74,11 +75,11 @@ class WorkerPool:
     """Worker processes for a list of devices; started on first use and again after a failure.
 
     transport: how ranks exchange rows: "nccl", "gloo", or "auto". timeout_s: how long a rank waits
-    for another, and a worker may give no sign of life. idle_s: workers without work for this long
-    are ended. Decodes from several threads queue up. The memory of the last result stays with the
-    workers for the next. `close` (or `with`) ends the workers; they also end by themselves when
-    this process does, however it ends. `last_reports`: of each rank's own share of the last
-    operation, in rank order.
+    for another rank, and how long a worker may give no sign of life. idle_s: how long workers may
+    be without work before they are ended. Decodes from several threads run one after another. The
+    memory of the last result is kept for the next. `close` (or `with`) ends the workers; they also
+    end when this process ends in any way. `last_reports`: one report for each rank's share of the
+    last operation, in rank order.
     """
 
     def __init__(
@@ -157,7 +158,10 @@ class WorkerPool:
         options = RunOptions(
             chunk_frames, memory_format, precision, backend=backend, free_bytes=free_bytes
         )
-        shape = tuple(latent_shape)
+        shape = checked_shape(latent_shape, operation, axis, vae.config)
+        options = checked_options(options)
+        if chunk_frames is not None:
+            chunk_lengths(shape[2], chunk_frames)
         with self._busy():
             self._load(vae)
             self._send_all(
@@ -227,9 +231,26 @@ class WorkerPool:
                 shape=(b, t, h, w, c) if form == "image" else (b, c, t, h, w),
                 hooks=Hooks(on_progress, should_stop),
                 arguments=arguments,
-                by_rank=self._by_rank(options, memory_formats, plans),
+                by_rank=self._by_rank(options, memory_formats, self._checked_plans(plans, latent)),
             )
         )
+
+    def _checked_plans(
+        self, plans: Sequence[Plan] | None, latent: torch.Tensor
+    ) -> tuple[Plan, ...] | None:
+        """`plans`, one for each rank and for a decode of `latent`. Raises GeometryError."""
+        if plans is None:
+            return None
+        plans = tuple(plans)
+        for plan in plans:
+            if not isinstance(plan, Plan):
+                raise GeometryError(f"a plan is a {type(plan).__name__}: expected a Plan")
+            if (plan.operation, plan.latent_shape) != ("decode", tuple(latent.shape)):
+                raise GeometryError(
+                    f"a plan is for a {plan.operation} of {list(plan.latent_shape)}: this is a "
+                    f"decode of {list(latent.shape)}"
+                )
+        return plans
 
     def _by_rank(
         self,
@@ -291,9 +312,10 @@ class WorkerPool:
         )
 
     def check_wire(self) -> list[dict[str, Any]]:
-        """Have the ranks prove their messages in every memory format; see `proof.check_wire`.
+        """Let the ranks check the messages between them in every memory format.
 
-        One answer for each rank. Raises ShardingError, also for a pool of one.
+        See `sharding.proof.check_wire`. Returns one answer for each rank. Raises ShardingError,
+        also for a pool of one.
         """
         if len(self.devices) < 2:
             raise ShardingError("one rank sends nothing: there is nothing to prove")
@@ -303,7 +325,7 @@ class WorkerPool:
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
-        """The workers are running and serve this thread alone; any error inside ends them."""
+        """Inside, the workers run and serve this thread alone. Any error inside ends them."""
         with self._lock:
             self._uses += 1
             if self._idle is not None:
@@ -315,14 +337,15 @@ class WorkerPool:
                 # Ranks may be anywhere in a run: nothing that they say can be trusted.
                 self._end(0.0)
                 raise
-            # By the parent, who alone knows that no command is on its way to them.
+            # The parent ends idle workers: only it knows that no command is on its way to them.
             self._idle = threading.Timer(self.idle_s, _end_idle, (weakref.ref(self), self._uses))
             self._idle.daemon = True
             self._idle.start()
 
     def _run(self, job: _Job) -> torch.Tensor:
-        """Do `job` in shared memory. Ranks reserve the memory of what they write, as they write."""
+        """Run `job` in shared memory. Ranks reserve the memory of their output as they write it."""
         with self._busy():
+            job.vae.last_report, self.last_reports = None, ()
             self._load(job.vae)
             input_at = _CONTROL_BYTES
             output_at = input_at + aligned(job.tensor.numel() * 4)
@@ -380,8 +403,8 @@ class WorkerPool:
     def _memory(self, size: int, reserved: int) -> tuple[SharedBuffer, bool]:
         """Shared memory for a decode, and whether it is fresh.
 
-        That of the last decode if nobody holds its result any more: fresh memory costs as much
-        time as a few GPUs take to decode into it.
+        It is the memory of the last decode if nobody holds that result any more. Fresh memory
+        costs as much time as a few GPUs take to decode into it.
         """
         spare, self._spare = self._spare, None
         if spare is not None and not spare.in_use and size <= spare.size <= 2 * size:
@@ -392,7 +415,7 @@ class WorkerPool:
     # -- workers --------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        """Have all workers running; those of a pool of which one is gone are replaced."""
+        """Make sure that all workers run. If one is gone, all are replaced."""
         running = self._ranks and all(r.process.poll() is None for r in self._ranks)
         # NCCL takes its time-out when ranks join; Gloo with each message.
         if running and (self.transport != "nccl" or self._started_timeout_s == self.timeout_s):
