@@ -22,7 +22,7 @@ from tests.comfy.provision import ComfyEnvironment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACK = "ComfyUI-WanVAE"
-START_TIMEOUT_S = 120
+START_TIMEOUT_S = 600
 RUN_TIMEOUT_S = 600
 
 
