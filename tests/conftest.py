@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import signal
 from math import prod
 from pathlib import Path
 
@@ -89,6 +90,10 @@ def small_vae(request) -> WanVAE:
 
 
 def pytest_configure(config):
+    # A job in the background (`nohup make test &`) starts with SIGINT ignored, and everything that
+    # the tests start would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)  # several test processes share the cores
 

@@ -15,6 +15,7 @@ from tests.browser import pictures
 from tests.comfy import graphs
 from tests.comfy.provision import provision
 from tests.comfy.server import Comfy
+from tests.conftest import PATIENCE_S
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MINI = EXAMPLES / "wan_vae_mini.safetensors"
@@ -48,8 +49,7 @@ FIT = """() => {
   ds.offset[1] = top / ds.scale - low(1);
   graph.setDirtyCanvas(true, true);
 }"""
-# Everything on a busy machine with two cores, first load of the frontend included.
-TIMEOUT_MS = 600_000
+TIMEOUT_MS = 1000 * PATIENCE_S
 
 
 @pytest.fixture(scope="session", params=["pinned", "newest"])
