@@ -44,7 +44,7 @@ class Packed:
         self.wan.model.to(self.device)
 
     def free_bytes(self) -> int:
-        return int(model_management.get_free_memory(self.device))
+        return max(0, int(model_management.get_free_memory(self.device)))
 
 
 class PackedCopies:

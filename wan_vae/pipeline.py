@@ -22,6 +22,7 @@ from .io.latents import check_channels
 from .io.sink import Sink
 from .network.model import WanVAEModel, build_model
 from .options import (
+    AXES,
     OPERATIONS,
     AxisRequest,
     Backend,
@@ -156,12 +157,7 @@ class WanVAE:
             backend=backend,
             free_bytes=free_bytes,
         )
-        if operation not in OPERATIONS:
-            raise GeometryError(f"operation is {operation!r}: expected 'decode' or 'encode'")
-        shape = tuple(whole_number(n, "a size of latent_shape") for n in latent_shape)
-        if len(shape) != 5 or min(shape) < 1:
-            raise GeometryError(f"latent_shape is {shape}: expected [B, z, T, H, W], all above 0")
-        check_channels(shape[1], self.config)
+        shape = checked_shape(latent_shape, operation, axis, self.config)
         shards = shards_of(ShardContext(0, whole_number(ranks, "ranks"), axis), shape)
         setup = self.engine.setup(SetupRequest(operation, shape, options, shards))
         return self.engine.plan(setup, whole_frames=whole_frames)
@@ -217,7 +213,7 @@ class WanVAE:
             DecodeRequest(
                 latent=latent,
                 normalized=normalized,
-                options=_options_beside(plan, options),
+                options=options,
                 hooks=Hooks(on_progress, should_stop),
                 plan=plan,
                 out=out,
@@ -304,7 +300,7 @@ class WanVAE:
         request = EncodeRequest(
             pixels=pixels,
             normalized=normalized,
-            options=_options_beside(plan, options),
+            options=options,
             hooks=Hooks(on_progress, should_stop),
             plan=plan,
             context=shard,
@@ -333,23 +329,18 @@ class WanVAE:
         return self.last_report
 
 
-def _options_beside(plan: Plan | None, options: RunOptions) -> RunOptions:
-    """The options of a run: those of `plan` if there is one, with the caller's free_bytes.
-
-    Raises GeometryError if the caller gave other options beside a plan.
-    """
-    if plan is None:
-        return options
-    free = options.free_bytes
-    if options != RunOptions(free_bytes=free):
-        raise GeometryError(
-            "a run got plan= and options that the plan has decided: give the options to plan()"
-        )
-    return RunOptions(
-        plan.options.chunk_frames,
-        plan.options.memory_format,
-        plan.options.precision,
-        plan.options.strips,
-        plan.options.backend,
-        free,
-    )
+def checked_shape(
+    latent_shape: Sequence[int], operation: Operation, axis: AxisRequest, config: WanVAEConfig
+) -> tuple[int, ...]:
+    """The shape of a latent that is to be planned for. Raises LatentError, GeometryError."""
+    if operation not in OPERATIONS:
+        raise GeometryError(f"operation is {operation!r}: expected 'decode' or 'encode'")
+    if axis not in AXES:
+        raise GeometryError(f"axis is {axis!r}: expected 'auto', 'height' or 'width'")
+    if not isinstance(latent_shape, Sequence):
+        raise GeometryError(f"latent_shape is {latent_shape!r}: expected [B, z, T, H, W]")
+    shape = tuple(whole_number(n, "a size of latent_shape") for n in latent_shape)
+    if len(shape) != 5 or min(shape) < 1:
+        raise GeometryError(f"latent_shape is {shape}: expected [B, z, T, H, W], all above 0")
+    check_channels(shape[1], config)
+    return shape

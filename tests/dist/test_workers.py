@@ -650,4 +650,19 @@ def test_the_pool_plans_and_each_rank_executes_its_plan(pool, vae, latent, expec
         pool.decode(vae, latent, plans=plans[:1])
     with pytest.raises(ShardingError, match="over 2 ranks by height: this is"):
         pool.decode(vae, latent, axis="width", plans=plans)
+    assert vae.last_report is None
+    # Strips are for one device: ranks would not see their neighbours' rows.
+    alone = vae.plan(latent.shape, strips=2)
+    with pytest.raises(ShardingError, match="not possible with a shard|this is a decode of"):
+        pool.decode(vae, latent, axis="height", plans=[alone, alone])
+    # What is wrong without asking the ranks costs no worker.
     assert torch.equal(decode(pool, vae, latent), expected)
+    pids = pool.pids
+    for wrong in ((1, 16, 0, 4, 4), (1, 16, 3, 4), (1, 4, 3, 4, 4)):
+        with pytest.raises((GeometryError, LatentError)):
+            pool.plan(vae, wrong)
+    with pytest.raises(GeometryError, match="this is a decode of"):
+        pool.decode(vae, latent[:, :, :1], plans=plans)
+    with pytest.raises(GeometryError, match="expected a Plan"):
+        pool.decode(vae, latent, plans=[plan.as_dict() for plan in plans])
+    assert pool.pids == pids

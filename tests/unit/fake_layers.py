@@ -23,7 +23,7 @@ from wan_vae.ops.opset import CallSize, HaloRows, OpSet, Workspace
 
 @dataclass(frozen=True)
 class FakeLayer:
-    """A layer of `kind` "normed" (behind norm and SiLU), "head" or "plain".
+    """A layer of `kind` "normed" (behind norm and SiLU), "head", "attention" or "plain".
 
     dtype: of features and of what the convolution reads (our kernels read float16, which is as
     large as bfloat16). winograd: the convolution reads four frames for each pair.
@@ -42,6 +42,8 @@ class FakeLayer:
             return Workspace()
         pixels = size.batch * size.rows * size.cols
         frame = pixels * self.channels_in * self.dtype.itemsize
+        if self.kind == "attention":
+            return Workspace(size.frames * frame)
         hidden = 9 * 4 * pixels * size.frames * self.channels if self.kind == "head" else 0
         past = 0 if size.only_frame else 2
         return Workspace(self.operand_frames(size.frames, past) * frame, past * frame, hidden)
@@ -73,8 +75,10 @@ def fake_layers(
         if block.shortcut is not None:
             found[block.shortcut] = plain
 
-    for name in (architecture.LATENT_CONV, architecture.FIRST_CONV, architecture.ATTENTION):
+    for name in (architecture.LATENT_CONV, architecture.FIRST_CONV):
         found[name] = plain
+    c = architecture.trunk_channels(config)
+    found[architecture.ATTENTION] = FakeLayer(family, "attention", "attention", c, c, dtype)
     for block in architecture.middle_blocks(config):
         add_block(block, False)
     pairs, stages = False, architecture.stages(config)

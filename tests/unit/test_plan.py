@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from tests.conftest import SMALL_CONFIGS, random_state
 from wan_vae import (
     BackendError,
     CheckpointError,
+    DecodeMemoryError,
     GeometryError,
     LatentError,
     Plan,
@@ -77,6 +79,8 @@ def test_an_encode_by_plan_gives_the_bits_of_an_encode_by_options(small_vae):
     "options",
     [
         {"chunk_frames": [2, 1], "free_bytes": 10**9},
+        {"chunk_frames": np.int64(2), "strips": np.int64(2), "free_bytes": np.float32(1e9)},
+        {"free_bytes": 10**400},
         {"strips": 3, "whole_frames": True, "backend": "eager"},
         {"ranks": 2, "axis": "width"},
         {"operation": "encode", "precision": "fp16", "free_bytes": math.inf},
@@ -85,7 +89,9 @@ def test_an_encode_by_plan_gives_the_bits_of_an_encode_by_options(small_vae):
 )
 def test_a_plan_travels_as_plain_values(small_vae, options):
     plan = small_vae.plan((1, small_vae.config.z_dim, 3, 5, 4), **options)
-    assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+    text = json.dumps(plan.as_dict(), allow_nan=False)
+    assert Plan.from_dict(json.loads(text)) == plan
+    assert hash(plan) == hash(Plan.from_dict(json.loads(text)))
     assert pickle.loads(pickle.dumps(plan)) == plan
 
 
@@ -171,6 +177,15 @@ def test_options_beside_a_plan_are_refused(small_vae):
         ({"chunk_frames": [1, 1]}, GeometryError),
         ({"strips": 9}, GeometryError),
         ({"strips": 2, "ranks": 2}, GeometryError),
+        ({"latent_shape": (1, 16, -1, 5, 4)}, GeometryError),
+        ({"latent_shape": (True, 16, 3, 5, 4)}, GeometryError),
+        ({"latent_shape": (1, 16, "3", 5, 4)}, GeometryError),
+        ({"latent_shape": 5}, GeometryError),
+        ({"operation": "encode", "strips": 2}, GeometryError),
+        ({"axis": "time"}, GeometryError),
+        ({"ranks": 1.5}, GeometryError),
+        ({"free_bytes": -1}, GeometryError),
+        ({"free_bytes": True}, GeometryError),
         ({"ranks": 0}, GeometryError),
         ({"operation": "decrypt"}, GeometryError),
         ({"free_bytes": -math.inf}, GeometryError),
@@ -201,3 +216,75 @@ def test_halved_takes_half_at_a_time_until_one_frame():
     while plan.chunk_frames > 1:
         plan = plan.halved()
     assert plan.lengths == (1,) * 7 == plan.halved().lengths
+
+
+class Recorder:
+    """A sink that needs whole frames, and remembers what it was told."""
+
+    needs_whole_frames = True
+
+    def __init__(self, shape):
+        self.pixels, self.pieces, self.ended = torch.full(shape, float("nan")), [], []
+
+    def write(self, pixels, start_frame, first_row):
+        self.pieces.append((start_frame, first_row, tuple(pixels.shape)))
+        self.pixels[:, :, start_frame : start_frame + pixels.shape[2]] = pixels
+
+    def close(self):
+        self.ended.append("close")
+
+    def abort(self):
+        self.ended.append("abort")
+
+
+def test_memory_that_runs_out_on_the_way_still_gives_whole_frames(small_vae, monkeypatch):
+    """The plan knew of no whole frames: the fallback to strips must."""
+    z = latent_of(small_vae)
+    expected = small_vae.decode(z)
+    plan = small_vae.plan(z.shape, chunk_frames=1)
+    passes, rows = small_vae.model.decoder.passes, z.shape[3]
+
+    def starved(x, step, strip=None):
+        if x.shape[3] == rows and strip is None:
+            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+        return passes(x, step, strip)
+
+    monkeypatch.setattr(small_vae.model.decoder, "passes", starved)
+    sink = Recorder(plan.pixel_shape)
+    small_vae.decode(z, plan=plan, sink=sink)
+    assert small_vae.last_report.strips > 1 and sink.ended == ["close"]
+    assert {(row, shape[3]) for _, row, shape in sink.pieces} == {(0, plan.pixel_shape[3])}
+    assert (sink.pixels - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("plan", "options"),
+    [
+        ("no plan", {}),
+        (lambda vae, z: vae.plan(z.shape).as_dict(), {}),
+        (lambda vae, z: vae.plan(z.shape), {"chunk_frames": 1}),
+        (lambda vae, z: vae.plan(z.shape, ranks=2), {}),
+    ],
+    ids=["a string", "a dictionary", "options beside it", "of a rank"],
+)
+def test_a_refused_plan_aborts_the_sink_and_leaves_no_report_of_another_run(
+    small_vae, plan, options
+):
+    z = latent_of(small_vae)
+    plan = plan(small_vae, z) if callable(plan) else plan
+    small_vae.decode(z)
+    sink = Recorder((1, 3, 9, 8, 8))
+    with pytest.raises(GeometryError):
+        small_vae.decode(z, plan=plan, sink=sink, **options)
+    assert sink.ended == ["abort"] and sink.pieces == []
+    report = small_vae.last_report  # of the run that was refused, if it had begun
+    assert report is None or (report.status == "failed" and report.plan is None)
+
+
+def test_memory_that_runs_out_in_a_hook_of_an_encode_is_said_in_words(small_vae):
+    def starve(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+
+    with pytest.raises(DecodeMemoryError, match="while encoding 1 frames"):
+        small_vae.encode(torch.zeros(1, 3, 1, 64, 64), on_progress=starve)
+    assert small_vae.last_report.status == "failed"

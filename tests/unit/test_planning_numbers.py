@@ -22,7 +22,7 @@ CASES = {
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # In GiB, and whether the sink needs whole frames.
 FREE = ((None, False), (8, False), (8, True), (6, False), (6, True))
-# Weights and kernels of the rows. Kernels take the same whatever the format of the weights is.
+# Weights and kernels of the rows. Kernels take the same for both formats of the weights.
 ROWS = {
     "NCDHW": (("contiguous",), None),
     "NDHWC": (("channels_last_3d",), None),

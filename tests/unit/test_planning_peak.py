@@ -92,8 +92,7 @@ def test_the_plan_is_within_15_percent_of_the_counted_peak(
     made = counted_passes(monkeypatch, vae)
     sink = CallbackSink(lambda *piece: None, needs_whole_frames=whole_frames)
     pack_weights(vae.model.decoder, memory_format)
-    # oneDNN compiles for each new shape, which is most of the time that tiny decodes take.
-    with torch.backends.mkldnn.flags(enabled=False), TensorCounter() as counter:
+    with TensorCounter() as counter:
         vae.decode(
             z, chunk_frames=chunk_frames, strips=strips, memory_format=memory_format, sink=sink
         )
@@ -174,12 +173,9 @@ def test_a_full_size_chunk_without_data_takes_what_was_planned(
 # Layers that have kernels where others have none.
 COVERS = {
     "all": lambda name: True,
-    "residual": lambda name: ".residual." in name,
-    "first": lambda name: name.endswith("residual.2"),
-    "second": lambda name: name.endswith("residual.6"),
-    "all but them": lambda name: ".residual." not in name,
-    "up-samplers": lambda name: "resample" in name,
-    "trunk": lambda name: ".middle." in name,
+    "residual convolutions": lambda name: ".residual." in name,
+    "all but residual convolutions": lambda name: ".residual." not in name,
+    "all but up-samplers": lambda name: ".resample." not in name,
     "head": lambda name: ".head." in name,
 }
 # latent (B, T, H, W), chunk_frames, frames of a pass in the last stage (None: of the whole chunk)
@@ -191,11 +187,11 @@ COVERED_DECODES = [
 ]
 
 
-@pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("covered", COVERS)
-@pytest.mark.parametrize("family", SMALL_CONFIGS)
+@pytest.mark.parametrize(
+    "family, memory_format", [("wan2.1", "contiguous"), ("wan2.2", "channels_last_3d")]
+)
 def test_kernels_for_some_layers_take_what_was_planned(family, covered, memory_format):
-    """Beside eager layers, which convert what kernels give them, and the other way round."""
     config = SMALL_CONFIGS[family]
     model = model_without_data(config, memory_format)
     kernels = itertools.cycle(("cuda", "triton"))
@@ -233,7 +229,6 @@ def test_a_plan_for_some_layers_lies_between_those_for_all_and_for_none(config, 
         layers = fake_layers(config, family, torch.bfloat16, starts_with(covered))
         memory = DecodeMemory(config, latent, torch.bfloat16, "contiguous", layers)
         peaks.append(memory.of_picture(schedule(latent[2], 1), choose.PASSES[0]))
-    print(peaks)
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > peaks[-2] > peaks[-1]
 
 

@@ -32,7 +32,7 @@ _WIDE_CHUNKS = 2
 # Numbers that the features of a pass may hold: a latent frame of Wan 2.1 at 720p, and half of one
 # where memory is short.
 PASSES = (4 * 720 * 1280 * 96, 2 * 720 * 1280 * 96)
-# Shards take more: each exchange of rows costs a chunk the same time whatever its length, and at
+# Shards take more: an exchange of rows takes as long in a short chunk as in a long one, and at
 # latent resolution a shard's frame is too small for a device.
 _SHARD_CHUNKS = 2
 _STRIP_COUNTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
@@ -49,9 +49,8 @@ class PlanRequest:
     plans as if everything fitted. whole_frames: the sink needs them, so that strips are taken in
     each chunk and the history of all of them stays.
 
-    chunk_frames, strips: what the caller asked for; the choice keeps them as they are. But strips
-    are planned in spite of `chunk_frames` if `strips` is None and not even one latent frame a chunk
-    fits.
+    chunk_frames, strips: what the caller asked for. The choice uses them as given, with one
+    exception: if one latent frame a chunk does not fit and `strips` is None, strips are planned.
 
     shards: `latent_shape` is the part of one rank. A rank takes neither passes nor strips.
     """

@@ -13,7 +13,7 @@ from ..network import architecture
 def pass_frames(
     config: WanVAEConfig, latent_shape: tuple[int, ...], elements: int
 ) -> tuple[int, ...]:
-    """Frames of features that enter each stage of the decoder at once (`Step.pass_frames`).
+    """Frames of features that enter each stage of the decoder together (`Step.pass_frames`).
 
     As many as keep the features that enter a stage, and those that it makes of them, below
     `elements` numbers; but at least two where a latent frame becomes several (see

@@ -2,7 +2,7 @@
 
 The prediction is a walk over the decoder: it holds and drops, in bytes, the tensors that
 `blocks.py` and `decoder.py` hold and drop. It allocates nothing and takes milliseconds. A layer
-with a kernel says itself how many bytes it takes beside its input and its result
+with a kernel says itself how many bytes it takes in addition to its input and its result
 (`Prepared.workspace`); a layer without a kernel is counted as the eager code runs it.
 
 If you change what those two files hold, change the walk too: a test counts the tensors of real
@@ -356,7 +356,7 @@ class _Walk:
         return y
 
     def operand(self, prepared: Prepared, cin: int, h: int) -> tuple[int, Workspace]:
-        """Norm, SiLU and join in one kernel: its result, and the new history beside the old."""
+        """Norm, SiLU and join in one kernel: its result and the new history."""
         workspace = self.workspace(prepared, h)
         operand, slot = _rounded(workspace.operand_bytes), _rounded(workspace.history_bytes)
         converted = 0 if self.ndhwc else self.size(cin, h)
@@ -413,24 +413,31 @@ class _Walk:
         return y
 
     def attention(self, c: int, h: int) -> int:
-        x = self.size(c, h)
+        x = normed = self.size(c, h)
+        converted = 0 if self.ndhwc else x
         prepared = self.layers.get(architecture.ATTENTION)
-        copy = 0 if self.ndhwc or prepared else x
-        self.hold(x + copy)  # norm, and the dense input of the convolution
-        self.hold(3 * x)
-        self.drop(copy)
-        if copy:
-            self.hold(3 * x)
-            self.drop(3 * x)
-        self.hold(x)
         if prepared is not None:
-            self.hidden(self.workspace(prepared, h).hidden_bytes)
-        elif self.itemsize < 4:
-            # A head as wide as this one is summed up in float32 beside the result.
-            self.hidden(x * 4 // self.itemsize)
-        self.drop(x)  # the norm's result
+            # The norm's result, and what follows up to the projection, has the operand's dtype.
+            workspace = self.workspace(prepared, h)
+            normed, sums = _rounded(workspace.operand_bytes), workspace.hidden_bytes
+            self.hold(converted + normed)
+            self.drop(converted)
+            self.hold(3 * normed)
+        else:
+            # A head as wide as this one is summed up in float32, next to the result.
+            sums = x * 4 // self.itemsize if self.itemsize < 4 else 0
+            self.hold(normed + converted)  # the norm, and the dense input of the convolution
+            self.hold(3 * x)
+            self.drop(converted)
+            if converted:
+                self.hold(3 * x)  # queries, keys and values in channels last
+        self.hold(normed)
+        self.hidden(sums)
+        self.drop(normed)  # the norm's result
         self.hold(x)
-        self.drop(4 * x)
+        self.drop(4 * normed)
+        if converted and prepared is None:
+            self.drop(3 * x)
         # Attention is over pixels in channels last, and the 1x1 convolution behind it keeps that.
         self.ndhwc = True
         self.work += (4 * c * c + 2 * c * h * self.width) * self.elements(1, h)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from typing import Any
 
 from ..layout import LayoutDecision
@@ -22,7 +23,7 @@ class LayerChoices:
     kernels were refused."""
 
     layers: tuple[LayerRecord, ...] = ()
-    used: Mapping[str, str] = field(default_factory=dict)
+    used: Mapping[str, str] = field(default_factory=dict, hash=False)
     refusals: tuple[Refusal, ...] = ()
 
 
@@ -84,6 +85,8 @@ class Plan:
     def as_dict(self) -> dict[str, object]:
         """Plain values for JSON: dictionaries, lists, strings, numbers, booleans and None."""
         plain = asdict(self)
+        if self.options.free_bytes == inf:  # which JSON has no number for
+            plain["options"]["free_bytes"] = "inf"
         plain |= plain.pop("choices")
         plain["backends"] = {"used": plain.pop("used"), "refusals": plain.pop("refusals")}
         return {name: _plain(value) for name, value in plain.items()}
@@ -94,9 +97,8 @@ class Plan:
         values = dict(plain)
         backends, layers = values.pop("backends"), values.pop("layers")
         options, shards = values["options"], values["shards"]
-        frames = options["chunk_frames"]
-        if isinstance(frames, list):
-            options = {**options, "chunk_frames": tuple(frames)}
+        if options["free_bytes"] == "inf":
+            options = {**options, "free_bytes": inf}
         if shards is not None:
             bounds = tuple((start, stop) for start, stop in shards["bounds"])
             shards = ShardPlan(shards["axis"], bounds, shards["world_size"])

@@ -21,7 +21,7 @@ from ..options import Gather, RunOptions
 from ..planning.plan import Plan
 from ..sharding.context import SINGLE, ShardContext
 from ..sharding.plan import ShardPlan, plan_shards
-from .engine import Engine, SetupRequest, latent_statistics
+from .engine import Engine, SetupRequest, latent_statistics, options_of
 from .ranks import Ranks
 from .run import Piece, Run, in_memory
 
@@ -60,7 +60,8 @@ class DecodeRun(Run):
         check_latent_shape(latent, engine.config)
         shape = tuple(latent.shape)
         shards = shards_of(request.context, shape)
-        setup = engine.setup(SetupRequest("decode", shape, request.options, shards))
+        options = options_of(request.plan, request.options)
+        setup = engine.setup(SetupRequest("decode", shape, options, shards))
         latent_format = layout.detect(latent)
 
         # A copy: a stream reads it long after the call, when the caller's may have changed.

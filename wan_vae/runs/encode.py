@@ -18,7 +18,7 @@ from ..options import Gather, RunOptions
 from ..planning.plan import Plan
 from ..sharding.context import SINGLE, ShardContext
 from .decode import shards_of
-from .engine import Engine, SetupRequest, latent_statistics
+from .engine import Engine, SetupRequest, latent_statistics, options_of
 from .run import Piece, Run
 
 
@@ -50,7 +50,8 @@ class EncodeRun(Run):
         if engine.model.encoder is None:
             raise CheckpointError("this checkpoint has no encoder: load a full VAE file to encode")
         shards = shards_of(request.context, shape)
-        setup = engine.setup(SetupRequest("encode", shape, request.options, shards))
+        options = options_of(request.plan, request.options)
+        setup = engine.setup(SetupRequest("encode", shape, options, shards))
         pixel_format, warning = layout.detect(pixels), range_warning(pixels)
         pixels = geometry.crop_for_encode(pixels, engine.config)
         ranks = None
@@ -136,6 +137,9 @@ class EncodeRun(Run):
     @property
     def may_start_over(self) -> bool:
         return False
+
+    def _out_of_memory(self, reason: str) -> DecodeMemoryError | None:
+        return self._does_not_fit("", reason)
 
     def _does_not_fit(self, tried: str, reason: str) -> DecodeMemoryError:
         _, _, _, height, width = self._size

@@ -7,15 +7,15 @@ caller and a run describe the same thing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
-from math import isfinite
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf
 from numbers import Real
 
 import torch
 
 from .. import geometry, layout
-from ..chunking import chunk_lengths
+from ..chunking import chunk_lengths, whole_number
 from ..config import WanVAEConfig
 from ..device import DTYPES, dtype_name
 from ..device import free_bytes as device_free_bytes
@@ -104,6 +104,7 @@ class Engine:
 
         Raises BackendError, LayoutError, GeometryError; CheckpointError without an encoder.
         """
+        request = replace(request, options=checked_options(request.options))
         options, part = request.options, _PARTS[request.operation]
         if request.operation == "encode" and self.model.encoder is None:
             raise CheckpointError("this checkpoint has no encoder: load a full VAE file to encode")
@@ -121,6 +122,8 @@ class Engine:
         if options.chunk_frames is not None:
             chunk_lengths(frames, options.chunk_frames)
         if options.strips is not None:
+            if request.operation == "encode":
+                raise GeometryError("strips are for a decode: an encode has none")
             if request.shards is not None:
                 raise GeometryError("strips divide one device's picture: not possible with a shard")
             geometry.strips(rows, options.strips, self.config)
@@ -238,11 +241,7 @@ class Engine:
 
     def _free_bytes(self, asked: float | None) -> int | None:
         """Bytes that a plan may count on: what is free, at most `asked`. None: nobody can say."""
-        if asked is not None and (not isinstance(asked, Real) or asked != asked):
-            raise GeometryError(f"free_bytes is {asked!r}: expected a number of bytes")
-        if asked is not None and not isfinite(asked):
-            if asked < 0:
-                raise GeometryError(f"free_bytes is {asked!r}: expected a number of bytes")
+        if asked == inf:
             return None  # as if all of it fitted
         counts = (device_free_bytes(self.device), asked)
         free = min((n for n in counts if n is not None), default=None)
@@ -276,6 +275,46 @@ class Engine:
                 shards=request.shards is not None,
             )
         )
+
+
+def checked_options(options: RunOptions) -> RunOptions:
+    """`options` with plain numbers, also where those of another library were given.
+
+    Raises GeometryError for what is no number of frames, strips or bytes.
+    """
+    frames, strips, free = options.chunk_frames, options.strips, options.free_bytes
+    if frames is not None:
+        if isinstance(frames, Sequence) and not isinstance(frames, str):
+            frames = tuple(whole_number(n, "a chunk length") for n in frames)
+        else:
+            frames = whole_number(frames, "chunk_frames")
+    if strips is not None:
+        strips = whole_number(strips, "strips")
+    if free is not None:
+        if isinstance(free, bool) or not isinstance(free, Real) or not free >= 0:
+            raise GeometryError(f"free_bytes is {free!r}: expected a number of bytes, 0 or more")
+        free = inf if free > 1 << 62 else int(free)
+    return replace(options, chunk_frames=frames, strips=strips, free_bytes=free)
+
+
+def options_of(plan: Plan | None, options: RunOptions) -> RunOptions:
+    """The options of a run: those of `plan` if there is one, with the caller's free_bytes.
+
+    Raises GeometryError if the caller gave other options beside a plan, or what is no plan.
+    """
+    if plan is None:
+        return options
+    if not isinstance(plan, Plan):
+        raise GeometryError(
+            f"plan is a {type(plan).__name__}: expected a Plan, from plan() or Plan.from_dict"
+        )
+    free = options.free_bytes
+    planned = replace(plan.options, free_bytes=free)
+    if options not in (planned, RunOptions(free_bytes=free)):
+        raise GeometryError(
+            "a run got plan= and options that the plan has decided: give the options to plan()"
+        )
+    return planned
 
 
 def layer_records(

@@ -93,7 +93,9 @@ class Run(ABC):
         elif reason := self._outdated(plan, now):
             plan, notes = now, (f"planned again: {reason}",)
         else:
-            plan = replace(plan, free_bytes=now.free_bytes)
+            # Where memory runs out all the same, strips must give what the output needs.
+            whole = plan.whole_frames or whole_frames
+            plan = replace(plan, free_bytes=now.free_bytes, whole_frames=whole)
         lengths = self.ranks.agree_on(plan)
         if lengths != plan.lengths:
             plan = self.engine.plan(self.setup, whole_frames=whole_frames, lengths=lengths)
@@ -298,7 +300,11 @@ class Run(ABC):
         """`error`, or for a shard that is out of memory an error that names its rank."""
         if isinstance(error, DecodeMemoryError) or not is_out_of_memory(error):
             return error
-        return self.ranks.out_of_memory(first_line(error)) or error
+        return self._out_of_memory(first_line(error)) or error
+
+    def _out_of_memory(self, reason: str) -> DecodeMemoryError | None:
+        """The error for memory that ran out outside of a chunk; None leaves it as it is."""
+        return self.ranks.out_of_memory(reason)
 
     def complete(self) -> None:
         """Set the final report; waits for the device, so that its times are true."""

@@ -38,9 +38,10 @@ from ..options import (
     Precision,
     RunOptions,
 )
-from ..pipeline import WanVAE
+from ..pipeline import WanVAE, checked_shape
 from ..planning.plan import Plan
 from ..report import DecodeReport
+from ..runs.engine import checked_options
 from .devices import Transport, parse_devices, pick_transport
 from .launch import WorkerProcess, receive, spawn, try_send
 from .pipe import ready_of
@@ -157,7 +158,10 @@ class WorkerPool:
         options = RunOptions(
             chunk_frames, memory_format, precision, backend=backend, free_bytes=free_bytes
         )
-        shape = tuple(latent_shape)
+        shape = checked_shape(latent_shape, operation, axis, vae.config)
+        options = checked_options(options)
+        if chunk_frames is not None:
+            chunk_lengths(shape[2], chunk_frames)
         with self._busy():
             self._load(vae)
             self._send_all(
@@ -227,9 +231,26 @@ class WorkerPool:
                 shape=(b, t, h, w, c) if form == "image" else (b, c, t, h, w),
                 hooks=Hooks(on_progress, should_stop),
                 arguments=arguments,
-                by_rank=self._by_rank(options, memory_formats, plans),
+                by_rank=self._by_rank(options, memory_formats, self._checked_plans(plans, latent)),
             )
         )
+
+    def _checked_plans(
+        self, plans: Sequence[Plan] | None, latent: torch.Tensor
+    ) -> tuple[Plan, ...] | None:
+        """`plans`, one for each rank and for a decode of `latent`. Raises GeometryError."""
+        if plans is None:
+            return None
+        plans = tuple(plans)
+        for plan in plans:
+            if not isinstance(plan, Plan):
+                raise GeometryError(f"a plan is a {type(plan).__name__}: expected a Plan")
+            if (plan.operation, plan.latent_shape) != ("decode", tuple(latent.shape)):
+                raise GeometryError(
+                    f"a plan is for a {plan.operation} of {list(plan.latent_shape)}: this is a "
+                    f"decode of {list(latent.shape)}"
+                )
+        return plans
 
     def _by_rank(
         self,
@@ -324,6 +345,7 @@ class WorkerPool:
     def _run(self, job: _Job) -> torch.Tensor:
         """Run `job` in shared memory. Ranks reserve the memory of their output as they write it."""
         with self._busy():
+            job.vae.last_report, self.last_reports = None, ()
             self._load(job.vae)
             input_at = _CONTROL_BYTES
             output_at = input_at + aligned(job.tensor.numel() * 4)

@@ -66,7 +66,7 @@ class ProofCache:
             content = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             self.notes.append(
                 f"{self.path.name} cannot be read ({error}): kernels are proven again"
             )
@@ -91,9 +91,13 @@ class ProofCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
-            with os.fdopen(handle, "w", encoding="utf-8") as f:
-                json.dump(content, f, indent=1)
-            os.replace(name, self.path)
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as f:
+                    json.dump(content, f, indent=1)
+                os.replace(name, self.path)
+            except OSError:
+                os.unlink(name)
+                raise
         except OSError as error:
             self.notes.append(f"verdicts are not kept: {error}")
             self.path = None
