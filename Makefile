@@ -51,7 +51,7 @@ provision: $(VENV)/.test
 
 # Two processes, as most tests keep one core busy. tests/conftest.py says which tests share a
 # process, because they share servers or browsers.
-PYTEST = node --test tests/js/ && $(RUN) pytest -n $(JOBS) --dist loadgroup
+PYTEST = node --test tests/js/ && $(RUN) pytest -n $(JOBS)
 
 test: check provision
 	$(PYTEST) -m "not full"

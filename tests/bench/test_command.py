@@ -69,7 +69,6 @@ def test_another_package_of_the_name_that_is_found_first_does_no_harm(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert "| wan2.1-narrow | wan_vae (eager) | warm |" in done.stdout

@@ -16,7 +16,6 @@ def run(script: str, *arguments: str) -> list[str]:
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

@@ -10,6 +10,7 @@ from typing import Any
 from playwright.sync_api import Locator, Page
 
 from tests.comfy.server import Comfy
+from tests.conftest import PATIENCE_S
 
 SCREENSHOTS = Path(os.environ.get("WAN_VAE_SCREENSHOTS", "test-results/browser"))
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
@@ -42,7 +43,7 @@ FIT = """() => {
   graph.setDirtyCanvas(true, true);
 }"""
 # Everything on a busy machine with two cores, first load of the frontend included.
-TIMEOUT_MS = 600_000
+TIMEOUT_MS = 1000 * PATIENCE_S
 
 
 @dataclass

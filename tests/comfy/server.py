@@ -19,11 +19,10 @@ from pathlib import Path
 import websocket
 
 from tests.comfy.provision import ComfyEnvironment
+from tests.conftest import PATIENCE_S
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACK = "ComfyUI-WanVAE"
-START_TIMEOUT_S = 600
-RUN_TIMEOUT_S = 600
 
 
 def install_pack(custom_nodes: Path) -> Path:
@@ -159,7 +158,7 @@ class Comfy:
         return self._process.pid
 
     def _wait_until_up(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise RuntimeError(f"ComfyUI ended while starting:\n{self.log_text()[-4000:]}")
@@ -175,7 +174,7 @@ class Comfy:
         return self.log.read_text(errors="replace")
 
     def get(self, path: str):
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=PATIENCE_S) as answer:
             return json.load(answer)
 
     def post(self, path: str, body: dict):
@@ -183,7 +182,7 @@ class Comfy:
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             raise AssertionError(f"{path}: {error.code} {error.read().decode()}") from error
@@ -208,7 +207,7 @@ class Comfy:
 
     def listen(self, client: str) -> websocket.WebSocket:
         return websocket.create_connection(
-            f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=RUN_TIMEOUT_S
+            f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=PATIENCE_S
         )
 
     def follow(self, stream: websocket.WebSocket, run: Run, on_message=None) -> None:
@@ -224,7 +223,7 @@ class Comfy:
             if message["type"] in ends and message["data"]["prompt_id"] == run.prompt_id:
                 break
         # The history gets the prompt just after the last message.
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             history = self.get(f"/history/{run.prompt_id}")
             if run.prompt_id in history:
