@@ -21,7 +21,7 @@ from ..options import Gather, RunOptions
 from ..planning.plan import Plan
 from ..sharding.context import SINGLE, ShardContext
 from ..sharding.plan import ShardPlan, plan_shards
-from .engine import Engine, SetupRequest, latent_statistics, options_of
+from .engine import Engine, Setup, SetupRequest, latent_statistics, options_of
 from .ranks import Ranks
 from .run import Piece, Run, in_memory
 
@@ -71,20 +71,8 @@ class DecodeRun(Run):
             mean, std = latent_statistics(engine.config, z)
             z = z * std + mean
         z = z.to(setup.dtype)
-        if ranks is None and shards is not None:
-            from .shard_ranks import ShardRanks, ShardRequest
-
-            ranks = ShardRanks.join(
-                ShardRequest(
-                    context=request.context,
-                    shards=shards,
-                    operation="decode",
-                    tensor=latent,
-                    device=engine.device,
-                    dtype=setup.dtype,
-                    gather=request.gather,
-                )
-            )
+        if ranks is None:
+            ranks = join_ranks(setup, latent, request.context, request.gather)
         super().__init__(engine, setup, request.hooks, ranks)
         self.request = request
         self.pixel_shape = geometry.pixel_shape(shape, self.config)
@@ -292,6 +280,31 @@ def abort(sink: Sink | None, error: BaseException) -> None:
             sink.abort()
     except Exception as trouble:
         error.add_note(f"the output could not be cleaned up either: {trouble}")
+
+
+def join_ranks(
+    setup: Setup, tensor: torch.Tensor, context: ShardContext, gather: Gather
+) -> Ranks | None:
+    """This process's part among the ranks of `context`; None for one rank. A collective.
+
+    tensor: the latent or the pixels, which all ranks must hold alike. Raises ShardingError.
+    """
+    if setup.request.shards is None:
+        return None
+    # Not before: the transport needs torch.distributed, which not every PyTorch has.
+    from .shard_ranks import ShardRanks, ShardRequest
+
+    return ShardRanks.join(
+        ShardRequest(
+            context=context,
+            shards=setup.request.shards,
+            operation=setup.request.operation,
+            tensor=tensor,
+            device=setup.device,
+            dtype=setup.dtype,
+            gather=gather,
+        )
+    )
 
 
 def shards_of(context: ShardContext, latent_shape: tuple[int, ...]) -> ShardPlan | None:

@@ -17,7 +17,7 @@ from ..network.blocks import Step
 from ..options import Gather, RunOptions
 from ..planning.plan import Plan
 from ..sharding.context import SINGLE, ShardContext
-from .decode import shards_of
+from .decode import join_ranks, shards_of
 from .engine import Engine, SetupRequest, latent_statistics, options_of
 from .run import Piece, Run
 
@@ -54,21 +54,7 @@ class EncodeRun(Run):
         setup = engine.setup(SetupRequest("encode", shape, options, shards))
         pixel_format, warning = layout.detect(pixels), range_warning(pixels)
         pixels = geometry.crop_for_encode(pixels, engine.config)
-        ranks = None
-        if shards is not None:
-            from .shard_ranks import ShardRanks, ShardRequest
-
-            ranks = ShardRanks.join(
-                ShardRequest(
-                    context=request.context,
-                    shards=shards,
-                    operation="encode",
-                    tensor=pixels,
-                    device=engine.device,
-                    dtype=setup.dtype,
-                    gather=request.gather,
-                )
-            )
+        ranks = join_ranks(setup, pixels, request.context, request.gather)
         super().__init__(engine, setup, request.hooks, ranks)
         self.request, self.latent_shape = request, shape
         self.pixels = self.ranks.own_part(pixels, self.config.spatial_factor)
