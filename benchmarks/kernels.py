@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from benchmarks.suite.measure import times_ms
 from wan_vae.kernels import registry
-from wan_vae.kernels.cuda.conv3x3 import Variant, conv3x3, pack
+from wan_vae.kernels.cuda.conv3x3_wgmma import Variant, conv3x3, pack
 from wan_vae.kernels.device import Device
 from wan_vae.kernels.kernel import NormCall
 from wan_vae.kernels.triton import attention as triton_attention

@@ -47,7 +47,7 @@ TMA = POINTERS | {
     "upsample_conv2d": "triton tma",
     "attention": "triton tma",
 }
-HOPPER = TMA | {"norm_conv3d": "cuda conv3x3", "upsample_conv2d": "cuda conv3x3"}
+HOPPER = TMA | {"norm_conv3d": "cuda wgmma", "upsample_conv2d": "cuda wgmma"}
 # By card: auto, triton, cuda. "cuda" is refused, with a reason, where it has no kernel at all.
 EXPECTED = {
     "RTX 2060": (EAGER, "needs compute capability 8.0, this card has 7.5", "wgmma"),

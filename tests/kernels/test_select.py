@@ -85,12 +85,14 @@ class FakeKernel:
     def candidates(self, problem: ConvProblem, device: Device) -> Sequence[str]:
         return tuple(self.factors) if problem.out_channels % 16 == 0 else ()
 
-    def build(self, problem: ConvProblem, config: str, target: Device) -> None:
-        self.built.append((config, target.architecture, threading.get_ident()))
+    def build(self, problem: ConvProblem, config: str, device: Device) -> None:
+        self.built.append((config, device.machine_code, threading.get_ident()))
         if config in self.broken:
             raise BuildError(f"no {config} here")
 
-    def prepare(self, weights: LayerWeights, problem: ConvProblem, config: str) -> FakeLayer:
+    def prepare(
+        self, weights: LayerWeights, problem: ConvProblem, config: str, device: Device
+    ) -> FakeLayer:
         return FakeLayer(self.family, self.name, config, weights.weight, self.factors[config])
 
 

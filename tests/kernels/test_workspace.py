@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
 
-from wan_vae.kernels.cuda.conv3x3 import Variant
+from wan_vae.kernels.cuda.conv3x3_wgmma import Variant
 from wan_vae.kernels.cuda.layers import CudaNormConv, CudaUpsample
+from wan_vae.kernels.device import CARDS
 from wan_vae.kernels.registry import kernels_of
 from wan_vae.kernels.triton import head as triton_head
 from wan_vae.kernels.triton.configs import ConvConfig
@@ -41,7 +42,7 @@ SIZES = [CallSize(2, 3, 3, 5), CallSize(1, 2, 4, 3), CallSize(1, 1, 3, 5, only_f
 
 def prepared(problem: Problem, config: str, name: str = "tma", **weights: torch.Tensor) -> Any:
     kernel = next(k for k in kernels_of(problem.operation, ("triton",)) if k.name == name)
-    return kernel.prepare(LayerWeights(**weights), problem, config)
+    return kernel.prepare(LayerWeights(**weights), problem, config, CARDS["H100"])
 
 
 def bytes_of(x: torch.Tensor | None) -> int:
@@ -106,10 +107,10 @@ def test_an_operand_of_the_cuda_family(config, size):
     taps = 1 if size.only_frame else 3
     variant = Variant(32, 96, config == "winograd", taps, FP16)
     scale, nothing = norm_scale(torch.ones(32, device=DEVICE)), torch.empty(0)
-    layer = CudaNormConv("conv3x3", variant, nothing, nothing, scale, NORM)
+    layer = CudaNormConv("wgmma", variant, nothing, nothing, scale, NORM)
     assert layer.workspace(size) == taken(layer, features(32, size), size)
     doubled = Variant(32, 96, False, 1, FP16, doubled=True)
-    assert CudaUpsample("conv3x3", doubled, nothing, nothing).workspace(size) == Workspace()
+    assert CudaUpsample("wgmma", doubled, nothing, nothing).workspace(size) == Workspace()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -1,19 +1,25 @@
 """What a device can do, as data: the capability by which kernels are chosen.
 
-Kernels are chosen for a `Device`, and run on a `torch.device`. These are two things: a test (or a
-measurement) can choose as for one card and run on another. What is compiled is compiled for the
-card that it runs on.
+Kernels are chosen for a `Device`, and run on a `torch.device`. These are two things: a test or a
+measurement can choose as for one card and run on another, which imitates it: `WAN_VAE_CAPABILITY`
+(such as 8.6) makes an NVIDIA card choose kernels, shared memory and machine code as a card of that
+capability does. Its driver then compiles the PTX of that architecture for the real card.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
 import torch
 
+from ..errors import BackendError
+
+# Names the capability that an NVIDIA card imitates.
+IMITATE = "WAN_VAE_CAPABILITY"
 # "interpreter" is Triton's, which runs kernels in Python on the CPU, for tests.
 Vendor = Literal["nvidia", "amd", "apple", "intel", "cpu", "interpreter", "other"]
 # cp_async: copies to shared memory that the program does not wait for. tma: whole tiles, copied by
@@ -31,7 +37,8 @@ class Device:
     """One kind of card. `architecture` is what a compiler calls it: "sm_90", "gfx1100".
 
     capability: NVIDIA's compute capability. shared_bytes: of one program. multiprocessors: also
-    what other vendors call compute units or cores.
+    what other vendors call compute units or cores. runs_on: the capability of the card that
+    imitates this one, or None if it is itself.
     """
 
     name: str
@@ -41,6 +48,43 @@ class Device:
     shared_bytes: int = 0
     multiprocessors: int = 1
     capability: tuple[int, int] | None = None
+    runs_on: tuple[int, int] | None = None
+
+    @classmethod
+    def chosen_for(cls, device: torch.device) -> Device:
+        """The device for which kernels are chosen: `Device.of(device)`, or with the environment's
+        WAN_VAE_CAPABILITY an NVIDIA card of that capability, which `device` imitates.
+
+        Raises BackendError for a value that is no capability.
+        """
+        real = cls.of(device)
+        wanted = os.environ.get(IMITATE)
+        if not wanted or real.capability is None:
+            return real
+        match = re.fullmatch(r"(\d+)\.(\d)", wanted)
+        if match is None:
+            raise BackendError(f"{IMITATE} is {wanted!r}: expected a capability such as 8.6")
+        return real.imitating((int(match[1]), int(match[2])))
+
+    def imitating(self, capability: tuple[int, int]) -> Device:
+        """This NVIDIA card as one of `capability`: its features and shared memory, no more."""
+        if capability == self.capability:
+            return self
+        name = f"{self.name} as {capability[0]}.{capability[1]}"
+        return replace(nvidia(name, capability, self.multiprocessors), runs_on=self.capability)
+
+    @property
+    def machine_code(self) -> str:
+        """What a compiler makes for it: "sm_86", machine code of the card itself; "compute_86",
+        PTX that the driver of the card that imitates it compiles.
+
+        PTX of an architecture newer than the real card's cannot be loaded: then it is the real
+        card's.
+        """
+        if self.runs_on is None or self.capability is None:
+            return self.architecture
+        major, minor = min(self.capability, self.runs_on)
+        return f"compute_{major}{minor}"
 
     @classmethod
     def of(cls, device: torch.device) -> Device:

@@ -298,12 +298,12 @@ class Kernel(Protocol[P, L]):
         """Configurations to prove, the best first. They depend on nothing but the arguments."""
         ...
 
-    def build(self, problem: P, config: str, target: Device) -> None:
-        """Compile what can be compiled before the first launch, for `target`, the card that runs
-        it. Raises BuildError and nothing else."""
+    def build(self, problem: P, config: str, device: Device) -> None:
+        """Compile what can be compiled before the first launch, to `device.machine_code`. Raises
+        BuildError and nothing else."""
         ...
 
-    def prepare(self, weights: LayerWeights, problem: P, config: str) -> L:
+    def prepare(self, weights: LayerWeights, problem: P, config: str, device: Device) -> L:
         """The layer, with copies of the weights in the kernel's own order."""
         ...
 

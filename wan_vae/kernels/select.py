@@ -36,8 +36,8 @@ from .table import LayerTable
 class SelectRequest:
     """What kernels are wanted for.
 
-    families: in order of preference. device: the card for which kernels are chosen. runs_on: the
-    device that builds, proves and runs them; usually the same card. axis: the axis along which
+    families: in order of preference. device: the card for which kernels are chosen and built.
+    runs_on: the device that proves and runs them; usually the same card. axis: the axis along which
     the features of a shard have halo rows; None for the whole picture.
     """
 
@@ -66,7 +66,6 @@ class _Selection:
 
     def __init__(self, request: SelectRequest):
         self.request = request
-        self.target = Device.of(request.runs_on)
         # Why a configuration could not be built, or None if it could; by proof key.
         self.builds: dict[str, str | None] = {}
 
@@ -100,7 +99,8 @@ class _Selection:
         for config in configs:
             verdict = self._verdict(kernel, problem, config)
             if verdict.passed:
-                table.bind(site, kernel, kernel.prepare(site.weights, problem, config))
+                layer = kernel.prepare(site.weights, problem, config, device)
+                table.bind(site, kernel, layer)
                 return True
             key = proof_key(kernel, problem, config, self.request.axis)
             table.refuse(site, kernel.family, f"{key}: {verdict.reason}", failed=True)
@@ -116,14 +116,16 @@ class _Selection:
             return Verdict(False, failure)
         return request.proofs.verdict(
             proof_key(kernel, problem, config, request.axis),
-            lambda: prove_kernel(kernel, problem, config, request.runs_on, request.axis),
+            lambda: prove_kernel(
+                kernel, problem, config, request.device, request.runs_on, request.axis
+            ),
         )
 
     def _build(self, kernel: Kernel[Any, Any], problem: Problem, config: str) -> str | None:
         """Build it once; the reason if that fails."""
         key = proof_key(kernel, problem, config, None)
         if key not in self.builds:
-            self.builds[key] = _build_failure(kernel, problem, config, self.target)
+            self.builds[key] = _build_failure(kernel, problem, config, self.request.device)
         return self.builds[key]
 
     def _build_ahead(self) -> None:
@@ -137,17 +139,15 @@ class _Selection:
                         jobs[key] = kernel, site.problem, config
                     break
         with ThreadPoolExecutor(max_workers=8) as pool:
-            running = {
-                key: pool.submit(_build_failure, *job, self.target) for key, job in jobs.items()
-            }
+            running = {key: pool.submit(_build_failure, *job, device) for key, job in jobs.items()}
         self.builds |= {key: job.result() for key, job in running.items()}
 
 
 def _build_failure(
-    kernel: Kernel[Any, Any], problem: Problem, config: str, target: Device
+    kernel: Kernel[Any, Any], problem: Problem, config: str, device: Device
 ) -> str | None:
     try:
-        kernel.build(problem, config, target)
+        kernel.build(problem, config, device)
     except BuildError as error:
         return str(error)
     return None

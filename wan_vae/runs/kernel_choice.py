@@ -41,7 +41,7 @@ def select_ops(
     Raises BackendError for an unknown request, or for "triton" and "cuda" where they cannot run.
     """
     weight = model.decoder.conv1.weight
-    device = Device.of(weight.device)
+    device = Device.chosen_for(weight.device)
     families = registry.families_of(requested, device)
     if not families:
         reason = registry.auto_reason(device) if requested == "auto" else None
@@ -71,7 +71,7 @@ def may_prove(
     part: Part = "decoder",
 ) -> bool:
     """Whether `select_ops`, with the model on `device`, may have to prove kernels first."""
-    if not registry.families_of(requested, Device.of(device)):
+    if not registry.families_of(requested, Device.chosen_for(device)):
         return False
     if unavailable_reason(requested, device, model.decoder.conv1.weight.dtype) is not None:
         return False
@@ -90,7 +90,7 @@ def _state_of(model: WanVAEModel, part: Part) -> list[tuple[int, int]]:
 
 def unavailable_reason(requested: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels that `requested` asks for cannot run on `device`, or None if they can."""
-    card = Device.of(device)
+    card = Device.chosen_for(device)
     reasons = (
         registry.unavailable_reason(family, card, dtype)
         for family in registry.families_of(requested, card)

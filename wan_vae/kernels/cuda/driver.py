@@ -14,7 +14,18 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint32, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    byref,
+    c_char_p,
+    c_float,
+    c_int,
+    c_size_t,
+    c_uint,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 
 import torch
@@ -31,13 +42,19 @@ class TensorMap(ctypes.Structure):
     _fields_ = (("bytes", ctypes.c_ubyte * 128),)
 
 
-class Function:
-    """One compiled kernel, loaded into the context of the device that was current."""
+Argument = c_int | c_float | c_void_p | TensorMap
 
-    def __init__(self, cubin: bytes, name: str, shared_bytes: int):
+
+class Function:
+    """One compiled kernel, loaded into the context of the device that was current.
+
+    code: machine code, or PTX, which the driver compiles for this device.
+    """
+
+    def __init__(self, code: bytes, name: str, shared_bytes: int):
         self._module, self._function = c_void_p(), c_void_p()
         driver = _driver()
-        _check(driver.cuModuleLoadData(byref(self._module), cubin), "load a kernel")
+        _check(driver.cuModuleLoadData(byref(self._module), code), "load a kernel")
         _check(
             driver.cuModuleGetFunction(byref(self._function), self._module, name.encode()),
             f"find {name}",
@@ -49,39 +66,43 @@ class Function:
         self._shared, self._name = shared_bytes, name
 
     def launch(
-        self, blocks: int, threads: int, arguments: Sequence[c_int | c_void_p | TensorMap]
+        self, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument]
     ) -> None:
         """Queue it on the current stream. The driver copies the arguments before it returns."""
         pointers = (c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         stream = c_void_p(torch.cuda.current_stream().cuda_stream)
         code = _driver().cuLaunchKernel(
-            self._function, blocks, 1, 1, threads, 1, 1, self._shared, stream, pointers, None
+            self._function, *grid, threads, 1, 1, self._shared, stream, pointers, None
         )
         _check(code, f"launch {self._name}")
 
 
-def compile_cubin(source: str, defines: dict[str, int], arch: str, folder: Path | None) -> bytes:
-    """Machine code of `source` for `arch` ("sm_90a"), from `folder` if it was compiled before.
+def compile_source(
+    source: str, defines: dict[str, int], machine_code: str, folder: Path | None
+) -> bytes:
+    """`source` as `machine_code` ("sm_90a"; "compute_86" is PTX), from `folder` if it was compiled
+    before.
 
     A file in the folder starts with a digest of its content: a damaged one is compiled again.
     Safe under several processes: a file appears whole or not at all; one that cannot be written
     costs the next process the compilation.
     Raises BuildError with the compiler's first message.
     """
-    options = [f"--gpu-architecture={arch}", "-std=c++17"]
+    options = [f"--gpu-architecture={machine_code}", "-std=c++17"]
     options += [f"-D{name}={value}" for name, value in sorted(defines.items())]
     major, minor = nvrtc_version()
     identity = "\n".join([f"nvrtc {major}.{minor}", *options, source])
+    kind = "ptx" if machine_code.startswith("compute_") else "cubin"
     key = hashlib.sha256(identity.encode()).hexdigest()[:32]
-    path = None if folder is None else folder / f"{key}.cubin"
+    path = None if folder is None else folder / f"{key}.{kind}"
     if path is not None:
         kept = _read_kept(path)
         if kept is not None:
             return kept
-    cubin = _compile(source, options)
+    code = _compile(source, options, kind)
     if path is not None:
-        _keep(path, cubin)
-    return cubin
+        _keep(path, code)
+    return code
 
 
 def _read_kept(path: Path) -> bytes | None:
@@ -89,22 +110,22 @@ def _read_kept(path: Path) -> bytes | None:
         content = path.read_bytes()
     except OSError:
         return None
-    digest, cubin = content[:32], content[32:]
-    return cubin if hashlib.sha256(cubin).digest() == digest else None
+    digest, code = content[:32], content[32:]
+    return code if hashlib.sha256(code).digest() == digest else None
 
 
-def _keep(path: Path, cubin: bytes) -> None:
+def _keep(path: Path, code: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         with os.fdopen(handle, "wb") as f:
-            f.write(hashlib.sha256(cubin).digest() + cubin)
+            f.write(hashlib.sha256(code).digest() + code)
         os.replace(name, path)
     except OSError:
         return  # a read-only or full disk: compiled again next time, which takes seconds
 
 
-def _compile(source: str, options: list[str]) -> bytes:
+def _compile(source: str, options: list[str], kind: str) -> bytes:
     nvrtc = _nvrtc()
     program = c_void_p()
     code = nvrtc.nvrtcCreateProgram(byref(program), source.encode(), b"wan_vae.cu", 0, None, None)
@@ -119,11 +140,12 @@ def _compile(source: str, options: list[str]) -> bytes:
             nvrtc.nvrtcGetProgramLog(program, log)
             lines = [line for line in log.value.decode(errors="replace").splitlines() if line]
             raise BuildError(f"NVRTC: {lines[0][:200] if lines else 'no message'}")
+        name = "PTX" if kind == "ptx" else "CUBIN"
         size = c_size_t()
-        nvrtc.nvrtcGetCUBINSize(program, byref(size))
-        cubin = ctypes.create_string_buffer(size.value)
-        nvrtc.nvrtcGetCUBIN(program, cubin)
-        return cubin.raw
+        getattr(nvrtc, f"nvrtcGet{name}Size")(program, byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        getattr(nvrtc, f"nvrtcGet{name}")(program, code)
+        return code.raw
     finally:
         nvrtc.nvrtcDestroyProgram(byref(program))
 
@@ -165,12 +187,15 @@ def unavailable_reason() -> str | None:
     """Why kernels cannot be compiled and launched here, or None if they can."""
     try:
         _nvrtc()
-        driver = _driver()
+        _driver()
     except OSError as error:
         return f"cannot be compiled here: {error}"
-    if not hasattr(driver, "cuTensorMapEncodeTiled"):
-        return "needs a driver of CUDA 12 or later"
     return None
+
+
+def has_tensor_maps() -> bool:
+    """Whether the driver can describe a tensor to the copy engine: CUDA 12 or later."""
+    return hasattr(_driver(), "cuTensorMapEncodeTiled")
 
 
 @functools.cache
@@ -188,9 +213,9 @@ def _nvrtc() -> ctypes.CDLL:
         *(c_int, c_void_p, c_void_p),
     )
     library.nvrtcCompileProgram.argtypes = (c_void_p, c_int, c_void_p)
-    for get in ("nvrtcGetProgramLogSize", "nvrtcGetCUBINSize"):
+    for get in ("nvrtcGetProgramLogSize", "nvrtcGetCUBINSize", "nvrtcGetPTXSize"):
         getattr(library, get).argtypes = (c_void_p, POINTER(c_size_t))
-    for get in ("nvrtcGetProgramLog", "nvrtcGetCUBIN"):
+    for get in ("nvrtcGetProgramLog", "nvrtcGetCUBIN", "nvrtcGetPTX"):
         getattr(library, get).argtypes = (c_void_p, c_char_p)
     return library
 

@@ -13,8 +13,9 @@ from ..device import Device
 from ..kernel import BuildError, Family, FusedNorm, Requires
 from ..weights import fold_upsample, norm_scale
 from . import driver
-from .conv3x3 import CAPABILITY, Variant, build, pack, pack_doubled
+from .conv3x3_wgmma import Variant, pack, pack_doubled, program
 from .layers import OPERAND, CudaNormConv, CudaUpsample
+from .program import build
 
 # wgmma is Hopper's alone.
 _HOPPER = Requires(
@@ -32,14 +33,16 @@ class _CudaKernel:
     operation: Operation
     requires: Requires
     used: Mapping[str, str]
-    name: str = "conv3x3"
+    name: str = "wgmma"
     family: str = "cuda"
     build_failures: tuple[type[Exception], ...] = (BuildError,)
 
-    def _build(self, variant: Variant, target: Device) -> None:
-        if target.capability != CAPABILITY:
-            raise BuildError(f"its machine code is for compute capability 9.0, {target.spoken}")
-        build(variant)
+    def _build(self, variant: Variant, device: Device) -> None:
+        if device.machine_code != "sm_90":
+            raise BuildError(f"its machine code is for compute capability 9.0, {device.spoken}")
+        if not driver.has_tensor_maps():
+            raise BuildError("needs a driver of CUDA 12 or later")
+        build(program(variant))
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,13 @@ class NormConv(_CudaKernel):
         # Where a latent frame is one frame there are no pairs.
         return ("winograd",) if problem.frames > 1 else ("direct3",)
 
-    def build(self, problem: NormConvProblem, config: str, target: Device) -> None:
+    def build(self, problem: NormConvProblem, config: str, device: Device) -> None:
         """See `Kernel`."""
-        self._build(_variant(problem, config), target)
+        self._build(_variant(problem, config), device)
 
-    def prepare(self, weights: LayerWeights, problem: NormConvProblem, config: str) -> CudaNormConv:
+    def prepare(
+        self, weights: LayerWeights, problem: NormConvProblem, config: str, device: Device
+    ) -> CudaNormConv:
         """See `Kernel`."""
         if weights.gamma is None or weights.bias is None or self.norm is None:
             raise ValueError("a layer behind a norm needs a gain, a bias and a kernel for the norm")
@@ -80,11 +85,13 @@ class Upsample(_CudaKernel):
         """See `Kernel`."""
         return ("doubled",)
 
-    def build(self, problem: UpsampleProblem, config: str, target: Device) -> None:
+    def build(self, problem: UpsampleProblem, config: str, device: Device) -> None:
         """See `Kernel`."""
-        self._build(_doubled(problem), target)
+        self._build(_doubled(problem), device)
 
-    def prepare(self, weights: LayerWeights, problem: UpsampleProblem, config: str) -> CudaUpsample:
+    def prepare(
+        self, weights: LayerWeights, problem: UpsampleProblem, config: str, device: Device
+    ) -> CudaUpsample:
         """See `Kernel`."""
         if weights.bias is None:
             raise ValueError("an up-sampler needs a bias")

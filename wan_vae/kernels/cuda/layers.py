@@ -9,7 +9,7 @@ import torch
 from ... import layout
 from ...ops.opset import CallSize, HaloRows, Workspace
 from ..kernel import FusedNorm, NormCall
-from .conv3x3 import Variant, conv3x3, upsample_conv3x3
+from .conv3x3_wgmma import Variant, conv3x3, upsample_conv3x3
 
 # Operands behind a norm.
 OPERAND = torch.float16

@@ -29,6 +29,7 @@ from ...ops.problem import (
     UpsampleProblem,
 )
 from ...options import Axis
+from ..device import Device
 from ..kernel import (
     AttentionLayer,
     ConvLayer,
@@ -62,17 +63,19 @@ def prove_kernel(
     kernel: Kernel[Any, Any],
     problem: Problem,
     config: str,
-    device: torch.device,
+    device: Device,
+    runs_on: torch.device,
     axis: Axis | None,
 ) -> Verdict:
-    """Run a kernel for `problem` on `device`, as `prove` does; the first check that fails decides.
+    """Run a kernel for `problem`, built for `device`, on `runs_on`, as `prove` does; the first
+    check that fails decides.
 
     `axis`: the features have halo rows (or columns) along it, as those of a shard.
     """
-    inputs = _Inputs(device, problem.feature_dtype, axis)
+    inputs = _Inputs(runs_on, problem.feature_dtype, axis)
 
     def prepare(weights: LayerWeights) -> Any:
-        return kernel.prepare(weights, problem, config)
+        return kernel.prepare(weights, problem, config, device)
 
     verdict = Verdict(True)
     for check in _CASES[problem.operation](inputs, problem, prepare):

@@ -75,10 +75,10 @@ class _TritonKernel:
     family: str = "triton"
     build_failures: tuple[type[Exception], ...] = BUILD_FAILURES
 
-    def build(self, problem: object, config: str, target: Device) -> None:
+    def build(self, problem: object, config: str, device: Device) -> None:
         """See `Kernel`. Triton compiles at the first launch, for the card in use."""
-        if target.vendor not in _VENDORS:
-            raise BuildError(f"Triton does not compile for {target.architecture}")
+        if device.vendor not in _VENDORS:
+            raise BuildError(f"Triton does not compile for {device.architecture}")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ class ConvKernel(_TritonKernel):
             channels = filled_channels(channels)
         return self.tiles.candidates(channels, problem.out_channels, problem.frames)
 
-    def prepare(self, weights: LayerWeights, problem: ConvProblem, config: str) -> TritonConv:
+    def prepare(
+        self, weights: LayerWeights, problem: ConvProblem, config: str, device: Device
+    ) -> TritonConv:
         """See `Kernel`."""
         weight = weights.weight.detach()
         if problem.source == "pixels":
@@ -135,7 +137,11 @@ class NormConvKernel(_TritonKernel):
         return self.tiles.candidates(problem.in_channels, problem.out_channels, problem.frames)
 
     def prepare(
-        self, weights: LayerWeights, problem: NormConvProblem | HeadProblem, config: str
+        self,
+        weights: LayerWeights,
+        problem: NormConvProblem | HeadProblem,
+        config: str,
+        device: Device,
     ) -> TritonNormConv:
         """See `Kernel`."""
         weight = layout.to_format(weights.weight.detach().to(OPERAND), "channels_last_3d")
@@ -160,7 +166,9 @@ class HeadKernel(_TritonKernel):
         """See `Kernel`."""
         return ("partials",)
 
-    def prepare(self, weights: LayerWeights, problem: HeadProblem, config: str) -> TritonHead:
+    def prepare(
+        self, weights: LayerWeights, problem: HeadProblem, config: str, device: Device
+    ) -> TritonHead:
         """See `Kernel`."""
         scale, bias = _behind_norm(weights)
         packed = pack_head(weights.weight, OPERAND)
@@ -178,7 +186,7 @@ class UpsampleKernel(_TritonKernel):
         return self.tiles.candidates(problem.in_channels, problem.out_channels, problem.frames)
 
     def prepare(
-        self, weights: LayerWeights, problem: UpsampleProblem, config: str
+        self, weights: LayerWeights, problem: UpsampleProblem, config: str, device: Device
     ) -> TritonUpsample:
         """See `Kernel`."""
         folded = fold_upsample(weights.weight.detach()).to(problem.feature_dtype)
@@ -195,7 +203,9 @@ class StridedKernel(_TritonKernel):
         """See `Kernel`."""
         return strided_candidates(problem.in_channels, problem.out_channels)
 
-    def prepare(self, weights: LayerWeights, problem: StridedProblem, config: str) -> TritonStrided:
+    def prepare(
+        self, weights: LayerWeights, problem: StridedProblem, config: str, device: Device
+    ) -> TritonStrided:
         """See `Kernel`."""
         weight = weights.weight.detach().to(problem.feature_dtype)
         weight = weight[:, :, None] if weight.ndim == 4 else weight
@@ -221,7 +231,7 @@ class AttentionKernel(_TritonKernel):
         ]
 
     def prepare(
-        self, weights: LayerWeights, problem: AttentionProblem, config: str
+        self, weights: LayerWeights, problem: AttentionProblem, config: str, device: Device
     ) -> TritonAttention:
         """See `Kernel`."""
         core, qkv, projection = config.split(_SEPARATOR)

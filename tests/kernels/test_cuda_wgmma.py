@@ -9,7 +9,15 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
 
 from wan_vae.kernels.cuda import driver
-from wan_vae.kernels.cuda.conv3x3 import Variant, conv3x3, pack, pack_doubled, upsample_conv3x3
+from wan_vae.kernels.cuda.conv3x3_wgmma import (
+    Variant,
+    conv3x3,
+    pack,
+    pack_doubled,
+    program,
+    upsample_conv3x3,
+)
+from wan_vae.kernels.cuda.program import build
 from wan_vae.kernels.device import CARDS
 from wan_vae.kernels.kernel import BuildError, NormCall
 from wan_vae.kernels.registry import kernels_of
@@ -153,6 +161,9 @@ def test_it_is_not_built_for_a_card_that_cannot_run_it():
     (kernel,) = kernels_of("norm_conv3d", ("cuda",))
     with pytest.raises(BuildError, match=r"for compute capability 9\.0, this card has 8\.9"):
         kernel.build(NormConvProblem(96, 96, BF16), "direct3", CARDS["L40S"])
+    imitated = CARDS["L40S"].imitating((9, 0))
+    with pytest.raises(BuildError, match=r"for compute capability 9\.0"):
+        kernel.build(NormConvProblem(96, 96, BF16), "direct3", imitated)
 
 
 @pytest.mark.parametrize("variant", VARIANTS + DOUBLED, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}")
@@ -163,19 +174,17 @@ def test_compiles_for_hopper(variant, tmp_path, monkeypatch):
     except OSError as error:
         pytest.skip(f"no NVRTC here (pip install nvidia-cuda-nvrtc): {error}")
     source = 'extern "C" __global__ void nothing() {}'
-    made = driver.compile_cubin(source, {}, "sm_90a", tmp_path)
+    made = driver.compile_source(source, {}, "sm_90a", tmp_path)
     (file,) = tmp_path.glob("*.cubin")
     monkeypatch.setattr(driver, "_compile", lambda *_: b"compiled again")
-    assert driver.compile_cubin(source, {}, "sm_90a", tmp_path) == made
+    assert driver.compile_source(source, {}, "sm_90a", tmp_path) == made
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    assert driver.compile_cubin(source, {}, "sm_90a", tmp_path) == b"compiled again"
+    assert driver.compile_source(source, {}, "sm_90a", tmp_path) == b"compiled again"
     monkeypatch.undo()
     monkeypatch.setenv("WAN_VAE_CACHE", str(tmp_path / "own"))
-    from wan_vae.kernels.cuda import conv3x3 as module
-
-    assert module.build.__wrapped__(variant).startswith(b"\x7fELF")
+    assert build.__wrapped__(program(variant)).startswith(b"\x7fELF")
     with pytest.raises(BuildError, match="NVRTC: "):
-        driver.compile_cubin("nonsense", {}, "sm_90a", None)
+        driver.compile_source("nonsense", {}, "sm_90a", None)
     assert "WAN_VAE_CACHE" in os.environ
 
 

@@ -1,5 +1,5 @@
 """3x3x3 convolution behind a norm on Hopper: Winograd along time, or direct; and the 3x3 behind an
-up-sampler. See conv3x3.cu.
+up-sampler. See conv3x3_wgmma.cu.
 
 Eager twins: `eager.conv3d.conv3d`, `eager.upsample.upsample_conv2d`. Winograd F(2,3) makes two
 output frames from four products instead of six; pairs end with a chunk's last frame, so which
@@ -11,21 +11,20 @@ from __future__ import annotations
 import functools
 from ctypes import c_int, c_void_p
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import NamedTuple
 
 import torch
 
 from ...errors import LayoutError
-from ..cache_folder import cache_folder
-from .driver import Function, TensorMap, compile_cubin, frames_map
+from .driver import Argument, frames_map
+from .program import Program, launch_persistent
 
 # What the source is written for: wgmma is Hopper's alone.
-ARCHITECTURE, CAPABILITY = "sm_90a", (9, 0)
+ARCHITECTURE = "sm_90a"
 _BLOCK_K, _TILE = 32, 16
 _BOX, _RESIDUAL_BOX = (_TILE + 2, _TILE + 2, _BLOCK_K), (_TILE, _TILE, _BLOCK_K)
-# As in conv3x3.cu: bytes of a halo tile, and by the number of tiles in the ring and the block, the
-# rows of three taps in theirs.
+# As in conv3x3_wgmma.cu: bytes of a halo tile, and by the number of tiles in the ring and the
+# block, the rows of three taps in theirs.
 _INPUT_STAGE, _WEIGHT_STAGES = 21504, {(3, 96): 8, (3, 64): 12, (4, 96): 7, (4, 64): 10}
 
 
@@ -182,20 +181,16 @@ def _launch(variant: Variant, call: _Call) -> None:
     tiles *= variant.cout // (variant.block * variant.blocks)
     # Without a residual its map is not used.
     added = out if residual is None else residual
-    with torch.cuda.device(out.device):
-        function, processors = _function(variant, out.device.index)
-        arguments: list[c_int | c_void_p | TensorMap] = [
-            # Two bytes a number, bfloat16 or float16.
-            frames_map(*operand, _BOX),
-            frames_map(
-                added.data_ptr(), (clips * frames, height, width, variant.cout), _RESIDUAL_BOX
-            ),
-            c_void_p(packed.data_ptr()),
-            c_void_p(bias.data_ptr()),
-            c_void_p(out.data_ptr()),
-            *_integers(int(residual is not None), *sizes, tiles),
-        ]
-        function.launch(min(tiles, processors), 384, arguments)
+    arguments: list[Argument] = [
+        # Two bytes a number, bfloat16 or float16.
+        frames_map(*operand, _BOX),
+        frames_map(added.data_ptr(), (clips * frames, height, width, variant.cout), _RESIDUAL_BOX),
+        c_void_p(packed.data_ptr()),
+        c_void_p(bias.data_ptr()),
+        c_void_p(out.data_ptr()),
+        *_integers(int(residual is not None), *sizes, tiles),
+    ]
+    launch_persistent(program(variant), out.device, tiles, arguments)
 
 
 @functools.lru_cache(maxsize=512)
@@ -205,8 +200,8 @@ def _integers(*numbers: int) -> tuple[c_int, ...]:
 
 
 @functools.cache
-def build(variant: Variant) -> bytes:
-    """Machine code of the kernel of `variant`; seconds, unless it is in the cache folder."""
+def program(variant: Variant) -> Program:
+    """The kernel of `variant`."""
     defines = {
         "CIN": variant.cin,
         "COUT": variant.cout,
@@ -218,14 +213,12 @@ def build(variant: Variant) -> bytes:
         "BF16_OUT": int(variant.out == torch.bfloat16),
         "BF16_IN": int(variant.doubled and variant.out == torch.bfloat16),
     }
-    folder = cache_folder()
-    source = files(__package__).joinpath("conv3x3.cu").read_text(encoding="utf-8")
-    kept = None if folder is None else folder / "kernels"
-    return compile_cubin(source, defines, ARCHITECTURE, kept)
-
-
-@functools.cache
-def _function(variant: Variant, device: int) -> tuple[Function, int]:
-    """The kernel of `variant` loaded on the current device, and its number of multiprocessors."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return Function(build(variant), "conv3x3", variant.shared_bytes), processors
+    return Program(
+        "conv3x3_wgmma.cu",
+        "conv3x3",
+        tuple(defines.items()),
+        ARCHITECTURE,
+        threads=384,
+        shared_bytes=variant.shared_bytes,
+        has_machine=False,
+    )

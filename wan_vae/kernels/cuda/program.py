@@ -1,0 +1,91 @@
+"""Programs: a kernel's source with its macros, compiled for a card and loaded once a device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+import torch
+
+from ..cache_folder import cache_folder
+from ..kernel import BuildError
+from .driver import Argument, Function, compile_source
+
+
+@dataclass(frozen=True)
+class Program:
+    """One kernel to compile: its source file in this folder, entry point and macros.
+
+    machine_code: "sm_86" or "compute_86", see `Device.machine_code`. threads, shared_bytes: of one
+    program (a block of threads). resident: programs that a multiprocessor holds at the same time,
+    which the source promises by its launch bounds. has_machine: whether machine.cuh stands in
+    front.
+    """
+
+    file: str
+    entry: str
+    defines: tuple[tuple[str, int], ...]
+    machine_code: str
+    threads: int
+    shared_bytes: int = 0
+    resident: int = 1
+    has_machine: bool = True
+
+    @property
+    def source(self) -> str:
+        """What is compiled."""
+        names = ("machine.cuh", self.file) if self.has_machine else (self.file,)
+        return "\n".join(f'#line 1 "{name}"\n{_text(name)}' for name in names)
+
+
+@functools.cache
+def _text(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def build(program: Program) -> bytes:
+    """Machine code, or PTX, of `program`; seconds, unless it is in the cache folder.
+
+    Raises BuildError with the compiler's first message.
+    """
+    folder = cache_folder()
+    kept = None if folder is None else folder / "kernels"
+    return compile_source(program.source, dict(program.defines), program.machine_code, kept)
+
+
+@functools.cache
+def _loaded(program: Program, index: int) -> Function:
+    """`program` loaded on the current device."""
+    return Function(build(program), program.entry, program.shared_bytes)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many of them `device` has."""
+    if device.type != "cuda":
+        return 2  # the emulation of the tests: more tiles than programs
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+Grid = tuple[int, int, int]
+
+
+def launch(
+    program: Program, device: torch.device, grid: Grid, arguments: Sequence[Argument]
+) -> None:
+    """Queue `program` on the current stream of `device`, `grid` times."""
+    if device.type != "cuda":
+        raise BuildError(f"{program.entry} was made for NVIDIA cards, not for {device.type}")
+    with torch.cuda.device(device):
+        _loaded(program, device.index).launch(grid, program.threads, arguments)
+
+
+def launch_persistent(
+    program: Program, device: torch.device, tiles: int, arguments: Sequence[Argument]
+) -> None:
+    """As `launch`, with as many programs as the device holds at once: they share `tiles`."""
+    programs = min(tiles, multiprocessors(device) * program.resident)
+    launch(program, device, (programs, 1, 1), arguments)
