@@ -1,9 +1,38 @@
-"""What the kernels' tests share: verdicts of their own, and outputs that are poisoned."""
+"""What the kernels' tests share: an emulation, verdicts of their own, poisoned outputs."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+from tests.kernels.emulation.emulate import Emulation
+from wan_vae.kernels.cuda import program
+
+
+@pytest.fixture(scope="session")
+def emulated_programs(tmp_path_factory) -> Path:
+    """Where kernels are kept that were compiled for the CPU, for all processes of this session."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "emulated"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def emulated(emulated_programs, monkeypatch):
+    """Kernels in CUDA C++ run on the CPU, on tensors there; see `Emulation`."""
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        pytest.skip("no g++ on Linux here, which compiles the CUDA C++ kernels for the CPU")
+    with Emulation(emulated_programs) as emulation:
+        monkeypatch.setattr(program, "_queue", emulation.queue)
+        yield emulation
 
 
 @pytest.fixture(scope="module")
