@@ -150,7 +150,7 @@ class Emulation(TorchFunctionMode):
                 f'#include "{FOLDER / HEADERS[0]}"',
                 *(f"#define {name} {value}" for name, value in program.defines),
                 # machine.h has the names of machine.cuh.
-                program.source.partition(f'#line 1 "{program.file}"\n')[2],
+                program.source[program.source.index("\n#line") :],
                 'extern "C" __attribute__((visibility("default")))',
                 "const char* emulated(const emulation::Launch& launch) {",
                 f"  return emulation::run({program.entry}, launch);",

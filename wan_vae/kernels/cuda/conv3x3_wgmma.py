@@ -220,5 +220,5 @@ def program(variant: Variant) -> Program:
         ARCHITECTURE,
         threads=384,
         shared_bytes=variant.shared_bytes,
-        has_machine=False,
+        headers=(),
     )
