@@ -134,10 +134,17 @@ INLINE void mma_half_sums(u32 (&d)[2], const u32 (&a)[4], u32 b0, u32 b1) {
 template <Type TYPE>
 INLINE u32 pack(float low, float high) {
   u32 word;
+#if __CUDA_ARCH__ < 800
+  static_assert(TYPE == Type::half, "Turing writes no bfloat16");
+  asm("{\n.reg .b16 l, h;\ncvt.rn.f16.f32 l, %1;\ncvt.rn.f16.f32 h, %2;\nmov.b32 %0, {l, h};\n}\n"
+      : "=r"(word)
+      : "f"(low), "f"(high));
+#else
   if constexpr (TYPE == Type::half)
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   else
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+#endif
   return word;
 }
 template <Type TYPE>
