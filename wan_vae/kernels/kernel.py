@@ -230,7 +230,7 @@ class NormCall(NamedTuple):
     zeros. past: how many history frames the result has. keep: whether the new history is wanted,
     with `overwrite` in the memory of the old one. dtype: of the result, that of `x` if None.
     silu: False for the norm alone. halo: the neighbours' rows, which make H' (or W') larger than H
-    (W) by two.
+    (W) by two. channels: of the result and the history, zeros behind those of `x`; C if None.
     """
 
     x: torch.Tensor
@@ -242,6 +242,7 @@ class NormCall(NamedTuple):
     silu: bool = True
     overwrite: bool = False
     halo: HaloRows | None = None
+    channels: int | None = None
 
 
 NormResult = tuple[torch.Tensor, torch.Tensor | None]

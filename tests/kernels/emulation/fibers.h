@@ -1,23 +1,20 @@
 // Runs a CUDA kernel on a CPU, one program (block of threads) after the other: a fiber for each
-// thread, which runs until it waits for others. What the hardware leaves open is done in the way that
-// shows a mistake: a warp runs as far as it can before the next one starts, in an order that the
-// caller chooses; shared memory starts as NaN; copies land as late as the waits allow.
+// thread, which runs until it waits for others. What the hardware leaves open is done in the way
+// that shows a mistake: a warp runs as far as it can before the next one starts, in an order that
+// the caller chooses; shared memory starts as NaN; copies land as late as the waits allow.
 //
 // One launch at a time. A fault ends the launch; its message is for the caller.
 
+// No header of C++ but the smallest: each kernel is compiled with them.
 #include <setjmp.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdarg>
-#include <cstdint>
-#include <cstdio>
-#include <cstring>
-#include <type_traits>
 #include <utility>
-#include <vector>
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -32,24 +29,27 @@ static dim3 blockDim, gridDim;
 
 namespace emulation {
 
-constexpr int kLanes = 32, kMostThreads = 1024;
+constexpr int kLanes = 32, kMostThreads = 1024, kMostCopies = 512, kMostRanges = 32;
 constexpr size_t kStack = 256 << 10;
 // Shared memory starts where it is aligned to no more than SHARED_MEMORY promises.
 constexpr u32 kSharedBase = 1152, kMostShared = 228 << 10, kGuard = 1024;
 enum Order { kForward, kReversed, kRotated };
 
 struct Copy {
-  u32 to;
   const void* from;  // null: zeros
+  u32 to;
+  int group;
 };
-// Waits while `*waits` is `seen`. The last of `groups` is not committed yet.
+// Waits while `*waits` is `seen`. `copies` is a ring, from `landed` to `issued`; `group` is the one
+// that is not committed yet.
 struct Fiber {
   jmp_buf place;
   ucontext_t beginning;
   bool begun, done;
   const int* waits;
   int seen;
-  std::vector<std::vector<Copy>> groups;
+  Copy copies[kMostCopies];
+  int landed, issued, group;
 };
 struct Meeting {
   int arrived, generation;
@@ -77,7 +77,8 @@ static void (*entry)(void*);
 static void* entry_data;
 static int threads, order;
 static u32 shared_bytes;
-static std::vector<Range> ranges;
+static Range ranges[kMostRanges];
+static int range_count;
 static bool all_ranges_known;
 static u64 conflicts;
 static char message[512];
@@ -134,7 +135,8 @@ inline const char* global_at(const void* p, int bytes, bool stores) {
   const char* at = static_cast<const char*>(p);
   if (reinterpret_cast<uintptr_t>(at) % bytes) fault("%p, which is no multiple of %d", p, bytes);
   bool inside = !all_ranges_known;
-  for (Range& r : ranges) {
+  for (int i = 0; i < range_count; ++i) {
+    Range& r = ranges[i];
     if (at < r.low || at + bytes > r.high) continue;
     inside = true;
     (stores ? r.stored : r.loaded) = true;
@@ -142,20 +144,33 @@ inline const char* global_at(const void* p, int bytes, bool stores) {
       fault("load_global reads a tensor that the same kernel writes, which its cache does not see");
   }
   if (!inside) {
-    for (const Range& r : ranges)
+    for (int i = 0; i < range_count; ++i) {
+      const Range& r = ranges[i];
       if (at >= r.low - 65536 && at < r.high + 65536)
         fault("byte %ld of a tensor of %ld", (long)(at - r.low), (long)(r.high - r.low));
+    }
     fault("%p, which is in no tensor among the arguments", p);
   }
   return at;
 }
 
-inline void land(std::vector<Copy>& copies) {
-  for (const Copy& c : copies) {
+inline void issue(u32 to, const void* from) {
+  Fiber& f = fibers[threadIdx.x];
+  if (f.issued - f.landed == kMostCopies)
+    fault("more than %d copies that have not landed", kMostCopies);
+  f.copies[f.issued++ % kMostCopies] = {from, to, f.group};
+}
+
+// The copies of this thread in groups up to `group`.
+inline void land(int group) {
+  Fiber& f = fibers[threadIdx.x];
+  for (; f.landed < f.issued; ++f.landed) {
+    const Copy& c = f.copies[f.landed % kMostCopies];
+    if (c.group > group) return;
     if (c.from)
-      std::memcpy(shared_memory + c.to, c.from, 16);
+      memcpy(shared_memory + c.to, c.from, 16);
     else
-      std::memset(shared_memory + c.to, 0, 16);
+      memset(shared_memory + c.to, 0, 16);
   }
 }
 
@@ -204,14 +219,15 @@ static bool run_warp(int warp) {
 }
 
 static void run_program() {
-  std::memset(shared_memory, 0xff, kSharedBase + shared_bytes + kGuard);
+  memset(shared_memory, 0xff, kSharedBase + shared_bytes + kGuard);
   for (int t = 0; t < threads; ++t) {
-    fibers[t].done = false;
-    fibers[t].waits = nullptr;
-    fibers[t].groups.assign(1, {});
+    Fiber& f = fibers[t];
+    f.done = false;
+    f.waits = nullptr;
+    f.landed = f.issued = f.group = 0;
   }
   const int count = threads / kLanes;
-  std::fill_n(warps, count, Meeting{});
+  memset(warps, 0, sizeof warps);
   block = {};
   for (bool moved = true; moved;) {
     moved = false;
@@ -254,7 +270,7 @@ struct Launch {
 
 template <class... A, size_t... I>
 static void call(void (*kernel)(A...), void** pointers, std::index_sequence<I...>) {
-  kernel(*static_cast<std::remove_reference_t<A>*>(pointers[I])...);
+  kernel(*static_cast<A*>(pointers[I])...);
 }
 
 // Null, or what went wrong.
@@ -270,6 +286,7 @@ static const char* run(void (*kernel)(A...), const Launch& launch) {
   if (launch.threads % kLanes || launch.threads > kMostThreads)
     return "the number of threads is no multiple of 32, or above 1024";
   if (launch.shared_bytes > kMostShared) return "too much shared memory";
+  if (launch.ranges > kMostRanges) return "too many tensors";
   if (!stacks)
     stacks = static_cast<char*>(mmap(nullptr, kStack * kMostThreads, PROT_READ | PROT_WRITE,
                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
@@ -283,9 +300,9 @@ static const char* run(void (*kernel)(A...), const Launch& launch) {
   order = launch.order;
   conflicts = 0;
   all_ranges_known = launch.all_ranges_known;
-  ranges.clear();
+  range_count = launch.ranges;
   for (int i = 0; i < launch.ranges; ++i)
-    ranges.push_back({launch.lows[i], launch.lows[i] + launch.lengths[i], false, false});
+    ranges[i] = {launch.lows[i], launch.lows[i] + launch.lengths[i], false, false};
   blockDim = {(u32)threads, 1, 1};
   gridDim = {launch.grid[0], launch.grid[1], launch.grid[2]};
   const int programs = gridDim.x * gridDim.y * gridDim.z;

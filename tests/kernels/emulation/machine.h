@@ -37,27 +37,27 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 template <class A, class B>
 inline std::common_type_t<A, B> min(A a, B b) {
-  using T = std::common_type_t<A, B>;
-  return std::min<T>(a, b);
+  return b < a ? b : a;
 }
 template <class A, class B>
 inline std::common_type_t<A, B> max(A a, B b) {
-  using T = std::common_type_t<A, B>;
-  return std::max<T>(a, b);
+  return a < b ? b : a;
 }
+extern "C" float fabsf(float), fmaxf(float, float), fminf(float, float), sqrtf(float);
+
 inline float __uint_as_float(u32 v) {
   float f;
-  std::memcpy(&f, &v, 4);
+  memcpy(&f, &v, 4);
   return f;
 }
 inline u32 __float_as_uint(float f) {
   u32 v;
-  std::memcpy(&v, &f, 4);
+  memcpy(&v, &f, 4);
   return v;
 }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float __fdividef(float a, float b) { return a / b; }
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 
 inline void __syncthreads() { emulation::meet(emulation::block, emulation::threads, [] {}); }
 inline void __syncwarp() {
@@ -72,19 +72,19 @@ template <Type TYPE>
 inline float wide(u16 v) {
   if constexpr (TYPE == Type::bf16) return __uint_as_float((u32)v << 16);
   _Float16 h;
-  std::memcpy(&h, &v, 2);
+  memcpy(&h, &v, 2);
   return (float)h;
 }
 template <Type TYPE>
 inline u16 narrow(float f) {
   if constexpr (TYPE == Type::bf16) {
-    if (std::isnan(f)) return 0x7fff;
+    if (f != f) return 0x7fff;
     const u32 v = __float_as_uint(f);
     return (v + 0x7fff + (v >> 16 & 1)) >> 16;
   }
   const _Float16 h = (_Float16)f;
   u16 v;
-  std::memcpy(&v, &h, 2);
+  memcpy(&v, &h, 2);
   return v;
 }
 
@@ -92,6 +92,9 @@ inline u16 narrow(float f) {
 
 template <Type TYPE>
 inline u32 pack(float low, float high) {
+#if __CUDA_ARCH__ < 800
+  static_assert(TYPE == Type::half, "Turing writes no bfloat16");
+#endif
   return emulation::narrow<TYPE>(low) | (u32)emulation::narrow<TYPE>(high) << 16;
 }
 template <Type TYPE>
@@ -107,7 +110,7 @@ inline u32 add_halves(u32 a, u32 b) {
 }
 inline u32 subtract_halves(u32 a, u32 b) { return add_halves(a, b ^ 0x80008000u); }
 inline float exp2_approx(float x) {
-  const float y = std::exp2(x);
+  const float y = __builtin_exp2f(x);
   return y < 0x1p-126f ? 0 : y;
 }
 inline u32 shuffle_xor(u32 x, int mask) {
@@ -132,24 +135,18 @@ inline u32 shared_address(const void* p) {
 inline void cp_async(u32 to, const void* from, bool inside) {
   char* target = emulation::shared_at(to, 16);
   if (inside) emulation::global_at(from, 16, false);
-  auto& open = emulation::fibers[threadIdx.x].groups.back();
-  open.push_back({to, inside ? from : nullptr});
+  emulation::issue(to, inside ? from : nullptr);
 #if __CUDA_ARCH__ >= 800
-  std::memset(target, 0xff, 16);  // it may land at any time from now on
+  memset(target, 0xff, 16);  // it may land at any time from now on
 #else
-  emulation::land(open);  // Turing's threads copy themselves
-  open.clear();
+  emulation::land(emulation::fibers[threadIdx.x].group);  // Turing's threads copy themselves
 #endif
 }
 inline void cp_async(u32 to, const void* from) { cp_async(to, from, true); }
-inline void cp_commit() { emulation::fibers[threadIdx.x].groups.emplace_back(); }
+inline void cp_commit() { ++emulation::fibers[threadIdx.x].group; }
 template <int N>
 inline void cp_wait() {
-  auto& groups = emulation::fibers[threadIdx.x].groups;
-  while ((int)groups.size() - 1 > N) {
-    emulation::land(groups.front());
-    groups.erase(groups.begin());
-  }
+  emulation::land(emulation::fibers[threadIdx.x].group - 1 - N);
 }
 
 // -- shared memory ---------------------------------------------------------------------------------
@@ -168,7 +165,7 @@ inline void load_matrices(u32 (&r)[4], u32 at) {
       u32 banks = 0;
       for (int i = 0; i < 8; ++i) {
         banks |= 1u << w[8 * m + i].at / 16 % 8;
-        std::memcpy(rows[i], shared_memory + w[8 * m + i].at, 16);
+        memcpy(rows[i], shared_memory + w[8 * m + i].at, 16);
       }
       conflicts += banks != 0xff;
       for (int l = 0; l < 32; ++l) {
@@ -187,10 +184,10 @@ inline void ldmatrix_transposed(u32 (&r)[4], u32 at) { emulation::load_matrices<
 template <int N>
 inline void load_shared(u32 (&r)[N], u32 at) {
   static_assert(N == 2 || N == 4, "no such instruction");
-  std::memcpy(r, emulation::shared_at(at, 4 * N), 4 * N);
+  memcpy(r, emulation::shared_at(at, 4 * N), 4 * N);
 }
 inline void store_shared(u32 at, const u32 (&r)[4]) {
-  std::memcpy(emulation::shared_at(at, 16), r, 16);
+  memcpy(emulation::shared_at(at, 16), r, 16);
 }
 
 // -- tensor cores ----------------------------------------------------------------------------------
@@ -213,7 +210,7 @@ inline void products(const Lane* w, Row (&sums)[16]) {
     for (int i = 0; i < 2; ++i) unpack<TYPE>(w[l].b[i], b[k + i * 8][row], b[k + i * 8 + 1][row]);
   }
   Row columns[16];
-  std::memcpy(columns, b, sizeof b);
+  memcpy(columns, b, sizeof b);
   for (int row = 0; row < 16; ++row) {
     Row sum = {};
     for (int k = 0; k < 16; ++k) sum += a[row][k] * columns[k];
@@ -223,7 +220,7 @@ inline void products(const Lane* w, Row (&sums)[16]) {
 
 inline Lane& operands(const u32 (&a)[4], u32 b0, u32 b1) {
   Lane& lane = mine();
-  std::memcpy(lane.a, a, 16);
+  memcpy(lane.a, a, 16);
   lane.b[0] = b0;
   lane.b[1] = b1;
   return lane;
@@ -267,19 +264,19 @@ inline void mma_half_sums(u32 (&d)[2], const u32 (&a)[4], u32 b0, u32 b1) {
 template <int N>
 inline void load_global(u32 (&r)[N], const void* p) {
   static_assert(N == 2 || N == 4, "no such instruction");
-  std::memcpy(r, emulation::global_at(p, 4 * N, false), 4 * N);
+  memcpy(r, emulation::global_at(p, 4 * N, false), 4 * N);
 }
 inline void load_global(u32& r, const void* p) {
-  std::memcpy(&r, emulation::global_at(p, 4, false), 4);
+  memcpy(&r, emulation::global_at(p, 4, false), 4);
 }
 template <int N>
 inline void store_global(void* p, const u32 (&r)[N]) {
   static_assert(N == 2 || N == 4, "no such instruction");
   emulation::global_at(p, 4 * N, true);
-  std::memcpy(p, r, 4 * N);
+  memcpy(p, r, 4 * N);
 }
 inline void store_global(void* p, u32 r) {
   emulation::global_at(p, 4, true);
-  std::memcpy(p, &r, 4);
+  memcpy(p, &r, 4);
 }
 inline void prefetch(const void*) {}

@@ -135,10 +135,10 @@ template <Type TYPE>
 INLINE u32 pack(float low, float high) {
   u32 word;
 #if __CUDA_ARCH__ < 800
-  static_assert(TYPE == Type::half, "Turing has no instruction that makes bfloat16");
-  asm("{\n.reg .b16 l, h;\ncvt.rn.f16.f32 l, %2;\ncvt.rn.f16.f32 h, %1;\nmov.b32 %0, {l, h};\n}\n"
+  static_assert(TYPE == Type::half, "Turing writes no bfloat16");
+  asm("{\n.reg .b16 l, h;\ncvt.rn.f16.f32 l, %1;\ncvt.rn.f16.f32 h, %2;\nmov.b32 %0, {l, h};\n}\n"
       : "=r"(word)
-      : "f"(high), "f"(low));
+      : "f"(low), "f"(high));
 #else
   if constexpr (TYPE == Type::half)
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));

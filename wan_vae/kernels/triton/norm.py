@@ -96,8 +96,9 @@ def norm_silu_join(call: NormCall) -> NormResult:
     (channels_last_3d) and, if `keep`, the new history in memory of its own (with `overwrite`, in
     that of `history`). float32 inside, one rounding.
     """
-    x, scale, history, past, keep, dtype, silu, overwrite, halo = call
+    x, scale, history, past, keep, dtype, silu, overwrite, halo, _ = call
     b, c, t, _, _ = x.shape
+    _check_channels(call)
     parts, (h, w) = _parts(x, halo)
     dtype = x.dtype if dtype is None else dtype
     buffer = torch.empty((b, past + t, h, w, c), dtype=dtype, device=x.device)
@@ -136,6 +137,12 @@ def norm_silu_join(call: NormCall) -> NormResult:
     if over is not None:
         return result, over.copy_(result[:, :, -past:])
     return result, kept.permute(0, 4, 1, 2, 3) if keep else None
+
+
+def _check_channels(call: NormCall) -> None:
+    """Raises ValueError if the result should have more channels than `x`."""
+    if call.channels not in (None, call.x.shape[1]):
+        raise ValueError(f"{call.channels} channels for {call.x.shape[1]}: the kernel fills none")
 
 
 @dataclass(frozen=True)
@@ -256,8 +263,9 @@ def norm_silu_pairs(call: NormCall) -> NormResult:
     T is odd (a chunk with the video's first frame, which stands alone), the first pair's d2 is of
     the past. So which frames are a pair does not depend on the chunk schedule.
     """
-    x, scale, history, past, keep, dtype, _, overwrite, halo = call
+    x, scale, history, past, keep, dtype, _, overwrite, halo, _ = call
     b, c, t, _, _ = x.shape
+    _check_channels(call)
     parts, (h, w) = _parts(x, halo)
     dtype = x.dtype if dtype is None else dtype
     out = torch.empty((b, (t + 1) // 2 * 4, h, w, c), dtype=dtype, device=x.device)

@@ -1,0 +1,153 @@
+"""RMS norm + SiLU that writes straight into the convolution's operand; see norm.cu.
+
+Eager twin: `norm.rms_norm_silu` followed by `layout.join_frames`. One launch copies the history
+frames, normalises the new ones behind them, keeps the last ones for the next chunk and, on a shard,
+does the same with the neighbours' rows around the rank's own: a pixel's bits depend on its
+channels alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from ctypes import c_int, c_void_p
+from dataclasses import dataclass
+
+import torch
+
+from ..kernel import FusedNorm, NormCall, NormResult
+from .program import Program, launch
+
+_INPUTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+_RESULTS = (torch.float16, torch.bfloat16)
+_VECTOR, _WARP = 8, 32
+# Two past frames, two new ones and the features of two are in registers.
+_MOST_VECTORS = 5
+_THREADS = {"norm_join": 256, "norm_pairs": 128}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one compiled kernel is for. width: channels of the result; halo: "" without."""
+
+    entry: str
+    channels: int
+    width: int
+    dtype: torch.dtype
+    out: torch.dtype
+    past: int
+    silu: bool
+    halo: str
+
+    @property
+    def lanes(self) -> int:
+        """Threads of one pixel: so many that each has a few vectors of 8 channels and none stands
+        idle, and that together they read 64 bytes of neighbours. Depends on the width alone."""
+        vectors = self.width // _VECTOR
+        numbers = [1 << i for i in range(6)]
+        fitting = [n for n in numbers if -(-vectors // n) <= _MOST_VECTORS] or [_WARP]
+        return min(fitting, key=lambda n: (-vectors % n, max(4 - n, 0), n))
+
+    @property
+    def vectors(self) -> int:
+        """Of 8 channels, that a thread has."""
+        return -(-self.width // (_VECTOR * self.lanes))
+
+
+@functools.cache
+def program(variant: Variant, machine_code: str) -> Program:
+    """The kernel of `variant`."""
+    threads = _THREADS[variant.entry]
+    defines = {
+        "CHANNELS": variant.channels,
+        "WIDTH": variant.width,
+        "X": _INPUTS[variant.dtype],
+        "BF16_OUT": int(variant.out == torch.bfloat16),
+        "PAST": variant.past,
+        "SILU": int(variant.silu),
+        "HALO": ("", "height", "width").index(variant.halo),
+        "LANES": variant.lanes,
+        "VECTORS": variant.vectors,
+        "THREADS": threads,
+    }
+    return Program("norm.cu", variant.entry, tuple(defines.items()), machine_code, threads)
+
+
+@functools.cache
+def make_norm(machine_code: str) -> FusedNorm:
+    """The norms of this family, for cards that run `machine_code` (see `Device.machine_code`)."""
+
+    def join(call: NormCall) -> NormResult:
+        """silu(rms_norm(x)) behind `past` history frames, and the last `past` frames of the result.
+
+        See `NormCall`. Returns the operand [B, C, past + T, H', W'] (channels_last_3d) and, if
+        `keep`, the new history in memory of its own (with `overwrite`, in that of `history`).
+        """
+        return _run("norm_join", call, machine_code)
+
+    def pairs(call: NormCall) -> NormResult:
+        """As `join` with two past frames, but transformed for Winograd F(2,3) along time.
+
+        Returns [B, C, 4 * ceil(T / 2), H', W']: for each two frames d2, d3 behind d0, d1 the four
+        frames d0 - d2, d1 + d2, d2 - d1, d1 - d3 of the rounded frames; and the new history,
+        untransformed. Pairs end with the last frame: if T is odd (a chunk with the video's first
+        frame, which stands alone), the first pair's d2 is of the past. So which frames are a pair
+        does not depend on the chunk schedule.
+        """
+        return _run("norm_pairs", call, machine_code)
+
+    return FusedNorm("cuda", join, pairs)
+
+
+def _run(entry: str, call: NormCall, machine_code: str) -> NormResult:
+    """Launch `entry` for `call`. Raises ValueError for what it is not made for."""
+    x, halo, past = call.x, call.halo, call.past
+    b, c, t, h, w = x.shape
+    dtype = x.dtype if call.dtype is None else call.dtype
+    width = c if call.channels is None else call.channels
+    if c % _VECTOR or width % _VECTOR or not 0 < c <= width:
+        raise ValueError(f"{c} channels of {width}: the norm's kernel needs multiples of 8")
+    if x.dtype not in _INPUTS or dtype not in _RESULTS:
+        raise ValueError(f"no norm of {x.dtype} with a result in {dtype}")
+    is_pairs = entry == "norm_pairs"
+    if past not in ((2,) if is_pairs else (0, 1, 2)):
+        raise ValueError(f"{entry} with {past} frames of the past")
+
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    edges: Sequence[torch.Tensor | None] = (None, None)
+    plane = h, w
+    if halo is not None:
+        edges = [None if e is None else e.contiguous() for e in (halo.before, halo.after)]
+        plane = (h + 2, w) if halo.axis == "height" else (h, w + 2)
+    history = call.history if past else None
+    if history is not None:
+        if history.dtype != dtype or history.shape != (b, width, past, *plane):
+            raise ValueError(f"a history {tuple(history.shape)} in {history.dtype}")
+        history = history.contiguous(memory_format=torch.channels_last_3d)
+    kept: torch.Tensor | None = None
+    if call.keep and past:
+        own = None if history is None or not call.overwrite else history
+        kept = _empty(x, b, width, past, plane, dtype) if own is None else own
+    frames = (t + 1) // 2 * 4 if is_pairs else past + t
+    out = _empty(x, b, width, frames, plane, dtype)
+
+    axis = "" if halo is None else halo.axis
+    variant = Variant(entry, c, width, x.dtype, dtype, past, call.silu, axis)
+    made = program(variant, machine_code)
+    blocks = -(-plane[0] * plane[1] * variant.lanes // made.threads)
+    tensors = (x, *edges, call.scale, history, out, kept)
+    pointers = [c_void_p(None if y is None else y.data_ptr()) for y in tensors]
+    launch(
+        made,
+        x.device,
+        (blocks, 1 if is_pairs else t, b),
+        [*pointers, c_int(t), c_int(h), c_int(w)],
+    )
+    return out, kept
+
+
+def _empty(
+    x: torch.Tensor, b: int, c: int, t: int, plane: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """[B, C, T, H, W] on the device of `x`, channels_last_3d."""
+    return torch.empty((b, t, *plane, c), dtype=dtype, device=x.device).permute(0, 4, 1, 2, 3)
