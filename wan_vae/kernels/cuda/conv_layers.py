@@ -20,7 +20,7 @@ from ...ops.opset import CallSize, HaloRows, Workspace
 from ...ops.problem import ConvProblem, HeadProblem, LayerWeights, Operation, StridedProblem
 from ..device import Device
 from ..kernel import BuildError, FusedNorm, Kernel, NormCall, Requires
-from ..weights import filled_channels, fit_channels, norm_scale
+from ..weights import CHANNELS, filled_channels, fit_channels, norm_scale
 from .conv import BLOCKS, FLOAT32_BLOCK, Call, Variant, conv, pack, program
 from .norm import make_norm
 from .program import build
@@ -137,8 +137,8 @@ class CudaWideHead(_Layer):
         halo: HaloRows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `FusedConv`."""
-        past, cin = 0 if only_frame else 2, self.variant.cin
-        call = NormCall(x, self.scale, history, past, keep, OPERAND, True, overwrite, halo, cin)
+        past = 0 if only_frame else 2
+        call = NormCall(x, self.scale, history, past, keep, OPERAND, True, overwrite, halo)
         return self.norm.join(call)
 
     def convolve(
@@ -222,7 +222,7 @@ class _ConvKernel:
     operation: Operation
     requires: Requires
     used: Mapping[str, str]
-    name: str = "mma"
+    name: str
     family: str = "cuda"
     build_failures: tuple[type[Exception], ...] = (BuildError,)
 
@@ -321,7 +321,7 @@ class WideHead(_ConvKernel):
 
     def _variant(self, problem: HeadProblem, config: str) -> Variant:
         return Variant(
-            filled_channels(problem.in_channels),
+            problem.in_channels,
             problem.out_channels,
             problem.kernel,
             _ONE,
@@ -335,15 +335,23 @@ def _used(*operations: str) -> Mapping[str, str]:
     return MappingProxyType(dict.fromkeys(operations, "cuda"))
 
 
-def _kernels(card: Requires) -> tuple[Kernel[Any, Any], ...]:
+def _kernels(name: str, card: Requires) -> tuple[Kernel[Any, Any], ...]:
     """All of them, for the cards of `card`."""
-    largest = torch.finfo(OPERAND).max
-    wide = replace(card, out_channels=(_WIDE, 1 << 30), largest_operand=largest)
+    head = replace(
+        card,
+        in_multiple=CHANNELS,
+        out_channels=(_WIDE, 1 << 30),
+        largest_operand=torch.finfo(OPERAND).max,
+    )
     return (
-        Conv("conv3d", card, _used("conv3d")),
-        StridedConv("strided_conv", card, _used("conv2d")),
-        WideHead("head", wide, _used("conv3d", "norm_silu")),
+        Conv("conv3d", card, _used("conv3d"), name),
+        StridedConv("strided_conv", card, _used("conv2d"), name),
+        WideHead("head", head, _used("conv3d", "norm_silu"), name),
     )
 
 
-CONV_KERNELS = _kernels(Requires(capability=(8, 0)))
+CONV_KERNELS = _kernels("mma", Requires(capability=(8, 0)))
+# The same on Turing, whose tensor cores read no bfloat16.
+TURING_CONV_KERNELS = _kernels(
+    "mma_k8", Requires(capability=(7, 5), feature_dtypes=frozenset({torch.float16}))
+)
