@@ -156,17 +156,22 @@ def parse(config: str) -> tuple[Form, Tile, bool]:
     raise ValueError(f"{config!r} is no configuration: expected a form and a tile of {_TILES}")
 
 
+# Narrower blocks read each pixel too often to be tried beside a wide one.
+_WIDE = 64
+
+
 def configs(form: Form, out_channels: int) -> list[str]:
-    """Configurations of `form` for a layer, best first: of the tiles that waste the fewest output
-    channels the widest, which read each pixel least often. None where two dimensions would not
-    pay: they are for the wide layers."""
+    """Configurations of `form` for a layer, the most promising first: of the tiles that waste the
+    fewest output channels the widest, up to three. Two dimensions are for the wide layers alone."""
     tiles = list(_TILES[form].values())
     wasted = {tile: -out_channels % tile.block for tile in tiles}
     fitting = [tile for tile in tiles if wasted[tile] == min(wasted.values())]
-    block = max(tile.block for tile in fitting)
+    widest = max(tile.block for tile in fitting)
     if form == "winograd2d" and wasted[fitting[0]]:
         return []
-    return [f"{form}_{tile.name}" for tile in fitting if tile.block == block]
+    tried = [tile for tile in fitting if tile.block >= min(widest, _WIDE)]
+    tried.sort(key=lambda tile: -tile.block)
+    return [f"{form}_{tile.name}" for tile in tried[:3]]
 
 
 def half_sums(names: list[str]) -> list[str]:

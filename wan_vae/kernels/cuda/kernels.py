@@ -16,7 +16,7 @@ from ..kernel import BuildError, Family, Kernel, Requires
 from ..weights import fold_upsample, norm_scale
 from . import conv3x3_mma, conv3x3_wgmma, driver
 from .layers import OPERAND, CudaNormConv, CudaUpsample
-from .norm import make_norm
+from .norm import make_norm, norm_program
 from .program import Program, build
 
 _LARGEST = torch.finfo(OPERAND).max
@@ -68,7 +68,9 @@ class NormConvWgmma(_Wgmma):
 
     def build(self, problem: NormConvProblem, config: str, device: Device) -> None:
         """See `Kernel`."""
-        self._build(_variant(problem, config), device)
+        variant = _variant(problem, config)
+        self._build(variant, device)
+        build(_norm_of(problem, variant, device))
 
     def prepare(
         self, weights: LayerWeights, problem: NormConvProblem, config: str, device: Device
@@ -78,7 +80,7 @@ class NormConvWgmma(_Wgmma):
         packed = conv3x3_wgmma.pack(weights.weight, variant)
         conv = partial(conv3x3_wgmma.conv3x3, packed=packed, bias=bias, variant=variant)
         norm = make_norm(device.machine_code)
-        return CudaNormConv(self.name, config, scale, norm, conv, variant.taps, variant.winograd)
+        return CudaNormConv(self.name, config, scale, norm, conv, variant.taps, variant.is_pairs)
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,13 @@ class NormConvMma(_Mma):
             # Fewer products and cheaper ones, before what is best where products are fast.
             fewer = conv3x3_mma.configs("winograd2d", problem.out_channels)
             halves = conv3x3_mma.half_sums(names)
-            names = [*(fewer if form == "winograd" else ()), *halves[:1], *names[:1]]
+            names = [*(fewer[:1] if form == "winograd" else ()), *halves[:1], *names[:1]]
         return self._fitting(names, problem, device)
+
+    def build(self, problem: NormConvProblem | HeadProblem, config: str, device: Device) -> None:
+        """See `Kernel`."""
+        super().build(problem, config, device)
+        build(_norm_of(problem, self.variant(problem, config, device), device))
 
     def prepare(
         self,
@@ -230,6 +237,18 @@ def _form(problem: NormConvProblem | HeadProblem) -> conv3x3_mma.Form:
         return "direct1"
     # Where a latent frame is one frame there are no pairs.
     return "winograd" if problem.frames > 1 else "direct3"
+
+
+def _norm_of(
+    problem: NormConvProblem | HeadProblem,
+    variant: conv3x3_mma.Variant | conv3x3_wgmma.Variant,
+    device: Device,
+) -> Program:
+    """The norm that writes the operand."""
+    past = variant.taps - 1
+    return norm_program(
+        problem.in_channels, problem.feature_dtype, past, variant.is_pairs, device.machine_code
+    )
 
 
 def _behind_norm(weights: LayerWeights) -> tuple[torch.Tensor, torch.Tensor]:
