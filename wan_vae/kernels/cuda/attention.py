@@ -243,7 +243,7 @@ def _variant(problem: AttentionProblem, config: str) -> Variant:
 
 _USED = MappingProxyType(dict.fromkeys(("norm", "conv2d", "attention"), "cuda"))
 _REQUIRES = Requires(
-    capability=(8, 0),
+    capability=(7, 5),
     in_multiple=16,
     out_channels=(1, _MOST_CHANNELS),
     largest_operand=torch.finfo(OPERAND).max,
