@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ _TURING_HEAD = Requires(capability=(7, 5), in_multiple=8, largest_operand=_LARGE
 
 
 @dataclass(frozen=True)
-class _CudaKernel:
+class _CudaKernel(ABC):
     """What all of them have in common. `used`: see `Kernel`."""
 
     name: str
@@ -42,6 +43,15 @@ class _CudaKernel:
     family: str = "cuda"
     build_failures: tuple[type[Exception], ...] = (BuildError,)
 
+    @abstractmethod
+    def programs(self, problem: Any, config: str, device: Device) -> tuple[Program, ...]:
+        """See `CompiledKernel`."""
+
+    def build(self, problem: Any, config: str, device: Device) -> None:
+        """See `Kernel`."""
+        for program in self.programs(problem, config, device):
+            build(program)
+
 
 # -- Hopper ----------------------------------------------------------------------------------------
 
@@ -50,12 +60,13 @@ class _CudaKernel:
 class _Wgmma(_CudaKernel):
     """Machine code for compute capability 9.0 itself, which no other card can imitate."""
 
-    def _build(self, variant: conv3x3_wgmma.Variant, device: Device) -> None:
+    def build(self, problem: Any, config: str, device: Device) -> None:
+        """See `Kernel`."""
         if device.machine_code != "sm_90":
             raise BuildError(f"its machine code is for compute capability 9.0, {device.spoken}")
         if not driver.has_tensor_maps():
             raise BuildError("needs a driver of CUDA 12 or later")
-        build(conv3x3_wgmma.program(variant))
+        super().build(problem, config, device)
 
 
 @dataclass(frozen=True)
@@ -66,11 +77,12 @@ class NormConvWgmma(_Wgmma):
         """See `Kernel`."""
         return (_form(problem),)
 
-    def build(self, problem: NormConvProblem, config: str, device: Device) -> None:
-        """See `Kernel`."""
+    def programs(
+        self, problem: NormConvProblem, config: str, device: Device
+    ) -> tuple[Program, ...]:
+        """The convolution, and the norm that writes its operand."""
         variant = _variant(problem, config)
-        self._build(variant, device)
-        build(_norm_of(problem, variant, device))
+        return conv3x3_wgmma.program(variant), _norm_of(problem, variant, device)
 
     def prepare(
         self, weights: LayerWeights, problem: NormConvProblem, config: str, device: Device
@@ -91,9 +103,11 @@ class UpsampleWgmma(_Wgmma):
         """See `Kernel`."""
         return ("doubled",)
 
-    def build(self, problem: UpsampleProblem, config: str, device: Device) -> None:
-        """See `Kernel`."""
-        self._build(_doubled(problem), device)
+    def programs(
+        self, problem: UpsampleProblem, config: str, device: Device
+    ) -> tuple[Program, ...]:
+        """The convolution."""
+        return (conv3x3_wgmma.program(_doubled(problem)),)
 
     def prepare(
         self, weights: LayerWeights, problem: UpsampleProblem, config: str, device: Device
@@ -133,7 +147,7 @@ class _Mma(_CudaKernel):
         return [
             name
             for name in names
-            if self.program(problem, name, device).shared_bytes <= device.shared_bytes
+            if self._conv(problem, name, device).shared_bytes <= device.shared_bytes
         ]
 
     def variant(self, problem: Any, config: str, device: Device) -> conv3x3_mma.Variant:
@@ -150,13 +164,12 @@ class _Mma(_CudaKernel):
             half_sums,
         )
 
-    def program(self, problem: Any, config: str, device: Device) -> Program:
-        """The same, as a program."""
-        return conv3x3_mma.program(self.variant(problem, config, device))
+    def programs(self, problem: Any, config: str, device: Device) -> tuple[Program, ...]:
+        """The convolution."""
+        return (self._conv(problem, config, device),)
 
-    def build(self, problem: Any, config: str, device: Device) -> None:
-        """See `Kernel`."""
-        build(self.program(problem, config, device))
+    def _conv(self, problem: Any, config: str, device: Device) -> Program:
+        return conv3x3_mma.program(self.variant(problem, config, device))
 
 
 @dataclass(frozen=True)
@@ -176,10 +189,12 @@ class NormConvMma(_Mma):
             names = [*(fewer[:1] if form == "winograd" else ()), *halves[:1], *names[:1]]
         return self._fitting(names, problem, device)
 
-    def build(self, problem: NormConvProblem | HeadProblem, config: str, device: Device) -> None:
-        """See `Kernel`."""
-        super().build(problem, config, device)
-        build(_norm_of(problem, self.variant(problem, config, device), device))
+    def programs(
+        self, problem: NormConvProblem | HeadProblem, config: str, device: Device
+    ) -> tuple[Program, ...]:
+        """The convolution, and the norm that writes its operand."""
+        variant = self.variant(problem, config, device)
+        return conv3x3_mma.program(variant), _norm_of(problem, variant, device)
 
     def prepare(
         self,

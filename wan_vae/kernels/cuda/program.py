@@ -6,10 +6,12 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
 from ..cache_folder import cache_folder
+from ..device import Device
 from ..kernel import BuildError
 from .driver import Argument, Function, compile_source
 
@@ -41,6 +43,18 @@ class Program:
     def source(self) -> str:
         """What is compiled."""
         return f"{self.header}\n{_numbered(self.file)}"
+
+
+P = TypeVar("P", contravariant=True)
+
+
+@runtime_checkable
+class CompiledKernel(Protocol[P]):
+    """A kernel of this family: besides what `Kernel` asks, it names what it compiles."""
+
+    def programs(self, problem: P, config: str, device: Device) -> tuple[Program, ...]:
+        """What `Kernel.build` compiles, no more and no less."""
+        ...
 
 
 def _numbered(name: str) -> str:
