@@ -8,7 +8,7 @@ which other queries its program holds: shards that decode some rows get the bits
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from ctypes import c_float, c_int, c_void_p
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from ...ops.opset import CallSize, Workspace
-from ...ops.problem import AttentionProblem, LayerWeights, Operation
+from ...ops.problem import AttentionProblem, LayerWeights
 from ..device import Device
-from ..kernel import BuildError, FusedNorm, Kernel, NormCall, Requires
+from ..kernel import FusedNorm, Kernel, NormCall, Requires
 from ..weights import norm_scale
-from .conv_layers import CudaConv, build_pointwise, pointwise
-from .norm import make_norm
-from .program import Program, build, launch
+from .base import CudaKernel
+from .conv_layers import CudaConv, pointwise, pointwise_program
+from .norm import make_norm, norm_program
+from .program import Program, launch
 
 OPERAND = torch.float16
 _LOG2_E = 1.4426950408889634
@@ -194,27 +195,25 @@ class CudaAttention:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """Attention. A configuration is the tile's name. `used`: see `Kernel`."""
-
-    operation: Operation
-    requires: Requires
-    used: Mapping[str, str]
-    name: str = "mma"
-    family: str = "cuda"
-    build_failures: tuple[type[Exception], ...] = (BuildError,)
+class Attention(CudaKernel):
+    """Attention. A configuration is the tile's name."""
 
     def candidates(self, problem: AttentionProblem, device: Device) -> Sequence[str]:
         """See `Kernel`."""
         variants = [Variant(problem.channels, tile) for tile in tiles_for(problem.channels)]
         return [v.tile.name for v in variants if v.shared_bytes <= device.shared_bytes]
 
-    def build(self, problem: AttentionProblem, config: str, device: Device) -> None:
-        """See `Kernel`."""
+    def programs(
+        self, problem: AttentionProblem, config: str, device: Device
+    ) -> tuple[Program, ...]:
+        """See `CompiledKernel`."""
         c, code = problem.channels, device.machine_code
-        build(program(_variant(problem, config), code))
-        build_pointwise(c, 3 * c, OPERAND, code)
-        build_pointwise(c, c, problem.feature_dtype, code)
+        return (
+            program(_variant(problem, config), code),
+            pointwise_program(c, 3 * c, OPERAND, code),
+            pointwise_program(c, c, problem.feature_dtype, code),
+            norm_program(c, problem.feature_dtype, 0, False, code, silu=False),
+        )
 
     def prepare(
         self, weights: LayerWeights, problem: AttentionProblem, config: str, device: Device
@@ -249,4 +248,4 @@ _REQUIRES = Requires(
     largest_operand=torch.finfo(OPERAND).max,
 )
 
-ATTENTION_KERNELS: tuple[Kernel[Any, Any], ...] = (Attention("attention", _REQUIRES, _USED),)
+ATTENTION_KERNELS: tuple[Kernel[Any, Any], ...] = (Attention("mma", "attention", _REQUIRES, _USED),)

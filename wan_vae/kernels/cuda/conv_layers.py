@@ -17,13 +17,14 @@ import torch
 from ... import layout
 from ...layout import LayoutCounter
 from ...ops.opset import CallSize, HaloRows, Workspace
-from ...ops.problem import ConvProblem, HeadProblem, LayerWeights, Operation, StridedProblem
+from ...ops.problem import ConvProblem, HeadProblem, LayerWeights, StridedProblem
 from ..device import Device
-from ..kernel import BuildError, FusedNorm, Kernel, NormCall, Requires
+from ..kernel import FusedNorm, Kernel, NormCall, Requires
 from ..weights import CHANNELS, filled_channels, fit_channels, norm_scale
+from .base import CudaKernel
 from .conv import BLOCKS, FLOAT32_BLOCK, Call, Variant, conv, pack, program
-from .norm import make_norm
-from .program import build
+from .norm import make_norm, norm_program
+from .program import Program
 
 # Operands behind a norm.
 OPERAND = torch.float16
@@ -165,19 +166,19 @@ class CudaWideHead(_Layer):
 def pointwise(weight: torch.Tensor, out_dtype: torch.dtype, machine_code: str) -> CudaConv:
     """A 1x1 convolution [O, C, 1, 1] of float16, as attention has two.
 
-    machine_code: see `Device.machine_code`; `build_pointwise` compiles for it.
+    machine_code: see `Device.machine_code`; `pointwise_program` is compiled for it.
     """
     variant = _pointwise(weight.shape[1], weight.shape[0], out_dtype)
     packed = pack(weight[:, :, None], variant)
     is_copied = variant.cin != weight.shape[1]
-    return CudaConv("mma", _name(variant.block), variant, packed, machine_code, is_copied)
+    return CudaConv("gemm", _name(variant.block), variant, packed, machine_code, is_copied)
 
 
-def build_pointwise(
+def pointwise_program(
     in_channels: int, out_channels: int, out_dtype: torch.dtype, machine_code: str
-) -> None:
-    """Compile what `pointwise` launches. Raises BuildError."""
-    build(program(_pointwise(in_channels, out_channels, out_dtype), machine_code))
+) -> Program:
+    """What `pointwise` launches."""
+    return program(_pointwise(in_channels, out_channels, out_dtype), machine_code)
 
 
 def _pointwise(in_channels: int, out_channels: int, out_dtype: torch.dtype) -> Variant:
@@ -216,19 +217,7 @@ def _block(config: str) -> int:
 
 
 @dataclass(frozen=True)
-class _ConvKernel:
-    """What all of them have in common. `used`: see `Kernel`."""
-
-    operation: Operation
-    requires: Requires
-    used: Mapping[str, str]
-    name: str
-    family: str = "cuda"
-    build_failures: tuple[type[Exception], ...] = (BuildError,)
-
-
-@dataclass(frozen=True)
-class Conv(_ConvKernel):
+class Conv(CudaKernel):
     """Convolutions alone."""
 
     def candidates(self, problem: ConvProblem, device: Device) -> Sequence[str]:
@@ -237,9 +226,9 @@ class Conv(_ConvKernel):
             return (_name(FLOAT32_BLOCK),)
         return tuple(map(_name, blocks_for(problem.out_channels)))
 
-    def build(self, problem: ConvProblem, config: str, device: Device) -> None:
-        """See `Kernel`."""
-        build(program(self._variant(problem, config), device.machine_code))
+    def programs(self, problem: ConvProblem, config: str, device: Device) -> tuple[Program, ...]:
+        """See `CompiledKernel`."""
+        return (program(self._variant(problem, config), device.machine_code),)
 
     def prepare(
         self, weights: LayerWeights, problem: ConvProblem, config: str, device: Device
@@ -264,16 +253,16 @@ class Conv(_ConvKernel):
 
 
 @dataclass(frozen=True)
-class StridedConv(_ConvKernel):
+class StridedConv(CudaKernel):
     """Down-samplers."""
 
     def candidates(self, problem: StridedProblem, device: Device) -> Sequence[str]:
         """See `Kernel`."""
         return tuple(map(_name, blocks_for(problem.out_channels)))
 
-    def build(self, problem: StridedProblem, config: str, device: Device) -> None:
-        """See `Kernel`."""
-        build(program(self._variant(problem, config), device.machine_code))
+    def programs(self, problem: StridedProblem, config: str, device: Device) -> tuple[Program, ...]:
+        """See `CompiledKernel`."""
+        return (program(self._variant(problem, config), device.machine_code),)
 
     def prepare(
         self, weights: LayerWeights, problem: StridedProblem, config: str, device: Device
@@ -297,16 +286,18 @@ class StridedConv(_ConvKernel):
 
 
 @dataclass(frozen=True)
-class WideHead(_ConvKernel):
+class WideHead(CudaKernel):
     """Heads of many output channels, behind norm and SiLU."""
 
     def candidates(self, problem: HeadProblem, device: Device) -> Sequence[str]:
         """See `Kernel`."""
         return tuple(map(_name, blocks_for(problem.out_channels)))
 
-    def build(self, problem: HeadProblem, config: str, device: Device) -> None:
-        """See `Kernel`."""
-        build(program(self._variant(problem, config), device.machine_code))
+    def programs(self, problem: HeadProblem, config: str, device: Device) -> tuple[Program, ...]:
+        """See `CompiledKernel`."""
+        code, past = device.machine_code, 0 if problem.only_frame else 2
+        norm = norm_program(problem.in_channels, problem.feature_dtype, past, False, code)
+        return program(self._variant(problem, config), code), norm
 
     def prepare(
         self, weights: LayerWeights, problem: HeadProblem, config: str, device: Device
@@ -335,23 +326,16 @@ def _used(*operations: str) -> Mapping[str, str]:
     return MappingProxyType(dict.fromkeys(operations, "cuda"))
 
 
-def _kernels(name: str, card: Requires) -> tuple[Kernel[Any, Any], ...]:
-    """All of them, for the cards of `card`."""
-    head = replace(
-        card,
-        in_multiple=CHANNELS,
-        out_channels=(_WIDE, 1 << 30),
-        largest_operand=torch.finfo(OPERAND).max,
-    )
-    return (
-        Conv("conv3d", card, _used("conv3d"), name),
-        StridedConv("strided_conv", card, _used("conv2d"), name),
-        WideHead("head", head, _used("conv3d", "norm_silu"), name),
-    )
+_CARD = Requires(capability=(7, 5))
+_HEAD = replace(
+    _CARD,
+    in_multiple=CHANNELS,
+    out_channels=(_WIDE, 1 << 30),
+    largest_operand=torch.finfo(OPERAND).max,
+)
 
-
-CONV_KERNELS = _kernels("mma", Requires(capability=(8, 0)))
-# The same on Turing, whose tensor cores read no bfloat16.
-TURING_CONV_KERNELS = _kernels(
-    "mma_k8", Requires(capability=(7, 5), feature_dtypes=frozenset({torch.float16}))
+CONV_KERNELS: tuple[Kernel[Any, Any], ...] = (
+    Conv("gemm", "conv3d", _CARD, _used("conv3d")),
+    StridedConv("gemm", "strided_conv", _CARD, _used("conv2d")),
+    WideHead("gemm", "head", _HEAD, _used("conv3d", "norm_silu")),
 )
