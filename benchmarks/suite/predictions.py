@@ -1,5 +1,5 @@
-"""A decode on paper: the products that our kernels do, the bytes that they move, and how long a card
-that we do not have takes for them.
+"""A decode on paper: the products that our kernels do, the bytes that they move, and how long a
+card that we do not have takes for them.
 
 Products and bytes are counted from the layers of the network (tests hold them to the memory plan's
 walk). The rates of a card are its maker's, and the shares of them that a kernel reaches were
@@ -104,6 +104,21 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What one kernel does in a whole decode.
+
+    flops: of the products that are really done, a multiply-add being two. moved_bytes: read and
+    written. half_sums: as in `Share`.
+    """
+
+    name: str
+    form: Form
+    flops: int
+    moved_bytes: int
+    half_sums: bool = False
+
+
+@dataclass(frozen=True)
 class Model:
     """How near to a card's rates a kernel comes. memory_share: of the memory's bandwidth."""
 
@@ -130,23 +145,8 @@ class Model:
         return sum(self.work_ms(work, card) for work in decode_work(case, way))
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one kernel does in a whole decode.
-
-    flops: of the products that are really done, a multiply-add being two. moved_bytes: read and
-    written. half_sums: as in `Share`.
-    """
-
-    name: str
-    form: Form
-    flops: int
-    moved_bytes: int
-    half_sums: bool = False
-
-
 def decode_layers(case: Case) -> Iterator[tuple[LayerSite, CallSize]]:
-    """The layers of a decode of `case` in order, each with the size of its input over all frames."""
+    """The layers of a decode of `case` in order, with the size of their input over all frames."""
     with torch.device("meta"):
         model = WanVAEModel(case.config).to(torch.bfloat16)
     batch, _, frames, rows, cols = case.latent
