@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 
 from ...ops.problem import LayerWeights, NormConvProblem, Operation, UpsampleProblem
+from ..bounds import Bound
 from ..device import Device
 from ..kernel import BuildError, Family, FusedNorm, Requires
 from ..weights import fold_upsample, norm_scale
@@ -36,6 +37,10 @@ class _CudaKernel:
     name: str = "wgmma"
     family: str = "cuda"
     build_failures: tuple[type[Exception], ...] = (BuildError,)
+
+    def bound(self, weights: LayerWeights, problem: object, config: str) -> Bound | None:
+        """See `Kernel`. Sums are float32."""
+        return None
 
     def _build(self, variant: Variant, device: Device) -> None:
         if device.machine_code != "sm_90":
