@@ -188,6 +188,8 @@ class ReportBuilder:
         self.latent_shape: tuple[int, ...] | None = None
         self.pixel_shape: tuple[int, ...] | None = None
         self.precision_requested = "auto"
+        # What the device behaves as, in words, if not as itself.
+        self.imitation: str | None = None
         self.strips = 1
         self.plan: dict[str, object] | None = None
         self.layout: dict[str, Any] = {}
@@ -206,13 +208,14 @@ class ReportBuilder:
     def build(self, status: str, error: str | None = None) -> DecodeReport:
         """Make a report of what is known now. `duration_ms` counts from the builder's creation."""
         seconds = time.perf_counter() - self._started
+        name = device_name(self.device)
         return DecodeReport(
             operation=self.operation,
             status=status,
             error=error,
             config=self.config,
             device=str(self.device),
-            device_name=device_name(self.device),
+            device_name=name if self.imitation is None else f"{name} {self.imitation}",
             dtype=str(self.dtype).removeprefix("torch."),
             layout=LayoutRecord(**self.layout),
             memory=MemoryRecord(**self.memory),

@@ -20,8 +20,8 @@ from ..errors import WanVAEError, first_line
 from ..kernels.cache_folder import cache_folder
 from ..kernels.proof.cache import ProofCache, environment
 from ..network.model import WanVAEModel
-from ..options import Backend, Part
-from ..runs.kernel_choice import own_modules, select_ops, unavailable_reason
+from ..options import Part
+from ..runs.kernel_choice import OpsRequest, own_modules, select_ops, unavailable_reason
 
 # Shapes of the real decoder's layers, small in space: (in, out, kernel, frames, rows, columns).
 _LAYERS = (
@@ -121,14 +121,10 @@ def known_faults() -> list[str]:
 
 def check_kernels(device: torch.device) -> list[str]:
     """Prove the kernels for the layers of both full-width models; one line for each finding."""
-    reason = unavailable_reason("triton", device, torch.bfloat16)
+    reason = unavailable_reason("cuda", device, torch.bfloat16)
     if reason is not None:
         return [f"kernels: off ({reason})"]
     lines: list[str] = []
-    requested: Backend = "cuda"
-    reason = unavailable_reason(requested, device, torch.bfloat16)
-    if reason is not None:
-        lines, requested = [f"kernels in CUDA C++: off ({reason})"], "triton"
     proofs = ProofCache(environment(device), cache_folder())
     for config in (wan21(), wan22()):
         for only_frame in (False, True):
@@ -136,7 +132,8 @@ def check_kernels(device: torch.device) -> list[str]:
                 model = WanVAEModel(config).to(torch.bfloat16)
             layout.pack_weights(model, "channels_last_3d")
             for part in get_args(Part):
-                ops = select_ops(requested, model, only_frame, lambda: proofs, part=part)
+                request = OpsRequest("cuda", model, only_frame, part)
+                ops = select_ops(request, lambda: proofs)
                 weights = [
                     p
                     for module in own_modules(model, part)
