@@ -24,7 +24,9 @@ class LayerRecord:
     """One convolution: native name, operation, shape of its weight, format and backend.
 
     `format`: memory format of the weight as used (contiguous, channels_last_3d, either, other).
-    `backend`: what runs this layer.
+    `backend`: what runs this layer. `kernel`: which of its kernels in which configuration; empty
+    for eager. `gain`: how many times faster than eager it was when it was chosen on this card; None
+    if that was not measured, or eager runs it.
     """
 
     name: str
@@ -32,6 +34,9 @@ class LayerRecord:
     shape: tuple[int, ...]
     format: str
     backend: str
+    kernel: str = ""
+    # A measurement, no part of what was chosen.
+    gain: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

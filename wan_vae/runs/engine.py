@@ -329,12 +329,15 @@ def layer_records(
             op="conv3d" if p.ndim == 5 else "conv2d",
             shape=tuple(p.shape),
             format=layout.detect(p),
-            backend=ops.backend_of(p),
+            backend="eager" if choice is None else choice.family,
+            kernel="" if choice is None else f"{choice.kernel} {choice.config}",
+            gain=None if choice is None else choice.gain,
         )
         for part in parts
         if (module := getattr(model, part)) is not None
         for name, p in module.named_parameters()
         if name.endswith("weight") and p.ndim in (4, 5)
+        for choice in (ops.choice_of(p),)
     )
 
 
