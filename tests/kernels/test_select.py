@@ -358,7 +358,8 @@ def test_a_choice_is_kept_for_the_next_process_and_for_other_layers(monkeypatch,
     assert second.choices == first.choices and second.choices["y"].config == "b"
     # Another list of contenders is another question.
     more = FakeKernel("one", {"a": 1.0, "b": 1.0, "c": 1.0})
-    _, timed = raced(monkeypatch, [more], {"one a": 2.0, "one b": 1.0, EAGER: 9.0}, again, sites)
+    times = {"one a": 2.0, "one b": 1.0, "one c": 3.0, EAGER: 9.0}
+    _, timed = raced(monkeypatch, [more], times, again, sites)
     assert timed
 
 
@@ -419,8 +420,8 @@ def wrong_with_halo_rows(wrong: str) -> Callable[..., Verdict]:
 
 
 def test_no_more_than_a_few_are_timed_and_nothing_more_when_time_is_up(monkeypatch, proofs):
-    many = FakeKernel("one", dict.fromkeys("abcd", 1.0))
-    others = FakeKernel("two", dict.fromkeys("ab", 1.0))
+    many = FakeKernel("one", dict.fromkeys("ab", 1.0))
+    others = FakeKernel("two", dict.fromkeys("abcd", 1.0))
     times = dict.fromkeys(["one a", "one b", "two a", EAGER], 1.0)
     ops, timed = raced(monkeypatch, [many, others], times, proofs)
     assert set(timed) == times.keys() and ops.choices["x"].config == "a"
