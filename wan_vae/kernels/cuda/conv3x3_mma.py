@@ -20,7 +20,8 @@ from ...errors import LayoutError
 from .driver import Argument
 from .program import Program, launch_persistent
 
-# winograd: along time; winograd2d: along time and rows.
+# winograd: along time; winograd2d: along time and rows, which no layer is given: see
+# conv3x3_mma_2d.cu.
 Form = Literal["direct1", "direct3", "winograd", "doubled", "winograd2d"]
 _NUMBERS: dict[Form, int] = {
     "direct1": 0,

@@ -11,6 +11,11 @@
 // A step: KC = 16 channels of a halo tile and the weights of three columns of taps, a pass's two
 // products each; a ring of STAGES.
 //
+// No layer is given this form yet. The second change of basis rounds both rows of a pair together, so
+// a row's last bits depend on all four rows that its pair reads. A shard has them; a strip, whose
+// halo counts one row for each convolution, has not, and would lose promise 2. Sums in float16 save
+// more on the cards that this is for.
+//
 // The sum of an output pixel runs over (frame and pass, 16 channels, columns of taps), wherever it is.
 // HALF_SUMS: the products of PROMOTE steps, 48 each, are summed in float16, then added in float32.
 //

@@ -166,11 +166,9 @@ class NormConvMma(_Mma):
             form = "direct3"  # few channels come out: reading is the cost, not multiplying
         names = conv3x3_mma.configs(form, problem.out_channels)
         if device.has_slow_float32_sums and problem.operation == "norm_conv3d":
-            # Fewer products, and cheaper ones, before what is best where products are fast.
-            fewer = conv3x3_mma.configs("winograd2d", problem.out_channels)
-            fewer = fewer if form == "winograd" else []
-            halves = conv3x3_mma.half_sums(names)[:1] + conv3x3_mma.half_sums(fewer)[:1]
-            names = [*fewer[:1], *halves, *names[:1]]
+            # Cheaper products before what is best where all are fast. "winograd2d" is not among
+            # them: see conv3x3_mma_2d.cu.
+            names = [*conv3x3_mma.half_sums(names)[:1], *names[:2]]
         return self._fitting(names, problem, device)
 
     def bound(self, weights: LayerWeights, problem: Any, config: str) -> Bound | None:
