@@ -20,6 +20,8 @@ constexpr int kBlocks = (COUT + BN - 1) / BN;
 constexpr int kA = kM * 64, kB = BN * 64, kStage = kA + kB;
 constexpr int kBiasAt = kStages * kStage;
 constexpr int kOut = OUT == 2 ? 4 : 2;  // bytes of a result
+// The frame is one row, without padding.
+constexpr bool kIsRow = KH * KW == 1 && SY == 1 && SX == 1;
 static_assert(kPixel % 32 == 0 && KH * KW <= 32, "");
 
 // Where vector `v` of 16 bytes stands in row `row` of 64: no bank conflict for rows side by side.
@@ -250,6 +252,15 @@ struct Sums {
 
 #endif
 
+// The place of an output pixel's first tap.
+struct Place {
+  int y, x;
+  INLINE Place(int pixel, int width, int pad_y, int pad_x) {
+    y = kIsRow ? 0 : pixel / width * SY - pad_y;
+    x = kIsRow ? pixel : pixel % width * SX - pad_x;
+  }
+};
+
 // x [clips * frames_in, h, w, CIN]; out [clips * frames, height, width, COUT]; bias [COUT] of
 // `bias_type` as OUT, or none if negative. pad_y, pad_x: zero rows above and columns on the left;
 // what is read beyond the last ones is zero too. first: temporal taps that are left out, 0 or
@@ -275,26 +286,25 @@ conv(const char* RESTRICT x, const char* RESTRICT weights, const void* RESTRICT 
   // A thread copies vector tid % 4 of every kThreads / 4-th pixel.
   constexpr int kTurns = kM * 4 / kThreads, kApart = kThreads / 4;
   const int vec = tid % 4, row = tid / 4;
-  const int y0 = start / width * SY - pad_y, x0 = start % width * SX - pad_x;
-  int away[kTurns];  // from the tile's first pixel, in vectors
+  const Place corner(start, width, pad_y, pad_x);
+  int away[kTurns];    // from the tile's first pixel, in vectors
   u32 inside[kTurns];  // a bit for each tap of a frame
 #pragma unroll
   for (int i = 0; i < kTurns; ++i) {
     const int pixel = start + row + i * kApart;
-    const int y = pixel / width * SY - pad_y, x = pixel % width * SX - pad_x;
-    away[i] = ((y - y0) * w + x - x0) * (kPixel / 16);
+    const Place place(pixel, width, pad_y, pad_x);
+    away[i] = ((place.y - corner.y) * w + place.x - corner.x) * (kPixel / 16);
     inside[i] = 0;
 #pragma unroll
     for (int tap = 0; tap < KH * KW; ++tap) {
-      const int ty = y + tap / KW, tx = x + tap % KW;
-      const bool in = pixel < pixels && static_cast<u32>(ty) < static_cast<u32>(h) &&
-                      static_cast<u32>(tx) < static_cast<u32>(w);
+      const u32 y = place.y + tap / KW, x = place.x + tap % KW;
+      const bool in = pixel < pixels && (kIsRow || (y < static_cast<u32>(h) && x < static_cast<u32>(w)));
       inside[i] |= static_cast<u32>(in) << tap;
     }
   }
   const long long frame_in = static_cast<long long>(frame / frames) * frames_in + frame % frames * ST;
   Cursor cursor;
-  cursor.from = x + ((frame_in * h + y0) * w + x0) * kPixel + vec % 2 * 16;
+  cursor.from = x + ((frame_in * h + corner.y) * w + corner.x) * kPixel + vec % 2 * 16;
   cursor.unit = cursor.tap = cursor.kx = 0;
   cursor.t = first;
   cursor.next_row = static_cast<long long>(w - KW) * kPixel;

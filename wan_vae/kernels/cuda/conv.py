@@ -143,8 +143,10 @@ def conv(call: Call, variant: Variant, machine_code: str) -> torch.Tensor:
     out = torch.empty((b, frames, *made, variant.cout), dtype=variant.out, device=x.device)
 
     sizes = [b, frames_in, frames, *plane, *made]
-    if kernel == stride == [1, 1] and padded == plane:
+    if kernel == stride == [1, 1]:
         # A plane is a row, and if frames do not meet, all of them are one.
+        if padded != plane:
+            raise LayoutError(f"a kernel of one pixel with padding {call.padding}, {after}")
         row = plane[0] * plane[1]
         sizes = [b, frames_in, frames, 1, row, 1, row]
         if kt == st == 1:

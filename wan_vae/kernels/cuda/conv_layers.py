@@ -17,13 +17,14 @@ import torch
 from ... import layout
 from ...layout import LayoutCounter
 from ...ops.opset import CallSize, HaloRows, Workspace
-from ...ops.problem import ConvProblem, HeadProblem, LayerWeights, Operation, StridedProblem
+from ...ops.problem import ConvProblem, HeadProblem, LayerWeights, StridedProblem
 from ..device import Device
-from ..kernel import BuildError, FusedNorm, Kernel, NormCall, Requires
-from ..weights import filled_channels, fit_channels, norm_scale
+from ..kernel import FusedNorm, Kernel, NormCall, Requires
+from ..weights import CHANNELS, filled_channels, fit_channels, norm_scale
+from .base import CudaKernel
 from .conv import BLOCKS, FLOAT32_BLOCK, Call, Variant, conv, pack, program
-from .norm import make_norm
-from .program import Program, build
+from .norm import make_norm, norm_program
+from .program import Program
 
 # Operands behind a norm.
 OPERAND = torch.float16
@@ -137,8 +138,8 @@ class CudaWideHead(_Layer):
         halo: HaloRows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `FusedConv`."""
-        past, cin = 0 if only_frame else 2, self.variant.cin
-        call = NormCall(x, self.scale, history, past, keep, OPERAND, True, overwrite, halo, cin)
+        past = 0 if only_frame else 2
+        call = NormCall(x, self.scale, history, past, keep, OPERAND, True, overwrite, halo)
         return self.norm.join(call)
 
     def convolve(
@@ -165,12 +166,12 @@ class CudaWideHead(_Layer):
 def pointwise(weight: torch.Tensor, out_dtype: torch.dtype, machine_code: str) -> CudaConv:
     """A 1x1 convolution [O, C, 1, 1] of float16, as attention has two.
 
-    machine_code: see `Device.machine_code`; `build_pointwise` compiles for it.
+    machine_code: see `Device.machine_code`; `pointwise_program` is compiled for it.
     """
     variant = _pointwise(weight.shape[1], weight.shape[0], out_dtype)
     packed = pack(weight[:, :, None], variant)
     is_copied = variant.cin != weight.shape[1]
-    return CudaConv("mma", _name(variant.block), variant, packed, machine_code, is_copied)
+    return CudaConv("gemm", _name(variant.block), variant, packed, machine_code, is_copied)
 
 
 def pointwise_program(
@@ -178,13 +179,6 @@ def pointwise_program(
 ) -> Program:
     """What `pointwise` launches."""
     return program(_pointwise(in_channels, out_channels, out_dtype), machine_code)
-
-
-def build_pointwise(
-    in_channels: int, out_channels: int, out_dtype: torch.dtype, machine_code: str
-) -> None:
-    """Compile what `pointwise` launches. Raises BuildError."""
-    build(pointwise_program(in_channels, out_channels, out_dtype, machine_code))
 
 
 def _pointwise(in_channels: int, out_channels: int, out_dtype: torch.dtype) -> Variant:
@@ -223,19 +217,7 @@ def _block(config: str) -> int:
 
 
 @dataclass(frozen=True)
-class _ConvKernel:
-    """What all of them have in common. `used`: see `Kernel`."""
-
-    operation: Operation
-    requires: Requires
-    used: Mapping[str, str]
-    name: str = "mma"
-    family: str = "cuda"
-    build_failures: tuple[type[Exception], ...] = (BuildError,)
-
-
-@dataclass(frozen=True)
-class Conv(_ConvKernel):
+class Conv(CudaKernel):
     """Convolutions alone."""
 
     def candidates(self, problem: ConvProblem, device: Device) -> Sequence[str]:
@@ -244,9 +226,9 @@ class Conv(_ConvKernel):
             return (_name(FLOAT32_BLOCK),)
         return tuple(map(_name, blocks_for(problem.out_channels)))
 
-    def build(self, problem: ConvProblem, config: str, device: Device) -> None:
-        """See `Kernel`."""
-        build(program(self._variant(problem, config), device.machine_code))
+    def programs(self, problem: ConvProblem, config: str, device: Device) -> tuple[Program, ...]:
+        """See `CompiledKernel`."""
+        return (program(self._variant(problem, config), device.machine_code),)
 
     def prepare(
         self, weights: LayerWeights, problem: ConvProblem, config: str, device: Device
@@ -271,16 +253,16 @@ class Conv(_ConvKernel):
 
 
 @dataclass(frozen=True)
-class StridedConv(_ConvKernel):
+class StridedConv(CudaKernel):
     """Down-samplers."""
 
     def candidates(self, problem: StridedProblem, device: Device) -> Sequence[str]:
         """See `Kernel`."""
         return tuple(map(_name, blocks_for(problem.out_channels)))
 
-    def build(self, problem: StridedProblem, config: str, device: Device) -> None:
-        """See `Kernel`."""
-        build(program(self._variant(problem, config), device.machine_code))
+    def programs(self, problem: StridedProblem, config: str, device: Device) -> tuple[Program, ...]:
+        """See `CompiledKernel`."""
+        return (program(self._variant(problem, config), device.machine_code),)
 
     def prepare(
         self, weights: LayerWeights, problem: StridedProblem, config: str, device: Device
@@ -304,16 +286,18 @@ class StridedConv(_ConvKernel):
 
 
 @dataclass(frozen=True)
-class WideHead(_ConvKernel):
+class WideHead(CudaKernel):
     """Heads of many output channels, behind norm and SiLU."""
 
     def candidates(self, problem: HeadProblem, device: Device) -> Sequence[str]:
         """See `Kernel`."""
         return tuple(map(_name, blocks_for(problem.out_channels)))
 
-    def build(self, problem: HeadProblem, config: str, device: Device) -> None:
-        """See `Kernel`."""
-        build(program(self._variant(problem, config), device.machine_code))
+    def programs(self, problem: HeadProblem, config: str, device: Device) -> tuple[Program, ...]:
+        """See `CompiledKernel`."""
+        code, past = device.machine_code, 0 if problem.only_frame else 2
+        norm = norm_program(problem.in_channels, problem.feature_dtype, past, False, code)
+        return program(self._variant(problem, config), code), norm
 
     def prepare(
         self, weights: LayerWeights, problem: HeadProblem, config: str, device: Device
@@ -328,7 +312,7 @@ class WideHead(_ConvKernel):
 
     def _variant(self, problem: HeadProblem, config: str) -> Variant:
         return Variant(
-            filled_channels(problem.in_channels),
+            problem.in_channels,
             problem.out_channels,
             problem.kernel,
             _ONE,
@@ -342,15 +326,16 @@ def _used(*operations: str) -> Mapping[str, str]:
     return MappingProxyType(dict.fromkeys(operations, "cuda"))
 
 
-def _kernels(card: Requires) -> tuple[Kernel[Any, Any], ...]:
-    """All of them, for the cards of `card`."""
-    largest = torch.finfo(OPERAND).max
-    wide = replace(card, out_channels=(_WIDE, 1 << 30), largest_operand=largest)
-    return (
-        Conv("conv3d", card, _used("conv3d")),
-        StridedConv("strided_conv", card, _used("conv2d")),
-        WideHead("head", wide, _used("conv3d", "norm_silu")),
-    )
+_CARD = Requires(capability=(7, 5))
+_HEAD = replace(
+    _CARD,
+    in_multiple=CHANNELS,
+    out_channels=(_WIDE, 1 << 30),
+    largest_operand=torch.finfo(OPERAND).max,
+)
 
-
-CONV_KERNELS = _kernels(Requires(capability=(8, 0)))
+CONV_KERNELS: tuple[Kernel[Any, Any], ...] = (
+    Conv("gemm", "conv3d", _CARD, _used("conv3d")),
+    StridedConv("gemm", "strided_conv", _CARD, _used("conv2d")),
+    WideHead("gemm", "head", _HEAD, _used("conv3d", "norm_silu")),
+)

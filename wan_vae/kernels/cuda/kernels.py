@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -11,14 +10,17 @@ from typing import Any
 
 import torch
 
-from ...ops.problem import HeadProblem, LayerWeights, NormConvProblem, Operation, UpsampleProblem
+from ...ops.problem import HeadProblem, LayerWeights, NormConvProblem, UpsampleProblem
 from ..device import Device
 from ..kernel import BuildError, Family, Kernel, Requires
 from ..weights import fold_upsample, norm_scale
 from . import conv3x3_mma, conv3x3_wgmma, driver
+from .attention import ATTENTION_KERNELS
+from .base import CudaKernel
+from .conv_layers import CONV_KERNELS
 from .layers import OPERAND, CudaNormConv, CudaUpsample
 from .norm import make_norm, norm_program
-from .program import Program, build
+from .program import Program
 
 _LARGEST = torch.finfo(OPERAND).max
 # wgmma is Hopper's alone.
@@ -32,32 +34,11 @@ _TURING = Requires(capability=(7, 5), in_multiple=8, out_multiples=(8,), largest
 _TURING_HEAD = Requires(capability=(7, 5), in_multiple=8, largest_operand=_LARGEST)
 
 
-@dataclass(frozen=True)
-class _CudaKernel(ABC):
-    """What all of them have in common. `used`: see `Kernel`."""
-
-    name: str
-    operation: Operation
-    requires: Requires
-    used: Mapping[str, str]
-    family: str = "cuda"
-    build_failures: tuple[type[Exception], ...] = (BuildError,)
-
-    @abstractmethod
-    def programs(self, problem: Any, config: str, device: Device) -> tuple[Program, ...]:
-        """See `CompiledKernel`."""
-
-    def build(self, problem: Any, config: str, device: Device) -> None:
-        """See `Kernel`."""
-        for program in self.programs(problem, config, device):
-            build(program)
-
-
 # -- Hopper ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Wgmma(_CudaKernel):
+class _Wgmma(CudaKernel):
     """Machine code for compute capability 9.0 itself, which no other card can imitate."""
 
     def build(self, problem: Any, config: str, device: Device) -> None:
@@ -139,7 +120,7 @@ def _doubled(problem: UpsampleProblem) -> conv3x3_wgmma.Variant:
 
 
 @dataclass(frozen=True)
-class _Mma(_CudaKernel):
+class _Mma(CudaKernel):
     """conv3x3_mma.cu: a configuration is a form and a tile that the card has shared memory for."""
 
     def _fitting(self, names: Sequence[str], problem: Any, device: Device) -> list[str]:
@@ -295,6 +276,8 @@ KERNELS: tuple[Kernel[Any, Any], ...] = (
     NormConvMma("mma", "head", _TURING_HEAD, _FUSED),
     UpsampleWgmma("wgmma", "upsample_conv2d", _HOPPER, _UP),
     UpsampleMma("mma", "upsample_conv2d", _TURING, _UP),
+    *CONV_KERNELS,
+    *ATTENTION_KERNELS,
 )
 
 
