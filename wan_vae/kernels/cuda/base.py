@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...ops.problem import Operation
+from ...ops.problem import LayerWeights, Operation
+from ..bounds import Bound
 from ..device import Device
 from ..kernel import BuildError, Requires
 from .program import Program, build
@@ -23,6 +24,10 @@ class CudaKernel(ABC):
     used: Mapping[str, str]
     family: str = "cuda"
     build_failures: tuple[type[Exception], ...] = (BuildError,)
+
+    def bound(self, weights: LayerWeights, problem: Any, config: str) -> Bound | None:
+        """See `Kernel`. Sums are float32."""
+        return None
 
     @abstractmethod
     def programs(self, problem: Any, config: str, device: Device) -> tuple[Program, ...]:

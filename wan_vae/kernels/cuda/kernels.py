@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...ops.problem import HeadProblem, LayerWeights, NormConvProblem, UpsampleProblem
+from ..bounds import Bound, float16_sums_bound, winograd_phases
 from ..device import Device
 from ..kernel import BuildError, Family, Kernel, Requires
 from ..weights import fold_upsample, norm_scale
@@ -22,7 +23,8 @@ from .layers import OPERAND, CudaNormConv, CudaUpsample
 from .norm import make_norm, norm_program
 from .program import Program
 
-_LARGEST = torch.finfo(OPERAND).max
+# Winograd's transforms along time and rows make numbers four times as large.
+_LARGEST = torch.finfo(OPERAND).max / 4
 # wgmma is Hopper's alone.
 _HOPPER = Requires(
     features=frozenset({"wgmma"}),
@@ -164,11 +166,27 @@ class NormConvMma(_Mma):
             form = "direct3"  # few channels come out: reading is the cost, not multiplying
         names = conv3x3_mma.configs(form, problem.out_channels)
         if device.has_slow_float32_sums and problem.operation == "norm_conv3d":
-            # Fewer products and cheaper ones, before what is best where products are fast.
+            # Fewer products, and cheaper ones, before what is best where products are fast.
             fewer = conv3x3_mma.configs("winograd2d", problem.out_channels)
-            halves = conv3x3_mma.half_sums(names)
-            names = [*(fewer[:1] if form == "winograd" else ()), *halves[:1], *names[:1]]
+            fewer = fewer if form == "winograd" else []
+            halves = conv3x3_mma.half_sums(names)[:1] + conv3x3_mma.half_sums(fewer)[:1]
+            names = [*fewer[:1], *halves, *names[:1]]
         return self._fitting(names, problem, device)
+
+    def bound(self, weights: LayerWeights, problem: Any, config: str) -> Bound | None:
+        """See `Kernel`: of sums in float16."""
+        form, tile, half_sums = conv3x3_mma.parse(config)
+        if not half_sums or weights.gamma is None:
+            return None
+        taps, channels = weights.weight.detach(), tile.summed_channels
+        if form == "winograd":
+            return float16_sums_bound(weights.gamma, winograd_phases(taps), 2, channels)
+        if form == "winograd2d":
+            # Along rows too, whose taps stand where those of time stood: three columns are left.
+            rows = winograd_phases(taps).flatten(0, 1).unsqueeze(3)
+            return float16_sums_bound(weights.gamma, winograd_phases(rows), 4, channels)
+        taps = taps[:, :, 2:] if form == "direct1" else taps
+        return float16_sums_bound(weights.gamma, taps.permute(2, 0, 1, 3, 4), 1, channels)
 
     def programs(
         self, problem: NormConvProblem | HeadProblem, config: str, device: Device
