@@ -47,6 +47,10 @@ INLINE u32 place(int row, int word) {
   return (row * WORDS + (word ^ (row * kSpan / 8 % kSpan))) * 16;
 }
 
+// The address `words` further in the row of word 0 or 1 at `at`, for an even number and rows of a
+// multiple of eight words.
+INLINE u32 further(u32 at, int words) { return (at ^ (words % 8 * 16)) + words / 8 * 128; }
+
 // Rows of CHANNELS numbers, `step` words of 16 bytes after each other; `count` of them.
 struct Rows {
   const char* first;
@@ -121,10 +125,13 @@ attention(const void* RESTRICT q, const void* RESTRICT k, const void* RESTRICT v
   const int warp_m = warp / WARPS_N, warp_n = warp % WARPS_N;
   const int q0 = blockIdx.x * M;
   // The first row and column of this lane in a tile of sums; its row and word in ldmatrix of a
-  // first operand (or of values), and of keys.
+  // first operand, and of keys.
   const int row = warp_m * MI * 16 + lane / 4, column = lane % 4 * 2;
   const int a_row = warp_m * MI * 16 + lane % 16, a_word = lane / 16;
   const int key_row = warp_n * 16 + lane % 8 + lane / 16 * 8, key_word = lane / 8 % 2;
+  const u32 my_queries = base + place<kFilled / 8>(a_row, a_word);
+  const u32 my_weights = base + kWeightsAt + place<KEYS / 8>(a_row, a_word);
+  const u32 my_keys = place<kKeyChannels / 8>(key_row, key_word);
   const float none = __uint_as_float(0xff800000u);  // -infinity
   float* const partial = reinterpret_cast<float*>(raw + kRowsAt);  // [M][WARPS_N]
 
@@ -153,10 +160,10 @@ attention(const void* RESTRICT q, const void* RESTRICT k, const void* RESTRICT v
         u32 a[MI][4], b[4];
 #pragma unroll
         for (int mi = 0; mi < MI; ++mi) {
-          const int word = slice * (kKeyChannels / 8) + c * 2 + a_word;
-          ldmatrix(a[mi], base + place<kFilled / 8>(a_row + mi * 16, word));
+          const u32 at = further(my_queries, slice * (kKeyChannels / 8) + c * 2);
+          ldmatrix(a[mi], at + mi * 16 * kFilled * 2);
         }
-        ldmatrix(b, from + place<kKeyChannels / 8>(key_row, c * 2 + key_word));
+        ldmatrix(b, from + (my_keys ^ (c * 32)));
 #pragma unroll
         for (int mi = 0; mi < MI; ++mi) {
           mma<Type::half>(s[mi][0], a[mi], b[0], b[1]);
@@ -234,8 +241,8 @@ attention(const void* RESTRICT q, const void* RESTRICT k, const void* RESTRICT v
           if (part == 0) {
 #pragma unroll
             for (int mi = 0; mi < MI; ++mi) {
-              const int word = values / 8 + c * 2 + a_word;
-              ldmatrix(a[c][mi], base + kWeightsAt + place<KEYS / 8>(a_row + mi * 16, word));
+              const u32 at = further(my_weights, values / 8 + c * 2);
+              ldmatrix(a[c][mi], at + mi * 16 * KEYS * 2);
             }
           }
 #pragma unroll
