@@ -110,7 +110,8 @@ def test_all_that_is_tried_in_cuda_fits_every_card(tmp_path):
 
 @pytest.mark.usefixtures("nvrtc")
 def test_a_kernel_that_spills_more_than_is_allowed_is_named(tmp_path):
-    layer = ("--kernels", "cuda", "--capability", "86", "--first", "--layer", "upsample_conv2d 256")
+    few = ("--kernels", "cuda", "--capability", "86", "--first")
+    layer = (*few, "--layer", "upsample_conv2d 384x192")
     (row,) = checked(tmp_path, *layer)
     spill = {
         **{"family": "cuda", "kernel": row["kernel"], "config": row["config"], "why": "planted"},
@@ -124,6 +125,12 @@ def test_a_kernel_that_spills_more_than_is_allowed_is_named(tmp_path):
         f"exceeds: {row['kernel']}, {row['config']}, sm_86: bytes of stack: "
         f"{row['stack_bytes']} of {row['stack_bytes'] - 1}"
     ]
+
+
+def test_a_check_of_nothing_fails(tmp_path):
+    nothing = ("--kernels", "cuda", "--capability", "86", "--layer", "7x7")
+    done = run(tmp_path, *nothing, "--check")
+    assert done.returncode == 2 and "no kernel of that name" in done.stderr
 
 
 def test_each_limit_is_held():
