@@ -4,24 +4,25 @@ extern "C" __global__ void __launch_bounds__(256)
 ceiling(u32* out, int rounds) {
   u32 a[4] = {threadIdx.x, 1, 2, 3};
 #if HALF_SUMS
-  u32 d[12][2] = {};
+  u32 d[24][2] = {};
 #else
-  float d[12][4] = {};
+  float d[24][4] = {};
 #endif
-#pragma unroll 1
+  // So long that the loop's own instructions do not count.
+#pragma unroll 4
   for (int round = 0; round < rounds; ++round) {
 #pragma unroll
-    for (int i = 0; i < 12; ++i) {
+    for (int i = 0; i < 24; ++i) {
 #if HALF_SUMS
-      mma_half_sums(d[i], a, a[0] + i, a[1]);
+      mma_half_sums(d[i], a, a[1], a[2]);
 #else
-      mma<Type::half>(d[i], a, a[0] + i, a[1]);
+      mma<Type::half>(d[i], a, a[1], a[2]);
 #endif
     }
   }
   u32 sum = 0;
 #pragma unroll
-  for (int i = 0; i < 12; ++i) {
+  for (int i = 0; i < 24; ++i) {
 #if HALF_SUMS
     sum += d[i][0] + d[i][1];
 #else

@@ -1,0 +1,341 @@
+"""Layers and kernels of `conv.py`: convolutions alone, strided ones, wide heads, and the pointwise
+ones of attention.
+
+A configuration names the output channels of one program ("n128"). All of them add in the same
+order, so a layer has the same bits in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ... import layout
+from ...layout import LayoutCounter
+from ...ops.opset import CallSize, HaloRows, Workspace
+from ...ops.problem import ConvProblem, HeadProblem, LayerWeights, StridedProblem
+from ..device import Device
+from ..kernel import FusedNorm, Kernel, NormCall, Requires
+from ..weights import CHANNELS, filled_channels, fit_channels, norm_scale
+from .base import CudaKernel
+from .conv import BLOCKS, FLOAT32_BLOCK, Call, Variant, conv, pack, program
+from .norm import make_norm, norm_program
+from .program import Program
+
+# Operands behind a norm.
+OPERAND = torch.float16
+_ONE = (1, 1, 1)
+# Heads of fewer output channels have a kernel of their own, of nine columns for each.
+_WIDE = 15
+
+
+# -- layers ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What all of them say of themselves, and the kernel's variant with its weights."""
+
+    kernel: str
+    config: str
+    variant: Variant
+    packed: torch.Tensor
+    machine_code: str
+
+    @property
+    def family(self) -> str:
+        """ "cuda"."""
+        return "cuda"
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """See `ConvLayer`."""
+        return self.variant.operand
+
+    def _operand(self, x: torch.Tensor, counter: LayoutCounter) -> torch.Tensor:
+        """`x` as the kernel reads it; a change of its format is counted."""
+        x = fit_channels(x, self.variant.operand)
+        # One of a single pixel is as good in either format to the network's other kernels.
+        if self.variant.kernel != _ONE and layout.detect(x) not in ("channels_last_3d", "either"):
+            counter.conversions += 1
+        return layout.to_format(x, "channels_last_3d")
+
+
+@dataclass(frozen=True)
+class CudaConv(_Layer):
+    """A convolution alone. is_copied: its input comes in another dtype or with too few channels."""
+
+    is_copied: bool
+
+    def run(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        counter: LayoutCounter,
+        padding: tuple[int, int],
+        last_slice: bool,
+    ) -> torch.Tensor:
+        """See `ConvLayer`. The result has dtype `variant.out`."""
+        x = self._operand(x, counter)
+        call = Call(x, self.packed, bias, padding, last_slice=last_slice)
+        return conv(call, self.variant, self.machine_code)
+
+    def workspace(self, size: CallSize) -> Workspace:
+        """The copy of its input, with history, where one is made."""
+        if not self.is_copied:
+            return Workspace()
+        past = 0 if size.only_frame else self.variant.kernel[0] - 1
+        pixels = size.batch * (size.frames + past) * size.rows * size.cols
+        return Workspace(hidden_bytes=self.variant.cin * pixels * self.variant.operand.itemsize)
+
+
+@dataclass(frozen=True)
+class CudaStrided(_Layer):
+    """A down-sampler's convolution."""
+
+    is_copied: bool
+
+    def run(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        counter: LayoutCounter,
+        pad_after: tuple[int, int],
+    ) -> torch.Tensor:
+        """See `StridedLayer`."""
+        x = self._operand(x, counter)
+        call = Call(x, self.packed, bias, pad_after=pad_after)
+        return conv(call, self.variant, self.machine_code)
+
+    def workspace(self, size: CallSize) -> Workspace:
+        """The copy of its input where channels are missing; padding is not made in memory."""
+        if not self.is_copied:
+            return Workspace()
+        pixels = size.batch * size.frames * size.rows * size.cols
+        return Workspace(hidden_bytes=self.variant.cin * pixels * self.variant.operand.itemsize)
+
+
+@dataclass(frozen=True)
+class CudaWideHead(_Layer):
+    """A head of many output channels. scale: from `weights.norm_scale`; bias: float32."""
+
+    scale: torch.Tensor
+    bias: torch.Tensor
+    norm: FusedNorm
+
+    def operand(
+        self,
+        x: torch.Tensor,
+        history: torch.Tensor | None,
+        *,
+        only_frame: bool,
+        keep: bool,
+        overwrite: bool = False,
+        halo: HaloRows | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `FusedConv`."""
+        past = 0 if only_frame else 2
+        call = NormCall(x, self.scale, history, past, keep, OPERAND, True, overwrite, halo)
+        return self.norm.join(call)
+
+    def convolve(
+        self,
+        operand: torch.Tensor,
+        frames: int,
+        residual: torch.Tensor | None,
+        *,
+        padding: tuple[int, int],
+        only_frame: bool,
+    ) -> torch.Tensor:
+        """See `FusedConv`. The result is float32."""
+        call = Call(operand, self.packed, self.bias, padding, last_slice=only_frame)
+        y = conv(call, self.variant, self.machine_code)
+        return y if residual is None else y + residual
+
+    def workspace(self, size: CallSize) -> Workspace:
+        """The operand behind its history, and the two frames that are kept."""
+        past = 0 if size.only_frame else 2
+        frame = self.variant.cin * size.batch * size.rows * size.cols * OPERAND.itemsize
+        return Workspace((size.frames + past) * frame, past * frame)
+
+
+def pointwise(weight: torch.Tensor, out_dtype: torch.dtype, machine_code: str) -> CudaConv:
+    """A 1x1 convolution [O, C, 1, 1] of float16, as attention has two.
+
+    machine_code: see `Device.machine_code`; `pointwise_program` is compiled for it.
+    """
+    variant = _pointwise(weight.shape[1], weight.shape[0], out_dtype)
+    packed = pack(weight[:, :, None], variant)
+    is_copied = variant.cin != weight.shape[1]
+    return CudaConv("gemm", _name(variant.block), variant, packed, machine_code, is_copied)
+
+
+def pointwise_program(
+    in_channels: int, out_channels: int, out_dtype: torch.dtype, machine_code: str
+) -> Program:
+    """What `pointwise` launches."""
+    return program(_pointwise(in_channels, out_channels, out_dtype), machine_code)
+
+
+def _pointwise(in_channels: int, out_channels: int, out_dtype: torch.dtype) -> Variant:
+    cin, block = filled_channels(in_channels), blocks_for(out_channels)[0]
+    return Variant(cin, out_channels, _ONE, _ONE, OPERAND, out_dtype, block)
+
+
+# -- configurations --------------------------------------------------------------------------------
+
+
+def blocks_for(out_channels: int) -> tuple[int, ...]:
+    """Output channels of one program that suit a layer of 16-bit operands, the best first.
+
+    The fewest channels that are filled with zeros, then the largest block; behind it a smaller one
+    that takes fewer registers.
+    """
+    best = min(BLOCKS, key=lambda n: (-out_channels % n, -n))
+    smaller = [n for n in BLOCKS if n < best and -out_channels % n == -out_channels % best]
+    return (best, *smaller[:1])
+
+
+def _name(block: int) -> str:
+    return f"n{block}"
+
+
+def _block(config: str) -> int:
+    """The block of a configuration. Raises ValueError for a name that is none."""
+    number = config.removeprefix("n")
+    if not number.isdigit() or config != _name(int(number)) or int(number) not in BLOCKS:
+        names = ", ".join(map(_name, BLOCKS))
+        raise ValueError(f"{config!r} is no configuration: expected one of {names}")
+    return int(number)
+
+
+# -- kernels ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Conv(CudaKernel):
+    """Convolutions alone."""
+
+    def candidates(self, problem: ConvProblem, device: Device) -> Sequence[str]:
+        """See `Kernel`."""
+        if problem.operand_dtype == torch.float32:
+            return (_name(FLOAT32_BLOCK),)
+        return tuple(map(_name, blocks_for(problem.out_channels)))
+
+    def programs(self, problem: ConvProblem, config: str, device: Device) -> tuple[Program, ...]:
+        """See `CompiledKernel`."""
+        return (program(self._variant(problem, config), device.machine_code),)
+
+    def prepare(
+        self, weights: LayerWeights, problem: ConvProblem, config: str, device: Device
+    ) -> CudaConv:
+        """See `Kernel`."""
+        variant = self._variant(problem, config)
+        packed = pack(weights.weight, variant)
+        changes = problem.operand_dtype != problem.feature_dtype or problem.source == "pixels"
+        is_copied = changes or variant.cin != problem.in_channels
+        return CudaConv(self.name, config, variant, packed, device.machine_code, is_copied)
+
+    def _variant(self, problem: ConvProblem, config: str) -> Variant:
+        return Variant(
+            filled_channels(problem.in_channels),
+            problem.out_channels,
+            problem.kernel,
+            _ONE,
+            problem.operand_dtype,
+            problem.out_dtype,
+            _block(config),
+        )
+
+
+@dataclass(frozen=True)
+class StridedConv(CudaKernel):
+    """Down-samplers."""
+
+    def candidates(self, problem: StridedProblem, device: Device) -> Sequence[str]:
+        """See `Kernel`."""
+        return tuple(map(_name, blocks_for(problem.out_channels)))
+
+    def programs(self, problem: StridedProblem, config: str, device: Device) -> tuple[Program, ...]:
+        """See `CompiledKernel`."""
+        return (program(self._variant(problem, config), device.machine_code),)
+
+    def prepare(
+        self, weights: LayerWeights, problem: StridedProblem, config: str, device: Device
+    ) -> CudaStrided:
+        """See `Kernel`."""
+        variant, weight = self._variant(problem, config), weights.weight
+        packed = pack(weight[:, :, None] if weight.ndim == 4 else weight, variant)
+        is_copied = variant.cin != problem.in_channels
+        return CudaStrided(self.name, config, variant, packed, device.machine_code, is_copied)
+
+    def _variant(self, problem: StridedProblem, config: str) -> Variant:
+        return Variant(
+            filled_channels(problem.in_channels),
+            problem.out_channels,
+            problem.kernel,
+            problem.stride,
+            problem.feature_dtype,
+            problem.feature_dtype,
+            _block(config),
+        )
+
+
+@dataclass(frozen=True)
+class WideHead(CudaKernel):
+    """Heads of many output channels, behind norm and SiLU."""
+
+    def candidates(self, problem: HeadProblem, device: Device) -> Sequence[str]:
+        """See `Kernel`."""
+        return tuple(map(_name, blocks_for(problem.out_channels)))
+
+    def programs(self, problem: HeadProblem, config: str, device: Device) -> tuple[Program, ...]:
+        """See `CompiledKernel`."""
+        code, past = device.machine_code, 0 if problem.only_frame else 2
+        norm = norm_program(problem.in_channels, problem.feature_dtype, past, False, code)
+        return program(self._variant(problem, config), code), norm
+
+    def prepare(
+        self, weights: LayerWeights, problem: HeadProblem, config: str, device: Device
+    ) -> CudaWideHead:
+        """See `Kernel`."""
+        if weights.gamma is None or weights.bias is None:
+            raise ValueError("a layer behind a norm needs the gain of the norm, and a bias")
+        variant, code = self._variant(problem, config), device.machine_code
+        scale, bias = norm_scale(weights.gamma), weights.bias.detach().float()
+        packed = pack(weights.weight, variant)
+        return CudaWideHead(self.name, config, variant, packed, code, scale, bias, make_norm(code))
+
+    def _variant(self, problem: HeadProblem, config: str) -> Variant:
+        return Variant(
+            problem.in_channels,
+            problem.out_channels,
+            problem.kernel,
+            _ONE,
+            OPERAND,
+            problem.out_dtype,
+            _block(config),
+        )
+
+
+def _used(*operations: str) -> Mapping[str, str]:
+    return MappingProxyType(dict.fromkeys(operations, "cuda"))
+
+
+_CARD = Requires(capability=(7, 5))
+_HEAD = replace(
+    _CARD,
+    in_multiple=CHANNELS,
+    out_channels=(_WIDE, 1 << 30),
+    largest_operand=torch.finfo(OPERAND).max,
+)
+
+CONV_KERNELS: tuple[Kernel[Any, Any], ...] = (
+    Conv("gemm", "conv3d", _CARD, _used("conv3d")),
+    StridedConv("gemm", "strided_conv", _CARD, _used("conv2d")),
+    WideHead("gemm", "head", _HEAD, _used("conv3d", "norm_silu")),
+)
