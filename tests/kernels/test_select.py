@@ -23,7 +23,7 @@ from wan_vae.kernels.device import CARDS, CPU, INTERPRETER, Device
 from wan_vae.kernels.kernel import BuildError, Requires
 from wan_vae.kernels.proof import cases
 from wan_vae.kernels.proof.cache import ProofCache
-from wan_vae.kernels.proof.choice import EAGER
+from wan_vae.kernels.proof.choice import EAGER, Choice, worth_their_bits
 from wan_vae.kernels.proof.prove import Verdict
 from wan_vae.kernels.proof.timing import device_timer, timed_size
 from wan_vae.kernels.select import SelectRequest, proof_key, select_kernels
@@ -378,6 +378,43 @@ def test_eager_wins_only_by_more_than_the_bits_are_worth(monkeypatch, proofs):
     )
 
 
+def test_a_small_layer_does_not_take_the_same_bits_from_a_picture():
+    """Eager must save a fiftieth of the time of all layers, in all classes together."""
+    big = Choice("big k", {"big k": 10.0, EAGER: 30.0})
+    small = Choice(EAGER, {"small a": 0.5, "small b": 0.4, EAGER: 0.2})
+    layers = {"big": 4, "small": 2, "wrong": 1}
+    wrong = Choice(EAGER, {}, {"wrong k": "a race"})
+    choices = {"big": big, "small": small, "wrong": wrong}
+    assert worth_their_bits(choices, layers) == {"small": "small b"}
+    assert worth_their_bits({**choices, "big": Choice("big k", {"big k": 4.0})}, layers) == {}
+    two = {**choices, "other": Choice(EAGER, {"other k": 1.2, EAGER: 0.5})}
+    assert worth_their_bits(two, {**layers, "other": 1}) == {"small": "small b"}
+
+
+def test_a_small_layer_keeps_its_kernel(monkeypatch, proofs):
+    kernel = FakeKernel("one", {"a": 1.0})
+    sites = [site("small", 16, 16), *(site(f"big{i}", 32, 32) for i in range(3))]
+
+    class BySize(FakeTimer):
+        """Eager is twice as fast, but for the layers that matter."""
+
+        def __call__(self, run: Callable[[], object]) -> float:
+            super().__call__(run)
+            is_small = len(self.asked) <= 4  # narrow layers are timed first
+            return (
+                {"one a": 0.2, EAGER: 0.1}[self.asked[-1]]
+                if is_small
+                else ({"one a": 9.0, EAGER: 20.0}[self.asked[-1]])
+            )
+
+    timer = BySize({"one a": 1.0, EAGER: 1.0}, [kernel])
+    ops = chosen(monkeypatch, [kernel], sites, proofs, None, timer)
+    assert set(ops.layers) == {"small", "big0", "big1", "big2"} and ops.refusals == ()
+    assert sorted({choice.gain for choice in ops.choices.values()}) in (
+        [pytest.approx(0.5), pytest.approx(20 / 9)],
+    )
+
+
 def test_a_kernel_that_is_slower_gets_its_turn_when_the_fastest_cannot_be_built(
     monkeypatch, tmp_path
 ):
@@ -465,11 +502,16 @@ def test_the_choices_of_another_rank_are_taken_or_refused(monkeypatch, proofs):
 def test_layers_are_timed_where_they_are_about_as_much_work():
     device = torch.device("cuda")
     wide, narrow = NormConvProblem(384, 384, FP32), NormConvProblem(96, 96, FP32)
-    assert timed_size(narrow, device) == (4, 256, 256)
-    assert timed_size(wide, device) == (4, 64, 64)
-    assert timed_size(NormConvProblem(16, 16, FP32), device) == (4, 256, 256)
-    assert timed_size(NormConvProblem(1024, 1024, FP32), device) == (4, 24, 24)
-    assert timed_size(AttentionProblem(384, FP32), device) == (1, 96, 96)
+    assert timed_size(narrow, device, 28) == (4, 256, 256)
+    assert timed_size(wide, device, 28) == (4, 64, 64)
+    assert timed_size(NormConvProblem(16, 16, FP32), device, 28) == (4, 256, 256)
+    assert timed_size(NormConvProblem(1024, 1024, FP32), device, 28) == (4, 24, 24)
+    assert timed_size(AttentionProblem(384, FP32), device, 28) == (1, 96, 96)
+    # A larger card has more programs at work.
+    assert timed_size(narrow, device, 84) == (4, 440, 440)
+    assert timed_size(narrow, device, 170) == (4, 512, 512)
+    assert timed_size(wide, device, 170) == (4, 128, 128)
+    assert timed_size(narrow, device, 14) == (4, 256, 256)
     assert device_timer(HOST) is None
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from .device import Device
 from .kernel import BuildError, Kernel
 from .proof.cache import ProofCache
 from .proof.cases import prove_kernel
-from .proof.choice import EAGER, Choice, fastest
+from .proof.choice import EAGER, Choice, fastest, worth_their_bits
 from .proof.prove import Verdict
 from .proof.timing import Timer, time_kernels
 from .table import LayerTable
@@ -142,6 +143,7 @@ class _Selection:
             if request.prescribed is None:
                 for one in sorted(_distinct(classes), key=lambda one: one.rank):
                     decisions[one.key] = self._decide(one)
+                decisions |= self._for_their_bits(decisions, classes)
             for site, own, one in zip(request.sites, asked, classes, strict=True):
                 if request.prescribed is not None:
                     self._bind_prescribed(table, site, one, request.prescribed.get(site.name))
@@ -167,6 +169,20 @@ class _Selection:
             return choice
         # It could be built once, or is wrong with halo rows only.
         return self._first_right(one)
+
+    def _for_their_bits(
+        self, decisions: Mapping[str, Choice], classes: Sequence[_Class]
+    ) -> dict[str, Choice]:
+        """Kernels for the classes that run eager, where that gains too little."""
+        layers = Counter(one.key for one in classes)
+        distinct = {one.key: one for one in classes}
+        kept = {}
+        for key, winner in worth_their_bits(decisions, layers).items():
+            choice = replace(decisions[key], winner=winner)
+            contender = self._winner(distinct[key], choice)
+            if self._verdict(distinct[key].problem, contender, self.request.axis).passed:
+                kept[key] = choice
+        return kept
 
     def _first_right(self, one: _Class) -> Choice:
         """The first contender that is right, or eager. Nothing is timed."""

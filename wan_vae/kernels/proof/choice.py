@@ -14,6 +14,9 @@ _FASTER_KERNEL = 1.05
 _FASTER_EAGER = 1.15
 # What eager must save at least: a shorter time says more of the launch than of the layer.
 _LEAST_SAVED_MS = 0.05
+# What a picture with the same bits in any chunks, strips and shards is worth: this share of the
+# time of all layers.
+_WORTH_OF_BITS = 0.02
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,40 @@ class Choice:
 
 def fastest(times_ms: Mapping[str, float]) -> str:
     """The key that wins. `times_ms`: right kernels, the preferred one first, and EAGER."""
+    best = best_kernel(times_ms)
+    eager, own = times_ms[EAGER], times_ms[best]
+    is_eager = eager * _FASTER_EAGER < own and own - eager > _LEAST_SAVED_MS
+    return EAGER if is_eager else best
+
+
+def best_kernel(times_ms: Mapping[str, float]) -> str:
+    """The key of the best kernel, however fast eager is."""
     kernels = {key: ms for key, ms in times_ms.items() if key != EAGER}
     best = next(iter(kernels))
     for key, ms in kernels.items():
         if ms * _FASTER_KERNEL < kernels[best]:
             best = key
-    eager, own = times_ms[EAGER], kernels[best]
-    is_eager = eager * _FASTER_EAGER < own and own - eager > _LEAST_SAVED_MS
-    return EAGER if is_eager else best
+    return best
+
+
+def worth_their_bits(choices: Mapping[str, Choice], layers: Mapping[str, int]) -> dict[str, str]:
+    """Classes for which eager is faster, but by little of the whole; the best kernel of each.
+
+    choices: of every class of a model; layers: how many there are of each. All together lose at
+    most a fiftieth of the time of all layers: one class that runs eager takes the same bits from
+    the whole picture.
+    """
+    whole, losses = 0.0, {}
+    for key, choice in choices.items():
+        times = choice.times_ms
+        whole += layers[key] * times.get(choice.winner, 0.0)
+        if choice.winner == EAGER and len(times) > 1:
+            losses[key] = layers[key] * (times[best_kernel(times)] - times[EAGER])
+    kept: dict[str, str] = {}
+    lost = 0.0
+    for key, loss in sorted(losses.items(), key=lambda entry: entry[1]):
+        lost += loss
+        if lost > _WORTH_OF_BITS * whole:
+            break
+        kept[key] = best_kernel(choices[key].times_ms)
+    return kept
