@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,13 +28,13 @@ import torch
 from benchmarks.resources import cuda_kernels
 from benchmarks.resources.limits import ALLOWED, Limits, card, exceeded
 from benchmarks.resources.usage import Resources
-from wan_vae.config import wan21, wan22
+from wan_vae.config import WanVAEConfig, wan21, wan22
 from wan_vae.network.model import WanVAEModel
 from wan_vae.network.sites import decoder_sites, encoder_sites
 from wan_vae.ops.problem import Problem
 
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
-FAMILIES = {"wan2.1": wan21, "wan2.2": wan22}
+FAMILIES: dict[str, Callable[[], WanVAEConfig]] = {"wan2.1": wan21, "wan2.2": wan22}
 KERNELS = ("cuda", "triton")
 
 
@@ -129,6 +129,8 @@ def main() -> int:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     if not args.check:
         return 0
+    if not rows:
+        parser.error("--check: there is no kernel of that name")
     limits = Limits.read(args.limits)
     faults = list(exceeded(rows, limits))
     for fault in faults:

@@ -69,6 +69,7 @@ def _own_name(program: Program) -> tuple[str, str]:
     sizes = [str(macros[name]) for name in ("CHANNELS", "CIN", "COUT") if name in macros]
     details = [f"past {macros['PAST']}"] if "PAST" in macros else []
     details += ["SiLU"] if macros.get("SILU") else []
+    details += [f"gemm n{macros['BN']}"] if program.entry == "conv" else []
     return f"{program.entry} {'x'.join(sizes)}", ", ".join(details)
 
 

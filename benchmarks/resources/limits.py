@@ -86,7 +86,7 @@ def _held(row: Resources, limits: Limits) -> Iterator[tuple[str, int, int]]:
     at_once = f" of {resident} programs at once"
     yield f"registers{at_once}", given * row.threads * resident, _REGISTERS
     yield f"threads{at_once}", row.threads * resident, _THREADS[row.capability]
-    if resident > 1:
-        reserved = RESERVED_SHARED_BYTES if row.capability >= 80 else 0
-        taken = (row.shared_bytes + reserved) * resident
-        yield f"bytes of shared memory{at_once}", taken, shared + reserved
+    # Turing's 64 KiB hold one program of most kernels: the others wait for it.
+    if row.capability >= 80 and resident > 1:
+        taken = (row.shared_bytes + RESERVED_SHARED_BYTES) * resident
+        yield f"bytes of shared memory{at_once}", taken, shared + RESERVED_SHARED_BYTES

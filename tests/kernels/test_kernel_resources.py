@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed here: pip install 
 
 from benchmarks.resources.limits import ALLOWED, Limits, card, exceeded
 from benchmarks.resources.usage import Resources
-from wan_vae.kernels.cuda import driver
+from wan_vae.kernels.cuda import base, driver
 from wan_vae.kernels.cuda import kernels as cuda_kernels
 from wan_vae.kernels.cuda.program import CompiledKernel
 from wan_vae.ops.problem import HeadProblem, NormConvProblem
@@ -94,8 +94,9 @@ def test_what_a_geforce_tries_first_in_cuda_fits(tmp_path):
     """Chosen as for a card of capability 8.6, for both models, videos and images."""
     rows = checked(tmp_path, "--kernels", "cuda", "--capability", "86", "--first")
     names = [row["kernel"] for row in rows]
-    assert {name.split()[0] for name in names} >= {
-        *("norm_conv3d", "head", "upsample_conv2d", "norm_join", "norm_pairs")
+    assert {name.split()[0] for name in names} == {
+        *("conv3d", "norm_conv3d", "head", "upsample_conv2d", "strided_conv", "attention"),
+        *("norm_join", "norm_pairs", "conv"),  # beside them: norms, and attention's convolutions
     }
     assert any(name.endswith("one frame") for name in names)
     assert all(row["registers"] > 0 and row["threads"] > 0 for row in rows)
@@ -110,7 +111,8 @@ def test_all_that_is_tried_in_cuda_fits_every_card(tmp_path):
 
 @pytest.mark.usefixtures("nvrtc")
 def test_a_kernel_that_spills_more_than_is_allowed_is_named(tmp_path):
-    layer = ("--kernels", "cuda", "--capability", "86", "--first", "--layer", "upsample_conv2d 256")
+    few = ("--kernels", "cuda", "--capability", "86", "--first")
+    layer = (*few, "--layer", "upsample_conv2d 384x192")
     (row,) = checked(tmp_path, *layer)
     spill = {
         **{"family": "cuda", "kernel": row["kernel"], "config": row["config"], "why": "planted"},
@@ -124,6 +126,12 @@ def test_a_kernel_that_spills_more_than_is_allowed_is_named(tmp_path):
         f"exceeds: {row['kernel']}, {row['config']}, sm_86: bytes of stack: "
         f"{row['stack_bytes']} of {row['stack_bytes'] - 1}"
     ]
+
+
+def test_a_check_of_nothing_fails(tmp_path):
+    nothing = ("--kernels", "cuda", "--capability", "86", "--layer", "7x7")
+    done = run(tmp_path, *nothing, "--check")
+    assert done.returncode == 2 and "no kernel of that name" in done.stderr
 
 
 def test_each_limit_is_held():
@@ -153,7 +161,7 @@ def test_what_may_be_spilled_says_why_and_where():
 
 def test_every_kernel_in_cuda_names_what_it_builds(monkeypatch):
     built: list[Any] = []
-    monkeypatch.setattr(cuda_kernels, "build", built.append)
+    monkeypatch.setattr(base, "build", built.append)
     monkeypatch.setattr(driver, "has_tensor_maps", lambda: True)
     assert all(isinstance(kernel, CompiledKernel) for kernel in cuda_kernels.KERNELS)
     hopper, bf16 = card(90), torch.bfloat16
