@@ -6,7 +6,8 @@
 Starts `main.py` of the checkout with this repository as a node pack, in a temporary base directory
 and without a frontend. COMFYUI_PYTHON names the interpreter (default: this one). Prints Markdown; a
 folder gets nodes.md and nodes.json. --cpu runs a narrow model on small videos, which says that the
-command works.
+command works. --peers measures what our nodes stand for beside them, with --kjnodes (a checkout of
+ComfyUI-KJNodes) its Patch Triton VAE too.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ from safetensors.torch import save_file
 
 from benchmarks.suite.facts import Facts, repeatable
 from benchmarks.suite.node_runs import (
+    KJNODES,
     VAE_FILE,
+    NodeCase,
     NodeRow,
     cases,
     install_probes,
     link_pack,
     measure,
+    peer_cases,
 )
 from benchmarks.suite.weights import random_state
 from tests.comfy.provision import ComfyEnvironment
@@ -40,8 +44,10 @@ from wan_vae.config import wan21
 SCHEMA = "wan_vae.bench.nodes/1"
 
 
-def run(path: Path, python: str, on_cpu: bool) -> tuple[list[NodeRow], str]:
-    """The rows of all cases, and ComfyUI's version. `path`: its checkout."""
+def run(
+    path: Path, python: str, on_cpu: bool, wanted: Sequence[NodeCase], kjnodes: Path | None
+) -> tuple[list[NodeRow], str]:
+    """The rows of the `wanted` cases, and ComfyUI's version. `path`: its checkout."""
     with tempfile.TemporaryDirectory(prefix="wan_vae_bench_") as folder:
         base = Path(folder)
         empty = base / "frontend"
@@ -56,12 +62,15 @@ def run(path: Path, python: str, on_cpu: bool) -> tuple[list[NodeRow], str]:
             on_cpu=on_cpu,
         )
         install_probes(server)
+        if kjnodes is not None:
+            link = server.base / "custom_nodes" / KJNODES
+            link.symlink_to(kjnodes.resolve(), target_is_directory=True)
         config = wan21(dim=16) if on_cpu else wan21()
         save_file(random_state(config), server.base / "models" / "vae" / VAE_FILE)
         rows = []
         with server:
             version = str(server.get("/system_stats")["system"]["comfyui_version"])
-            for number, case in enumerate(cases(on_cpu)):
+            for number, case in enumerate(wanted):
                 print(f"{case.title}, {case.video}", file=sys.stderr, flush=True)
                 try:
                     rows.append(measure(server, case, seed=100 * number))
@@ -135,12 +144,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="The nodes in a running ComfyUI (COMFYUI_PATH): time and memory.",
     )
     parser.add_argument("--cpu", action="store_true", help="a narrow model and small videos")
+    parser.add_argument("--peers", action="store_true", help="ComfyUI's own nodes beside ours")
+    parser.add_argument("--kjnodes", type=Path, help="a checkout of ComfyUI-KJNodes, for --peers")
     parser.add_argument("--output", type=Path, help="folder for nodes.md and nodes.json")
     args = parser.parse_args(argv)
     path = os.environ.get("COMFYUI_PATH")
     if not path or not (Path(path) / "main.py").is_file():
         parser.error("COMFYUI_PATH must name a ComfyUI checkout: a folder with main.py")
-    rows, version = run(Path(path), os.environ.get("COMFYUI_PYTHON") or sys.executable, args.cpu)
+    if args.kjnodes is not None and not (args.peers and args.kjnodes.is_dir()):
+        parser.error("--kjnodes must name a folder, and needs --peers")
+    wanted = peer_cases(args.cpu, args.kjnodes is not None) if args.peers else cases(args.cpu)
+    python = os.environ.get("COMFYUI_PYTHON") or sys.executable
+    rows, version = run(Path(path), python, args.cpu, wanted, args.kjnodes)
     facts = facts_of(rows, version, argv)
     text = nodes_markdown(rows, facts)
     print(text)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from wan_vae.device import device_name, versions
+from wan_vae.kernels.device import IMITATE, Device
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Facts:
     @classmethod
     def begin(cls, schema: str, command: str, device: torch.device) -> Facts:
         """The facts of a run that starts now on `device`."""
-        return cls(schema, command, device_name(device))
+        card = Device.chosen_for(device)
+        name = device_name(device) if card.runs_on is None else card.name
+        return cls(schema, command, name)
 
     def lines(self) -> list[str]:
         """The head of a Markdown file."""
@@ -50,10 +54,13 @@ class Facts:
 
 
 def repeatable(argv: Sequence[str]) -> str:
-    """The command for a results file: without --output, whose folder is one machine's own."""
+    """The command for a results file: with the card that is imitated, without --output, whose
+    folder is one machine's own."""
     kept = [
         word
         for before, word in zip(["", *argv], argv, strict=False)
         if before != "--output" and word.partition("=")[0] != "--output"
     ]
-    return " ".join(["wan-vae bench", *kept])
+    imitated = os.environ.get(IMITATE)
+    start = [] if not imitated else [f"{IMITATE}={imitated}"]
+    return " ".join([*start, "wan-vae bench", *kept])

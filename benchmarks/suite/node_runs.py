@@ -6,20 +6,27 @@ import shutil
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tests.comfy.server import PACK, REPOSITORY, Comfy, Run
 
 VAE_FILE = "wan2.1_random.safetensors"
-# Nodes of a prompt: the VAE, what is decoded or encoded, the measured node, the probe.
-_VAE, _SOURCE, _MEASURED, _PROBE = "1", "2", "3", "4"
+# Nodes of a prompt: the VAE, what is decoded or encoded, the measured node, the probe, and what
+# changes the VAE first.
+_VAE, _SOURCE, _MEASURED, _PROBE, _PATCH = "1", "2", "3", "4", "5"
+_ENCODERS = ("WanVAEEncode", "VAEEncode")
+# The folder of KJNodes among the packs of the measured ComfyUI.
+KJNODES = "ComfyUI-KJNodes"
 
 
 @dataclass(frozen=True)
 class NodeCase:
-    """A node and the size of its video in pixels: run once, then `warm` times with other values."""
+    """A node and the size of its video in pixels: run once, then `warm` times with other values.
+
+    patch: the class of a node that changes the VAE first, with the values that it has by itself.
+    """
 
     title: str
     node: str
@@ -28,6 +35,7 @@ class NodeCase:
     width: int
     warm: int = 1
     inputs: Mapping[str, object] = field(default_factory=dict)
+    patch: str | None = None
 
     @property
     def video(self) -> str:
@@ -36,7 +44,7 @@ class NodeCase:
 
     def prompt(self, seed: int) -> dict[str, Any]:
         """The API prompt: random numbers from `seed` into the node, and its result to the probe."""
-        if self.node == "WanVAEEncode":
+        if self.node in _ENCODERS:
             source = _node(
                 "ProbeFrames",
                 frames=self.frames,
@@ -58,9 +66,12 @@ class NodeCase:
                 kind="plain",
             )
             name = "samples"
-        inputs = {"vae": [_VAE, 0], name: [_SOURCE, 0], **self.inputs}
+        vae = _VAE if self.patch is None else _PATCH
+        inputs = {"vae": [vae, 0], name: [_SOURCE, 0], **self.inputs}
+        patch = {} if self.patch is None else {_PATCH: _node(self.patch, vae=[_VAE, 0])}
         return {
             _VAE: _node("VAELoader", vae_name=VAE_FILE),
+            **patch,
             _SOURCE: source,
             _MEASURED: _node(self.node, **inputs),
             _PROBE: _node("WanVAEBenchMemory", value=[_MEASURED, 0]),
@@ -82,6 +93,21 @@ def cases(on_cpu: bool) -> tuple[NodeCase, ...]:
         NodeCase("Wan VAE Encode", "WanVAEEncode", *small),
         NodeCase("Wan VAE Decode to Video", "WanVAEDecodeToVideo", *small, inputs=video),
         NodeCase("VAE Decode (ComfyUI's own)", "VAEDecode", *large),
+    )
+
+
+def peer_cases(on_cpu: bool, kjnodes: bool) -> tuple[NodeCase, ...]:
+    """Our nodes and what they stand for, one after the other: decode, encode, one image."""
+    video, image = ((81, 720, 1280), (1, 1024, 1024)) if not on_cpu else ((5, 64, 64), (1, 64, 64))
+    patched = NodeCase("VAE Decode behind KJNodes' Patch Triton VAE", "VAEDecode", *video, warm=3)
+    return (
+        NodeCase("Wan VAE Decode", "WanVAEDecode", *video, warm=5),
+        *((replace(patched, patch="PatchTritonVAE"),) if kjnodes else ()),
+        NodeCase("VAE Decode (ComfyUI's own)", "VAEDecode", *video, warm=3),
+        NodeCase("Wan VAE Encode", "WanVAEEncode", *video, warm=3),
+        NodeCase("VAE Encode (ComfyUI's own)", "VAEEncode", *video, warm=3),
+        NodeCase("Wan VAE Decode", "WanVAEDecode", *image, warm=9),
+        NodeCase("VAE Decode (ComfyUI's own)", "VAEDecode", *image, warm=9),
     )
 
 

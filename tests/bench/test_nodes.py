@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import comfyui_nodes
 from benchmarks.suite.facts import Facts
-from benchmarks.suite.node_runs import NodeClock, NodeRow, cases
+from benchmarks.suite.node_runs import NodeClock, NodeRow, cases, peer_cases
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/2026-11-28-h200-nodes.json"
 
@@ -57,6 +57,17 @@ def test_each_run_of_a_case_has_its_own_numbers():
         one, other = case.prompt(0), case.prompt(1)
         assert one["3"] == other["3"] and one["3"]["class_type"] == case.node
         assert one["2"] != other["2"]
+
+
+def test_a_peer_may_change_the_vae_first():
+    for case in peer_cases(on_cpu=True, kjnodes=True):
+        prompt = case.prompt(0)
+        first = "1" if case.patch is None else "5"
+        assert prompt["3"]["inputs"]["vae"] == [first, 0]
+        assert ("5" in prompt) == (case.patch is not None)
+    patches = [case.patch for case in peer_cases(False, True)]
+    assert patches.count("PatchTritonVAE") == 1
+    assert not any(case.patch for case in peer_cases(False, kjnodes=False))
 
 
 def test_a_run_on_a_gpu_asked_comfyui_for_what_was_planned(rows):

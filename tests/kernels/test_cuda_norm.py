@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wan_vae.kernels.cuda.driver import compile_source
+from wan_vae.kernels.cuda import driver
 from wan_vae.kernels.cuda.norm import Variant, make_norm, program
 from wan_vae.kernels.device import Device
 from wan_vae.kernels.kernel import FusedNorm, NormCall
@@ -73,8 +73,7 @@ def transformed(frames: torch.Tensor) -> torch.Tensor:
 
 
 def close(y: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether it is `expected` in float32 but for the rounding, and at times the other neighbour:
-    a hundredth of a unit in the last place decides there."""
+    """Whether it is `expected`, in float32, but for one rounding and errors that are far below."""
     error = (y.float() - expected).abs()
     info = torch.finfo(y.dtype)
     half_unit = 0.51 * info.eps * expected.abs().clamp(min=info.smallest_normal)
@@ -286,8 +285,10 @@ def test_features_in_another_layout(device):
     assert torch.equal(y, expected)
 
 
-def test_threads_may_run_in_any_order(emulated):
-    x, gamma = features(2, 160, 3, 5, 3), gain(160)
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_threads_may_run_in_any_order(emulated, frames):
+    """Where the new history takes the place of the old one, too."""
+    x, gamma = features(2, 160, frames, 5, 3), gain(160)
     history = features(2, 160, 2, 5, 3, dtype=HALF)
     for run in (norm_of(x.device).join, norm_of(x.device).pairs):
         for overwrite in (False, True):
@@ -324,26 +325,32 @@ def test_a_norm_is_made_once():
 @pytest.mark.parametrize("machine_code", [*CARDS, "compute_86"])
 def test_compiles_for(entry, machine_code):
     """Turing too, which has no instructions for bfloat16, but reads it."""
+    try:
+        driver.nvrtc_version()
+    except OSError as error:
+        pytest.skip(f"no NVRTC here (pip install nvidia-cuda-nvrtc): {error}")
     for silu, halo in ((True, ""), (False, "height"), (True, "width")):
         variant = Variant(entry, 96, 96, BF16, HALF, 2, silu, halo)
         made = program(variant, machine_code)
-        assert compile_source(made.source, dict(made.defines), machine_code, None)
+        assert driver.compile_source(made.source, dict(made.defines), machine_code, None)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels", [*WIDTHS, 24])
 @pytest.mark.parametrize("frames", [1, 4])
 def test_as_tritons(channels, frames):
-    """One unit in the last place at most, and that rarely."""
+    """One unit in the last place at most, and that rarely: the exponentials differ."""
     pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
     from wan_vae.kernels.triton.norm import norm_silu_join
 
     device = torch.device("cuda")
     x, gamma = features(1, channels, frames, 37, 50), gain(channels)
     call = call_on(device, x, gamma)
-    ours, theirs = norm_of(device).join(call)[0], norm_silu_join(call)[0]
-    steps = (ours.view(torch.int16).int() - theirs.view(torch.int16).int()).abs()
-    assert steps.max() <= 1 and (steps > 0).float().mean() < 1e-2
+    ours, theirs = (run(call)[0].float() for run in (norm_of(device).join, norm_silu_join))
+    info = torch.finfo(HALF)
+    error = (ours - theirs).abs()
+    assert (error <= info.eps * theirs.abs().clamp(min=info.smallest_normal)).all()
+    assert (error > 0).float().mean() < 1e-2
 
 
 @pytest.mark.gpu

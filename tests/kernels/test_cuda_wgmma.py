@@ -6,8 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
-
 from wan_vae.kernels.cuda import driver
 from wan_vae.kernels.cuda.conv3x3_wgmma import (
     Variant,
@@ -17,16 +15,17 @@ from wan_vae.kernels.cuda.conv3x3_wgmma import (
     program,
     upsample_conv3x3,
 )
+from wan_vae.kernels.cuda.norm import make_norm
 from wan_vae.kernels.cuda.program import build
 from wan_vae.kernels.device import CARDS
 from wan_vae.kernels.kernel import BuildError, NormCall
 from wan_vae.kernels.registry import kernels_of
-from wan_vae.kernels.triton.norm import norm_silu_join, norm_silu_pairs
 from wan_vae.kernels.weights import fold_upsample, norm_scale
 from wan_vae.ops.eager.norm import rms_norm_silu
 from wan_vae.ops.problem import NormConvProblem
 
 HALF, BF16 = torch.float16, torch.bfloat16
+NORM = make_norm("sm_90")
 VARIANTS = [
     Variant(96, 96, True, 3, BF16),
     Variant(192, 384, True, 3, HALF),
@@ -84,17 +83,16 @@ def by_packed_weights(operand: torch.Tensor, packed: torch.Tensor, variant: Vari
     return torch.stack(made[len(made) - frames :], 2)
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("width", [192, 128])
 @pytest.mark.parametrize("frames", [1, 2, 3, 4])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's part; see below for GPUs")
 def test_operand_and_packed_weights_make_the_convolution(frames, width):
     torch.manual_seed(0)
     variant = Variant(32, width, True, 3, HALF)
     x, history = features(2, frames, 3, 5, 32), features(2, 2, 3, 5, 32)
     scale, weight = norm_scale(torch.randn(32)), torch.randn(width, 32, 3, 3, 3) / 30
-    operand, kept = norm_silu_pairs(NormCall(x, scale, history, keep=True, dtype=HALF))
-    joined, also_kept = norm_silu_join(NormCall(x, scale, history, keep=True, dtype=HALF))
+    operand, kept = NORM.pairs(NormCall(x, scale, history, keep=True, dtype=HALF))
+    joined, also_kept = NORM.join(NormCall(x, scale, history, keep=True, dtype=HALF))
     assert torch.equal(kept, also_kept)
     expected = F.conv3d(joined.float(), weight, padding=(0, 1, 1))
     got = by_packed_weights(operand, pack(weight, variant), variant, frames)
@@ -104,15 +102,13 @@ def test_operand_and_packed_weights_make_the_convolution(frames, width):
     assert ((got - expected).norm() / expected.norm()).item() < 1e-3
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("emulated")
 def test_pairs_do_not_depend_on_the_chunks():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = features(1, 9, 3, 5, 32, device=device)
-    scale = norm_scale(torch.randn(32, device=device))
-    whole, _ = norm_silu_pairs(NormCall(x, scale, dtype=HALF))
+    x, scale = features(1, 9, 3, 5, 32), norm_scale(torch.randn(32))
+    whole, _ = NORM.pairs(NormCall(x, scale, dtype=HALF))
     for cut in (1, 3, 5):  # the video's first frame stands alone: chunks end at odd numbers
-        first, history = norm_silu_pairs(NormCall(x[:, :, :cut], scale, keep=True, dtype=HALF))
-        rest, _ = norm_silu_pairs(NormCall(x[:, :, cut:], scale, history, dtype=HALF))
+        first, history = NORM.pairs(NormCall(x[:, :, :cut], scale, keep=True, dtype=HALF))
+        rest, _ = NORM.pairs(NormCall(x[:, :, cut:], scale, history, dtype=HALF))
         assert torch.equal(torch.cat((first, rest), 2), whole)
 
 
@@ -146,7 +142,7 @@ def test_packed_folded_weights_make_the_upsampled_convolution():
 
 
 def test_widths_that_have_a_kernel():
-    (kernel,) = kernels_of("norm_conv3d", ("cuda",))
+    (kernel,) = (k for k in kernels_of("norm_conv3d", ("cuda",)) if k.name == "wgmma")
 
     def fits(channels: int, out: int) -> bool:
         problem = NormConvProblem(channels, out, BF16)
@@ -158,7 +154,7 @@ def test_widths_that_have_a_kernel():
 
 def test_it_is_not_built_for_a_card_that_cannot_run_it():
     """Chosen as for a Hopper card, in a test, but run on another one."""
-    (kernel,) = kernels_of("norm_conv3d", ("cuda",))
+    (kernel,) = (k for k in kernels_of("norm_conv3d", ("cuda",)) if k.name == "wgmma")
     with pytest.raises(BuildError, match=r"for compute capability 9\.0, this card has 8\.9"):
         kernel.build(NormConvProblem(96, 96, BF16), "direct3", CARDS["L40S"])
     imitated = CARDS["L40S"].imitating((9, 0))
@@ -211,9 +207,9 @@ def test_on_the_gpu_fifty_times(variant, padding, size):
     packed = pack(weight, variant)
     past = variant.taps - 1
     before = history if past else None
-    joined, _ = norm_silu_join(NormCall(x, scale, before, past, dtype=HALF))
+    joined, _ = NORM.join(NormCall(x, scale, before, past, dtype=HALF))
     pairs = NormCall(x, scale, history, dtype=HALF)
-    operand = norm_silu_pairs(pairs)[0] if variant.winograd else joined
+    operand = NORM.pairs(pairs)[0] if variant.winograd else joined
     rows, columns = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         used = weight[:, :, 3 - variant.taps :].float()
@@ -266,6 +262,6 @@ def test_upsampled_on_the_gpu_fifty_times(variant, padding, size):
 @hopper
 def test_the_norm_matches_the_reference_on_the_gpu():
     x, gamma = features(1, 4, 9, 7, 96, dtype=BF16, device="cuda"), torch.randn(96, device="cuda")
-    joined, _ = norm_silu_join(NormCall(x, norm_scale(gamma), dtype=HALF))
+    joined, _ = NORM.join(NormCall(x, norm_scale(gamma), dtype=HALF))
     expected = rms_norm_silu(x.float(), gamma)
     assert ((joined[:, :, 2:].float() - expected).norm() / expected.norm()).item() < 5e-4

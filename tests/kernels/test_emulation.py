@@ -110,7 +110,7 @@ class Written(Program):
     @property
     def source(self) -> str:
         """As of the product's programs, without machine.cuh."""
-        return f'#line 1 "{self.file}"\n{self.text}'
+        return f'{self.header}\n#line 1 "{self.file}"\n{self.text}'
 
 
 def written(

@@ -10,15 +10,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
 
-from wan_vae.kernels.cuda.conv3x3_wgmma import Variant
-from wan_vae.kernels.cuda.layers import CudaNormConv, CudaUpsample
 from wan_vae.kernels.device import CARDS
 from wan_vae.kernels.registry import kernels_of
 from wan_vae.kernels.triton import head as triton_head
 from wan_vae.kernels.triton.configs import ConvConfig
 from wan_vae.kernels.triton.conv3d import ConvCall
-from wan_vae.kernels.triton.norm import NORM
-from wan_vae.kernels.weights import norm_scale
 from wan_vae.layout import LayoutCounter
 from wan_vae.ops.opset import CallSize, Workspace
 from wan_vae.ops.problem import (
@@ -98,19 +94,24 @@ def test_a_narrow_head(size, monkeypatch):
     assert said.hidden_bytes == sum(map(bytes_of, made)) - bytes_of(y)
 
 
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.skipif(DEVICE == "cuda", reason="the emulation runs on the CPU")
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("config", ["winograd", "direct3"])
-def test_an_operand_of_the_cuda_family(config, size):
-    """Its norm runs everywhere; its convolution does not."""
-    if size.only_frame and config == "winograd":
-        pytest.skip("a video of one frame has no pairs")
-    taps = 1 if size.only_frame else 3
-    variant = Variant(32, 96, config == "winograd", taps, FP16)
-    scale, nothing = norm_scale(torch.ones(32, device=DEVICE)), torch.empty(0)
-    layer = CudaNormConv("wgmma", variant, nothing, nothing, scale, NORM)
-    assert layer.workspace(size) == taken(layer, features(32, size), size)
-    doubled = Variant(32, 96, False, 1, FP16, doubled=True)
-    assert CudaUpsample("wgmma", doubled, nothing, nothing).workspace(size) == Workspace()
+@pytest.mark.parametrize("frames", [1, 2])
+def test_an_operand_of_the_cuda_family(frames, size):
+    """Direct, and by Winograd."""
+    card = CARDS["RTX 3060"]
+    problem = NormConvProblem(32, 96, FP16, frames, only_frame=size.only_frame)
+    (kernel,) = (k for k in kernels_of("norm_conv3d", ("cuda",)) if k.name == "mma")
+    weights = LayerWeights(**behind_norm(32, 96))
+    for config in kernel.candidates(problem, card):
+        layer = kernel.prepare(weights, problem, config, card)
+        assert layer.workspace(size) == taken(layer, features(32, size), size)
+    (kernel,) = (k for k in kernels_of("upsample_conv2d", ("cuda",)) if k.name == "mma")
+    up = UpsampleProblem(32, 96, FP16)
+    weights = LayerWeights(torch.randn(96, 32, 3, 3), torch.randn(96))
+    layer = kernel.prepare(weights, up, kernel.candidates(up, card)[0], card)
+    assert layer.workspace(size) == Workspace()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -30,6 +30,8 @@ _KIB = 1024
 # Shared memory that one program may have, in KiB, by compute capability.
 _SHARED_KIB = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227}
 _SHARED_KIB_OF_OTHERS = 99
+# Capabilities of cards for servers alone.
+_FULL_RATE = ((7, 0), (8, 0), (9, 0), (10, 0))
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,15 @@ class Device:
             (properties.major, properties.minor),
             properties.multi_processor_count,
         )
+
+    @property
+    def has_slow_float32_sums(self) -> bool:
+        """Whether its tensor cores add in float32 at half the rate of float16.
+
+        GeForce's do. NVIDIA's cards for servers with the same architecture do not, which their
+        capability does not tell: there both are timed for nothing.
+        """
+        return self.vendor == "nvidia" and self.capability not in _FULL_RATE
 
     @property
     def spoken(self) -> str:

@@ -80,7 +80,12 @@ class Requires:
 
         The interpreter, which is for tests, reads every dtype.
         """
-        if feature_dtype in self.feature_dtypes or device.vendor == "interpreter":
+        if device.vendor == "interpreter":
+            return None
+        has_bf16 = device.capability is None or device.capability >= (8, 0)
+        if feature_dtype == torch.bfloat16 and not has_bf16:
+            return f"bfloat16 was asked for, of which tensor cores need 8.0, {device.spoken}"
+        if feature_dtype in self.feature_dtypes:
             return None
         name = str(feature_dtype).removeprefix("torch.")
         return f"{name} was asked for, the kernels' operands are float16"
@@ -215,7 +220,7 @@ class AttentionLayer(Layer, Protocol):
         ...
 
 
-# -- norm and SiLU, which families may share -------------------------------------------------------
+# -- norm and SiLU ---------------------------------------------------------------------------------
 
 
 class NormCall(NamedTuple):
@@ -245,7 +250,7 @@ NormResult = tuple[torch.Tensor, torch.Tensor | None]
 
 @dataclass(frozen=True)
 class FusedNorm:
-    """The norm kernels of a family, which another family may borrow.
+    """The norm kernels of a family.
 
     join: the operand [B, C, past + T, H', W'] and the new history. pairs: transformed for Winograd,
     [B, C, 4 * ceil(T / 2), H', W'].
@@ -312,9 +317,8 @@ class Kernel(Protocol[P, L]):
 @dataclass(frozen=True)
 class Family:
     """What the package of a family offers. `unavailable_reason` says what it misses on a device
-    besides what its kernels require, such as a compiler. `norm`: kernels that others may borrow."""
+    besides what its kernels require, such as a compiler."""
 
     name: str
     kernels: tuple[Kernel[Any, Any], ...]
     unavailable_reason: Callable[[Device], str | None]
-    norm: FusedNorm | None = None

@@ -23,8 +23,6 @@ from .kernel import Family, Kernel
 _MODULES = {"cuda": ".cuda", "triton": ".triton"}
 # Python packages without which a family cannot be imported.
 _PACKAGES = {"triton": "triton"}
-# Families that borrow the norm of another one, which must then be there too.
-_NORM_FROM = {"cuda": "triton"}
 
 FAMILIES = tuple(_MODULES)
 # The families that a request may use, in order of preference.
@@ -34,10 +32,9 @@ AUTO = MappingProxyType({"sm_90": "cuda"})
 
 
 def missing_package(family: str) -> str | None:
-    """The package that `family`, or the one whose norm it borrows, lacks here; None if none."""
-    needed = (family, _NORM_FROM.get(family, family))
-    packages = [_PACKAGES[name] for name in needed if name in _PACKAGES]
-    return next((name for name in packages if importlib.util.find_spec(name) is None), None)
+    """The package that `family` needs and that is not installed; None if nothing is missing."""
+    package = _PACKAGES.get(family)
+    return package if package is not None and importlib.util.find_spec(package) is None else None
 
 
 @functools.cache
@@ -46,17 +43,11 @@ def load(name: str) -> Family | str:
     missing = missing_package(name)
     if missing is not None:
         return f"{missing} is not installed"
-    norm = None
-    if name in _NORM_FROM:
-        lender = load(_NORM_FROM[name])
-        if isinstance(lender, str):
-            return lender
-        norm = lender.norm
     try:
         module = importlib.import_module(_MODULES[name], __package__)
     except ImportError as error:  # an older release of what it needs
         return f"cannot be imported: {first_line(error)}"
-    family: Family = module.make_family(norm)
+    family: Family = module.make_family()
     return family
 
 

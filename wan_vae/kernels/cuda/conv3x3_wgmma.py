@@ -52,6 +52,11 @@ class Variant:
         return 1 if one else 2
 
     @property
+    def is_pairs(self) -> bool:
+        """Whether it reads frames that are transformed along time."""
+        return self.winograd
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory of a program: rings, bias, barriers, and room to align the base."""
         inputs = 4 if self.winograd and self.cin > 96 else 3
@@ -220,5 +225,5 @@ def program(variant: Variant) -> Program:
         ARCHITECTURE,
         threads=384,
         shared_bytes=variant.shared_bytes,
-        has_machine=False,
+        headers=(),
     )

@@ -2,107 +2,125 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
-from ...ops.problem import LayerWeights, NormConvProblem, Operation, UpsampleProblem
+from ...ops.problem import HeadProblem, LayerWeights, NormConvProblem, Operation, UpsampleProblem
 from ..device import Device
-from ..kernel import BuildError, Family, FusedNorm, Requires
+from ..kernel import BuildError, Family, Kernel, Requires
 from ..weights import fold_upsample, norm_scale
-from . import driver
-from .conv3x3_wgmma import Variant, pack, pack_doubled, program
+from . import conv3x3_mma, conv3x3_wgmma, driver
 from .layers import OPERAND, CudaNormConv, CudaUpsample
-from .program import build
+from .norm import make_norm, norm_program
+from .program import Program, build
 
+_LARGEST = torch.finfo(OPERAND).max
 # wgmma is Hopper's alone.
 _HOPPER = Requires(
     features=frozenset({"wgmma"}),
     in_multiple=32,
     out_multiples=(96, 64),
-    largest_operand=torch.finfo(OPERAND).max,
+    largest_operand=_LARGEST,
 )
+_TURING = Requires(capability=(7, 5), in_multiple=8, out_multiples=(8,), largest_operand=_LARGEST)
+_TURING_HEAD = Requires(capability=(7, 5), in_multiple=8, largest_operand=_LARGEST)
 
 
 @dataclass(frozen=True)
-class _CudaKernel:
+class _CudaKernel(ABC):
     """What all of them have in common. `used`: see `Kernel`."""
 
+    name: str
     operation: Operation
     requires: Requires
     used: Mapping[str, str]
-    name: str = "wgmma"
     family: str = "cuda"
     build_failures: tuple[type[Exception], ...] = (BuildError,)
 
-    def _build(self, variant: Variant, device: Device) -> None:
+    @abstractmethod
+    def programs(self, problem: Any, config: str, device: Device) -> tuple[Program, ...]:
+        """See `CompiledKernel`."""
+
+    def build(self, problem: Any, config: str, device: Device) -> None:
+        """See `Kernel`."""
+        for program in self.programs(problem, config, device):
+            build(program)
+
+
+# -- Hopper ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Wgmma(_CudaKernel):
+    """Machine code for compute capability 9.0 itself, which no other card can imitate."""
+
+    def build(self, problem: Any, config: str, device: Device) -> None:
+        """See `Kernel`."""
         if device.machine_code != "sm_90":
             raise BuildError(f"its machine code is for compute capability 9.0, {device.spoken}")
         if not driver.has_tensor_maps():
             raise BuildError("needs a driver of CUDA 12 or later")
-        build(program(variant))
+        super().build(problem, config, device)
 
 
 @dataclass(frozen=True)
-class NormConv(_CudaKernel):
-    """3x3x3 convolutions behind norm and SiLU: by Winograd along time, or direct.
-
-    norm: writes their operands.
-    """
-
-    norm: FusedNorm | None = None
+class NormConvWgmma(_Wgmma):
+    """3x3x3 convolutions behind norm and SiLU: by Winograd along time, or direct."""
 
     def candidates(self, problem: NormConvProblem, device: Device) -> Sequence[str]:
         """See `Kernel`."""
-        if problem.only_frame:
-            return ("direct1",)
-        # Where a latent frame is one frame there are no pairs.
-        return ("winograd",) if problem.frames > 1 else ("direct3",)
+        return (_form(problem),)
 
-    def build(self, problem: NormConvProblem, config: str, device: Device) -> None:
-        """See `Kernel`."""
-        self._build(_variant(problem, config), device)
+    def programs(
+        self, problem: NormConvProblem, config: str, device: Device
+    ) -> tuple[Program, ...]:
+        """The convolution, and the norm that writes its operand."""
+        variant = _variant(problem, config)
+        return conv3x3_wgmma.program(variant), _norm_of(problem, variant, device)
 
     def prepare(
         self, weights: LayerWeights, problem: NormConvProblem, config: str, device: Device
     ) -> CudaNormConv:
         """See `Kernel`."""
-        if weights.gamma is None or weights.bias is None or self.norm is None:
-            raise ValueError("a layer behind a norm needs a gain, a bias and a kernel for the norm")
-        variant = _variant(problem, config)
-        packed, bias = pack(weights.weight, variant), weights.bias.detach().float()
-        scale = norm_scale(weights.gamma)
-        return CudaNormConv(self.name, variant, packed, bias, scale, self.norm)
+        variant, (scale, bias) = _variant(problem, config), _behind_norm(weights)
+        packed = conv3x3_wgmma.pack(weights.weight, variant)
+        conv = partial(conv3x3_wgmma.conv3x3, packed=packed, bias=bias, variant=variant)
+        norm = make_norm(device.machine_code)
+        return CudaNormConv(self.name, config, scale, norm, conv, variant.taps, variant.is_pairs)
 
 
 @dataclass(frozen=True)
-class Upsample(_CudaKernel):
+class UpsampleWgmma(_Wgmma):
     """The 3x3 convolution of an up-sampler; its operand has the dtype of the features."""
 
     def candidates(self, problem: UpsampleProblem, device: Device) -> Sequence[str]:
         """See `Kernel`."""
         return ("doubled",)
 
-    def build(self, problem: UpsampleProblem, config: str, device: Device) -> None:
-        """See `Kernel`."""
-        self._build(_doubled(problem), device)
+    def programs(
+        self, problem: UpsampleProblem, config: str, device: Device
+    ) -> tuple[Program, ...]:
+        """The convolution."""
+        return (conv3x3_wgmma.program(_doubled(problem)),)
 
     def prepare(
         self, weights: LayerWeights, problem: UpsampleProblem, config: str, device: Device
     ) -> CudaUpsample:
         """See `Kernel`."""
-        if weights.bias is None:
-            raise ValueError("an up-sampler needs a bias")
-        variant = _doubled(problem)
-        folded = fold_upsample(weights.weight.detach()).to(problem.feature_dtype)
-        packed, bias = pack_doubled(folded, variant), weights.bias.detach().float()
-        return CudaUpsample(self.name, variant, packed, bias)
+        variant, (folded, bias) = _doubled(problem), _folded(weights, problem)
+        packed = conv3x3_wgmma.pack_doubled(folded, variant)
+        conv = partial(conv3x3_wgmma.upsample_conv3x3, packed=packed, bias=bias, variant=variant)
+        return CudaUpsample(self.name, config, conv)
 
 
-def _variant(problem: NormConvProblem, config: str) -> Variant:
-    return Variant(
+def _variant(problem: NormConvProblem, config: str) -> conv3x3_wgmma.Variant:
+    return conv3x3_wgmma.Variant(
         problem.in_channels,
         problem.out_channels,
         config == "winograd",
@@ -111,10 +129,156 @@ def _variant(problem: NormConvProblem, config: str) -> Variant:
     )
 
 
-def _doubled(problem: UpsampleProblem) -> Variant:
-    return Variant(
+def _doubled(problem: UpsampleProblem) -> conv3x3_wgmma.Variant:
+    return conv3x3_wgmma.Variant(
         problem.in_channels, problem.out_channels, False, 1, problem.feature_dtype, doubled=True
     )
+
+
+# -- every card ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Mma(_CudaKernel):
+    """conv3x3_mma.cu: a configuration is a form and a tile that the card has shared memory for."""
+
+    def _fitting(self, names: Sequence[str], problem: Any, device: Device) -> list[str]:
+        """Those for which the card has shared memory."""
+        return [
+            name
+            for name in names
+            if self._conv(problem, name, device).shared_bytes <= device.shared_bytes
+        ]
+
+    def variant(self, problem: Any, config: str, device: Device) -> conv3x3_mma.Variant:
+        """What is compiled for `config`."""
+        form, tile, half_sums = conv3x3_mma.parse(config)
+        return conv3x3_mma.Variant(
+            problem.in_channels,
+            problem.out_channels,
+            form,
+            tile,
+            problem.operand_dtype,
+            problem.out_dtype,
+            device.machine_code,
+            half_sums,
+        )
+
+    def programs(self, problem: Any, config: str, device: Device) -> tuple[Program, ...]:
+        """The convolution."""
+        return (self._conv(problem, config, device),)
+
+    def _conv(self, problem: Any, config: str, device: Device) -> Program:
+        return conv3x3_mma.program(self.variant(problem, config, device))
+
+
+@dataclass(frozen=True)
+class NormConvMma(_Mma):
+    """3x3x3 convolutions behind norm and SiLU, heads too: by Winograd along time, or direct."""
+
+    def candidates(self, problem: NormConvProblem | HeadProblem, device: Device) -> Sequence[str]:
+        """See `Kernel`."""
+        form = _form(problem)
+        if form == "winograd" and problem.operation == "head":
+            form = "direct3"  # few channels come out: reading is the cost, not multiplying
+        names = conv3x3_mma.configs(form, problem.out_channels)
+        if device.has_slow_float32_sums and problem.operation == "norm_conv3d":
+            # Fewer products and cheaper ones, before what is best where products are fast.
+            fewer = conv3x3_mma.configs("winograd2d", problem.out_channels)
+            halves = conv3x3_mma.half_sums(names)
+            names = [*(fewer[:1] if form == "winograd" else ()), *halves[:1], *names[:1]]
+        return self._fitting(names, problem, device)
+
+    def programs(
+        self, problem: NormConvProblem | HeadProblem, config: str, device: Device
+    ) -> tuple[Program, ...]:
+        """The convolution, and the norm that writes its operand."""
+        variant = self.variant(problem, config, device)
+        return conv3x3_mma.program(variant), _norm_of(problem, variant, device)
+
+    def prepare(
+        self,
+        weights: LayerWeights,
+        problem: NormConvProblem | HeadProblem,
+        config: str,
+        device: Device,
+    ) -> CudaNormConv:
+        """See `Kernel`."""
+        variant, (scale, bias) = self.variant(problem, config, device), _behind_norm(weights)
+        packed = conv3x3_mma.pack(weights.weight, variant)
+        conv = partial(conv3x3_mma.conv3x3, packed=packed, bias=bias, variant=variant)
+        norm, is_pairs = make_norm(device.machine_code), variant.is_pairs
+        return CudaNormConv(self.name, config, scale, norm, conv, variant.taps, is_pairs)
+
+
+@dataclass(frozen=True)
+class UpsampleMma(_Mma):
+    """The 3x3 convolution of an up-sampler; its operand has the dtype of the features."""
+
+    def candidates(self, problem: UpsampleProblem, device: Device) -> Sequence[str]:
+        """See `Kernel`."""
+        names = conv3x3_mma.configs("doubled", problem.out_channels)
+        return self._fitting(names, problem, device)
+
+    def variant(self, problem: UpsampleProblem, config: str, device: Device) -> conv3x3_mma.Variant:
+        """See `_Mma`."""
+        _, tile, _ = conv3x3_mma.parse(config)
+        dtype = problem.feature_dtype
+        return conv3x3_mma.Variant(
+            problem.in_channels,
+            problem.out_channels,
+            "doubled",
+            tile,
+            dtype,
+            dtype,
+            device.machine_code,
+        )
+
+    def prepare(
+        self, weights: LayerWeights, problem: UpsampleProblem, config: str, device: Device
+    ) -> CudaUpsample:
+        """See `Kernel`."""
+        variant, (folded, bias) = self.variant(problem, config, device), _folded(weights, problem)
+        packed = conv3x3_mma.pack_doubled(folded, variant)
+        conv = partial(conv3x3_mma.upsample_conv3x3, packed=packed, bias=bias, variant=variant)
+        return CudaUpsample(self.name, config, conv)
+
+
+# -- of both ---------------------------------------------------------------------------------------
+
+
+def _form(problem: NormConvProblem | HeadProblem) -> conv3x3_mma.Form:
+    if problem.only_frame:
+        return "direct1"
+    # Where a latent frame is one frame there are no pairs.
+    return "winograd" if problem.frames > 1 else "direct3"
+
+
+def _norm_of(
+    problem: NormConvProblem | HeadProblem,
+    variant: conv3x3_mma.Variant | conv3x3_wgmma.Variant,
+    device: Device,
+) -> Program:
+    """The norm that writes the operand."""
+    past = variant.taps - 1
+    return norm_program(
+        problem.in_channels, problem.feature_dtype, past, variant.is_pairs, device.machine_code
+    )
+
+
+def _behind_norm(weights: LayerWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm's scale and the bias as the kernels read them."""
+    if weights.gamma is None or weights.bias is None:
+        raise ValueError("a layer behind a norm needs the gain of the norm, and a bias")
+    return norm_scale(weights.gamma), weights.bias.detach().float()
+
+
+def _folded(weights: LayerWeights, problem: UpsampleProblem) -> tuple[torch.Tensor, torch.Tensor]:
+    """An up-sampler's folded weight and its bias."""
+    if weights.bias is None:
+        raise ValueError("an up-sampler needs a bias")
+    folded = fold_upsample(weights.weight.detach()).to(problem.feature_dtype)
+    return folded, weights.bias.detach().float()
 
 
 def unavailable_reason(device: Device) -> str | None:
@@ -122,14 +286,18 @@ def unavailable_reason(device: Device) -> str | None:
     return driver.unavailable_reason()
 
 
-def make_family(norm: FusedNorm | None) -> Family:
-    """This family. It has no norm of its own yet: `norm` is another family's."""
-    if norm is None:
-        raise ValueError("the CUDA family borrows the kernels of a norm")
-    fused = MappingProxyType({"conv3d": "cuda", "norm_silu": norm.family})
-    doubled = MappingProxyType({"upsample_conv2d": "cuda"})
-    kernels = (
-        NormConv("norm_conv3d", _HOPPER, fused, norm=norm),
-        Upsample("upsample_conv2d", _HOPPER, doubled),
-    )
-    return Family("cuda", kernels, unavailable_reason)
+_FUSED = MappingProxyType({"conv3d": "cuda", "norm_silu": "cuda"})
+_UP = MappingProxyType({"upsample_conv2d": "cuda"})
+
+KERNELS: tuple[Kernel[Any, Any], ...] = (
+    NormConvWgmma("wgmma", "norm_conv3d", _HOPPER, _FUSED),
+    NormConvMma("mma", "norm_conv3d", _TURING, _FUSED),
+    NormConvMma("mma", "head", _TURING_HEAD, _FUSED),
+    UpsampleWgmma("wgmma", "upsample_conv2d", _HOPPER, _UP),
+    UpsampleMma("mma", "upsample_conv2d", _TURING, _UP),
+)
+
+
+def make_family() -> Family:
+    """This family."""
+    return Family("cuda", KERNELS, unavailable_reason)

@@ -73,6 +73,18 @@ def program(variant: Variant, machine_code: str) -> Program:
     return Program("norm.cu", variant.entry, tuple(defines.items()), machine_code, threads)
 
 
+def norm_program(
+    channels: int, dtype: torch.dtype, past: int, is_pairs: bool, machine_code: str
+) -> Program:
+    """What a float16 operand is written by, of a whole picture with features of `dtype`.
+
+    On a shard, with halo rows, another program does it, which is compiled at its first use.
+    """
+    entry = "norm_pairs" if is_pairs else "norm_join"
+    variant = Variant(entry, channels, channels, dtype, torch.float16, past, True, "")
+    return program(variant, machine_code)
+
+
 @functools.cache
 def make_norm(machine_code: str) -> FusedNorm:
     """The norms of this family, for cards that run `machine_code` (see `Device.machine_code`)."""

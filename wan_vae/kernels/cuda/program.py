@@ -6,10 +6,12 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
 from ..cache_folder import cache_folder
+from ..device import Device
 from ..kernel import BuildError
 from .driver import Argument, Function, compile_source
 
@@ -20,8 +22,7 @@ class Program:
 
     machine_code: "sm_86" or "compute_86", see `Device.machine_code`. threads, shared_bytes: of one
     program (a block of threads). resident: programs that a multiprocessor holds at the same time,
-    which the source promises by its launch bounds. has_machine: whether machine.cuh stands in
-    front.
+    which the source promises by its launch bounds. headers: what stands in front of the source.
     """
 
     file: str
@@ -31,13 +32,34 @@ class Program:
     threads: int
     shared_bytes: int = 0
     resident: int = 1
-    has_machine: bool = True
+    headers: tuple[str, ...] = ("machine.cuh",)
+
+    @property
+    def header(self) -> str:
+        """What stands in front of the source."""
+        return "\n".join(_numbered(name) for name in self.headers)
 
     @property
     def source(self) -> str:
         """What is compiled."""
-        names = ("machine.cuh", self.file) if self.has_machine else (self.file,)
-        return "\n".join(f'#line 1 "{name}"\n{_text(name)}' for name in names)
+        return f"{self.header}\n{_numbered(self.file)}"
+
+
+P = TypeVar("P", contravariant=True)
+
+
+@runtime_checkable
+class CompiledKernel(Protocol[P]):
+    """A kernel of this family: besides what `Kernel` asks, it names what it compiles."""
+
+    def programs(self, problem: P, config: str, device: Device) -> tuple[Program, ...]:
+        """What `Kernel.build` compiles, no more and no less."""
+        ...
+
+
+def _numbered(name: str) -> str:
+    """The file of this name, so that a compiler's messages name it and its lines."""
+    return f'#line 1 "{name}"\n{_text(name)}'
 
 
 @functools.cache

@@ -1,5 +1,5 @@
 """The family of kernels written in Triton."""
 
-from .kernels import FAMILY, make_family
+from .kernels import make_family
 
-__all__ = ["FAMILY", "make_family"]
+__all__ = ["make_family"]

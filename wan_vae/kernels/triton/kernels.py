@@ -26,7 +26,7 @@ from ...ops.problem import (
     UpsampleProblem,
 )
 from ..device import Device, Vendor
-from ..kernel import BuildError, Family, FusedNorm, Kernel, Requires
+from ..kernel import BuildError, Family, Kernel, Requires
 from ..weights import filled_channels, fit_channels, fold_upsample, norm_scale
 from . import conv3d_pointer, conv3d_tma
 from .configs import (
@@ -49,7 +49,6 @@ from .layers import (
     TritonStrided,
     TritonUpsample,
 )
-from .norm import NORM
 
 _VENDORS: frozenset[Vendor] = frozenset({"nvidia", "interpreter"})
 _LARGEST = torch.finfo(OPERAND).max
@@ -300,9 +299,6 @@ def unavailable_reason(device: Device) -> str | None:
     return None
 
 
-FAMILY = Family("triton", KERNELS, unavailable_reason, NORM)
-
-
-def make_family(norm: FusedNorm | None) -> Family:
-    """This family; it has a norm of its own."""
-    return FAMILY
+def make_family() -> Family:
+    """This family."""
+    return Family("triton", KERNELS, unavailable_reason)
