@@ -21,8 +21,8 @@ from ...ops.problem import AttentionProblem, LayerWeights, Operation
 from ..device import Device
 from ..kernel import BuildError, FusedNorm, Kernel, NormCall, Requires
 from ..weights import norm_scale
-from .conv_layers import CudaConv, build_pointwise, pointwise
-from .norm import make_norm
+from . import norm
+from .conv_layers import CudaConv, pointwise, pointwise_program
 from .program import Program, build, launch
 
 OPERAND = torch.float16
@@ -209,12 +209,23 @@ class Attention:
         variants = [Variant(problem.channels, tile) for tile in tiles_for(problem.channels)]
         return [v.tile.name for v in variants if v.shared_bytes <= device.shared_bytes]
 
+    def programs(
+        self, problem: AttentionProblem, config: str, device: Device
+    ) -> tuple[Program, ...]:
+        """Attention, its two convolutions, and the norm in front."""
+        c, code = problem.channels, device.machine_code
+        before = norm.Variant("norm_join", c, c, problem.feature_dtype, OPERAND, 0, False, "")
+        return (
+            program(_variant(problem, config), code),
+            pointwise_program(c, 3 * c, OPERAND, code),
+            pointwise_program(c, c, problem.feature_dtype, code),
+            norm.program(before, code),
+        )
+
     def build(self, problem: AttentionProblem, config: str, device: Device) -> None:
         """See `Kernel`."""
-        c, code = problem.channels, device.machine_code
-        build(program(_variant(problem, config), code))
-        build_pointwise(c, 3 * c, OPERAND, code)
-        build_pointwise(c, c, problem.feature_dtype, code)
+        for made in self.programs(problem, config, device):
+            build(made)
 
     def prepare(
         self, weights: LayerWeights, problem: AttentionProblem, config: str, device: Device
@@ -229,7 +240,7 @@ class Attention:
             norm_scale(weights.gamma),
             pointwise(weights.weight, OPERAND, code),
             pointwise(weights.projection, problem.feature_dtype, code),
-            make_norm(code),
+            norm.make_norm(code),
             code,
         )
 

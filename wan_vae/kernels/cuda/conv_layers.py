@@ -23,7 +23,7 @@ from ..kernel import BuildError, FusedNorm, Kernel, NormCall, Requires
 from ..weights import CHANNELS, filled_channels, fit_channels, norm_scale
 from .conv import BLOCKS, FLOAT32_BLOCK, Call, Variant, conv, pack, program
 from .norm import make_norm
-from .program import build
+from .program import Program, build
 
 # Operands behind a norm.
 OPERAND = torch.float16
@@ -173,11 +173,18 @@ def pointwise(weight: torch.Tensor, out_dtype: torch.dtype, machine_code: str) -
     return CudaConv("mma", _name(variant.block), variant, packed, machine_code, is_copied)
 
 
+def pointwise_program(
+    in_channels: int, out_channels: int, out_dtype: torch.dtype, machine_code: str
+) -> Program:
+    """What `pointwise` launches."""
+    return program(_pointwise(in_channels, out_channels, out_dtype), machine_code)
+
+
 def build_pointwise(
     in_channels: int, out_channels: int, out_dtype: torch.dtype, machine_code: str
 ) -> None:
     """Compile what `pointwise` launches. Raises BuildError."""
-    build(program(_pointwise(in_channels, out_channels, out_dtype), machine_code))
+    build(pointwise_program(in_channels, out_channels, out_dtype, machine_code))
 
 
 def _pointwise(in_channels: int, out_channels: int, out_dtype: torch.dtype) -> Variant:
