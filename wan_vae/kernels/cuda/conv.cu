@@ -21,6 +21,11 @@ constexpr int kBlocks = (COUT + BN - 1) / BN;
 constexpr int kA = kM * 64, kB = BN * 64, kStage = kA + kB;
 constexpr int kBiasAt = kStages * kStage;
 constexpr int kOut = OUT == 2 ? 4 : 2;  // bytes of a result
+#if __CUDA_ARCH__ >= 800
+constexpr int kResident = RESIDENT;
+#else
+constexpr int kResident = 1;  // for which Turing has shared memory
+#endif
 // The frame is one row, without padding.
 constexpr bool kIsRow = KH * KW == 1 && SY == 1 && SX == 1;
 static_assert(kPixel % 32 == 0 && KH * KW <= 32, "");
@@ -275,7 +280,7 @@ struct Place {
 // `bias_type` as OUT, or none if negative. pad_y, pad_x: zero rows above and columns on the left;
 // what is read beyond the last ones is zero too. first: temporal taps that are left out, 0 or
 // KT - 1. One program for each block of channels of each kM pixels of each frame of `out`.
-extern "C" __global__ void __launch_bounds__(kThreads, RESIDENT)
+extern "C" __global__ void __launch_bounds__(kThreads, kResident)
 conv(const char* RESTRICT x, const char* RESTRICT weights, const void* RESTRICT bias,
      char* RESTRICT out, int bias_type, int frames_in, int frames, int h, int w, int height,
      int width, int pad_y, int pad_x, int first) {
