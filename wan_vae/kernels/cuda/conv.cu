@@ -19,7 +19,7 @@ constexpr bool kLastIsHalf = kTaps * kUnits % 2;
 constexpr int kSteps = (kTaps * kUnits + 1) / 2;
 constexpr int kBlocks = (COUT + BN - 1) / BN;
 constexpr int kA = kM * 64, kB = BN * 64, kStage = kA + kB;
-constexpr int kBiasAt = kStages * kStage;
+constexpr int kLastStage = (kStages - 1) * kStage, kBiasAt = kStages * kStage;
 constexpr int kOut = OUT == 2 ? 4 : 2;  // bytes of a result
 #if __CUDA_ARCH__ >= 800
 constexpr int kResident = RESIDENT;
@@ -36,7 +36,7 @@ INLINE int swizzle(int row, int v) { return v ^ (row >> 1 & 3); }
 // A thread's way through the taps: it copies one vector of several pixels in every step.
 struct Cursor {
   const char* from;  // at the tile's first pixel
-  int unit, tap, kx, t;
+  int unit, tap, kx;
   long long next_row, next_frame;
 
   template <int N>
@@ -54,7 +54,6 @@ struct Cursor {
     if (KH > 1 && ++tap < KH * KW) return;
     tap = 0;
     from += next_frame;
-    ++t;
   }
   INLINE void next_step() {
     if constexpr (kUnits > 1) {
@@ -325,7 +324,6 @@ conv(const char* RESTRICT x, const char* RESTRICT weights, const void* RESTRICT 
   Cursor cursor;
   cursor.from = x + ((frame_in * h + corner.y) * w + corner.x) * kPixel + vec % 2 * 16;
   cursor.unit = cursor.tap = cursor.kx = 0;
-  cursor.t = first;
   cursor.next_row = static_cast<long long>(w - KW) * kPixel;
   cursor.next_frame = static_cast<long long>(h - KH) * w * kPixel;
   if (vec / 2) cursor.advance<1>();
@@ -336,8 +334,8 @@ conv(const char* RESTRICT x, const char* RESTRICT weights, const void* RESTRICT 
   const char* next_weights =
       weights + (static_cast<long long>(block) * kSteps + skipped) * kB + tid * 16;
   constexpr int kAtOnce = kThreads * 16;
-  const auto load = [&](u32 stage) {
-    const bool on = !kLastIsHalf || cursor.t < KT;
+  const auto load = [&](u32 stage, bool is_last) {
+    const bool on = !(kLastIsHalf && is_last && vec / 2);
 #pragma unroll
     for (int i = 0; i < kTurns; ++i)
       cp_async(a_to + stage + i * (kApart * 64), cursor.from + away[i] * 16ll,
@@ -354,19 +352,19 @@ conv(const char* RESTRICT x, const char* RESTRICT weights, const void* RESTRICT 
   const int steps = kSteps - skipped;
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
-    if (s < steps) load(s * kStage);
+    if (s < steps) load(s * kStage, s == steps - 1);
     cp_commit();
   }
-  u32 stage = 0, next = (kStages - 1) * kStage;
+  u32 stage = 0;
 #pragma unroll 1
-  for (int s = 0; s < steps; ++s) {
+  for (int left = steps; left > 0; --left) {
     cp_wait<kStages - 2>();
     __syncthreads();
-    if (s + kStages - 1 < steps) load(next);
+    // Into the stage that was read last.
+    if (left >= kStages) load(stage ? stage - kStage : kLastStage, left == kStages);
     cp_commit();
     sums.step(stage);
-    stage = stage == (kStages - 1) * kStage ? 0 : stage + kStage;
-    next = next == (kStages - 1) * kStage ? 0 : next + kStage;
+    stage = stage == kLastStage ? 0 : stage + kStage;
   }
 
   const long long first_pixel = static_cast<long long>(frame) * pixels + start;
