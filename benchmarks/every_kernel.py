@@ -94,12 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     todo = trials(args.family or registry.FAMILIES, card, dtype)
     unbuilt = {key: reason for key, reason in built(todo, card).items() if reason}
     wrong, worst = [], 0.0
+    cases.PROOF_SIZE["cuda"] = size
     with torch.no_grad():
         for key, (kernel, problem, config, axis) in todo.items():
             if key in unbuilt:
                 print(f"cannot be built: {key}: {unbuilt[key]}", flush=True)
                 continue
-            verdict = cases.prove_kernel(kernel, problem, config, card, device, axis, size)
+            verdict = cases.prove_kernel(kernel, problem, config, card, device, axis)
             worst = max(worst, verdict.error or 0.0)
             if not verdict.passed:
                 wrong.append(key)

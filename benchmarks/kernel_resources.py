@@ -1,328 +1,139 @@
-"""Compile the Triton kernels for a card that need not be there; say what each costs.
+"""Compile the kernels for cards that need not be there; say what each takes of them.
 
-    python benchmarks/kernel_resources.py                      # Hopper: all configurations
-    python benchmarks/kernel_resources.py --capability 86      # as chosen and compiled for Ampere
-    python benchmarks/kernel_resources.py --first --json       # those that are tried first
+    python benchmarks/kernel_resources.py                        # Hopper: all configurations
+    python benchmarks/kernel_resources.py --capability 86        # as chosen and compiled for Ampere
+    python benchmarks/kernel_resources.py --first --json         # those that are tried first
+    python benchmarks/kernel_resources.py --kernels cuda --check # exits 1 if a limit is exceeded
 
-Registers a thread, bytes of stack (spilled registers), shared memory of a program, how many
-tensor core instructions the loop has and how often it waits for them. As many waits as
-instructions means that the compiler serialised them, for want of registers.
+Registers a thread, bytes of stack (spilled registers) and shared memory of a program. For Triton
+also how many tensor core instructions the loop has and how often it waits for them: as many waits
+as instructions means that the compiler serialised them, for want of registers.
+
+Features are bfloat16; for 7.5 float16, because its tensor cores read no other.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from benchmarks.resources import cuda_kernels
+from benchmarks.resources.limits import ALLOWED, Limits, card, exceeded
+from benchmarks.resources.usage import Resources
 from wan_vae.config import wan21, wan22
-from wan_vae.kernels.device import Device, nvidia
-from wan_vae.kernels.kernel import Kernel
-from wan_vae.kernels.registry import kernels_of
-from wan_vae.kernels.triton import attention as triton_attention
-from wan_vae.kernels.triton import conv3d_pointer, conv3d_tma
-from wan_vae.kernels.triton import head as triton_head
-from wan_vae.kernels.triton import norm as triton_norm
-from wan_vae.kernels.triton import strided as triton_strided
-from wan_vae.kernels.triton.configs import AttentionConfig, ConvConfig, StridedConfig
-from wan_vae.kernels.triton.conv3d import FLOAT32_PRECISION
-from wan_vae.kernels.weights import filled_channels
 from wan_vae.network.model import WanVAEModel
 from wan_vae.network.sites import decoder_sites, encoder_sites
-from wan_vae.ops.problem import (
-    AttentionProblem,
-    ConvProblem,
-    HeadProblem,
-    LayerSite,
-    NormConvProblem,
-    Problem,
-    StridedProblem,
-    UpsampleProblem,
-)
+from wan_vae.ops.problem import Problem
 
-PROGRAMS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 FAMILIES = {"wan2.1": wan21, "wan2.2": wan22}
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+KERNELS = ("cuda", "triton")
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What one compiled kernel takes."""
-
-    kernel: str
-    config: str
-    loads: str
-    capability: int
-    registers: int
-    stack_bytes: int
-    shared_bytes: int
-    tensor_core_instructions: int
-    waits: int
-
-
-@dataclass(frozen=True)
-class Job:
-    """A kernel to compile: its function, types of its arguments, and compile-time constants.
-
-    loads: how a convolution is loaded.
-    """
-
-    name: str
-    config: str
-    function: Any
-    types: dict[str, str]
-    constants: dict[str, object]
-    warps: int = 4
-    stages: int = 3
-    loads: str = ""
-
-
-def jobs(
-    families: Sequence[str], device: Device, first: bool, only: str | None = None
-) -> Iterator[Job]:
-    """What the layers of the full-width models run on `device`, each configuration once.
-
-    first: only what is tried first. only: the kernels of this name, instead of the best ones.
-    """
-    seen = set()
-    for site in _sites(families):
-        problem = site.problem
-        for kernel in kernels_of(problem.operation, ("triton",)):
-            if only not in (None, kernel.name) or kernel.requires.unmet(device, problem):
-                continue
-            configs = kernel.candidates(problem, device)
-            for config in configs[:1] if first else configs:
-                for job in _jobs_of(kernel, problem, config):
-                    if (job.name, job.config) not in seen:
-                        seen.add((job.name, job.config))
-                        yield job
-            break
-
-
-def _sites(families: Sequence[str]) -> Iterator[LayerSite]:
+def problems(families: list[str], capability: int, images: bool) -> list[Problem]:
+    """Those of the full-width models, decoded and encoded, each once; `images`: of videos of one
+    frame too."""
+    dtype = torch.float16 if capability < 80 else torch.bfloat16
+    found: dict[Problem, None] = {}
     for family in families:
         with torch.device("meta"):
-            model = WanVAEModel(FAMILIES[family]()).to(torch.bfloat16)
-        yield from decoder_sites(model)
-        yield from encoder_sites(model)
+            model = WanVAEModel(FAMILIES[family]()).to(dtype)
+        for only_frame in (False, True) if images else (False,):
+            sites = (*decoder_sites(model, only_frame), *encoder_sites(model, only_frame))
+            found |= dict.fromkeys(site.problem for site in sites)
+    return list(found)
 
 
-def _jobs_of(kernel: Kernel[Any, Any], problem: Problem, config: str) -> Iterator[Job]:
-    """The launches of a layer: those of its norm, and its own."""
-    match problem:
-        case AttentionProblem(channels=c):
-            yield _attention(c, AttentionConfig.parse(config.partition(" / ")[0]))
-            yield from _norms(c, silu=False)
-        case StridedProblem():
-            yield _strided(problem, StridedConfig.parse(config))
-        case HeadProblem() if kernel.name == "narrow":
-            yield from _norms(problem.in_channels, silu=True)
-            yield from _head(problem.in_channels, problem.out_channels)
-        case HeadProblem() | NormConvProblem():
-            yield from _norms(problem.in_channels, silu=True)
-            yield _conv(kernel, problem, ConvConfig.parse(config))
-        case ConvProblem() | UpsampleProblem():
-            yield _conv(kernel, problem, ConvConfig.parse(config))
+def resources(args: argparse.Namespace, capability: int) -> Iterator[Resources]:
+    """What kernels take that are chosen for `capability`."""
+    device, wanted = card(capability), args.kernels or KERNELS
+    families = args.family or list(FAMILIES)
+    if "cuda" in wanted:
+        layers = problems(families, capability, images=True)
+        made = cuda_kernels.jobs(layers, device, args.first, args.kernel)
+        named = [job for job in made if args.layer in job.name]
+        yield from cuda_kernels.compile_jobs(named, capability)
+    if "triton" in wanted:
+        from benchmarks.resources import triton_kernels
+
+        # Those of an image are those of a video, with fewer taps.
+        layers = problems(families, capability, images=False)
+        for job in triton_kernels.jobs(layers, device, args.first, args.kernel):
+            if args.layer in job.name:
+                for target in args.target or [capability]:
+                    yield triton_kernels.compile_job(job, target)
 
 
-def _conv(
-    kernel: Kernel[Any, Any],
-    problem: ConvProblem | NormConvProblem | HeadProblem | UpsampleProblem,
-    config: ConvConfig,
-) -> Job:
-    c, o, up = filled_channels(problem.in_channels), problem.out_channels, False
-    kt, kh, kw = problem.kernel
-    operand, out = _TYPES[problem.operand_dtype], _TYPES[torch.bfloat16]
-    if isinstance(problem, UpsampleProblem):
-        up, kt, kh, kw = True, 1, 2, 2
-    else:
-        out = _TYPES[problem.out_dtype]
-    label = problem.source if isinstance(problem, ConvProblem) else problem.operation
-    constants: dict[str, object] = {
-        **{"CIN": c, "F": config.F, "PH": config.PH, "PW": config.PW},
-        **{"N0": config.N0, "N1": config.N1, "BK": config.BK, "KT": kt, "KH": kh, "KW": kw},
-        **{"PAD_Y": kh // 2, "PAD_X": kw // 2, "TAP0": 0, "UP": up},
-        **{"PRECISION": FLOAT32_PRECISION, "HAS_BIAS": True, "HAS_RESIDUAL": not up},
-    }
-    types = {**dict.fromkeys(("bias", "residual"), "*bf16"), "out": f"*{out}"}
-    if kernel.name == "pointer":
-        function = conv3d_pointer._conv
-        constants["TAPS"] = kt * kh * kw
-        types |= dict.fromkeys(("x", "weight"), f"*{operand}")
-    else:
-        function = conv3d_tma._conv
-        types |= {
-            "x": f"tensordesc<{operand}[1, {config.PH}, {config.PW}, {config.BK}]>",
-            "w0": f"tensordesc<{operand}[{config.N0}, {config.BK}]>",
-            "w1": f"tensordesc<{operand}[{config.N1 or config.N0}, {config.BK}]>",
-        }
-    name = f"{label} {c}x{o} {kt}x{kh}x{kw}"
-    return Job(
-        name, config.name, function, types, constants, config.warps, config.stages, kernel.name
+def line(r: Resources) -> str:
+    """A row of the table."""
+    counts = ("" if n is None else str(n) for n in (r.tensor_core_instructions, r.waits))
+    cells = (
+        *(r.family, r.kernel, r.config, str(r.capability), str(r.registers), str(r.stack_bytes)),
+        *(f"{r.shared_bytes / 1024:.0f}", f"{r.resident} x {r.threads}", *counts),
     )
-
-
-def _strided(problem: StridedProblem, config: StridedConfig) -> Job:
-    """Over every second pixel of each frame, or over every second frame."""
-    c, o = problem.in_channels, problem.out_channels
-    (kt, kh, kw), (st, sy, sx) = problem.kernel, problem.stride
-    constants: dict[str, object] = {
-        **{"CIN": c, "COUT": o, "M": config.M, "N0": config.N0, "N1": config.N1},
-        **{"BK": config.BK, "KT": kt, "KH": kh, "KW": kw, "ST": st, "SY": sy, "SX": sx},
-        **{"PRECISION": FLOAT32_PRECISION, "HAS_BIAS": True},
-    }
-    types = dict.fromkeys(("x", "weight", "bias", "out"), "*bf16")
-    name, function = f"strided_conv {c}x{o} {kt}x{kh}x{kw}", triton_strided._strided
-    return Job(name, config.name, function, types, constants, config.warps, config.stages)
-
-
-def _attention(c: int, config: AttentionConfig) -> Job:
-    constants: dict[str, object] = {
-        **{"D": c, "DC": config.DC, "NC": config.NC, "M": config.M, "BN": config.BN}
-    }
-    types = {
-        "q": f"tensordesc<fp16[1, {config.M}, {config.DC}]>",
-        **dict.fromkeys(("k", "v"), f"tensordesc<fp16[1, {config.BN}, {config.DC}]>"),
-        "out": "*fp16",
-        "scale": "fp32",
-    }
-    name, function = f"attention {c}", triton_attention._attention
-    return Job(name, config.name, function, types, constants, config.warps, config.stages)
-
-
-def _norms(c: int, silu: bool) -> Iterator[Job]:
-    """bfloat16 features, float16 operands and history: what a decode in bf16 launches."""
-    types = {
-        **{"x": "*bf16", "scale": "*fp32"},
-        **dict.fromkeys(("has_x", "has_history", "keep"), "fp32"),
-        **dict.fromkeys(("history", "buffer", "out", "kept"), "*fp16"),
-    }
-    common: dict[str, object] = {"C": c, "BLOCK_C": triton.next_power_of_2(c)}
-    for placed in (False, True) if silu else (False,):
-        shard = " of a shard" if placed else ""
-        past = 2 if silu else 0
-        join = {"ROWS": 32, "PAST_FRAMES": past, "SILU": silu, "PLACED": placed}
-        label, warps = f"join silu={silu}{shard}", 8 if c > 256 else 4
-        yield Job(f"norm {c}", label, triton_norm._norm_silu_join, types, common | join, warps)
-        if silu:
-            pairs = {"ROWS": triton_norm.pair_rows(c), "PLACED": placed}
-            function = triton_norm._norm_silu_pairs
-            yield Job(f"norm {c}", f"pairs{shard}", function, types, common | pairs)
-
-
-def _head(c: int, o: int) -> Iterator[Job]:
-    types = {
-        **dict.fromkeys(("buffer", "weight"), "*fp16"),
-        **dict.fromkeys(("partial", "bias", "out"), "*fp32"),
-    }
-    columns = max(16, triton.next_power_of_2(9 * o))
-    sums = {"C": c, "BLOCK_C": 32, "COLS": columns, "USED": 9 * o, "M": 128, "KT": 3}
-    gather = {"OUT": o, "M": 1024, "PAD_Y": 1, "PAD_X": 1, "HAS_BIAS": True}
-    yield Job(f"head {c}x{o}", "partials", triton_head._partials, types, dict(sums))
-    yield Job(f"head {c}x{o}", "gather", triton_head._gather, types, dict(gather))
-
-
-def compile_job(job: Job, capability: int) -> Resources:
-    """Compile for `capability` (90 is Hopper). Raises what Triton's compiler raises."""
-    names = job.function.arg_names
-    signature = {
-        name: "constexpr" if name in job.constants else job.types.get(name, "i32") for name in names
-    }
-    # What Triton finds out at a launch: widths are multiples of 16, and pointers are aligned.
-    aligned = [i for i, n in enumerate(names) if n == "cout" or signature[n].startswith("*")]
-    source = ASTSource(
-        job.function,
-        signature,
-        constexprs={(names.index(name),): value for name, value in job.constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
-    options = {"num_warps": job.warps, "num_stages": job.stages}
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
-    return Resources(
-        job.name,
-        job.config,
-        job.loads,
-        capability,
-        int(_found(r"REG:(\d+)", usage)),
-        int(_found(r"STACK:(\d+)", usage)),
-        made.metadata.shared,
-        len(re.findall(r"\b[HIQ]?G?MMA\.", code)),
-        code.count("WARPGROUP.DEPBAR"),
-    )
-
-
-def _found(pattern: str, text: str) -> str:
-    match = re.search(pattern, text)
-    if match is None:
-        raise ValueError(f"no {pattern!r} in what cuobjdump says")
-    return match[1]
-
-
-def _run(program: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [str(PROGRAMS / program), *arguments], check=True, capture_output=True, text=True
-    )
-    return done.stdout
-
-
-def card(capability: int) -> Device:
-    """A card of compute capability `capability`, such as 89."""
-    return nvidia(f"sm_{capability}", divmod(capability, 10), 1)
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> int:
-    """Print a table, or JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--capability", type=int, default=90, help="chosen and compiled for (default: 90, Hopper)"
+    """Print a table, or JSON, or what exceeds the limits."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--target", type=int, action="append", help="compile for others instead; repeatable"
+        "--capability",
+        type=int,
+        action="append",
+        choices=CAPABILITIES,
+        help="chosen and compiled for; repeatable (default: 90, Hopper; with --check: all)",
     )
+    parser.add_argument(
+        "--target",
+        type=int,
+        action="append",
+        choices=CAPABILITIES,
+        help="compile Triton's for others instead; repeatable",
+    )
+    parser.add_argument("--kernels", choices=KERNELS, action="append", help="default: both")
     parser.add_argument("--kernel", help='only kernels of this name, such as "pointer"')
     parser.add_argument("--layer", default="", help='only layers whose name has this, "96x96"')
     parser.add_argument("--first", action="store_true", help="only what is tried first")
     parser.add_argument("--family", choices=FAMILIES, action="append", help="default: both")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a kernel exceeds a limit")
+    parser.add_argument(
+        "--limits", type=Path, default=ALLOWED, help="what may be spilled (default: %(default)s)"
+    )
     args = parser.parse_args()
-    families = args.family or list(FAMILIES)
-    rows = [
-        compile_job(job, target)
-        for job in jobs(families, card(args.capability), args.first, args.kernel)
-        if args.layer in job.name
-        for target in args.target or [args.capability]
-    ]
+    capabilities = args.capability or (CAPABILITIES if args.check else (90,))
+    rows = []
+    if not args.json:
+        print(
+            "| family | kernel | configuration | sm | registers | stack | shared KiB | threads | "
+            "tensor core | waits |"
+        )
+        print("|---|---|---|---:|---:|---:|---:|---:|---:|---:|")
+    for capability in capabilities:
+        for row in resources(args, capability):
+            rows.append(row)
+            if not args.json:
+                print(line(row), flush=True)
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
+    if not args.check:
         return 0
-    print("| kernel | configuration | sm | registers | stack | shared KiB | tensor core | waits |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|")
-    for r in rows:
-        print(
-            f"| {r.kernel} | {r.config} | {r.capability} | {r.registers} | {r.stack_bytes} | "
-            f"{r.shared_bytes / 1024:.0f} | {r.tensor_core_instructions} | {r.waits} |",
-            flush=True,
-        )
-    return 0
+    limits = Limits.read(args.limits)
+    faults = list(exceeded(rows, limits))
+    for fault in faults:
+        print(f"exceeds: {fault}", file=sys.stderr)
+    return int(bool(faults))
 
 
 if __name__ == "__main__":

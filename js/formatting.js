@@ -108,9 +108,14 @@ export function layerGroups(layers) {
   return [...groups.values()];
 }
 
-/** "decoder.conv1 · 384 × 16 × 3 × 3 × 3 · channels_last_3d · eager". */
+/**
+ * "decoder.conv1 · 384 × 16 × 3 × 3 × 3 · channels_last_3d · eager", and for a kernel also which
+ * one and how many times faster than eager: "… · cuda wgmma winograd · 2.8×".
+ */
 export function layerText(layer) {
-  return [layer.name, shapeText(layer.shape), layer.format, layer.backend]
+  const runs = [layer.backend, layer.kernel].filter(Boolean).join(" ");
+  const gain = typeof layer.gain === "number" ? `${layer.gain.toFixed(1)}×` : "";
+  return [layer.name, shapeText(layer.shape), layer.format, runs, gain]
     .filter(Boolean)
     .join(" · ");
 }

@@ -24,7 +24,9 @@ class LayerRecord:
     """One convolution: native name, operation, shape of its weight, format and backend.
 
     `format`: memory format of the weight as used (contiguous, channels_last_3d, either, other).
-    `backend`: what runs this layer.
+    `backend`: what runs this layer. `kernel`: which of its kernels in which configuration; empty
+    for eager. `gain`: how many times faster than eager it was when it was chosen on this card; None
+    if that was not measured, or eager runs it.
     """
 
     name: str
@@ -32,6 +34,9 @@ class LayerRecord:
     shape: tuple[int, ...]
     format: str
     backend: str
+    kernel: str = ""
+    # A measurement, no part of what was chosen.
+    gain: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -188,6 +193,8 @@ class ReportBuilder:
         self.latent_shape: tuple[int, ...] | None = None
         self.pixel_shape: tuple[int, ...] | None = None
         self.precision_requested = "auto"
+        # What the device behaves as, in words, if not as itself.
+        self.imitation: str | None = None
         self.strips = 1
         self.plan: dict[str, object] | None = None
         self.layout: dict[str, Any] = {}
@@ -206,13 +213,14 @@ class ReportBuilder:
     def build(self, status: str, error: str | None = None) -> DecodeReport:
         """Make a report of what is known now. `duration_ms` counts from the builder's creation."""
         seconds = time.perf_counter() - self._started
+        name = device_name(self.device)
         return DecodeReport(
             operation=self.operation,
             status=status,
             error=error,
             config=self.config,
             device=str(self.device),
-            device_name=device_name(self.device),
+            device_name=name if self.imitation is None else f"{name} {self.imitation}",
             dtype=str(self.dtype).removeprefix("torch."),
             layout=LayoutRecord(**self.layout),
             memory=MemoryRecord(**self.memory),

@@ -5,6 +5,7 @@ from __future__ import annotations
 OTHER_PARTS = {
     "ranks": "one decode over several devices: correct, timed, with faults (also --ranks 1,2)",
     "scaling": "a sharded decode on more GPUs, emulated on one; --model: calculated",
+    "predictions": "predicted times on cards that nobody measured: a model (no GPU)",
     "profile": "which kernels a chunk takes, of the whole picture and of a shard",
     "kernels": "our kernels by configuration, next to the library's (a GPU)",
     "resources": "registers and shared memory of the Triton kernels (no GPU)",
@@ -15,5 +16,5 @@ OTHER_PARTS = {
 
 def other_parts() -> str:
     """The lines for the end of the help."""
-    lines = [f"  wan-vae bench {name:<10} {text}" for name, text in OTHER_PARTS.items()]
+    lines = [f"  wan-vae bench {name:<11} {text}" for name, text in OTHER_PARTS.items()]
     return "\n".join(["other parts, each with a --help of its own:", *lines])

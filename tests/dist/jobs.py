@@ -11,6 +11,7 @@ import torch
 
 import wan_vae
 from tests.conftest import PATIENCE_S, SMALL_CONFIGS, random_state
+from tests.dist.two_ways import lying_clock, two_ways
 from wan_vae import WanVAE
 from wan_vae.network.blocks import Step
 from wan_vae.network.cache import FeatureCache
@@ -18,6 +19,7 @@ from wan_vae.chunking import schedule
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import DecodeCancelled
 from wan_vae.sharding import ShardContext, plan_shards
+from wan_vae.sharding.context import SINGLE
 from wan_vae.sharding.halo import Shard
 from wan_vae.runs.shard_ranks import own_part
 from wan_vae.sharding.transport import Incoming, Outgoing, Wire
@@ -174,3 +176,25 @@ def gather_every_format(rank, ranks, group):
     ][rank]
     gathered = wire.all_gather(x)
     return [torch.equal(g, steps) for g in gathered]
+
+
+def run_with_a_clock(
+    rank, ranks, group, *, caches, fastest, operation="decode", missing=(), times=1
+):
+    """Decode or encode noise with kernels that this rank's clock chose: for each run the result
+    and the backends; and the configurations that ran."""
+    os.environ["WAN_VAE_CACHE"] = caches[rank]
+    vae = WanVAE.from_state_dict(random_state(SMALL_CONFIGS["wan2.1"]), device="cpu")
+    with two_ways(missing[rank] if missing else ()) as kernel:
+        vae.engine.timer_of = lambda device: lying_clock(kernel, fastest[rank])
+        context = SINGLE if ranks == 1 else _context(rank, ranks, group, "height")
+        results = []
+        for _ in range(times):
+            if operation == "encode":
+                pixels = noise((1, 3, 5, 32, 16)).tanh()
+                results.append(vae.encode(pixels, shard=context, backend="cuda"))
+            else:
+                results.append(vae.decode(noise((1, 16, 2, 4, 2)), shard=context, backend="cuda"))
+        (kept,) = vae.model.prepared.values()
+    choices = {name: choice.config for name, choice in kept[1].choices.items()}
+    return [_to_numpy(result) for result in results], choices

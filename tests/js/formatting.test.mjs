@@ -78,6 +78,13 @@ test("counts, shapes, layers, dtypes", () => {
     f.layerText({ name: "decoder.conv1", shape: [8, 4], format: "either", backend: "eager" }),
     "decoder.conv1 · 8 × 4 · either · eager",
   );
+  assert.equal(
+    f.layerText({ name: "a", shape: [8], format: "either", backend: "cuda",
+      kernel: "wgmma winograd", gain: 2.84 }),
+    "a · 8 · either · cuda wgmma winograd · 2.8×",
+  );
+  const untimed = { name: "a", shape: [8], format: "either", backend: "eager", kernel: "", gain: null };
+  assert.equal(f.layerText(untimed), "a · 8 · either · eager");
   assert.equal(f.dtypeText("float8_e4m3fn"), "float8_e4m3fn");
 });
 

@@ -19,7 +19,7 @@ from wan_vae.kernels.cuda.conv_layers import (
     pointwise_program,
 )
 from wan_vae.kernels.cuda.driver import compile_source
-from wan_vae.kernels.cuda.program import CompiledKernel, build
+from wan_vae.kernels.cuda.program import build
 from wan_vae.kernels.device import CARDS, Device
 from wan_vae.kernels.kernel import BuildError
 from wan_vae.kernels.proof.cases import prove_kernel
@@ -463,12 +463,15 @@ def test_compiles_for_turing_without_bfloat16():
     assert compiles(Variant(16, 384, CUBE, POINT, SINGLE, HALF, 64), "sm_75")
     with pytest.raises(BuildError, match="no bfloat16"):
         compiles(Variant(96, 96, POINT, POINT, BF16, BF16, 96), "sm_75")
+    for kernel in CONV_KERNELS:
+        assert kernel.requires.unmet_by_device(CARDS["RTX 2060"]) is None
+        assert kernel.requires.unmet_by_dtype(CARDS["RTX 2060"], HALF) is None
+        assert kernel.requires.unmet_by_dtype(CARDS["RTX 2060"], BF16) is not None
 
 
 def test_kernels_build_for_a_card(tmp_path, monkeypatch):
     monkeypatch.setenv("WAN_VAE_CACHE", str(tmp_path))
     for kernel, problem in zip(CONV_KERNELS, (CONVS[0], STRIDED[0], HEADS[0]), strict=True):
-        assert isinstance(kernel, CompiledKernel)
         config = kernel.candidates(problem, CARDS["RTX 4090"])[0]
         kernel.build(problem, config, CARDS["RTX 4090"])
         made = {program.file for program in kernel.programs(problem, config, CARDS["RTX 4090"])}

@@ -1,6 +1,6 @@
 """The kernels compile for cards that need not be there, and fit them.
 
-The interpreter, in which the other tests here run, compiles nothing.
+The interpreter and the emulation, in which the other tests here run, compile nothing for a card.
 """
 
 from __future__ import annotations
@@ -9,38 +9,51 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
 
+from benchmarks.resources.limits import ALLOWED, Limits, card, exceeded
+from benchmarks.resources.usage import Resources
+from wan_vae.kernels.cuda import driver
+from wan_vae.kernels.cuda import kernels as cuda_kernels
+from wan_vae.kernels.cuda.program import CompiledKernel
+from wan_vae.ops.problem import HeadProblem, NormConvProblem
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Of one program.
-SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-# These hold all channels of a pixel, or were measured fast all the same (see `configs.py`).
-STACK_BYTES = {"norm_conv3d 96x96 3x3x3": 128, "norm 640": 128, "norm 1024": 128}
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The script with these arguments; `folder` is for what Triton compiles."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
+    environment.pop("TRITON_INTERPRET", None)
+    script = REPOSITORY / "benchmarks" / "kernel_resources.py"
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def checked(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """What the script says of kernels that exceed no limit."""
+    done = run(folder, "--json", "--check", *arguments)
+    assert done.returncode == 0, done.stderr
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return rows
+
+
+# -- Triton ----------------------------------------------------------------------------------------
 
 
 def compiled(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """What the script says of the kernels that are tried first."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
-    environment.pop("TRITON_INTERPRET", None)
-    script = REPOSITORY / "benchmarks" / "kernel_resources.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--first", "--json", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    rows = checked(folder, "--kernels", "triton", "--first", *arguments)
     for row in rows:
-        assert row["shared_bytes"] <= SHARED_BYTES[row["capability"]], row
         multiplies = not row["kernel"].startswith("norm ") and row["config"] != "gather"
         assert (row["tensor_core_instructions"] > 0) == multiplies, row
-        assert row["stack_bytes"] <= STACK_BYTES.get(row["kernel"], 0), row
     return rows
 
 
@@ -60,8 +73,100 @@ def test_what_cards_without_tma_try_first_compiles_fits_and_does_not_spill(tmp_p
     rows += compiled(tmp_path, "--capability", "86", "--family", "wan2.1", "--layer", "latent")
     wide = ("--capability", "86", "--layer", "conv3d 384x384")
     rows += compiled(tmp_path, *wide, "--target", "80", "--target", "89", "--target", "90")
-    assert {row["capability"] for row in rows} == SHARED_BYTES.keys()
+    assert {row["capability"] for row in rows} == {80, 86, 89, 90}
     assert {row["loads"] for row in rows} == {"pointer"}
+
+
+# -- CUDA C++ --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nvrtc():
+    """The compiler, or a skip."""
+    try:
+        driver.nvrtc_version()
+    except OSError as error:
+        pytest.skip(f"no NVRTC here (pip install nvidia-cuda-nvrtc): {error}")
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_what_a_geforce_tries_first_in_cuda_fits(tmp_path):
+    """Chosen as for a card of capability 8.6, for both models, videos and images."""
+    rows = checked(tmp_path, "--kernels", "cuda", "--capability", "86", "--first")
+    names = [row["kernel"] for row in rows]
+    assert {name.split()[0] for name in names} >= {
+        *("norm_conv3d", "head", "upsample_conv2d", "norm_join", "norm_pairs")
+    }
+    assert any(name.endswith("one frame") for name in names)
+    assert all(row["registers"] > 0 and row["threads"] > 0 for row in rows)
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("nvrtc")
+def test_all_that_is_tried_in_cuda_fits_every_card(tmp_path):
+    rows = checked(tmp_path, "--kernels", "cuda")
+    assert {row["capability"] for row in rows} == {75, 80, 86, 89, 90, 100, 120}
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_a_kernel_that_spills_more_than_is_allowed_is_named(tmp_path):
+    layer = ("--kernels", "cuda", "--capability", "86", "--first", "--layer", "upsample_conv2d 256")
+    (row,) = checked(tmp_path, *layer)
+    spill = {
+        **{"family": "cuda", "kernel": row["kernel"], "config": row["config"], "why": "planted"},
+        **{"capabilities": [86, 86], "stack_bytes": row["stack_bytes"] - 1},
+    }
+    planted = tmp_path / "limits.json"
+    planted.write_text(json.dumps({"stack_bytes": 0, "spills": [spill]}))
+    done = run(tmp_path, *layer, "--check", "--limits", str(planted))
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"exceeds: {row['kernel']}, {row['config']}, sm_86: bytes of stack: "
+        f"{row['stack_bytes']} of {row['stack_bytes'] - 1}"
+    ]
+
+
+def test_each_limit_is_held():
+    fits = Resources("k", "c", "cuda", 86, 128, 0, 48 * 1024, threads=256, resident=2)
+    limits = Limits(0, ())
+    assert list(exceeded([fits], limits)) == []
+    for change, what in (
+        ({"stack_bytes": 8}, "bytes of stack: 8 of 0"),
+        ({"registers": 256, "resident": 1}, "registers of a thread: 256 of 255"),
+        ({"registers": 129}, "registers of 2 programs at once: 69632 of 65536"),
+        ({"shared_bytes": 100 * 1024, "resident": 1}, "shared memory: 102400 of 101376"),
+        ({"shared_bytes": 50 * 1024}, "shared memory of 2 programs at once: 104448 of 102400"),
+        ({"registers": 32, "threads": 1024}, "threads of 2 programs at once: 2048 of 1536"),
+    ):
+        (line,) = exceeded([replace(fits, **change)], limits)
+        assert what in line
+    spilling = replace(fits, stack_bytes=8)
+    assert list(exceeded([spilling], replace(limits, stack_bytes=8))) == []
+
+
+def test_what_may_be_spilled_says_why_and_where():
+    for spill in Limits.read(ALLOWED).spills:
+        assert spill.why.endswith(".")
+        least, most = spill.capabilities
+        assert 75 <= least <= most <= 120
+
+
+def test_every_kernel_in_cuda_names_what_it_builds(monkeypatch):
+    built: list[Any] = []
+    monkeypatch.setattr(cuda_kernels, "build", built.append)
+    monkeypatch.setattr(driver, "has_tensor_maps", lambda: True)
+    assert all(isinstance(kernel, CompiledKernel) for kernel in cuda_kernels.KERNELS)
+    hopper, bf16 = card(90), torch.bfloat16
+    problems = (NormConvProblem(96, 96, bf16, 4), HeadProblem(96, 3, bf16, 4))
+    for kernel, problem in zip(cuda_kernels.KERNELS[:3], (problems[0], *problems), strict=True):
+        config = kernel.candidates(problem, hopper)[0]
+        kernel.build(problem, config, hopper)
+        programs = kernel.programs(problem, config, hopper)
+        assert len(programs) == 2 and tuple(built) == programs
+        built.clear()
+
+
+# -- their times -----------------------------------------------------------------------------------
 
 
 def test_the_script_that_times_them_runs():

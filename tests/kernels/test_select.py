@@ -4,7 +4,7 @@ card than the one that runs."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,19 +16,31 @@ from tests.conftest import random_state
 from wan_vae import WanVAE
 from wan_vae.chunking import schedule
 from wan_vae.config import wan21, wan22
-from wan_vae.kernels import registry
+from wan_vae.errors import BackendError
+from wan_vae.kernels import registry, select
+from wan_vae.kernels.bounds import Bound, float16_sums_bound, operand_bound, winograd_phases
 from wan_vae.kernels.device import CARDS, CPU, INTERPRETER, Device
 from wan_vae.kernels.kernel import BuildError, Requires
 from wan_vae.kernels.proof import cases
 from wan_vae.kernels.proof.cache import ProofCache
+from wan_vae.kernels.proof.choice import EAGER
+from wan_vae.kernels.proof.prove import Verdict
+from wan_vae.kernels.proof.timing import device_timer, timed_size
 from wan_vae.kernels.select import SelectRequest, proof_key, select_kernels
 from wan_vae.layout import LayoutCounter
 from wan_vae.network.blocks import Step
 from wan_vae.network.cache import FeatureCache
 from wan_vae.network.model import WanVAEModel
 from wan_vae.network.sites import decoder_sites, encoder_sites, layer_sites
-from wan_vae.ops.opset import CallSize, OpSet, Workspace
-from wan_vae.ops.problem import ConvProblem, LayerSite, LayerWeights, NormConvProblem, Operation
+from wan_vae.ops.opset import CallSize, LayerChoice, OpSet, Workspace
+from wan_vae.ops.problem import (
+    AttentionProblem,
+    ConvProblem,
+    LayerSite,
+    LayerWeights,
+    NormConvProblem,
+    Operation,
+)
 from wan_vae.options import Axis, Part
 
 HOST = torch.device("cpu")
@@ -37,13 +49,15 @@ FP32 = torch.float32
 
 @dataclass(frozen=True)
 class FakeLayer:
-    """The eager convolution, times `factor`: a wrong kernel, unless that is 1."""
+    """The eager convolution, times `factor`: a wrong kernel, unless that is 1. ran: notes every
+    call."""
 
     family: str
     kernel: str
     config: str
     weight: torch.Tensor
     factor: float
+    ran: list[str]
     operand_dtype: torch.dtype = FP32
 
     def run(
@@ -54,6 +68,7 @@ class FakeLayer:
         padding: tuple[int, int],
         last_slice: bool,
     ) -> torch.Tensor:
+        self.ran.append(f"{self.family} {self.config}")
         used = self.weight[:, :, -1:] if last_slice else self.weight
         return F.conv3d(x, used, bias, padding=(0, *padding)) * self.factor
 
@@ -63,7 +78,8 @@ class FakeLayer:
 
 @dataclass
 class FakeKernel:
-    """A kernel for convolutions. factors: of each configuration. broken: what cannot be built."""
+    """A kernel for convolutions. factors: of each configuration. broken: what cannot be built.
+    reach: the bound of a configuration, below 100."""
 
     family: str
     factors: Mapping[str, float]
@@ -76,6 +92,8 @@ class FakeKernel:
     name: str = "fake"
     operation: Operation = "conv3d"
     build_failures: tuple[type[Exception], ...] = (BuildError,)
+    reach: Mapping[str, float] = field(default_factory=dict)
+    ran: list[str] = field(default_factory=list)
     built: list[tuple[str, str, int]] = field(default_factory=list)
 
     @property
@@ -90,10 +108,35 @@ class FakeKernel:
         if config in self.broken:
             raise BuildError(f"no {config} here")
 
+    def bound(self, weights: LayerWeights, problem: ConvProblem, config: str) -> Bound | None:
+        if config not in self.reach:
+            return None
+        return Bound(torch.tensor(self.reach[config]), 100.0, "its sums may reach")
+
     def prepare(
         self, weights: LayerWeights, problem: ConvProblem, config: str, device: Device
     ) -> FakeLayer:
-        return FakeLayer(self.family, self.name, config, weights.weight, self.factors[config])
+        return FakeLayer(
+            self.family, self.name, config, weights.weight, self.factors[config], self.ran
+        )
+
+
+@dataclass
+class FakeTimer:
+    """A clock by the name "family configuration" of what ran, and EAGER; counts its calls."""
+
+    times: Mapping[str, float]
+    kernels: Sequence[FakeKernel]
+    asked: list[str] = field(default_factory=list)
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        for kernel in self.kernels:
+            kernel.ran.clear()
+        run()
+        ran = [name for kernel in self.kernels for name in kernel.ran]
+        assert len(ran) <= 1
+        self.asked.append(ran[0] if ran else EAGER)
+        return self.times[self.asked[-1]]
 
 
 @pytest.fixture
@@ -114,13 +157,16 @@ def chosen(
     sites: Sequence[LayerSite],
     proofs: ProofCache,
     axis: Axis | None = None,
+    timer: FakeTimer | None = None,
+    prescribed: Mapping[str, LayerChoice] | None = None,
 ) -> OpSet:
     def kernels_of(operation: Operation, families: tuple[str, ...]) -> Iterator[FakeKernel]:
         return (k for k in kernels if k.operation == operation and k.family in families)
 
     monkeypatch.setattr(registry, "kernels_of", kernels_of)
     families = tuple(dict.fromkeys(k.family for k in kernels))
-    return select_kernels(SelectRequest(sites, families, CPU, HOST, proofs, axis))
+    request = SelectRequest(sites, families, CPU, HOST, proofs, axis, timer, prescribed)
+    return select_kernels(request)
 
 
 def test_the_first_kernel_that_is_right_runs_a_layer(monkeypatch, proofs):
@@ -263,6 +309,226 @@ def test_frames_of_an_image_are_one(part: Part):
     video = {getattr(s.problem, "frames", 1) for s in layer_sites(model, part)}
     image = {getattr(s.problem, "frames", 1) for s in layer_sites(model, part, only_frame=True)}
     assert video == {1, 2, 4} and image == {1}
+
+
+# -- choosing by time ---------------------------------------------------------------------------
+
+
+def raced(
+    monkeypatch: pytest.MonkeyPatch,
+    kernels: Sequence[FakeKernel],
+    times: Mapping[str, float],
+    proofs: ProofCache,
+    sites: Sequence[LayerSite] = (),
+    axis: Axis | None = None,
+) -> tuple[OpSet, list[str]]:
+    """The operations, and what was timed."""
+    timer = FakeTimer(times, kernels)
+    return chosen(
+        monkeypatch, kernels, sites or [site("x", 16, 16)], proofs, axis, timer
+    ), timer.asked
+
+
+def test_the_fastest_right_kernel_runs_a_layer_and_its_gain_is_known(monkeypatch, proofs):
+    kernel, other = FakeKernel("one", {"a": 1.0, "b": 1.5, "c": 1.0}), FakeKernel("two", {"a": 1.0})
+    times = {"one a": 2.0, "one c": 1.0, "two a": 1.5, EAGER: 3.0}
+    ops, timed = raced(monkeypatch, [kernel, other], times, proofs)
+    choice = ops.choices["x"]
+    assert choice == LayerChoice("one", "fake", "c", 1.0, 3.0)
+    assert choice.gain == 3.0 and choice.text == "one fake c"
+    assert set(timed) == times.keys()
+    # What is wrong is still said, what is slower is no fault.
+    (refusal,) = ops.refusals
+    assert ": b: relative error" in refusal.reason and refusal.family == "one"
+
+
+def test_a_choice_is_kept_for_the_next_process_and_for_other_layers(monkeypatch, proofs, tmp_path):
+    kernel = FakeKernel("one", {"a": 1.0, "b": 1.0})
+    kept = ProofCache({"device": "here"}, tmp_path)
+    sites = [site("x", 16, 16), site("y", 16, 16)]
+    first, timed = raced(
+        monkeypatch, [kernel], {"one a": 2.0, "one b": 1.0, EAGER: 9.0}, kept, sites
+    )
+    assert len(timed) == 3 * 2  # one class, two rounds
+    kernel.built.clear()
+    # A clock that would now say otherwise is not asked, and what lost is not built.
+    again = ProofCache({"device": "here"}, tmp_path)
+    second, timed = raced(monkeypatch, [kernel], {}, again, sites)
+    assert timed == [] and [entry[0] for entry in kernel.built] == ["b"]
+    assert second.choices == first.choices and second.choices["y"].config == "b"
+    # Another list of contenders is another question.
+    more = FakeKernel("one", {"a": 1.0, "b": 1.0, "c": 1.0})
+    times = {"one a": 2.0, "one b": 1.0, "one c": 3.0, EAGER: 9.0}
+    _, timed = raced(monkeypatch, [more], times, again, sites)
+    assert timed
+
+
+def test_eager_wins_only_by_more_than_the_bits_are_worth(monkeypatch, proofs):
+    kernel = FakeKernel("one", {"a": 1.0})
+    ops, _ = raced(monkeypatch, [kernel], {"one a": 1.1, EAGER: 1.0}, proofs)
+    assert ops.choices["x"].gain == pytest.approx(1 / 1.1) and ops.refusals == ()
+    proofs = ProofCache({"device": "there"}, None)
+    sites = [site("x", 16, 16), site("y", 16, 16)]
+    ops, _ = raced(monkeypatch, [kernel], {"one a": 1.4, EAGER: 1.0}, proofs, sites)
+    assert not ops.layers and ops.used["conv3d"] == "eager"
+    (refusal,) = ops.refusals
+    assert refusal.text == (
+        "PyTorch is 1.4x faster here: the bits of these layers depend on the size of the picture "
+        "(2 layers)"
+    )
+
+
+def test_a_kernel_that_is_slower_gets_its_turn_when_the_fastest_cannot_be_built(
+    monkeypatch, tmp_path
+):
+    proofs = ProofCache({"device": "here"}, tmp_path)
+    kernel = FakeKernel("one", {"a": 1.0, "b": 1.0})
+    times = {"one a": 2.0, "one b": 1.0, EAGER: 9.0}
+    assert raced(monkeypatch, [kernel], times, proofs)[0].choices["x"].config == "b"
+    broken = FakeKernel("one", {"a": 1.0, "b": 1.0}, broken=("b",))
+    ops, _ = raced(monkeypatch, [broken], times, proofs)
+    assert ops.choices["x"] == LayerChoice("one", "fake", "a")
+
+
+def test_a_shard_takes_the_choice_of_the_whole_picture(monkeypatch, proofs):
+    """Else its bits were others. What wins is proven with halo rows too."""
+    kernel = FakeKernel("one", {"a": 1.0, "b": 1.0})
+    wide = [wide_site("x")]
+    times = {"one a": 2.0, "one b": 1.0, EAGER: 9.0}
+    shard, timed = raced(monkeypatch, [kernel], times, proofs, wide, "height")
+    whole, again = raced(monkeypatch, [kernel], {}, proofs, wide)
+    assert timed and not again and shard.choices == whole.choices
+    assert len(proofs) == 3  # a, b, b with halo rows
+    # And if only the halo rows are wrong, another kernel runs, and it is said.
+    monkeypatch.setattr(select, "prove_kernel", wrong_with_halo_rows("b"))
+    elsewhere = ProofCache({"device": "there"}, None)
+    shard, _ = raced(monkeypatch, [kernel], times, elsewhere, wide, "height")
+    assert shard.choices["x"].config == "a"
+
+
+def wide_site(name: str) -> LayerSite:
+    problem = ConvProblem("latent", 16, 16, (1, 3, 3), FP32, FP32)
+    weight = torch.randn(16, 16, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    return LayerSite(name, problem, LayerWeights(weight, torch.zeros(16)))
+
+
+def wrong_with_halo_rows(wrong: str) -> Callable[..., Verdict]:
+    def prove(kernel, problem, config, device, runs_on, axis) -> Verdict:
+        return Verdict(True) if axis is None or config != wrong else Verdict(False, "halo rows")
+
+    return prove
+
+
+def test_no_more_than_a_few_are_timed_and_nothing_more_when_time_is_up(monkeypatch, proofs):
+    many = FakeKernel("one", dict.fromkeys("ab", 1.0))
+    others = FakeKernel("two", dict.fromkeys("abcd", 1.0))
+    times = dict.fromkeys(["one a", "one b", "two a", EAGER], 1.0)
+    ops, timed = raced(monkeypatch, [many, others], times, proofs)
+    assert set(timed) == times.keys() and ops.choices["x"].config == "a"
+    assert len(proofs) == 3
+    monkeypatch.setattr(select, "_BUDGET_S", 0.0)
+    proofs = ProofCache({"device": "there"}, None)
+    ops, timed = raced(monkeypatch, [many, others], times, proofs)
+    assert set(timed) == {"one a", EAGER} and len(proofs) == 1
+
+
+def test_what_fails_at_the_size_of_the_clock_is_refused(monkeypatch, proofs):
+    kernel = FakeKernel("one", {"a": 1.0, "b": 1.0})
+
+    class Failing(FakeTimer):
+        def __call__(self, run: Callable[[], object]) -> float:
+            ms = super().__call__(run)
+            if self.asked[-1] == "one a":
+                raise BuildError("too many programs")
+            return ms
+
+    timer = Failing({"one a": 1.0, "one b": 1.0, EAGER: 2.0}, [kernel])
+    ops = chosen(monkeypatch, [kernel], [site("x", 16, 16)], proofs, None, timer)
+    assert ops.choices["x"].config == "b"
+    assert "BuildError: too many programs" in ops.refusals[0].reason
+
+
+def test_the_choices_of_another_rank_are_taken_or_refused(monkeypatch, proofs):
+    kernel = FakeKernel("one", {"a": 1.0, "b": 1.0, "c": 1.5})
+    sites = [site("x", 16, 16), site("y", 16, 16)]
+    theirs = {"x": LayerChoice("one", "fake", "b", 1.0, 2.0)}
+    timer = FakeTimer({}, [kernel])
+    ops = chosen(monkeypatch, [kernel], sites, proofs, None, timer, theirs)
+    assert ops.choices == theirs and timer.asked == []
+    assert [(r.reason, r.layers) for r in ops.refusals] == [("eager on rank 0", ("y",))]
+    for config, reason in (("c", "relative error"), ("d", "not made for this device")):
+        theirs = {"x": LayerChoice("one", "fake", config)}
+        with pytest.raises(BackendError, match=f"x cannot run one fake {config}: .*{reason}"):
+            chosen(monkeypatch, [kernel], sites, proofs, None, timer, theirs)
+
+
+def test_layers_are_timed_where_they_are_about_as_much_work():
+    device = torch.device("cuda")
+    wide, narrow = NormConvProblem(384, 384, FP32), NormConvProblem(96, 96, FP32)
+    assert timed_size(narrow, device) == (4, 256, 256)
+    assert timed_size(wide, device) == (4, 64, 64)
+    assert timed_size(NormConvProblem(16, 16, FP32), device) == (4, 256, 256)
+    assert timed_size(NormConvProblem(1024, 1024, FP32), device) == (4, 24, 24)
+    assert timed_size(AttentionProblem(384, FP32), device) == (1, 96, 96)
+    assert device_timer(HOST) is None
+
+
+# -- numbers that could overflow ----------------------------------------------------------------
+
+
+def test_a_configuration_whose_sums_could_overflow_is_refused(monkeypatch, proofs):
+    nan = float("nan")
+    kernel = FakeKernel("one", dict.fromkeys("abc", 1.0), reach={"a": 100.0, "b": nan, "c": 99.0})
+    ops = chosen(monkeypatch, [kernel], [site("x", 16, 16)], proofs)
+    assert ops.choices["x"].config == "c" and len(proofs) == 1
+    assert [r.reason for r in ops.refusals] == [
+        "fake a: its sums may reach 1e+02, too large for float16",
+        "fake b: its sums may reach nan, too large for float16",
+    ]
+
+
+def norm_weights(scale: float = 1.0, channels: int = 96) -> LayerWeights:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, channels, 3, 3, 3, generator=generator) / (27 * channels) ** 0.5
+    gamma = 1 + 0.2 * torch.randn(channels, 1, 1, 1, generator=generator)
+    return LayerWeights(scale * weight, None, gamma)
+
+
+def float16_sums(weights: LayerWeights) -> Bound:
+    assert weights.gamma is not None
+    return float16_sums_bound(weights.gamma, winograd_phases(weights.weight), 2.0)
+
+
+def test_float16_sums_are_for_usual_weights():
+    bound = float16_sums(norm_weights())
+    assert bound.refusal(bound.value.item()) is None and bound.value > 1
+    assert float16_sums(norm_weights(3e4)).value.item() == pytest.approx(3e4 * bound.value.item())
+    for scale in (3e4, float("nan"), float("inf")):
+        bound = float16_sums(norm_weights(scale))
+        refusal = bound.refusal(bound.value.item())
+        assert refusal is not None and "too large for float16" in refusal
+
+
+@pytest.mark.parametrize("channels", [96, 48])
+def test_no_sum_exceeds_the_bound_and_the_worst_one_comes_close(channels):
+    """The operand that points along the weights, at a norm's full length in one group."""
+    weights = norm_weights(channels=channels)
+    assert weights.gamma is not None
+    phases = weights.weight.movedim(2, 0)  # direct: a temporal tap each
+    bound = float16_sums_bound(weights.gamma, phases, 1.0).value.item()
+    gain, worst = weights.gamma.flatten(), 0.0
+    for start in range(0, channels, 32):
+        rows = phases[:, :, start : start + 32]
+        unit = torch.nn.functional.normalize(rows, dim=2)  # each tap has its own best pixel
+        operand = unit * channels**0.5 * gain[start : start + 32].view(1, 1, -1, 1, 1)
+        worst = max(worst, (operand * rows).sum((2, 3, 4)).abs().max().item())
+    assert 0.6 * bound < worst <= bound * 1.0001
+
+
+def test_the_operand_bound_is_for_layers_behind_a_norm():
+    assert operand_bound(LayerWeights(torch.ones(4, 4, 1, 1, 1)), 1.0) is None
+    bound = operand_bound(LayerWeights(torch.ones(4, 4, 1, 1, 1), None, torch.full((4,), 3.0)), 9.0)
+    assert bound is not None and bound.value == 6.0
 
 
 # -- choosing as for one card, running on another ----------------------------------------------

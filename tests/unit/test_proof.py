@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from wan_vae.kernels.proof.cache import ProofCache
+from wan_vae.kernels.proof.choice import EAGER, Choice, fastest
 from wan_vae.kernels.proof.prove import Verdict, prove
 
 X = torch.randn(2, 8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 ENVIRONMENT = {"device": "a card", "torch": "2"}
+CHOICE = Choice("a", {"a": 2.5, EAGER: 5.0}, {"b": "wrong"})
 
 
 def reference() -> torch.Tensor:
@@ -136,29 +138,36 @@ def test_another_environment_proves_again(tmp_path):
         lambda text: "",
         lambda text: text[: len(text) // 2],
         lambda text: "[]",
-        lambda text: text.replace("proof/2", "proof/3"),
+        lambda text: text.replace("proof/3", "proof/4"),
         lambda text: text.replace('"passed": false', '"passed": true'),
         lambda text: text.replace('"passed": false', '"passed": 1'),
         lambda text: text.replace("a card", "another card"),
         lambda text: json.dumps(json.loads(text) | {"verdicts": {"a": {"passed": True}}}),
+        lambda text: text.replace('"winner": "a"', '"winner": "b"'),
+        lambda text: text.replace("2.5", "-2.5"),
+        lambda text: text.replace("2.5", "NaN"),
+        lambda text: json.dumps(json.loads(text) | {"choices": {"x": {"winner": "eager"}}}),
+        lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "choices"}),
         lambda text: "\x00\xff",
     ],
 )
 def test_a_damaged_file_is_as_good_as_none(damage, tmp_path):
     cache = ProofCache(ENVIRONMENT, tmp_path)
     cache.verdict("a", lambda: Verdict(False, "wrong", 0.5))
+    cache.keep_choice("x", CHOICE)
     cache.path.write_text(damage(cache.path.read_text()), encoding="latin-1")
     again = ProofCache(ENVIRONMENT, tmp_path)
-    assert len(again) == 0
-    assert "proven again" in again.notes[0]
+    assert len(again) == 0 and again.choice("x") is None
+    assert len(again.notes) == 1 and "proven again" in again.notes[0]
     assert not again.verdict("a", lambda: Verdict(False, "still wrong")).passed
 
 
-def test_a_file_of_the_last_version_is_replaced_without_being_believed(tmp_path):
-    """Its keys mean something else, and its verdicts have another field."""
+@pytest.mark.parametrize("schema", ["wan_vae.proof/1", "wan_vae.proof/2"])
+def test_a_file_of_an_older_version_is_replaced_without_being_believed(schema, tmp_path):
+    """Its keys mean something else, its verdicts have another field, or it holds no choices."""
     cache = ProofCache(ENVIRONMENT, tmp_path)
     old = {
-        "schema": "wan_vae.proof/1",
+        "schema": schema,
         "environment": ENVIRONMENT,
         "verdicts": {"a": {"right": True, "reason": "", "error": 1e-4}},
     }
@@ -169,7 +178,7 @@ def test_a_file_of_the_last_version_is_replaced_without_being_believed(tmp_path)
     assert not again.verdict("a", lambda: Verdict(False, "wrong")).passed
     assert again.notes == []
     content = json.loads(cache.path.read_text())
-    assert content["schema"] == "wan_vae.proof/2" and content["verdicts"].keys() == {"a"}
+    assert content["schema"] == "wan_vae.proof/3" and content["verdicts"].keys() == {"a"}
     assert ProofCache(ENVIRONMENT, tmp_path).verdict("a", never) == Verdict(False, "wrong")
 
 
@@ -179,6 +188,42 @@ def test_a_folder_that_cannot_be_written_is_said_and_harmless(tmp_path):
     assert cache.verdict("a", lambda: Verdict(True)).passed
     assert cache.verdict("a", never).passed
     assert any("not kept" in note for note in cache.notes)
+
+
+def test_choices_are_kept_with_their_times(tmp_path):
+    cache = ProofCache(ENVIRONMENT, tmp_path)
+    assert cache.choice("x") is None
+    assert cache.keep_choice("x", CHOICE) == CHOICE
+    assert ProofCache(ENVIRONMENT, tmp_path).choice("x") == CHOICE
+
+
+def test_the_choice_of_the_first_process_counts(tmp_path):
+    """Two that start side by side may measure different winners, which have different bits."""
+    first, second = ProofCache(ENVIRONMENT, tmp_path), ProofCache(ENVIRONMENT, tmp_path)
+    first.keep_choice("x", CHOICE)
+    assert second.choice("x") == CHOICE  # written since it read the file
+    third = ProofCache(ENVIRONMENT, tmp_path)
+    other = Choice("b", {"b": 1.0, EAGER: 2.0})
+    assert third.keep_choice("x", other) == CHOICE
+    second.verdict("a", lambda: Verdict(True, "", 1e-4))
+    assert ProofCache(ENVIRONMENT, tmp_path).choice("x") == CHOICE
+
+
+@pytest.mark.parametrize(
+    ("times", "winner"),
+    [
+        ({"a": 1.0, "b": 0.96, EAGER: 3.0}, "a"),  # noise
+        ({"a": 1.0, "b": 0.94, EAGER: 3.0}, "b"),
+        ({"a": 1.0, "b": 0.9, "c": 0.87, EAGER: 3.0}, "b"),  # c is within noise of b
+        ({"a": 1.0, "b": 0.96, "c": 0.93, EAGER: 3.0}, "c"),
+        ({"a": 1.0, EAGER: 0.88}, "a"),  # for its bits
+        ({"a": 1.0, EAGER: 0.86}, EAGER),
+        ({"a": 2.0, "b": 1.0, EAGER: 0.9}, "b"),
+        ({"a": 0.09, EAGER: 0.05}, "a"),  # a launch, not a layer
+    ],
+)
+def test_the_fastest_wins_beyond_noise(times, winner):
+    assert fastest(times) == winner
 
 
 def _prove_many(folder, names):

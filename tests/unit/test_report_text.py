@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from wan_vae.commands.report_text import counts, plan_text, report_text
 from wan_vae.config import wan21
 from wan_vae.layout import LayoutDecision
@@ -52,6 +54,34 @@ def report(**values) -> DecodeReport:
         "frames_per_s": 6.0,
     }
     return DecodeReport(**{**fields, **values})
+
+
+def test_layers_say_what_runs_and_what_it_gained():
+    first, pointwise, last = LAYERS
+    layers = (
+        replace(first, kernel="wgmma winograd", gain=2.84),
+        replace(last, kernel="mma direct3", gain=1.2),
+        pointwise,
+    )
+    lines = report_text(report(layers=layers), all_layers=True).splitlines()
+    assert "layers    2 conv3d channels_last_3d cuda, 1.2x to 2.8x" in lines
+    assert "          1 conv3d layout-free (1x1x1) eager" in lines
+    listed = [line.split()[-4:] for line in lines if line.startswith("layer ")]
+    assert listed[0] == ["cuda", "wgmma", "winograd,", "2.8x"]
+    assert listed[2][-1] == "eager"
+
+
+def test_a_report_of_an_older_version_is_read():
+    """It says nothing of kernels and gains."""
+    plain = report().as_dict()
+    layers = plain["layers"]
+    assert isinstance(layers, list) and all("gain" in layer for layer in layers)
+    for layer in layers:
+        del layer["kernel"], layer["gain"]
+    assert DecodeReport.from_dict(plain) == report()
+    # A gain is a measurement: two plans that differ in nothing else are the same.
+    assert replace(LAYERS[0], gain=2.0) == LAYERS[0]
+    assert replace(LAYERS[0], kernel="wgmma direct3") != LAYERS[0]
 
 
 def test_the_report_of_a_decode():

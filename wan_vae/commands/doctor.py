@@ -18,10 +18,12 @@ from ..config import wan21, wan22
 from ..device import DTYPES, device_name, dtype_name, pick_device, pick_dtype, versions
 from ..errors import WanVAEError, first_line
 from ..kernels.cache_folder import cache_folder
+from ..kernels.device import Device
 from ..kernels.proof.cache import ProofCache, environment
 from ..network.model import WanVAEModel
-from ..options import Backend, Part
-from ..runs.kernel_choice import own_modules, select_ops, unavailable_reason
+from ..options import Part
+from ..runs.kernel_choice import OpsRequest, own_modules, select_ops, unavailable_reason
+from .kernel_rows import KernelRow, float16_sums_note, kernel_rows
 
 # Shapes of the real decoder's layers, small in space: (in, out, kernel, frames, rows, columns).
 _LAYERS = (
@@ -120,15 +122,14 @@ def known_faults() -> list[str]:
 
 
 def check_kernels(device: torch.device) -> list[str]:
-    """Prove the kernels for the layers of both full-width models; one line for each finding."""
-    reason = unavailable_reason("triton", device, torch.bfloat16)
+    """Prove and time the kernels for the layers of both full-width models: for each class of layers
+    what runs them and what that gained, and what cannot run and why."""
+    reason = unavailable_reason("cuda", device, torch.bfloat16)
     if reason is not None:
         return [f"kernels: off ({reason})"]
-    lines: list[str] = []
-    requested: Backend = "cuda"
-    reason = unavailable_reason(requested, device, torch.bfloat16)
-    if reason is not None:
-        lines, requested = [f"kernels in CUDA C++: off ({reason})"], "triton"
+    imitation = Device.chosen_for(device).imitation
+    lines = [] if imitation is None else [f"kernels: {imitation}"]
+    rows: list[KernelRow] = []
     proofs = ProofCache(environment(device), cache_folder())
     for config in (wan21(), wan22()):
         for only_frame in (False, True):
@@ -136,7 +137,8 @@ def check_kernels(device: torch.device) -> list[str]:
                 model = WanVAEModel(config).to(torch.bfloat16)
             layout.pack_weights(model, "channels_last_3d")
             for part in get_args(Part):
-                ops = select_ops(requested, model, only_frame, lambda: proofs, part=part)
+                request = OpsRequest("cuda", model, only_frame, part)
+                ops = select_ops(request, lambda: proofs)
                 weights = [
                     p
                     for module in own_modules(model, part)
@@ -147,8 +149,17 @@ def check_kernels(device: torch.device) -> list[str]:
                 what = f"{config.family} {part}, {'one image' if only_frame else 'video'}"
                 numbers = ", ".join(f"{n} {name}" for name, n in sorted(backends.items()))
                 lines.append(f"kernels: {what}: of {len(weights)} layers {numbers}")
+                own = kernel_rows(model, part, only_frame, ops)
+                lines += [f"  {_row(row)}" for row in own]
                 lines += [f"  {refusal.op} off: {refusal.text}" for refusal in ops.refusals]
-    return [*lines, *proofs.notes]
+                rows += own
+    note = float16_sums_note(rows)
+    return [*lines, *([] if note is None else [note]), *proofs.notes]
+
+
+def _row(row: KernelRow) -> str:
+    text = f"{row.layers:>2} {row.problem:<44} {row.runs:<48} {row.gain:>5} {row.times}"
+    return text.rstrip()
 
 
 def run_doctor(requested: str | None) -> int:

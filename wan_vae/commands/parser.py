@@ -321,10 +321,23 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _add_doctor(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", help="check only this device (default: all)")
+    sub.add_argument(
+        "--share",
+        action="store_true",
+        help="print card, versions, kernels and the time of a short decode as Markdown to paste "
+        "into an issue, without paths or names of users (default: no)",
+    )
+    sub.add_argument(
+        "--vae", metavar="FILE", help="with --share: the weights (default: random ones)"
+    )
     sub.set_defaults(run=_doctor)
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    if args.share:
+        from .share import run_share
+
+        return run_share(args.device, args.vae)
     from .doctor import run_doctor
 
     return run_doctor(args.device)

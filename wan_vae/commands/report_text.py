@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
@@ -139,12 +139,14 @@ def _backend_rows(
         operations[backend].append(op)
     texts = [f"{backend}: {', '.join(ops)}" for backend, ops in operations.items()]
     rows = _labelled("backends", texts)
-    groups = Counter((layer.op, layer.format, layer.backend) for layer in layers)
+    groups: defaultdict[tuple[str, str, str], list[LayerRecord]] = defaultdict(list)
+    for layer in layers:
+        groups[layer.op, layer.format, layer.backend].append(layer)
     rows += _labelled(
         "layers",
         [
-            f"{n} {op} {_FORMAT_NAMES.get(name, name)} {backend}"
-            for (op, name, backend), n in groups.items()
+            f"{len(group)} {op} {_FORMAT_NAMES.get(name, name)} {backend}{_gains(group)}"
+            for (op, name, backend), group in groups.items()
         ],
     )
     if all_layers:
@@ -155,7 +157,17 @@ def _backend_rows(
 def _layer(layer: LayerRecord) -> str:
     shape = "x".join(map(str, layer.shape))
     name = _FORMAT_NAMES.get(layer.format, layer.format)
-    return f"{layer.name:<42} {layer.op} {shape:<16} {name} {layer.backend}"
+    runs = f"{layer.backend} {layer.kernel}".strip()
+    return f"{layer.name:<42} {layer.op} {shape:<16} {name} {runs}{_gains([layer])}"
+
+
+def _gains(layers: Sequence[LayerRecord]) -> str:
+    """How many times faster than eager the layers are: ", 2.8x", ", 1.2x to 3.1x"; or nothing."""
+    gains = sorted(layer.gain for layer in layers if layer.gain is not None)
+    if not gains:
+        return ""
+    least, most = (f"{gain:.1f}x" for gain in (gains[0], gains[-1]))
+    return f", {least}" if least == most else f", {least} to {most}"
 
 
 def _labelled(label: str, texts: Sequence[str]) -> list[Row]:

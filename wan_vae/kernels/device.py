@@ -76,6 +76,14 @@ class Device:
         return replace(nvidia(name, capability, self.multiprocessors), runs_on=self.capability)
 
     @property
+    def imitation(self) -> str | None:
+        """What the device imitates, in words; None if it is itself."""
+        if self.runs_on is None or self.capability is None:
+            return None
+        major, minor = self.capability
+        return f"as compute capability {major}.{minor} ({IMITATE})"
+
+    @property
     def machine_code(self) -> str:
         """What a compiler makes for it: "sm_86", machine code of the card itself; "compute_86",
         PTX that the driver of the card that imitates it compiles.

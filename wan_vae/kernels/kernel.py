@@ -17,6 +17,7 @@ from ..errors import BackendError
 from ..layout import LayoutCounter
 from ..ops.opset import FusedConv, HaloRows, Prepared
 from ..ops.problem import LayerWeights, Operation, Problem
+from .bounds import Bound
 from .device import Device, Feature, Vendor
 
 _VENDOR_NAMES: dict[Vendor, str] = {
@@ -302,6 +303,13 @@ class Kernel(Protocol[P, L]):
 
     def candidates(self, problem: P, device: Device) -> Sequence[str]:
         """Configurations to prove, the best first. They depend on nothing but the arguments."""
+        ...
+
+    def bound(self, weights: LayerWeights, problem: P, config: str) -> Bound | None:
+        """The largest number that `config` computes with these weights, if it could overflow.
+
+        The layer is refused where it does. Queues work on the weights' device, and does not wait.
+        """
         ...
 
     def build(self, problem: P, config: str, device: Device) -> None:

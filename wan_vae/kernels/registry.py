@@ -27,8 +27,10 @@ _PACKAGES = {"triton": "triton"}
 FAMILIES = tuple(_MODULES)
 # The families that a request may use, in order of preference.
 REQUESTS = MappingProxyType({"eager": (), "triton": ("triton",), "cuda": ("cuda", "triton")})
-# What "auto" asks for, by architecture: only what was measured there. Elsewhere "eager".
-AUTO = MappingProxyType({"sm_90": "cuda"})
+# The lowest compute capability of the NVIDIA cards for which "auto" asks for kernels: for all that
+# there are. Of those of Turing (7.5) most need a later one, which the report says. A layer for
+# which eager is faster on the card runs eager.
+AUTO_CAPABILITY = (7, 5)
 
 
 def missing_package(family: str) -> str | None:
@@ -55,17 +57,20 @@ def families_of(requested: Backend, device: Device) -> tuple[str, ...]:
     """The families that `requested` stands for on `device`. Raises BackendError."""
     if requested not in BACKENDS:
         raise BackendError(f"backend is {requested!r}: expected one of {', '.join(BACKENDS)}")
-    backend = AUTO.get(device.architecture, "eager") if requested == "auto" else requested
-    return REQUESTS[backend]
+    if requested == "auto":
+        return REQUESTS["eager" if auto_reason(device) else "cuda"]
+    return REQUESTS[requested]
 
 
 def auto_reason(device: Device) -> str | None:
     """Why "auto" asks for no kernels on `device`, or None."""
-    if device.architecture in AUTO:
-        return None
     if device.vendor in ("cpu", "interpreter"):
         return "no CUDA device"
-    return f"used by default on compute capability 9.0 (Hopper) only, {device.spoken}"
+    if device.capability is not None and device.capability >= AUTO_CAPABILITY:
+        return None
+    return "used by default on NVIDIA cards of compute capability {}.{} or later, {}".format(
+        *AUTO_CAPABILITY, device.spoken
+    )
 
 
 def unavailable_reason(name: str, device: Device, feature_dtype: torch.dtype) -> str | None:

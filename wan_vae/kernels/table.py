@@ -18,7 +18,7 @@ from ..ops.eager import attention as eager_attention
 from ..ops.eager import conv3d as eager_conv3d
 from ..ops.eager import norm as eager_norm
 from ..ops.eager import upsample as eager_upsample
-from ..ops.opset import FusedConv, OpSet, Prepared, Refusal, eager_ops
+from ..ops.opset import FusedConv, LayerChoice, OpSet, Prepared, Refusal, eager_ops
 from ..ops.problem import ConvProblem, LayerSite
 from .kernel import (
     AttentionLayer,
@@ -39,6 +39,7 @@ class LayerTable:
 
     families: Sequence[str]
     layers: dict[str, Prepared] = field(default_factory=dict)
+    choices: dict[str, LayerChoice] = field(default_factory=dict)
     _convs: dict[int, ConvLayer] = field(default_factory=dict)
     _fused: dict[int, NormConvLayer] = field(default_factory=dict)
     _upsamplers: dict[int, UpsampleLayer] = field(default_factory=dict)
@@ -46,7 +47,7 @@ class LayerTable:
     # By the gain of the norm in front, and by the width of the head.
     _norms: dict[int, AttentionLayer] = field(default_factory=dict)
     _heads: dict[int, AttentionLayer] = field(default_factory=dict)
-    _family_of: dict[int, str] = field(default_factory=dict)
+    _choice_of: dict[int, LayerChoice] = field(default_factory=dict)
     _used: dict[str, set[str]] = field(default_factory=dict)
     _pixels: torch.dtype | None = None
     # Layers by (operation, family, reason): refusals that count, and those that only count for a
@@ -56,8 +57,10 @@ class LayerTable:
 
     # -- filling -------------------------------------------------------------------------------
 
-    def bind(self, site: LayerSite, kernel: Kernel[Any, Any], layer: Any) -> None:
-        """Let `layer`, which `kernel` prepared, run the layer of `site`."""
+    def bind(
+        self, site: LayerSite, kernel: Kernel[Any, Any], layer: Any, choice: LayerChoice
+    ) -> None:
+        """Let `layer`, which `kernel` prepared as `choice` says, run the layer of `site`."""
         weights = site.weights
         key = id(weights.weight)
         bound = [key]
@@ -79,7 +82,8 @@ class LayerTable:
                 self._heads[weights.weight.shape[1]] = layer
                 bound.append(id(weights.projection))
         self.layers[site.name] = layer
-        self._family_of |= dict.fromkeys(bound, kernel.family)
+        self.choices[site.name] = choice
+        self._choice_of |= dict.fromkeys(bound, choice)
         for operation, family in kernel.used.items():
             self._used.setdefault(operation, set()).add(family)
 
@@ -118,9 +122,9 @@ class LayerTable:
             for (op, family, reason), names in (*self._failed.items(), *eager.items())
         )
 
-    def backend_of(self, weight: torch.Tensor) -> str:
-        """The family that runs the layer of `weight`, or "eager"."""
-        return self._family_of.get(id(weight), "eager")
+    def choice_of(self, weight: torch.Tensor) -> LayerChoice | None:
+        """The kernel that runs the layer of `weight`, or None for eager."""
+        return self._choice_of.get(id(weight))
 
     def ops(self) -> OpSet:
         """The operations of a run: those of this table, and eager ones for every other layer."""
@@ -134,10 +138,11 @@ class LayerTable:
             attention=self.attention,
             fused_conv=self.fused_conv,
             pixels=self._pixels,
-            backend_of=self.backend_of,
+            choice_of=self.choice_of,
             used={**eager.used, **self.used},
             refusals=self.refusals,
             layers=MappingProxyType(dict(self.layers)),
+            choices=MappingProxyType(dict(self.choices)),
         )
 
     # -- running: the operations of `OpSet` ----------------------------------------------------

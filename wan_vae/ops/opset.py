@@ -163,6 +163,31 @@ class Refusal:
         return f"{self.reason} ({len(self.layers)} layer{'s' if len(self.layers) > 1 else ''})"
 
 
+@dataclass(frozen=True)
+class LayerChoice:
+    """The kernel that runs a layer, in which configuration.
+
+    ms, eager_ms: milliseconds of a call of this class of layers here, and of the eager operations,
+    where they were measured.
+    """
+
+    family: str
+    kernel: str
+    config: str
+    ms: float | None = None
+    eager_ms: float | None = None
+
+    @property
+    def gain(self) -> float | None:
+        """How many times faster than eager."""
+        return self.eager_ms / self.ms if self.ms and self.eager_ms is not None else None
+
+    @property
+    def text(self) -> str:
+        """Family, kernel and configuration: "cuda wgmma winograd"."""
+        return f"{self.family} {self.kernel} {self.config}"
+
+
 OPERATIONS = ("norm", "norm_silu", "conv3d", "conv2d", "upsample_conv2d", "attention")
 
 
@@ -171,8 +196,9 @@ def no_fused_conv(weight: torch.Tensor) -> FusedConv | None:
     return None
 
 
-def _eager(weight: torch.Tensor) -> str:
-    return "eager"
+def no_choice(weight: torch.Tensor) -> LayerChoice | None:
+    """The eager reference runs no layer in a kernel."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -192,13 +218,20 @@ class OpSet:
     fused_conv: Callable[[torch.Tensor], FusedConv | None] = no_fused_conv
     # The dtype in which an encode takes its pixels; None is that of the weights.
     pixels: torch.dtype | None = None
-    # The family that runs the layer of this weight, for the report.
-    backend_of: Callable[[torch.Tensor], str] = _eager
+    # The kernel that runs the layer of this weight, or None for eager; for the report.
+    choice_of: Callable[[torch.Tensor], LayerChoice | None] = no_choice
     # The family that runs each operation; "eager" where no layer of it has a kernel.
     used: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(OPERATIONS, "eager"))
     refusals: tuple[Refusal, ...] = ()
     # Layers that kernels run, by native name ("decoder.head.2"); the others run eager.
     layers: Mapping[str, Prepared] = field(default_factory=lambda: MappingProxyType({}))
+    # Which kernels these are, by the same names.
+    choices: Mapping[str, LayerChoice] = field(default_factory=lambda: MappingProxyType({}))
+
+    def backend_of(self, weight: torch.Tensor) -> str:
+        """The family that runs the layer of `weight`, or "eager"."""
+        choice = self.choice_of(weight)
+        return "eager" if choice is None else choice.family
 
 
 def eager_ops() -> OpSet:

@@ -72,7 +72,7 @@ class DecodeRun(Run):
             z = z * std + mean
         z = z.to(setup.dtype)
         if ranks is None:
-            ranks = join_ranks(setup, latent, request.context, request.gather)
+            setup, ranks = join_ranks(engine, setup, latent, request.context, request.gather)
         super().__init__(engine, setup, request.hooks, ranks)
         self.request = request
         self.pixel_shape = geometry.pixel_shape(shape, self.config)
@@ -283,18 +283,19 @@ def abort(sink: Sink | None, error: BaseException) -> None:
 
 
 def join_ranks(
-    setup: Setup, tensor: torch.Tensor, context: ShardContext, gather: Gather
-) -> Ranks | None:
-    """This process's part among the ranks of `context`; None for one rank. A collective.
+    engine: Engine, setup: Setup, tensor: torch.Tensor, context: ShardContext, gather: Gather
+) -> tuple[Setup, Ranks | None]:
+    """This process's part among the ranks of `context`, None for one rank; and `setup` with the
+    kernels that all ranks run. A collective.
 
     tensor: the latent or the pixels, which all ranks must hold alike. Raises ShardingError.
     """
     if setup.request.shards is None:
-        return None
+        return setup, None
     # Not before: the transport needs torch.distributed, which not every PyTorch has.
     from .shard_ranks import ShardRanks, ShardRequest
 
-    return ShardRanks.join(
+    ranks = ShardRanks.join(
         ShardRequest(
             context=context,
             shards=setup.request.shards,
@@ -305,6 +306,8 @@ def join_ranks(
             gather=gather,
         )
     )
+    theirs = ranks.agree_on_kernels(setup.ops.choices, partial(engine.setup, setup.request))
+    return setup if theirs is None else theirs, ranks
 
 
 def shards_of(context: ShardContext, latent_shape: tuple[int, ...]) -> ShardPlan | None:

@@ -54,7 +54,7 @@ class EncodeRun(Run):
         setup = engine.setup(SetupRequest("encode", shape, options, shards))
         pixel_format, warning = layout.detect(pixels), range_warning(pixels)
         pixels = geometry.crop_for_encode(pixels, engine.config)
-        ranks = join_ranks(setup, pixels, request.context, request.gather)
+        setup, ranks = join_ranks(engine, setup, pixels, request.context, request.gather)
         super().__init__(engine, setup, request.hooks, ranks)
         self.request, self.latent_shape = request, shape
         self.pixels = self.ranks.own_part(pixels, self.config.spatial_factor)

@@ -22,15 +22,16 @@ from ..device import free_bytes as device_free_bytes
 from ..errors import BackendError, CheckpointError, GeometryError, LatentError
 from ..kernels.cache_folder import cache_folder
 from ..kernels.proof.cache import ProofCache, environment
+from ..kernels.proof.timing import device_timer
 from ..layout import LayoutDecision
 from ..network.model import WanVAEModel, tensor_version
-from ..ops.opset import OpSet, eager_ops
+from ..ops.opset import LayerChoice, OpSet, eager_ops
 from ..options import Operation, Part, RunOptions
 from ..planning.choose import Choice, PlanRequest, choose, planned_bytes
 from ..planning.plan import LayerChoices, Plan
 from ..report import LayerRecord
 from ..sharding.plan import ShardPlan
-from .kernel_choice import may_prove, select_ops
+from .kernel_choice import OpsRequest, may_prove, select_ops
 
 _PARTS: dict[Operation, Part] = {"decode": "decoder", "encode": "encoder"}
 
@@ -87,6 +88,8 @@ class Engine:
         self.weights_found = weights_found or count_weight_formats(model.state_dict())
         self._cast: tuple[object, WanVAEModel] | None = None
         self._proofs: ProofCache | None = None
+        # What times kernels on a device; tests put a clock of their own here.
+        self.timer_of = device_timer
 
     @property
     def device(self) -> torch.device:
@@ -99,9 +102,12 @@ class Engine:
 
     # -- before the first chunk ----------------------------------------------------------------
 
-    def setup(self, request: SetupRequest) -> Setup:
+    def setup(
+        self, request: SetupRequest, prescribed: Mapping[str, LayerChoice] | None = None
+    ) -> Setup:
         """Make the model ready: convert, pack, choose and prove kernels.
 
+        prescribed: kernels that another rank has chosen, by the name of their layer.
         Raises BackendError, LayoutError, GeometryError; CheckpointError without an encoder.
         """
         request = replace(request, options=checked_options(request.options))
@@ -109,14 +115,7 @@ class Engine:
         if request.operation == "encode" and self.model.encoder is None:
             raise CheckpointError("this checkpoint has no encoder: load a full VAE file to encode")
         model, decision = self._in_precision(options, part)
-        ops = select_ops(
-            options.backend,
-            model,
-            request.latent_shape[2] == 1,
-            self._proof_cache,
-            None if request.shards is None else request.shards.axis,
-            part,
-        )
+        ops = select_ops(_ops_request(request, model), self._proof_cache, self.timer_of, prescribed)
         # What is impossible is refused at the call, before an output is allocated.
         frames, rows = request.latent_shape[2:4]
         if options.chunk_frames is not None:
@@ -134,15 +133,7 @@ class Engine:
 
         That takes device memory before anybody knows what the run will take.
         """
-        shards = request.shards
-        return may_prove(
-            request.options.backend,
-            self.model,
-            device,
-            request.latent_shape[2] == 1,
-            None if shards is None else shards.axis,
-            _PARTS[request.operation],
-        )
+        return may_prove(_ops_request(request, self.model), device)
 
     def plan(
         self, setup: Setup, *, whole_frames: bool = False, lengths: tuple[int, ...] | None = None
@@ -277,6 +268,16 @@ class Engine:
         )
 
 
+def _ops_request(request: SetupRequest, model: WanVAEModel) -> OpsRequest:
+    return OpsRequest(
+        request.options.backend,
+        model,
+        only_frame=request.latent_shape[2] == 1,
+        part=_PARTS[request.operation],
+        axis=None if request.shards is None else request.shards.axis,
+    )
+
+
 def checked_options(options: RunOptions) -> RunOptions:
     """`options` with plain numbers, also where those of another library were given.
 
@@ -328,12 +329,15 @@ def layer_records(
             op="conv3d" if p.ndim == 5 else "conv2d",
             shape=tuple(p.shape),
             format=layout.detect(p),
-            backend=ops.backend_of(p),
+            backend="eager" if choice is None else choice.family,
+            kernel="" if choice is None else f"{choice.kernel} {choice.config}",
+            gain=None if choice is None else choice.gain,
         )
         for part in parts
         if (module := getattr(model, part)) is not None
         for name, p in module.named_parameters()
         if name.endswith("weight") and p.ndim in (4, 5)
+        for choice in (ops.choice_of(p),)
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -12,71 +12,92 @@ from ..errors import BackendError
 from ..kernels import registry
 from ..kernels.device import Device
 from ..kernels.proof.cache import ProofCache
+from ..kernels.proof.timing import Timer, device_timer
 from ..kernels.select import SelectRequest, select_kernels
 from ..network.model import WanVAEModel, tensor_version
 from ..network.sites import layer_sites
-from ..ops.opset import OpSet, Refusal, eager_ops
+from ..ops.opset import LayerChoice, OpSet, Refusal, eager_ops
 from ..options import Axis, Backend, Part
 
 
-def select_ops(
-    requested: Backend,
-    model: WanVAEModel,
-    only_frame: bool,
-    proofs: Callable[[], ProofCache],
-    axis: Axis | None = None,
-    part: Part = "decoder",
-) -> OpSet:
-    """The operations for a decode or encode with `model`, whose weights decide device and dtype.
+@dataclass(frozen=True)
+class OpsRequest:
+    """The operations that a run wants: with which kernels, for which part of which model.
 
-    axis: along which the picture is cut into shards, whose kernels take halo rows; None for the
-    whole picture. part: whose layers the operations are for; `model` must have it.
+    only_frame: the video has one frame. axis: along which the picture is cut into shards, whose
+    kernels take halo rows; None for the whole picture. part: whose layers the operations are for;
+    the model must have it.
+    """
+
+    backend: Backend
+    model: WanVAEModel
+    only_frame: bool
+    part: Part = "decoder"
+    axis: Axis | None = None
+
+
+def select_ops(
+    request: OpsRequest,
+    proofs: Callable[[], ProofCache],
+    timer_of: Callable[[torch.device], Timer | None] = device_timer,
+    prescribed: Mapping[str, LayerChoice] | None = None,
+) -> OpSet:
+    """The operations of a run; the weights of `request.model` decide device and dtype.
 
     "eager": the reference. "triton": kernels in Triton for each layer where one is proven on this
     device, the reference elsewhere, with the reasons in `OpSet.refusals`. "cuda": as "triton", with
-    kernels in CUDA C++ for the wide 3x3x3 convolutions. "auto": "cuda" on the cards that they were
-    measured on (Hopper), else the reference. `proofs` opens the verdicts of this device; it is not
-    called where no kernel is asked for. The weights' memory format does not matter: kernels read
-    copies of their own. What was prepared stays with `model` for the next call, for each part.
-    Raises BackendError for an unknown request, or for "triton" and "cuda" where they cannot run.
+    kernels in CUDA C++ before them. "auto": "cuda" on NVIDIA cards, else the reference. Families
+    that cannot be used here are left out, with their reasons, as long as one of the request can.
+
+    `proofs` opens what is known of this device; it is not called where no kernel is asked for.
+    timer_of: what times kernels on a device, None where nothing can. prescribed: choices of another
+    rank, which replace those of this device. The weights' memory format does not matter: kernels
+    read copies of their own. What was prepared stays with the model for the next call, for each
+    part. Raises BackendError for an unknown backend, for "triton" and "cuda" where no family of
+    theirs can run, and where what is prescribed cannot run.
     """
+    model, requested = request.model, request.backend
     weight = model.decoder.conv1.weight
     device = Device.chosen_for(weight.device)
     families = registry.families_of(requested, device)
     if not families:
         reason = registry.auto_reason(device) if requested == "auto" else None
-        return _eager_because("cuda", reason)
-    for family in families:
-        reason = registry.unavailable_reason(family, device, weight.dtype)
-        if reason is not None:
-            if requested == "auto":
-                return _eager_because(family, reason)
-            raise BackendError(f"backend {requested!r} cannot run: {reason}")
-    key, state = (requested, only_frame, axis, part), _state_of(model, part)
+        return _eager_because({} if reason is None else {"cuda": reason})
+    missing = _missing(families, device, weight.dtype)
+    if len(missing) == len(families):
+        if requested == "auto":
+            return _eager_because(missing)
+        raise BackendError(f"backend {requested!r} cannot run: {_in_words(missing)}")
+    key = (requested, request.only_frame, request.axis, request.part)
+    state = (device, _state_of(model, request.part))
     kept = model.prepared.get(key)
-    if kept is None or kept[0] != state:
-        sites = tuple(layer_sites(model, part, only_frame))
-        request = SelectRequest(sites, families, device, weight.device, proofs(), axis)
-        kept = state, select_kernels(request)
-        model.prepared[key] = kept
+    if kept is None or kept[0] != state or prescribed is not None:
+        ops = select_kernels(
+            SelectRequest(
+                tuple(layer_sites(model, request.part, request.only_frame)),
+                tuple(family for family in families if family not in missing),
+                device,
+                weight.device,
+                proofs(),
+                request.axis,
+                timer_of(weight.device),
+                prescribed,
+            )
+        )
+        refusals = (*_refusals(missing), *ops.refusals)
+        kept = model.prepared[key] = state, replace(ops, refusals=refusals)
     return kept[1]
 
 
-def may_prove(
-    requested: Backend,
-    model: WanVAEModel,
-    device: torch.device,
-    only_frame: bool,
-    axis: Axis | None = None,
-    part: Part = "decoder",
-) -> bool:
+def may_prove(request: OpsRequest, device: torch.device) -> bool:
     """Whether `select_ops`, with the model on `device`, may have to prove kernels first."""
-    if not registry.families_of(requested, Device.chosen_for(device)):
+    card, model = Device.chosen_for(device), request.model
+    if not registry.families_of(request.backend, card):
         return False
-    if unavailable_reason(requested, device, model.decoder.conv1.weight.dtype) is not None:
+    if unavailable_reason(request.backend, device, model.decoder.conv1.weight.dtype) is not None:
         return False
-    kept = model.prepared.get((requested, only_frame, axis, part))
-    return kept is None or kept[0] != _state_of(model, part)
+    kept = model.prepared.get((request.backend, request.only_frame, request.axis, request.part))
+    return kept is None or kept[0] != (card, _state_of(model, request.part))
 
 
 def _state_of(model: WanVAEModel, part: Part) -> list[tuple[int, int]]:
@@ -89,13 +110,23 @@ def _state_of(model: WanVAEModel, part: Part) -> list[tuple[int, int]]:
 
 
 def unavailable_reason(requested: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels that `requested` asks for cannot run on `device`, or None if they can."""
+    """Why no kernels that `requested` asks for can run on `device`, or None if some can."""
     card = Device.chosen_for(device)
-    reasons = (
-        registry.unavailable_reason(family, card, dtype)
-        for family in registry.families_of(requested, card)
-    )
-    return next((reason for reason in reasons if reason is not None), None)
+    families = registry.families_of(requested, card)
+    missing = _missing(families, card, dtype)
+    return _in_words(missing) if families and len(missing) == len(families) else None
+
+
+def _missing(families: tuple[str, ...], device: Device, dtype: torch.dtype) -> dict[str, str]:
+    """Those of `families` of which no kernel can run on `device`, and why."""
+    reasons = {name: registry.unavailable_reason(name, device, dtype) for name in families}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _in_words(missing: Mapping[str, str]) -> str:
+    if len(set(missing.values())) == 1:
+        return next(iter(missing.values()))
+    return "; ".join(f"{family}: {reason}" for family, reason in missing.items())
 
 
 def own_modules(model: WanVAEModel, part: Part) -> tuple[nn.Module, nn.Module]:
@@ -107,6 +138,9 @@ def own_modules(model: WanVAEModel, part: Part) -> tuple[nn.Module, nn.Module]:
     return model.encoder, model.conv1
 
 
-def _eager_because(family: str, reason: str | None) -> OpSet:
-    refusals = () if reason is None else (Refusal("conv3d", family, reason),)
-    return replace(eager_ops(), refusals=refusals)
+def _refusals(missing: Mapping[str, str]) -> tuple[Refusal, ...]:
+    return tuple(Refusal("conv3d", family, reason) for family, reason in missing.items())
+
+
+def _eager_because(missing: Mapping[str, str]) -> OpSet:
+    return replace(eager_ops(), refusals=_refusals(missing))

@@ -19,6 +19,7 @@ from ..chunking import Chunk, schedule
 from ..device import is_out_of_memory
 from ..errors import DecodeCancelled, DecodeMemoryError, GeometryError, first_line
 from ..hooks import Hooks
+from ..kernels.device import Device
 from ..layout import LayoutCounter
 from ..network.blocks import Step
 from ..network.cache import FeatureCache
@@ -63,6 +64,7 @@ class Run(ABC):
         self.clock = RunClock(self.device)
         self.builder = ReportBuilder(setup.request.operation, self.config, self.device, setup.dtype)
         self.builder.precision_requested = setup.request.options.precision
+        self.builder.imitation = Device.chosen_for(self.device).imitation
         self.builder.latent_shape = setup.request.latent_shape
         self.total_frames = geometry.pixel_shape(setup.request.latent_shape, self.config)[2]
         self.builder.total_frames = self.total_frames

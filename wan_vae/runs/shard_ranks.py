@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TypeVar
 from zlib import crc32
 
 import torch
 
 from ..chunking import Chunk, chunk_lengths
-from ..errors import DecodeMemoryError, ShardingError
+from ..errors import BackendError, DecodeMemoryError, ShardingError
 from ..layout import LayoutCounter
-from ..ops.opset import HaloExchange
+from ..ops.opset import HaloExchange, LayerChoice
 from ..options import GATHERS, Gather, Operation
 from ..planning.plan import Plan
 from ..report import ReportBuilder, ShardRecord
@@ -23,6 +25,7 @@ from ..sharding.transport import DTYPES, Wire
 
 _OPERATIONS: tuple[Operation, ...] = ("decode", "encode")
 _DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,40 @@ class ShardRanks:
             precision=DTYPES.index(request.dtype),
         )
         return cls(request, Shard(context, request.shards, wire))
+
+    def agree_on_kernels(
+        self,
+        mine: Mapping[str, LayerChoice],
+        adopt: Callable[[Mapping[str, LayerChoice]], T],
+    ) -> T | None:
+        """Let all ranks run the kernels of rank 0, because other kernels give other bits.
+
+        mine: this rank's choices by the name of the layer. adopt: takes those of rank 0 instead.
+        Returns its result, or None where `mine` are the same already. A collective. Raises
+        ShardingError on every rank if one of them cannot run what rank 0 runs.
+        """
+        wire, rank = self._shard.wire, self._context.rank
+        texts = sorted(f"{name}: {choice.text}" for name, choice in mine.items())
+        digest = crc32("\n".join(texts).encode())
+        digests = [row[0] for row in wire.all_gather_numbers([digest])]
+        if len(set(digests)) == 1:
+            return None
+        plain = {name: asdict(choice) for name, choice in mine.items()} if rank == 0 else None
+        theirs = json.loads(wire.all_gather_texts(json.dumps(plain))[0])
+        adopted, failure = None, ""
+        if digest != digests[0]:
+            try:
+                adopted = adopt({name: LayerChoice(**facts) for name, facts in theirs.items()})
+            except BackendError as error:
+                failure = str(error)
+        for other, text in enumerate(wire.all_gather_texts(failure)):
+            if text:
+                raise ShardingError(
+                    f"rank {other} cannot run the kernels that rank 0 has chosen ({text}): use "
+                    "cards of one kind, or backend='eager'",
+                    rank=other,
+                )
+        return adopted
 
     @property
     def exchange(self) -> HaloExchange | None:

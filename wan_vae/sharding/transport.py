@@ -259,6 +259,20 @@ class Wire:
         mine = torch.tensor(list(numbers), dtype=torch.int64, device=self._control)
         return [part.tolist() for part in self._gather(mine, self._control)]
 
+    def all_gather_texts(self, text: str) -> list[str]:
+        """Gather a text of any length from every rank, in rank order. A collective; waits."""
+        content = text.encode()
+        lengths = [row[0] for row in self.all_gather_numbers([len(content)])]
+        if not any(lengths):
+            return [""] * len(lengths)
+        mine = torch.zeros(max(lengths), dtype=torch.uint8)
+        mine[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+        parts = self._gather(mine.to(self._control), self._control)
+        return [
+            bytes(part[:length].tolist()).decode()
+            for part, length in zip(parts, lengths, strict=True)
+        ]
+
     def connect(self) -> None:
         """Make the transport connect all ranks. A collective; waits."""
         self._gather(torch.zeros(1, device=self._transport), self._transport)

@@ -8,7 +8,7 @@ which other queries its program holds: shards that decode some rows get the bits
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from ctypes import c_float, c_int, c_void_p
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from ...ops.opset import CallSize, Workspace
-from ...ops.problem import AttentionProblem, LayerWeights, Operation
+from ...ops.problem import AttentionProblem, LayerWeights
 from ..device import Device
-from ..kernel import BuildError, FusedNorm, Kernel, NormCall, Requires
+from ..kernel import FusedNorm, Kernel, NormCall, Requires
 from ..weights import norm_scale
-from . import norm
+from .base import CudaKernel
 from .conv_layers import CudaConv, pointwise, pointwise_program
-from .program import Program, build, launch
+from .norm import make_norm, norm_program
+from .program import Program, launch
 
 OPERAND = torch.float16
 _LOG2_E = 1.4426950408889634
@@ -194,15 +195,8 @@ class CudaAttention:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """Attention. A configuration is the tile's name. `used`: see `Kernel`."""
-
-    operation: Operation
-    requires: Requires
-    used: Mapping[str, str]
-    name: str = "mma"
-    family: str = "cuda"
-    build_failures: tuple[type[Exception], ...] = (BuildError,)
+class Attention(CudaKernel):
+    """Attention. A configuration is the tile's name."""
 
     def candidates(self, problem: AttentionProblem, device: Device) -> Sequence[str]:
         """See `Kernel`."""
@@ -212,20 +206,14 @@ class Attention:
     def programs(
         self, problem: AttentionProblem, config: str, device: Device
     ) -> tuple[Program, ...]:
-        """Attention, its two convolutions, and the norm in front."""
+        """See `CompiledKernel`."""
         c, code = problem.channels, device.machine_code
-        before = norm.Variant("norm_join", c, c, problem.feature_dtype, OPERAND, 0, False, "")
         return (
             program(_variant(problem, config), code),
             pointwise_program(c, 3 * c, OPERAND, code),
             pointwise_program(c, c, problem.feature_dtype, code),
-            norm.program(before, code),
+            norm_program(c, problem.feature_dtype, 0, False, code, silu=False),
         )
-
-    def build(self, problem: AttentionProblem, config: str, device: Device) -> None:
-        """See `Kernel`."""
-        for made in self.programs(problem, config, device):
-            build(made)
 
     def prepare(
         self, weights: LayerWeights, problem: AttentionProblem, config: str, device: Device
@@ -240,7 +228,7 @@ class Attention:
             norm_scale(weights.gamma),
             pointwise(weights.weight, OPERAND, code),
             pointwise(weights.projection, problem.feature_dtype, code),
-            norm.make_norm(code),
+            make_norm(code),
             code,
         )
 
@@ -260,4 +248,4 @@ _REQUIRES = Requires(
     largest_operand=torch.finfo(OPERAND).max,
 )
 
-ATTENTION_KERNELS: tuple[Kernel[Any, Any], ...] = (Attention("attention", _REQUIRES, _USED),)
+ATTENTION_KERNELS: tuple[Kernel[Any, Any], ...] = (Attention("mma", "attention", _REQUIRES, _USED),)

@@ -52,6 +52,11 @@ class Tile:
     promote: int = 1
 
     @property
+    def summed_channels(self) -> int:
+        """Input channels whose products are added in float16, where sums are halves."""
+        return self.chunk * self.promote
+
+    @property
     def name(self) -> str:
         """Such as "8x96"."""
         return f"{self.rows}x{self.block}"

@@ -7,9 +7,8 @@ order, so a layer has the same bits in each.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -18,16 +17,15 @@ import torch
 from ... import layout
 from ...layout import LayoutCounter
 from ...ops.opset import CallSize, HaloRows, Workspace
-from ...ops.problem import ConvProblem, HeadProblem, LayerWeights, Operation, StridedProblem
+from ...ops.problem import ConvProblem, HeadProblem, LayerWeights, StridedProblem
 from ..device import Device
-from ..kernel import BuildError, FusedNorm, Kernel, NormCall, Requires
+from ..kernel import FusedNorm, Kernel, NormCall, Requires
 from ..weights import CHANNELS, filled_channels, fit_channels, norm_scale
+from .base import CudaKernel
 from .conv import BLOCKS, FLOAT32_BLOCK, Call, Variant, conv, pack, program
 from .norm import make_norm, norm_program
-from .program import Program, build
+from .program import Program
 
-# Of the kernels.
-NAME = "gemm"
 # Operands behind a norm.
 OPERAND = torch.float16
 _ONE = (1, 1, 1)
@@ -168,12 +166,12 @@ class CudaWideHead(_Layer):
 def pointwise(weight: torch.Tensor, out_dtype: torch.dtype, machine_code: str) -> CudaConv:
     """A 1x1 convolution [O, C, 1, 1] of float16, as attention has two.
 
-    machine_code: see `Device.machine_code`.
+    machine_code: see `Device.machine_code`; `pointwise_program` is compiled for it.
     """
     variant = _pointwise(weight.shape[1], weight.shape[0], out_dtype)
     packed = pack(weight[:, :, None], variant)
     is_copied = variant.cin != weight.shape[1]
-    return CudaConv(NAME, _name(variant.block), variant, packed, machine_code, is_copied)
+    return CudaConv("gemm", _name(variant.block), variant, packed, machine_code, is_copied)
 
 
 def pointwise_program(
@@ -218,46 +216,30 @@ def _block(config: str) -> int:
 
 
 @dataclass(frozen=True)
-class _ConvKernel(ABC):
-    """What all of them have in common. `used`: see `Kernel`."""
-
-    operation: Operation
-    requires: Requires
-    used: Mapping[str, str]
-    name: str = NAME
-    family: str = "cuda"
-    build_failures: tuple[type[Exception], ...] = (BuildError,)
-
-    def candidates(self, problem: Any, device: Device) -> Sequence[str]:
-        """See `Kernel`."""
-        return tuple(map(_name, blocks_for(problem.out_channels)))
-
-    @abstractmethod
-    def variant(self, problem: Any, config: str) -> Variant:
-        """What is compiled for `config`. Raises ValueError for a name that is none."""
-
-    def programs(self, problem: Any, config: str, device: Device) -> tuple[Program, ...]:
-        """See `CompiledKernel`: the convolution."""
-        return (program(self.variant(problem, config), device.machine_code),)
-
-    def build(self, problem: Any, config: str, device: Device) -> None:
-        """See `Kernel`."""
-        for made in self.programs(problem, config, device):
-            build(made)
-
-
-@dataclass(frozen=True)
-class Conv(_ConvKernel):
+class Conv(CudaKernel):
     """Convolutions alone."""
 
     def candidates(self, problem: ConvProblem, device: Device) -> Sequence[str]:
         """See `Kernel`."""
         if problem.operand_dtype == torch.float32:
             return (_name(FLOAT32_BLOCK),)
-        return super().candidates(problem, device)
+        return tuple(map(_name, blocks_for(problem.out_channels)))
 
-    def variant(self, problem: ConvProblem, config: str) -> Variant:
-        """See `_ConvKernel`."""
+    def programs(self, problem: ConvProblem, config: str, device: Device) -> tuple[Program, ...]:
+        """See `CompiledKernel`."""
+        return (program(self._variant(problem, config), device.machine_code),)
+
+    def prepare(
+        self, weights: LayerWeights, problem: ConvProblem, config: str, device: Device
+    ) -> CudaConv:
+        """See `Kernel`."""
+        variant = self._variant(problem, config)
+        packed = pack(weights.weight, variant)
+        changes = problem.operand_dtype != problem.feature_dtype or problem.source == "pixels"
+        is_copied = changes or variant.cin != problem.in_channels
+        return CudaConv(self.name, config, variant, packed, device.machine_code, is_copied)
+
+    def _variant(self, problem: ConvProblem, config: str) -> Variant:
         return Variant(
             filled_channels(problem.in_channels),
             problem.out_channels,
@@ -268,23 +250,29 @@ class Conv(_ConvKernel):
             _block(config),
         )
 
-    def prepare(
-        self, weights: LayerWeights, problem: ConvProblem, config: str, device: Device
-    ) -> CudaConv:
-        """See `Kernel`."""
-        variant = self.variant(problem, config)
-        packed = pack(weights.weight, variant)
-        changes = problem.operand_dtype != problem.feature_dtype or problem.source == "pixels"
-        is_copied = changes or variant.cin != problem.in_channels
-        return CudaConv(self.name, config, variant, packed, device.machine_code, is_copied)
-
 
 @dataclass(frozen=True)
-class StridedConv(_ConvKernel):
+class StridedConv(CudaKernel):
     """Down-samplers."""
 
-    def variant(self, problem: StridedProblem, config: str) -> Variant:
-        """See `_ConvKernel`."""
+    def candidates(self, problem: StridedProblem, device: Device) -> Sequence[str]:
+        """See `Kernel`."""
+        return tuple(map(_name, blocks_for(problem.out_channels)))
+
+    def programs(self, problem: StridedProblem, config: str, device: Device) -> tuple[Program, ...]:
+        """See `CompiledKernel`."""
+        return (program(self._variant(problem, config), device.machine_code),)
+
+    def prepare(
+        self, weights: LayerWeights, problem: StridedProblem, config: str, device: Device
+    ) -> CudaStrided:
+        """See `Kernel`."""
+        variant, weight = self._variant(problem, config), weights.weight
+        packed = pack(weight[:, :, None] if weight.ndim == 4 else weight, variant)
+        is_copied = variant.cin != problem.in_channels
+        return CudaStrided(self.name, config, variant, packed, device.machine_code, is_copied)
+
+    def _variant(self, problem: StridedProblem, config: str) -> Variant:
         return Variant(
             filled_channels(problem.in_channels),
             problem.out_channels,
@@ -295,22 +283,33 @@ class StridedConv(_ConvKernel):
             _block(config),
         )
 
-    def prepare(
-        self, weights: LayerWeights, problem: StridedProblem, config: str, device: Device
-    ) -> CudaStrided:
-        """See `Kernel`."""
-        variant, weight = self.variant(problem, config), weights.weight
-        packed = pack(weight[:, :, None] if weight.ndim == 4 else weight, variant)
-        is_copied = variant.cin != problem.in_channels
-        return CudaStrided(self.name, config, variant, packed, device.machine_code, is_copied)
-
 
 @dataclass(frozen=True)
-class WideHead(_ConvKernel):
+class WideHead(CudaKernel):
     """Heads of many output channels, behind norm and SiLU."""
 
-    def variant(self, problem: HeadProblem, config: str) -> Variant:
-        """See `_ConvKernel`."""
+    def candidates(self, problem: HeadProblem, device: Device) -> Sequence[str]:
+        """See `Kernel`."""
+        return tuple(map(_name, blocks_for(problem.out_channels)))
+
+    def programs(self, problem: HeadProblem, config: str, device: Device) -> tuple[Program, ...]:
+        """See `CompiledKernel`."""
+        code, past = device.machine_code, 0 if problem.only_frame else 2
+        norm = norm_program(problem.in_channels, problem.feature_dtype, past, False, code)
+        return program(self._variant(problem, config), code), norm
+
+    def prepare(
+        self, weights: LayerWeights, problem: HeadProblem, config: str, device: Device
+    ) -> CudaWideHead:
+        """See `Kernel`."""
+        if weights.gamma is None or weights.bias is None:
+            raise ValueError("a layer behind a norm needs the gain of the norm, and a bias")
+        variant, code = self._variant(problem, config), device.machine_code
+        scale, bias = norm_scale(weights.gamma), weights.bias.detach().float()
+        packed = pack(weights.weight, variant)
+        return CudaWideHead(self.name, config, variant, packed, code, scale, bias, make_norm(code))
+
+    def _variant(self, problem: HeadProblem, config: str) -> Variant:
         return Variant(
             problem.in_channels,
             problem.out_channels,
@@ -321,38 +320,21 @@ class WideHead(_ConvKernel):
             _block(config),
         )
 
-    def programs(self, problem: HeadProblem, config: str, device: Device) -> tuple[Program, ...]:
-        """The convolution, and the norm that writes its operand."""
-        c, past = problem.in_channels, 0 if problem.only_frame else 2
-        norm = norm_program(c, problem.feature_dtype, past, False, device.machine_code)
-        return (*super().programs(problem, config, device), norm)
-
-    def prepare(
-        self, weights: LayerWeights, problem: HeadProblem, config: str, device: Device
-    ) -> CudaWideHead:
-        """See `Kernel`."""
-        if weights.gamma is None or weights.bias is None:
-            raise ValueError("a layer behind a norm needs the gain of the norm, and a bias")
-        variant, code = self.variant(problem, config), device.machine_code
-        scale, bias = norm_scale(weights.gamma), weights.bias.detach().float()
-        packed = pack(weights.weight, variant)
-        return CudaWideHead(self.name, config, variant, packed, code, scale, bias, make_norm(code))
-
 
 def _used(*operations: str) -> Mapping[str, str]:
     return MappingProxyType(dict.fromkeys(operations, "cuda"))
 
 
-_TURING = Requires(capability=(7, 5))
-_TURING_WIDE = Requires(
-    capability=(7, 5),
+_CARD = Requires(capability=(7, 5))
+_HEAD = replace(
+    _CARD,
     in_multiple=CHANNELS,
     out_channels=(_WIDE, 1 << 30),
     largest_operand=torch.finfo(OPERAND).max,
 )
 
 CONV_KERNELS: tuple[Kernel[Any, Any], ...] = (
-    Conv("conv3d", _TURING, _used("conv3d")),
-    StridedConv("strided_conv", _TURING, _used("conv2d")),
-    WideHead("head", _TURING_WIDE, _used("conv3d", "norm_silu")),
+    Conv("gemm", "conv3d", _CARD, _used("conv3d")),
+    StridedConv("gemm", "strided_conv", _CARD, _used("conv2d")),
+    WideHead("gemm", "head", _HEAD, _used("conv3d", "norm_silu")),
 )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -11,16 +10,21 @@ from typing import Any
 
 import torch
 
-from ...ops.problem import HeadProblem, LayerWeights, NormConvProblem, Operation, UpsampleProblem
+from ...ops.problem import HeadProblem, LayerWeights, NormConvProblem, UpsampleProblem
+from ..bounds import Bound, float16_sums_bound, winograd_phases
 from ..device import Device
 from ..kernel import BuildError, Family, Kernel, Requires
 from ..weights import fold_upsample, norm_scale
 from . import conv3x3_mma, conv3x3_wgmma, driver
+from .attention import ATTENTION_KERNELS
+from .base import CudaKernel
+from .conv_layers import CONV_KERNELS
 from .layers import OPERAND, CudaNormConv, CudaUpsample
 from .norm import make_norm, norm_program
-from .program import Program, build
+from .program import Program
 
-_LARGEST = torch.finfo(OPERAND).max
+# Winograd's transforms along time and rows make numbers four times as large.
+_LARGEST = torch.finfo(OPERAND).max / 4
 # wgmma is Hopper's alone.
 _HOPPER = Requires(
     features=frozenset({"wgmma"}),
@@ -32,32 +36,11 @@ _TURING = Requires(capability=(7, 5), in_multiple=8, out_multiples=(8,), largest
 _TURING_HEAD = Requires(capability=(7, 5), in_multiple=8, largest_operand=_LARGEST)
 
 
-@dataclass(frozen=True)
-class _CudaKernel(ABC):
-    """What all of them have in common. `used`: see `Kernel`."""
-
-    name: str
-    operation: Operation
-    requires: Requires
-    used: Mapping[str, str]
-    family: str = "cuda"
-    build_failures: tuple[type[Exception], ...] = (BuildError,)
-
-    @abstractmethod
-    def programs(self, problem: Any, config: str, device: Device) -> tuple[Program, ...]:
-        """See `CompiledKernel`."""
-
-    def build(self, problem: Any, config: str, device: Device) -> None:
-        """See `Kernel`."""
-        for program in self.programs(problem, config, device):
-            build(program)
-
-
 # -- Hopper ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Wgmma(_CudaKernel):
+class _Wgmma(CudaKernel):
     """Machine code for compute capability 9.0 itself, which no other card can imitate."""
 
     def build(self, problem: Any, config: str, device: Device) -> None:
@@ -139,7 +122,7 @@ def _doubled(problem: UpsampleProblem) -> conv3x3_wgmma.Variant:
 
 
 @dataclass(frozen=True)
-class _Mma(_CudaKernel):
+class _Mma(CudaKernel):
     """conv3x3_mma.cu: a configuration is a form and a tile that the card has shared memory for."""
 
     def _fitting(self, names: Sequence[str], problem: Any, device: Device) -> list[str]:
@@ -183,11 +166,27 @@ class NormConvMma(_Mma):
             form = "direct3"  # few channels come out: reading is the cost, not multiplying
         names = conv3x3_mma.configs(form, problem.out_channels)
         if device.has_slow_float32_sums and problem.operation == "norm_conv3d":
-            # Fewer products and cheaper ones, before what is best where products are fast.
+            # Fewer products, and cheaper ones, before what is best where products are fast.
             fewer = conv3x3_mma.configs("winograd2d", problem.out_channels)
-            halves = conv3x3_mma.half_sums(names)
-            names = [*(fewer[:1] if form == "winograd" else ()), *halves[:1], *names[:1]]
+            fewer = fewer if form == "winograd" else []
+            halves = conv3x3_mma.half_sums(names)[:1] + conv3x3_mma.half_sums(fewer)[:1]
+            names = [*fewer[:1], *halves, *names[:1]]
         return self._fitting(names, problem, device)
+
+    def bound(self, weights: LayerWeights, problem: Any, config: str) -> Bound | None:
+        """See `Kernel`: of sums in float16."""
+        form, tile, half_sums = conv3x3_mma.parse(config)
+        if not half_sums or weights.gamma is None:
+            return None
+        taps, channels = weights.weight.detach(), tile.summed_channels
+        if form == "winograd":
+            return float16_sums_bound(weights.gamma, winograd_phases(taps), 2, channels)
+        if form == "winograd2d":
+            # Along rows too, whose taps stand where those of time stood: three columns are left.
+            rows = winograd_phases(taps).flatten(0, 1).unsqueeze(3)
+            return float16_sums_bound(weights.gamma, winograd_phases(rows), 4, channels)
+        taps = taps[:, :, 2:] if form == "direct1" else taps
+        return float16_sums_bound(weights.gamma, taps.permute(2, 0, 1, 3, 4), 1, channels)
 
     def programs(
         self, problem: NormConvProblem | HeadProblem, config: str, device: Device
@@ -295,6 +294,8 @@ KERNELS: tuple[Kernel[Any, Any], ...] = (
     NormConvMma("mma", "head", _TURING_HEAD, _FUSED),
     UpsampleWgmma("wgmma", "upsample_conv2d", _HOPPER, _UP),
     UpsampleMma("mma", "upsample_conv2d", _TURING, _UP),
+    *CONV_KERNELS,
+    *ATTENTION_KERNELS,
 )
 
 

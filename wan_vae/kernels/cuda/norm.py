@@ -74,14 +74,19 @@ def program(variant: Variant, machine_code: str) -> Program:
 
 
 def norm_program(
-    channels: int, dtype: torch.dtype, past: int, is_pairs: bool, machine_code: str
+    channels: int,
+    dtype: torch.dtype,
+    past: int,
+    is_pairs: bool,
+    machine_code: str,
+    silu: bool = True,
 ) -> Program:
     """What a float16 operand is written by, of a whole picture with features of `dtype`.
 
     On a shard, with halo rows, another program does it, which is compiled at its first use.
     """
     entry = "norm_pairs" if is_pairs else "norm_join"
-    variant = Variant(entry, channels, channels, dtype, torch.float16, past, True, "")
+    variant = Variant(entry, channels, channels, dtype, torch.float16, past, silu, "")
     return program(variant, machine_code)
 
 

@@ -1,4 +1,4 @@
-"""The verdicts of proofs, kept in a file of this environment for the next process."""
+"""Verdicts and choices, kept in a file of this environment for the next process."""
 
 from __future__ import annotations
 
@@ -6,25 +6,34 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
 import torch
 
 from ...device import device_name, versions
+from ..device import Device
+from .choice import Choice
 from .prove import Verdict
 
-SCHEMA = "wan_vae.proof/2"
-# What earlier versions wrote under the same name. Their keys mean something else: such a file is
-# replaced, without a note.
-_OLDER_SCHEMAS = ("wan_vae.proof/1",)
+SCHEMA = "wan_vae.proof/3"
+# What earlier versions wrote under the same name. They hold less, or their keys mean something
+# else: such a file is replaced, without a note.
+_OLDER_SCHEMAS = ("wan_vae.proof/1", "wan_vae.proof/2")
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a verdict depends on: the device, its driver, and the versions that make the kernel."""
+    """What a verdict depends on: the device, the one that it imitates, its driver, and the versions
+    that make the kernel.
+
+    Raises BackendError as `Device.chosen_for` does.
+    """
     known = {k: str(v) for k, v in versions().items() if v}
     known["device"] = device_name(device)
+    card = Device.chosen_for(device)
+    if card.runs_on is not None and card.capability is not None:
+        known["imitates"] = "{}.{}".format(*card.capability)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         known["capability"] = f"{properties.major}.{properties.minor}"
@@ -32,21 +41,31 @@ def environment(device: torch.device) -> dict[str, str]:
     return known
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """The content of a file."""
+
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
+
+
 class ProofCache:
-    """Verdicts by key, of one environment; kept in one small JSON file if there is a folder.
+    """Verdicts and choices by key, of one environment; in one small JSON file if there is a folder.
 
     Safe under several processes: a file appears whole or not at all, and what others wrote since
-    is merged before it is replaced. A file that cannot be read is as good as none, and one that
+    is merged before it is replaced. The choice that was written first counts, so that processes of
+    one machine run the same kernels. A file that cannot be read is as good as none, and one that
     cannot be written costs the next process a proof; both are said in `notes`.
     """
 
     def __init__(self, environment: Mapping[str, str], folder: Path | None):
-        """`folder` None keeps verdicts in this object only."""
+        """`folder` None keeps them in this object only."""
         self.environment = dict(environment)
         self.notes: list[str] = []
         name = sha256(json.dumps(self.environment, sort_keys=True).encode()).hexdigest()[:16]
         self.path = None if folder is None else folder / f"proof-{name}.json"
-        self._verdicts: dict[str, Verdict] = self._read()
+        kept = self._read()
+        self._verdicts, self._choices = kept.verdicts, kept.choices
 
     def verdict(self, key: str, prove: Callable[[], Verdict]) -> Verdict:
         """The verdict on `key`: the kept one, or that of `prove`, which is then kept."""
@@ -56,37 +75,57 @@ class ProofCache:
             self._write()
         return known
 
+    def choice(self, key: str) -> Choice | None:
+        """What runs the class of layers `key`, also if another process has chosen it since."""
+        if key not in self._choices:
+            theirs = self._read().choices
+            self._choices = theirs | self._choices
+        return self._choices.get(key)
+
+    def keep_choice(self, key: str, choice: Choice) -> Choice:
+        """Keep `choice` for `key`, unless another process was faster; returns what is kept."""
+        known = self.choice(key)
+        if known is None:
+            known = self._choices[key] = choice
+            self._write()
+        return known
+
     def __len__(self) -> int:
         return len(self._verdicts)
 
-    def _read(self) -> dict[str, Verdict]:
+    def _read(self) -> _Kept:
         if self.path is None:
-            return {}
+            return _Kept()
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            return {}
+            return _Kept()
         except (OSError, ValueError, RecursionError) as error:
-            self.notes.append(
-                f"{self.path.name} cannot be read ({error}): kernels are proven again"
-            )
-            return {}
+            self._note(f"{self.path.name} cannot be read ({error}): kernels are proven again")
+            return _Kept()
         if isinstance(content, dict) and content.get("schema") in _OLDER_SCHEMAS:
-            return {}
-        verdicts = _parse(content, self.environment)
-        if verdicts is None:
-            self.notes.append(f"{self.path.name} is damaged: kernels are proven again")
-            return {}
-        return verdicts
+            return _Kept()
+        kept = _parse(content, self.environment)
+        if kept is None:
+            self._note(f"{self.path.name} is damaged: kernels are proven again")
+            return _Kept()
+        return kept
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:  # the same file may be read several times
+            self.notes.append(text)
 
     def _write(self) -> None:
         if self.path is None:
             return
-        merged = self._read() | self._verdicts
+        theirs = self._read()
+        verdicts = theirs.verdicts | self._verdicts
+        choices = self._choices | theirs.choices
         content = {
             "schema": SCHEMA,
             "environment": self.environment,
-            "verdicts": {key: asdict(v) for key, v in merged.items()},
+            "verdicts": {key: asdict(v) for key, v in verdicts.items()},
+            "choices": {key: asdict(c) for key, c in choices.items()},
         }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,27 +138,52 @@ class ProofCache:
                 os.unlink(name)
                 raise
         except OSError as error:
-            self.notes.append(f"verdicts are not kept: {error}")
+            self._note(f"verdicts are not kept: {error}")
             self.path = None
 
 
-def _parse(content: object, environment: Mapping[str, str]) -> dict[str, Verdict] | None:
-    """The verdicts in a file's JSON; None unless all of it is what `_write` writes."""
+def _parse(content: object, environment: Mapping[str, str]) -> _Kept | None:
+    """The verdicts and choices in a file's JSON; None unless all of it is what `_write` writes."""
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         return None
     if content.get("environment") != dict(environment):
         return None
-    verdicts = content.get("verdicts")
-    if not isinstance(verdicts, dict):
+    verdicts, choices = content.get("verdicts"), content.get("choices")
+    if not isinstance(verdicts, dict) or not isinstance(choices, dict):
         return None
-    out: dict[str, Verdict] = {}
+    kept = _Kept()
     for key, value in verdicts.items():
-        if not isinstance(value, dict) or value.keys() != {"passed", "reason", "error"}:
+        verdict = _verdict(value)
+        if verdict is None:
             return None
-        passed, reason, error = value["passed"], value["reason"], value["error"]
-        if not isinstance(passed, bool) or not isinstance(reason, str) or passed != (not reason):
+        kept.verdicts[key] = verdict
+    for key, value in choices.items():
+        choice = _choice(value)
+        if choice is None:
             return None
-        if not (error is None or isinstance(error, float)):
-            return None
-        out[key] = Verdict(passed, reason, error)
-    return out
+        kept.choices[key] = choice
+    return kept
+
+
+def _verdict(value: object) -> Verdict | None:
+    if not isinstance(value, dict) or value.keys() != {"passed", "reason", "error"}:
+        return None
+    passed, reason, error = value["passed"], value["reason"], value["error"]
+    if not isinstance(passed, bool) or not isinstance(reason, str) or passed != (not reason):
+        return None
+    if not (error is None or isinstance(error, float)):
+        return None
+    return Verdict(passed, reason, error)
+
+
+def _choice(value: object) -> Choice | None:
+    if not isinstance(value, dict) or value.keys() != {"winner", "times_ms", "refused"}:
+        return None
+    winner, times, refused = value["winner"], value["times_ms"], value["refused"]
+    if not isinstance(times, dict) or not isinstance(refused, dict):
+        return None
+    if winner not in times or not all(isinstance(ms, float) and ms >= 0 for ms in times.values()):
+        return None
+    if not all(isinstance(reason, str) for reason in refused.values()):
+        return None
+    return Choice(winner, times, refused)

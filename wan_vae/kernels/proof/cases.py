@@ -1,19 +1,21 @@
 """The proof of each operation: random inputs as a run gives them, and the float32 reference.
 
 Nothing here knows a family: a case gets a function that prepares a layer, and calls the layer as
-the network does.
+the network does. What the network runs without a kernel stands beside it, to be timed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 
+from ... import layout
 from ...layout import LayoutCounter
-from ...ops.eager.conv3d import conv3d
+from ...ops.eager.attention import attention
+from ...ops.eager.conv3d import conv2d, conv3d
 from ...ops.eager.norm import rms_norm, rms_norm_silu
 from ...ops.eager.upsample import upsample_conv2d
 from ...ops.opset import HaloRows
@@ -43,19 +45,26 @@ from .prove import Verdict, prove
 # Kernels against float32 on the same inputs, result rounded to this dtype: half a unit in the last
 # place of bfloat16 is 2e-3 at most, of float16 2.4e-4; float32 operands are three TF32 products.
 BOUNDS = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 1e-5}
-# Frames, rows and columns of a proof: odd, more programs than an H200 has multiprocessors, and
+# Frames, rows and columns.
+Size = tuple[int, int, int]
+# Those of a proof: odd, more programs than an H200 has multiprocessors, and
 # small enough that all proofs of a model take seconds. The interpreter gets a few programs.
-PROOF_SIZE = {"cuda": (5, 131, 179), "cpu": (2, 5, 7)}
+PROOF_SIZE: dict[str, Size] = {"cuda": (5, 131, 179), "cpu": (2, 5, 7)}
 
 L = TypeVar("L")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: what the kernel makes, what it should make, the relative error allowed."""
+    """One comparison: what the kernel makes, what it should make, the relative error allowed.
+
+    eager: what a run without the kernel computes, in the dtype of the features, with weights in
+    channels_last_3d.
+    """
 
     kernel: Callable[[], torch.Tensor]
     reference: Callable[[], torch.Tensor]
+    eager: Callable[[], torch.Tensor]
     bound: float
 
 
@@ -72,13 +81,9 @@ def prove_kernel(
 
     `axis`: the features have halo rows (or columns) along it, as those of a shard.
     """
-    inputs = _Inputs(runs_on, problem.feature_dtype, axis)
-
-    def prepare(weights: LayerWeights) -> Any:
-        return kernel.prepare(weights, problem, config, device)
-
+    inputs = Inputs(runs_on, problem.feature_dtype, axis, PROOF_SIZE[runs_on.type])
     verdict = Verdict(True)
-    for check in _CASES[problem.operation](inputs, problem, prepare):
+    for check in checks_of(kernel, problem, config, device, inputs):
         part = prove(check.kernel, check.reference, check.bound, kernel.build_failures)
         if not part.passed:
             return part
@@ -87,17 +92,31 @@ def prove_kernel(
     return verdict
 
 
+def checks_of(
+    kernel: Kernel[Any, Any], problem: Problem, config: str, device: Device, inputs: Inputs
+) -> list[Check]:
+    """The checks of one configuration, built for `device`, on `inputs`."""
+
+    def prepare(weights: LayerWeights) -> Any:
+        return kernel.prepare(weights, problem, config, device)
+
+    return _CASES[problem.operation](inputs, problem, prepare)
+
+
 @dataclass(frozen=True)
-class _Inputs:
+class Inputs:
     """Random tensors on a device, the same in every process. `dtype`: of features."""
 
     device: torch.device
     dtype: torch.dtype
     axis: Axis | None
+    size: Size
+    # Features that were made, for the next configuration that reads the same.
+    _made: dict[object, torch.Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def frames(self) -> int:
-        return PROOF_SIZE[self.device.type][0]
+        return self.size[0]
 
     def padding(self, kernel: tuple[int, ...] = (3, 3)) -> tuple[int, int]:
         """Zero rows and columns on each side; 0 where halo rows stand instead."""
@@ -110,8 +129,11 @@ class _Inputs:
 
     def features(self, c: int, frames: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
         """[1, C, frames, H, W] in NDHWC."""
-        _, h, w = PROOF_SIZE[self.device.type]
-        return self.random(1, frames, h, w, c, seed=seed).to(dtype).permute(0, 4, 1, 2, 3)
+        key = c, frames, dtype, seed
+        if key not in self._made:
+            made = self.random(1, frames, *self.size[1:], c, seed=seed).to(dtype)
+            self._made[key] = made.permute(0, 4, 1, 2, 3)
+        return self._made[key]
 
     def weight(
         self, o: int, c: int, kernel: tuple[int, int, int], dtype: torch.dtype
@@ -131,7 +153,7 @@ class _Inputs:
 Prepare = Callable[[LayerWeights], L]
 
 
-def _conv(inputs: _Inputs, problem: ConvProblem, prepare: Prepare[ConvLayer]) -> list[Check]:
+def _conv(inputs: Inputs, problem: ConvProblem, prepare: Prepare[ConvLayer]) -> list[Check]:
     o, c, kernel = problem.out_channels, problem.in_channels, problem.kernel
     dtype, only = problem.operand_dtype, problem.only_frame
     x = inputs.features(c, inputs.frames + kernel[0] - 1, dtype, seed=0)
@@ -144,14 +166,22 @@ def _conv_check(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    inputs: _Inputs,
+    inputs: Inputs,
     only_frame: bool,
     out_dtype: torch.dtype | None = None,
+    is_2d: bool = False,
 ) -> Check:
+    """is_2d: eager runs it frame by frame."""
     padding = inputs.padding(tuple(weight.shape))
+    features, own = x.to(inputs.dtype), weight.to(inputs.dtype)
 
     def run() -> torch.Tensor:
         return layer.run(x, bias, LayoutCounter(), padding, only_frame)
+
+    def eager() -> torch.Tensor:
+        if is_2d:
+            return conv2d(features[0].transpose(0, 1), own[:, :, 0], bias, LayoutCounter())
+        return conv3d(features, own, bias, LayoutCounter(), padding=padding, last_slice=only_frame)
 
     def reference() -> torch.Tensor:
         return _exact_conv3d(
@@ -159,11 +189,11 @@ def _conv_check(
         )
 
     # float32 operands are split into TF32 parts: their error joins the rounding's.
-    return Check(run, reference, BOUNDS[out_dtype or inputs.dtype] + BOUNDS[torch.float32])
+    return Check(run, reference, eager, BOUNDS[out_dtype or inputs.dtype] + BOUNDS[torch.float32])
 
 
 def _norm_conv(
-    inputs: _Inputs,
+    inputs: Inputs,
     problem: NormConvProblem | HeadProblem,
     prepare: Prepare[NormConvLayer],
 ) -> list[Check]:
@@ -202,12 +232,24 @@ def _norm_conv(
         y = _exact_conv3d(y, weight.float(), bias.float(), padding, last_slice=only)
         return y if residual is None else y + residual.float()
 
+    past = None if history is None else history.to(inputs.dtype)
+    eager_weight = weight.to(inputs.dtype)
+
+    def eager() -> torch.Tensor:
+        counter = LayoutCounter()
+        y = rms_norm_silu(x, gamma)
+        if past is not None:
+            y = layout.join_frames((past, y), eager_weight, counter)
+        y = conv3d(y, eager_weight, bias, counter, padding=padding, last_slice=only)
+        return y if residual is None else y.add_(residual)
+
     # The kernel rounds the norm's result to float16, which the reference does not do.
-    return [Check(run, reference, BOUNDS[problem.operand_dtype] + BOUNDS[problem.out_dtype])]
+    bound = BOUNDS[problem.operand_dtype] + BOUNDS[problem.out_dtype]
+    return [Check(run, reference, eager, bound)]
 
 
 def _upsample(
-    inputs: _Inputs, problem: UpsampleProblem, prepare: Prepare[UpsampleLayer]
+    inputs: Inputs, problem: UpsampleProblem, prepare: Prepare[UpsampleLayer]
 ) -> list[Check]:
     o, c = problem.out_channels, problem.in_channels
     x = inputs.features(c, inputs.frames, inputs.dtype, seed=0)[0].transpose(0, 1)
@@ -221,12 +263,17 @@ def _upsample(
                 x.float(), weight.float(), bias.float(), LayoutCounter(), padding=padding
             )
 
+    eager_weight = layout.to_format(weight, "channels_last_3d")
+
+    def eager() -> torch.Tensor:
+        return upsample_conv2d(x, eager_weight, bias, LayoutCounter(), padding=padding)
+
     # Summed taps are rounded once more than the reference's.
-    return [Check(lambda: layer.run(x, padding), reference, 2 * BOUNDS[inputs.dtype])]
+    return [Check(lambda: layer.run(x, padding), reference, eager, 2 * BOUNDS[inputs.dtype])]
 
 
 def _strided(
-    inputs: _Inputs, problem: StridedProblem, prepare: Prepare[StridedLayer]
+    inputs: Inputs, problem: StridedProblem, prepare: Prepare[StridedLayer]
 ) -> list[Check]:
     o, c, kernel = problem.out_channels, problem.in_channels, problem.kernel
     x = inputs.features(c, inputs.frames + kernel[0] - 1, inputs.dtype, seed=0)
@@ -240,17 +287,25 @@ def _strided(
         padded = torch.nn.functional.pad(x.float(), (0, after[1], 0, after[0]))
         return _exact_conv3d(padded, weight.float(), bias.float(), (0, 0), problem.stride)
 
+    def eager() -> torch.Tensor:
+        if kernel[0] > 1:
+            return conv3d(x, weight, bias, LayoutCounter(), stride=problem.stride)
+        frames = x[0].transpose(0, 1)
+        return conv2d(frames, flat_weight, bias, LayoutCounter(), stride=2, pad_after=after)
+
+    flat_weight = layout.to_format(weight[:, :, 0], "channels_last_3d")
     return [
         Check(
             lambda: layer.run(x, bias, LayoutCounter(), after),
             reference,
+            eager,
             BOUNDS[inputs.dtype] + BOUNDS[torch.float32],
         )
     ]
 
 
 def _attention(
-    inputs: _Inputs, problem: AttentionProblem, prepare: Prepare[AttentionLayer]
+    inputs: Inputs, problem: AttentionProblem, prepare: Prepare[AttentionLayer]
 ) -> list[Check]:
     """Norm and attention, then each of the 1x1 convolutions.
 
@@ -276,16 +331,22 @@ def _attention(
         scores = q @ k.transpose(1, 2) / root
         return scores.softmax(dim=2) @ v
 
+    def eager() -> torch.Tensor:
+        q, k, v = heads(rms_norm(x[:, :, 0], gamma))
+        return attention(q, k, v.contiguous())
+
     frames = inputs.features(c, inputs.frames, operand, seed=0)
     return [
         # Rounded inputs move a softmax whose scores reach sqrt(C) by up to sqrt(C) roundings.
-        Check(run, reference, BOUNDS[operand] * max(4.0, root)),
-        _conv_check(layer.qkv, frames, qkv, inputs.bias(3 * c), inputs, False, operand),
-        _conv_check(layer.projection, frames, projection, inputs.bias(c), inputs, False),
+        Check(run, reference, eager, BOUNDS[operand] * max(4.0, root)),
+        _conv_check(layer.qkv, frames, qkv, inputs.bias(3 * c), inputs, False, operand, True),
+        _conv_check(
+            layer.projection, frames, projection, inputs.bias(c), inputs, False, None, True
+        ),
     ]
 
 
-_CASES: dict[Operation, Callable[[_Inputs, Any, Prepare[Any]], list[Check]]] = {
+_CASES: dict[Operation, Callable[[Inputs, Any, Prepare[Any]], list[Check]]] = {
     "conv3d": _conv,
     "norm_conv3d": _norm_conv,
     "head": _norm_conv,

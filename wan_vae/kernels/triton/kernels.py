@@ -25,6 +25,7 @@ from ...ops.problem import (
     StridedProblem,
     UpsampleProblem,
 )
+from ..bounds import Bound
 from ..device import Device, Vendor
 from ..kernel import BuildError, Family, Kernel, Requires
 from ..weights import filled_channels, fit_channels, fold_upsample, norm_scale
@@ -78,6 +79,10 @@ class _TritonKernel:
         """See `Kernel`. Triton compiles at the first launch, for the card in use."""
         if device.vendor not in _VENDORS:
             raise BuildError(f"Triton does not compile for {device.architecture}")
+
+    def bound(self, weights: LayerWeights, problem: object, config: str) -> Bound | None:
+        """See `Kernel`. Sums are float32."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,118 @@
+"""What a request gets where some of its families, or all, are missing; and cards that imitate."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.conftest import SMALL_CONFIGS, random_state
+from wan_vae import WanVAE
+from wan_vae.errors import BackendError
+from wan_vae.kernels import registry
+from wan_vae.kernels.device import CARDS, IMITATE, Device, nvidia
+from wan_vae.kernels.proof import cache
+from wan_vae.kernels.proof.cache import ProofCache
+from wan_vae.network.model import WanVAEModel
+from wan_vae.ops.opset import OpSet
+from wan_vae.runs.kernel_choice import OpsRequest, may_prove, select_ops, unavailable_reason
+
+HOST = torch.device("cpu")
+
+
+@pytest.fixture
+def missing(monkeypatch) -> dict[str, str]:
+    """Families that cannot be used on this machine, which is an RTX 3060; and no kernels at all."""
+    reasons: dict[str, str] = {}
+    monkeypatch.setattr(Device, "of", lambda device: CARDS["RTX 3060"])
+    monkeypatch.setattr(registry, "unavailable_reason", lambda name, *_: reasons.get(name))
+    monkeypatch.setattr(registry, "kernels_of", lambda operation, families: iter(()))
+    return reasons
+
+
+@pytest.fixture(scope="module")
+def model() -> WanVAEModel:
+    return WanVAEModel(SMALL_CONFIGS["wan2.1"])
+
+
+def ops_for(backend, model) -> OpSet:
+    proofs = ProofCache({}, None)
+    return select_ops(OpsRequest(backend, model, only_frame=True), lambda: proofs)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cuda"])
+def test_one_missing_family_costs_no_other_one(missing, model, backend):
+    missing["triton"] = "triton is not installed"
+    ops = ops_for(backend, model)
+    assert [(r.family, r.reason) for r in ops.refusals] == [("triton", "triton is not installed")]
+    assert (backend, True, None, "decoder") in model.prepared
+    assert unavailable_reason(backend, HOST, torch.float32) is None
+    assert not may_prove(OpsRequest(backend, model, only_frame=True), HOST)
+    assert may_prove(OpsRequest(backend, model, only_frame=False), HOST)
+
+
+def test_without_any_family_auto_is_eager_and_an_explicit_request_an_error(missing, model):
+    missing |= {"cuda": "no NVRTC", "triton": "triton is not installed"}
+    ops = ops_for("auto", model)
+    assert ops.used["conv3d"] == "eager"
+    assert [(r.family, r.reason) for r in ops.refusals] == list(missing.items())
+    both = "cuda: no NVRTC; triton: triton is not installed"
+    assert unavailable_reason("auto", HOST, torch.float32) == both
+    with pytest.raises(BackendError, match=f"backend 'cuda' cannot run: {both}"):
+        ops_for("cuda", model)
+    del missing["cuda"]
+    with pytest.raises(BackendError, match="'triton' cannot run: triton is not installed"):
+        ops_for("triton", model)
+
+
+def test_auto_is_by_capability():
+    for card in CARDS.values():
+        wanted = ("cuda", "triton") if card.capability is not None else ()
+        assert registry.families_of("auto", card) == wanted
+    old = nvidia("GTX 1080", (6, 1), 20)
+    assert registry.families_of("auto", old) == ()
+    assert registry.auto_reason(old) == (
+        "used by default on NVIDIA cards of compute capability 7.5 or later, this card has 6.1"
+    )
+
+
+@pytest.fixture
+def a_4090(monkeypatch):
+    """This machine has one."""
+    properties = SimpleNamespace(major=8, minor=9, multi_processor_count=128)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(cache, "device_name", lambda device: "RTX 4090")
+    monkeypatch.setattr(Device, "of", lambda device: CARDS["RTX 4090"])
+
+
+def test_verdicts_of_an_imitation_are_not_those_of_the_card(a_4090, monkeypatch):
+    device = torch.device("cuda", 0)
+    monkeypatch.delenv(IMITATE, raising=False)
+    own = cache.environment(device)
+    assert "imitates" not in own and Device.chosen_for(device).imitation is None
+    monkeypatch.setenv(IMITATE, "8.9")
+    assert cache.environment(device) == own
+    monkeypatch.setenv(IMITATE, "8.6")
+    assert cache.environment(device) == own | {"imitates": "8.6"}
+    assert Device.chosen_for(device).imitation == "as compute capability 8.6 (WAN_VAE_CAPABILITY)"
+    monkeypatch.setenv(IMITATE, "sm_86")
+    with pytest.raises(BackendError, match="WAN_VAE_CAPABILITY is 'sm_86': expected a capability"):
+        cache.environment(device)
+
+
+def test_another_imitation_chooses_again(missing, model, monkeypatch):
+    first = ops_for("cuda", model)
+    assert ops_for("cuda", model) is first
+    monkeypatch.setitem(os.environ, IMITATE, "8.0")
+    assert ops_for("cuda", model) is not first
+
+
+def test_a_report_names_the_imitation(missing, monkeypatch):
+    missing |= {"cuda": "no NVRTC", "triton": "not here"}
+    monkeypatch.setenv(IMITATE, "8.0")
+    vae = WanVAE.from_state_dict(random_state(SMALL_CONFIGS["wan2.1"]), device="cpu")
+    vae.decode(torch.zeros(1, 16, 1, 2, 2), backend="eager")
+    assert vae.last_report is not None
+    assert vae.last_report.device_name == "CPU as compute capability 8.0 (WAN_VAE_CAPABILITY)"
