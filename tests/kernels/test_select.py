@@ -465,11 +465,16 @@ def test_the_choices_of_another_rank_are_taken_or_refused(monkeypatch, proofs):
 def test_layers_are_timed_where_they_are_about_as_much_work():
     device = torch.device("cuda")
     wide, narrow = NormConvProblem(384, 384, FP32), NormConvProblem(96, 96, FP32)
-    assert timed_size(narrow, device) == (4, 256, 256)
-    assert timed_size(wide, device) == (4, 64, 64)
-    assert timed_size(NormConvProblem(16, 16, FP32), device) == (4, 256, 256)
-    assert timed_size(NormConvProblem(1024, 1024, FP32), device) == (4, 24, 24)
-    assert timed_size(AttentionProblem(384, FP32), device) == (1, 96, 96)
+    assert timed_size(narrow, device, 28) == (4, 256, 256)
+    assert timed_size(wide, device, 28) == (4, 64, 64)
+    assert timed_size(NormConvProblem(16, 16, FP32), device, 28) == (4, 256, 256)
+    assert timed_size(NormConvProblem(1024, 1024, FP32), device, 28) == (4, 24, 24)
+    assert timed_size(AttentionProblem(384, FP32), device, 28) == (1, 96, 96)
+    # A larger card has more programs at work.
+    assert timed_size(narrow, device, 84) == (4, 440, 440)
+    assert timed_size(narrow, device, 170) == (4, 512, 512)
+    assert timed_size(wide, device, 170) == (4, 128, 128)
+    assert timed_size(narrow, device, 14) == (4, 256, 256)
     assert device_timer(HOST) is None
 
 

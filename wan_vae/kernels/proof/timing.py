@@ -23,8 +23,8 @@ Timer = Callable[[Callable[[], object]], float]
 _ROUNDS = 2
 _CALLS = 2
 # Rows and columns of a layer with 96 channels on a card of so many multiprocessors, and frames of
-# every layer: 0.13 Tflop of a 3x3x3 convolution, which a small card does in 5 ms. A larger card gets
-# up to four times as much: with few tiles for each multiprocessor the largest tile would lose.
+# every layer: 0.13 Tflop of a 3x3x3 convolution, which a small card does in 5 ms. A larger card
+# gets up to four times as much: with few tiles for each multiprocessor the largest tile would lose.
 _SIDE_OF_96, _MULTIPROCESSORS = 256, 28
 _FRAMES = 4
 
@@ -58,7 +58,7 @@ def device_timer(device: torch.device) -> Timer | None:
     return measure
 
 
-def timed_size(problem: Problem, device: torch.device) -> Size:
+def timed_size(problem: Problem, device: torch.device, multiprocessors: int) -> Size:
     """Frames, rows and columns on which a layer is timed: the wider, the smaller, as in a network.
 
     All layers with the same taps then have about the same work, and few of them seconds.
@@ -69,8 +69,7 @@ def timed_size(problem: Problem, device: torch.device) -> Size:
         side = 96 if problem.channels <= 512 else 64
         return (1, side, side)
     widest = max(problem.in_channels, problem.out_channels)
-    number = torch.cuda.get_device_properties(device).multi_processor_count
-    most = _SIDE_OF_96 * min(2.0, max(1.0, (number / _MULTIPROCESSORS) ** 0.5))
+    most = _SIDE_OF_96 * min(2.0, max(1.0, (multiprocessors / _MULTIPROCESSORS) ** 0.5))
     side = round(min(most, most * 96 / widest) / 8) * 8
     return (_FRAMES, max(side, 24), max(side, 24))
 
@@ -84,7 +83,9 @@ def time_kernels(
 ) -> Times:
     """Time configurations that are right, built for `device`, on `runs_on`, and what eager runs."""
     # All share their inputs.
-    inputs = Inputs(runs_on, problem.feature_dtype, None, timed_size(problem, runs_on))
+    inputs = Inputs(
+        runs_on, problem.feature_dtype, None, timed_size(problem, runs_on, device.multiprocessors)
+    )
     runs: list[Callable[[], object]] = []
     for kernel, config in contenders:
         checks = checks_of(kernel, problem, config, device, inputs)
