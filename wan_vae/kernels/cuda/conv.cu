@@ -1,14 +1,15 @@
 // Convolution as an implicit GEMM: every kernel size and stride, operands of 16 bits on the tensor
-// cores or of float32 on the CUDA cores. For all layers but the 3x3x3 behind a norm, which are worth
-// a kernel of their own.
+// cores or of float32 on the CUDA cores. For all layers but the 3x3x3 behind a norm and the
+// up-samplers, which are worth kernels of their own.
 //
 // One program: kM pixels of one frame, BN output channels. The sum runs over steps of 64 bytes of a
 // pixel, two units of 32 bytes: taps, then channels, whatever the size of the picture. Steps come
 // through a ring of kStages stages in shared memory. Weights are packed in the order in which they
 // are used (conv.py), zeros where there is no output channel or no unit any more.
 //
-// CIN: a multiple of 16 (8 in float32). COUT: any. KT, KH, KW; ST, SY, SX: the kernel and its steps.
-// IN, OUT: 0 float16, 1 bfloat16, 2 float32. WM x WN: warps along pixels and channels.
+// CIN: a multiple of 16. COUT: any. KT, KH, KW and ST, SY, SX: the kernel and its steps. IN, OUT:
+// 0 float16, 1 bfloat16, 2 float32. WM x WN: warps along pixels and channels. RESIDENT: programs
+// that a multiprocessor holds, which bounds the registers.
 
 constexpr int kThreads = WM * WN * 32, kM = 128, kStages = 3;
 constexpr int kPixel = CIN * (IN == 2 ? 4 : 2);  // bytes of an input pixel
@@ -18,8 +19,13 @@ constexpr bool kLastIsHalf = kTaps * kUnits % 2;
 constexpr int kSteps = (kTaps * kUnits + 1) / 2;
 constexpr int kBlocks = (COUT + BN - 1) / BN;
 constexpr int kA = kM * 64, kB = BN * 64, kStage = kA + kB;
-constexpr int kBiasAt = kStages * kStage;
+constexpr int kLastStage = (kStages - 1) * kStage, kBiasAt = kStages * kStage;
 constexpr int kOut = OUT == 2 ? 4 : 2;  // bytes of a result
+#if __CUDA_ARCH__ >= 800
+constexpr int kResident = RESIDENT;
+#else
+constexpr int kResident = 1;  // for which Turing has shared memory
+#endif
 // The frame is one row, without padding.
 constexpr bool kIsRow = KH * KW == 1 && SY == 1 && SX == 1;
 static_assert(kPixel % 32 == 0 && KH * KW <= 32, "");
@@ -30,7 +36,7 @@ INLINE int swizzle(int row, int v) { return v ^ (row >> 1 & 3); }
 // A thread's way through the taps: it copies one vector of several pixels in every step.
 struct Cursor {
   const char* from;  // at the tile's first pixel
-  int unit, tap, kx, t;
+  int unit, tap, kx;
   long long next_row, next_frame;
 
   template <int N>
@@ -48,7 +54,6 @@ struct Cursor {
     if (KH > 1 && ++tap < KH * KW) return;
     tap = 0;
     from += next_frame;
-    ++t;
   }
   INLINE void next_step() {
     if constexpr (kUnits > 1) {
@@ -91,7 +96,7 @@ INLINE void store(char* to, const float (&v)[N], int channels) {
   }
 }
 
-INLINE float read_bias(const void* bias, int type, int channel) {
+INLINE float bias_of(const void* bias, int type, int channel) {
   if (type == 2) return static_cast<const float*>(bias)[channel];
   float value, none;
   const u32 word = static_cast<const u16*>(bias)[channel];
@@ -105,15 +110,22 @@ INLINE float read_bias(const void* bias, int type, int channel) {
 // Where a program's results go: `to` is the place of its first pixel's first channel.
 struct Results {
   char* to;
-  const float* bias;  // in shared memory
+  u32 bias;  // in shared memory
   int pixels, channels;
 
   template <int N>
-  INLINE void operator()(int pixel, int channel, float (&v)[N]) const {
-    if (pixel >= pixels) return;
+  INLINE void read_bias(float (&b)[N], int channel) const {
 #pragma unroll
-    for (int i = 0; i < N; ++i) v[i] += bias[channel + i];
-    store(to + (static_cast<long long>(pixel) * COUT + channel) * kOut, v, channels - channel);
+    for (int i = 0; i < N; i += 4) {
+      u32 words[4];
+      load_shared(words, bias + (channel + i) * 4);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) b[i + k] = __uint_as_float(words[k]);
+    }
+  }
+  template <int N>
+  INLINE void store(int pixel, int channel, const float (&v)[N]) const {
+    if (pixel < pixels) ::store(to + (pixel * COUT + channel) * kOut, v, channels - channel);
   }
 };
 
@@ -162,17 +174,17 @@ struct Sums {
       }
     }
   }
-  // `to(pixel, channel, values)` for each group of channels.
-  template <class F>
-  INLINE void each(const F& to) const {
+  INLINE void write(const Results& results) const {
 #pragma unroll
-    for (int p = 0; p < 8; ++p) {
+    for (int g = 0; g < 2; ++g) {
+      float b[4];
+      results.read_bias(b, channel + g * 32);
 #pragma unroll
-      for (int g = 0; g < 2; ++g) {
+      for (int p = 0; p < 8; ++p) {
         float v[4];
 #pragma unroll
-        for (int c = 0; c < 4; ++c) v[c] = d[p][g * 4 + c];
-        to(pixel + p * 16, channel + g * 32, v);
+        for (int c = 0; c < 4; ++c) v[c] = d[p][g * 4 + c] + b[c];
+        results.store(pixel + p * 16, channel + g * 32, v);
       }
     }
   }
@@ -224,28 +236,30 @@ struct Sums {
       }
     }
   }
-  // `to(pixel, channel, values)` for each group of channels.
-  template <class F>
-  INLINE void each(const F& to) const {
+  // Tiles from `FIRST` on, of which a lane has N channels side by side.
+  template <int FIRST, int N>
+  INLINE void write_group(const Results& results) const {
+    const int c = channel + FIRST * 8 + quad * N;
+    float b[N];
+    results.read_bias(b, c);
 #pragma unroll
     for (int mi = 0; mi < MI; ++mi) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int row = pixel + mi * 16 + h * 8;
+        float v[N];
 #pragma unroll
-        for (int g = 0; g < NI / 4; ++g) {
-          float v[8];
-#pragma unroll
-          for (int i = 0; i < 8; ++i) v[i] = d[mi][g * 4 + i / 2][h * 2 + i % 2];
-          to(row, channel + g * 32 + quad * 8, v);
-        }
-        if constexpr (NI % 4) {
-          float v[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) v[i] = d[mi][NI - 2 + i / 2][h * 2 + i % 2];
-          to(row, channel + NI / 4 * 32 + quad * 4, v);
-        }
+        for (int i = 0; i < N; ++i) v[i] = d[mi][FIRST + i / 2][h * 2 + i % 2] + b[i];
+        results.store(pixel + mi * 16 + h * 8, c, v);
       }
+    }
+  }
+  template <int FIRST = 0>
+  INLINE void write(const Results& results) const {
+    if constexpr (FIRST + 4 <= NI) {
+      write_group<FIRST, 8>(results);
+      write<FIRST + 4>(results);
+    } else if constexpr (FIRST < NI) {
+      write_group<FIRST, 4>(results);
     }
   }
 };
@@ -265,7 +279,7 @@ struct Place {
 // `bias_type` as OUT, or none if negative. pad_y, pad_x: zero rows above and columns on the left;
 // what is read beyond the last ones is zero too. first: temporal taps that are left out, 0 or
 // KT - 1. One program for each block of channels of each kM pixels of each frame of `out`.
-extern "C" __global__ void __launch_bounds__(kThreads, RESIDENT)
+extern "C" __global__ void __launch_bounds__(kThreads, kResident)
 conv(const char* RESTRICT x, const char* RESTRICT weights, const void* RESTRICT bias,
      char* RESTRICT out, int bias_type, int frames_in, int frames, int h, int w, int height,
      int width, int pad_y, int pad_x, int first) {
@@ -274,13 +288,17 @@ conv(const char* RESTRICT x, const char* RESTRICT weights, const void* RESTRICT 
   float* bias_shared = reinterpret_cast<float*>(shared + kBiasAt);
   const int tid = threadIdx.x;
   const int pixels = height * width, tiles = (pixels + kM - 1) / kM;
-  const int block = blockIdx.x % kBlocks;
-  const int tile = blockIdx.x / kBlocks % tiles, frame = blockIdx.x / kBlocks / tiles;
+  // Programs that run at the same time read the same pixels: all blocks of a tile, and the same
+  // tile of the frames that meet in a result.
+  const int block = blockIdx.x % kBlocks, place = blockIdx.x / kBlocks;
+  const int frames_out = gridDim.x / kBlocks / tiles;
+  const int tile = KT > 1 ? place / frames_out : place % tiles;
+  const int frame = KT > 1 ? place % frames_out : place / tiles;
   const int start = tile * kM;
 
   for (int c = tid; c < BN; c += kThreads) {
     const bool has = bias_type >= 0 && block * BN + c < COUT;
-    bias_shared[c] = has ? read_bias(bias, bias_type, block * BN + c) : 0;
+    bias_shared[c] = has ? bias_of(bias, bias_type, block * BN + c) : 0;
   }
 
   // A thread copies vector tid % 4 of every kThreads / 4-th pixel.
@@ -292,21 +310,20 @@ conv(const char* RESTRICT x, const char* RESTRICT weights, const void* RESTRICT 
 #pragma unroll
   for (int i = 0; i < kTurns; ++i) {
     const int pixel = start + row + i * kApart;
-    const Place place(pixel, width, pad_y, pad_x);
-    away[i] = ((place.y - corner.y) * w + place.x - corner.x) * (kPixel / 16);
+    const Place at(pixel, width, pad_y, pad_x);
+    away[i] = ((at.y - corner.y) * w + at.x - corner.x) * (kPixel / 16);
     inside[i] = 0;
 #pragma unroll
     for (int tap = 0; tap < KH * KW; ++tap) {
-      const u32 y = place.y + tap / KW, x = place.x + tap % KW;
-      const bool in = pixel < pixels && (kIsRow || (y < static_cast<u32>(h) && x < static_cast<u32>(w)));
-      inside[i] |= static_cast<u32>(in) << tap;
+      const u32 y = at.y + tap / KW, x = at.x + tap % KW;
+      const bool in = kIsRow || (y < static_cast<u32>(h) && x < static_cast<u32>(w));
+      inside[i] |= static_cast<u32>(in && pixel < pixels) << tap;
     }
   }
-  const long long frame_in = static_cast<long long>(frame / frames) * frames_in + frame % frames * ST;
+  const long long clip = frame / frames, frame_in = clip * frames_in + frame % frames * ST;
   Cursor cursor;
   cursor.from = x + ((frame_in * h + corner.y) * w + corner.x) * kPixel + vec % 2 * 16;
   cursor.unit = cursor.tap = cursor.kx = 0;
-  cursor.t = first;
   cursor.next_row = static_cast<long long>(w - KW) * kPixel;
   cursor.next_frame = static_cast<long long>(h - KH) * w * kPixel;
   if (vec / 2) cursor.advance<1>();
@@ -316,15 +333,16 @@ conv(const char* RESTRICT x, const char* RESTRICT weights, const void* RESTRICT 
   const int skipped = first * (KH * KW * kUnits) / 2;  // `first` is even
   const char* next_weights =
       weights + (static_cast<long long>(block) * kSteps + skipped) * kB + tid * 16;
-  const auto load = [&](u32 stage) {
-    const bool on = !kLastIsHalf || cursor.t < KT;
+  constexpr int kAtOnce = kThreads * 16;
+  const auto load = [&](u32 stage, bool is_last) {
+    const bool on = !(kLastIsHalf && is_last && vec / 2);
 #pragma unroll
     for (int i = 0; i < kTurns; ++i)
       cp_async(a_to + stage + i * (kApart * 64), cursor.from + away[i] * 16ll,
                on && (inside[i] >> cursor.tap & 1));
 #pragma unroll
-    for (int i = 0; i < kB; i += kThreads * 16) {
-      if (i + kThreads * 16 <= kB || i + tid * 16 < kB) cp_async(b_to + stage + i, next_weights + i);
+    for (int i = 0; i < kB; i += kAtOnce) {
+      if (i + kAtOnce <= kB || i + tid * 16 < kB) cp_async(b_to + stage + i, next_weights + i);
     }
     cursor.next_step();
     next_weights += kB;
@@ -334,21 +352,22 @@ conv(const char* RESTRICT x, const char* RESTRICT weights, const void* RESTRICT 
   const int steps = kSteps - skipped;
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
-    if (s < steps) load(s * kStage);
+    if (s < steps) load(s * kStage, s == steps - 1);
     cp_commit();
   }
-  u32 stage = 0, next = (kStages - 1) * kStage;
+  u32 stage = 0;
 #pragma unroll 1
-  for (int s = 0; s < steps; ++s) {
+  for (int left = steps; left > 0; --left) {
     cp_wait<kStages - 2>();
     __syncthreads();
-    if (s + kStages - 1 < steps) load(next);
+    // Into the stage that was read last.
+    if (left >= kStages) load(stage ? stage - kStage : kLastStage, left == kStages);
     cp_commit();
     sums.step(stage);
-    stage = stage == (kStages - 1) * kStage ? 0 : stage + kStage;
-    next = next == (kStages - 1) * kStage ? 0 : next + kStage;
+    stage = stage == kLastStage ? 0 : stage + kStage;
   }
 
-  const long long place = (static_cast<long long>(frame) * pixels + start) * COUT + block * BN;
-  sums.each(Results{out + place * kOut, bias_shared, pixels - start, COUT - block * BN});
+  const long long first_pixel = static_cast<long long>(frame) * pixels + start;
+  char* to = out + (first_pixel * COUT + block * BN) * kOut;
+  sums.write(Results{to, base + kBiasAt, pixels - start, COUT - block * BN});
 }

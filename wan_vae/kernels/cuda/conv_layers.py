@@ -192,12 +192,11 @@ def _pointwise(in_channels: int, out_channels: int, out_dtype: torch.dtype) -> V
 def blocks_for(out_channels: int) -> tuple[int, ...]:
     """Output channels of one program that suit a layer of 16-bit operands, the best first.
 
-    The fewest channels that are filled with zeros, then the largest block; behind it a smaller one
-    that takes fewer registers.
+    The first two of `BLOCKS` that fill the fewest channels with zeros.
     """
-    best = min(BLOCKS, key=lambda n: (-out_channels % n, -n))
-    smaller = [n for n in BLOCKS if n < best and -out_channels % n == -out_channels % best]
-    return (best, *smaller[:1])
+    filled = {block: -out_channels % block for block in BLOCKS}
+    fewest = min(filled.values())
+    return tuple(block for block in BLOCKS if filled[block] == fewest)[:2]
 
 
 def _name(block: int) -> str:
