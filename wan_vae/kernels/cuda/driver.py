@@ -205,7 +205,9 @@ def _nvrtc() -> ctypes.CDLL:
     major = (torch.version.cuda or "*").partition(".")[0]
     name = f"nvrtc64_{major}0_0.dll" if sys.platform == "win32" else f"libnvrtc.so.{major}"
     site = Path(torch.__file__).resolve().parents[1]
-    paths = sorted([*site.glob(f"nvidia/*/*/{name}"), *site.glob(f"torch/lib/{name}")])
+    # On Windows in a wheel's bin/x86_64, or beside PyTorch's own libraries.
+    folders = ("nvidia/*/*", "nvidia/*/*/*", "torch/lib")
+    paths = sorted(path for folder in folders for path in site.glob(f"{folder}/{name}"))
     library = ctypes.CDLL(str(paths[0]) if paths else name)
     library.nvrtcGetErrorString.restype = c_char_p
     library.nvrtcCreateProgram.argtypes = (
