@@ -6,6 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from benchmarks.every_kernel import once, trials
+from wan_vae.kernels.device import CARDS
+from wan_vae.kernels.registry import kernels_of
+from wan_vae.ops.problem import Operation
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,3 +45,17 @@ def test_host_memory_is_timed():
         "NumPy's, fresh",
         "used before",
     ]
+
+
+@pytest.mark.parametrize("name", ["RTX 3060", "H100", "RTX 2060"])
+def test_every_kernel_of_a_card_is_tried(name):
+    """In every configuration of every layer; once for each of them, for the sanitizer."""
+    card = CARDS[name]
+    found = trials(("cuda",), card, torch.float16)
+    few = once(found)
+    assert 30 < len(few) < len(found) / 4
+    tried = {(kernel.operation, kernel.name) for kernel, *_ in few.values()}
+    kernels = [k for op in get_args(Operation) for k in kernels_of(op, ("cuda",))]
+    fitting = {(k.operation, k.name) for k in kernels if k.requires.unmet_by_device(card) is None}
+    assert tried == fitting
+    assert {axis for *_, axis in found.values()} == {None, "height", "width"}

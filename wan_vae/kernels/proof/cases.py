@@ -75,13 +75,15 @@ def prove_kernel(
     device: Device,
     runs_on: torch.device,
     axis: Axis | None,
+    size: Size | None = None,
 ) -> Verdict:
     """Run a kernel for `problem`, built for `device`, on `runs_on`, as `prove` does; the first
     check that fails decides.
 
-    `axis`: the features have halo rows (or columns) along it, as those of a shard.
+    `axis`: the features have halo rows (or columns) along it, as those of a shard. `size`: frames,
+    rows and columns; those of `PROOF_SIZE` if None.
     """
-    inputs = Inputs(runs_on, problem.feature_dtype, axis, PROOF_SIZE[runs_on.type])
+    inputs = Inputs(runs_on, problem.feature_dtype, axis, size or PROOF_SIZE[runs_on.type])
     verdict = Verdict(True)
     for check in checks_of(kernel, problem, config, device, inputs):
         part = prove(check.kernel, check.reference, check.bound, kernel.build_failures)
