@@ -159,7 +159,8 @@ def parse(config: str) -> tuple[Form, Tile, bool]:
     for form, tiles in _TILES.items():
         if match is not None and match[1] == form and match[2] in tiles:
             return form, tiles[match[2]], match[3] is not None
-    raise ValueError(f"{config!r} is no configuration: expected a form and a tile of {_TILES}")
+    known = [f"{form}_{name}" for form, tiles in _TILES.items() for name in tiles]
+    raise ValueError(f"{config!r} is no configuration: expected one of {', '.join(known)}")
 
 
 # Narrower blocks read each pixel too often to be tried beside a wide one.
