@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..ops.problem import LayerWeights
+
 # A tensor descriptor's rows are multiples of 16 bytes, a product's blocks at least 16 channels.
 CHANNELS = 16
 
@@ -31,6 +33,13 @@ def norm_scale(gamma: torch.Tensor) -> torch.Tensor:
     """The norm's gain [C] as its kernels read it: float32, with the root of the channel count."""
     root: float = gamma.numel() ** 0.5
     return gamma.detach().reshape(-1).float() * root
+
+
+def behind_norm(weights: LayerWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm's scale and the bias as the kernels read them."""
+    if weights.gamma is None or weights.bias is None:
+        raise ValueError("a layer behind a norm needs the gain of the norm, and a bias")
+    return norm_scale(weights.gamma), weights.bias.detach().float()
 
 
 def fold_upsample(weight: torch.Tensor) -> torch.Tensor:

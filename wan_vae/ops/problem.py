@@ -165,6 +165,11 @@ class UpsampleProblem:
         """That of the features."""
         return self.feature_dtype
 
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """That of the features."""
+        return self.feature_dtype
+
     def key(self) -> str:
         """As `ConvProblem.key`."""
         return f"upsample_conv2d {_channels(self)} {_SHORT[self.feature_dtype]}"

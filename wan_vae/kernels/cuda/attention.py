@@ -23,10 +23,10 @@ from ..kernel import FusedNorm, Kernel, NormCall, Requires
 from ..weights import norm_scale
 from .base import CudaKernel
 from .conv_layers import CudaConv, pointwise, pointwise_program
+from .layers import OPERAND, CudaLayer
 from .norm import make_norm, norm_program
 from .program import Program, launch
 
-OPERAND = torch.float16
 _LOG2_E = 1.4426950408889634
 _KIB = 1024
 # As in attention.cu: channels of a slice of values, and its bytes; numbers in a word of 16 bytes.
@@ -158,26 +158,15 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class CudaAttention:
+class CudaAttention(CudaLayer):
     """Norm, queries / keys / values, attention and projection. scale: from `norm_scale`."""
 
-    kernel: str
     variant: Variant
     scale: torch.Tensor
     qkv: CudaConv
     projection: CudaConv
     fused: FusedNorm
     machine_code: str
-
-    @property
-    def family(self) -> str:
-        """ "cuda"."""
-        return "cuda"
-
-    @property
-    def config(self) -> str:
-        """The name of the tile."""
-        return self.variant.tile.name
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         """See `AttentionLayer`."""
@@ -224,6 +213,7 @@ class Attention(CudaKernel):
         code = device.machine_code
         return CudaAttention(
             self.name,
+            config,
             _variant(problem, config),
             norm_scale(weights.gamma),
             pointwise(weights.weight, OPERAND, code),

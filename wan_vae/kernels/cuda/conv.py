@@ -8,7 +8,7 @@ length of the chunk.
 from __future__ import annotations
 
 import functools
-from ctypes import c_int, c_void_p
+from ctypes import c_void_p
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 
 from ...errors import LayoutError
 from ..weights import fit_channels
-from .program import Program, launch
+from .program import Program, integers, launch
 
 # As in conv.cu: numbers of the dtypes, pixels of a program, bytes of a pixel in a step.
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -163,18 +163,10 @@ def conv(call: Call, variant: Variant, machine_code: str) -> torch.Tensor:
             c_void_p(call.packed.data_ptr()),
             c_void_p(None if bias is None else bias.data_ptr()),
             c_void_p(out.data_ptr()),
-            *_integers(
-                -1 if bias is None else _TYPES[bias.dtype], *arguments, *call.padding, first
-            ),
+            *integers(-1 if bias is None else _TYPES[bias.dtype], *arguments, *call.padding, first),
         ],
     )
     return out.permute(0, 4, 1, 2, 3)
-
-
-@functools.lru_cache(maxsize=512)
-def _integers(*numbers: int) -> tuple[c_int, ...]:
-    """Arguments of a launch; those of a layer are the same chunk after chunk."""
-    return tuple(map(c_int, numbers))
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from ctypes import c_int, c_void_p
+from ctypes import c_void_p
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ import torch
 
 from ...errors import LayoutError
 from .driver import Argument
-from .program import Program, launch_persistent
+from .program import Program, integers, launch_persistent
 
 # winograd: along time; winograd2d: along time and rows, which no layer is given: see
 # conv3x3_mma_2d.cu.
@@ -353,14 +353,8 @@ def _launch(
     tiles = -(-height // tile.rows) * -(-width // 16) * groups * clips
     tiles *= -(-variant.cout // tile.block)
     addresses = [c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-    arguments: list[Argument] = [*addresses, *_integers(*sizes, tiles)]
+    arguments: list[Argument] = [*addresses, *integers(*sizes, tiles)]
     launch_persistent(program(variant), out.device, tiles, arguments)
-
-
-@functools.lru_cache(maxsize=512)
-def _integers(*numbers: int) -> tuple[c_int, ...]:
-    """Arguments of a launch; those of a layer are the same chunk after chunk."""
-    return tuple(map(c_int, numbers))
 
 
 @functools.cache

@@ -9,7 +9,7 @@ frames are a pair does not depend on the chunk schedule.
 from __future__ import annotations
 
 import functools
-from ctypes import c_int, c_void_p
+from ctypes import c_void_p
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 
 from ...errors import LayoutError
 from .driver import Argument, frames_map
-from .program import Program, launch_persistent
+from .program import Program, integers, launch_persistent
 
 # What the source is written for: wgmma is Hopper's alone.
 ARCHITECTURE = "sm_90a"
@@ -193,15 +193,9 @@ def _launch(variant: Variant, call: _Call) -> None:
         c_void_p(packed.data_ptr()),
         c_void_p(bias.data_ptr()),
         c_void_p(out.data_ptr()),
-        *_integers(int(residual is not None), *sizes, tiles),
+        *integers(int(residual is not None), *sizes, tiles),
     ]
     launch_persistent(program(variant), out.device, tiles, arguments)
-
-
-@functools.lru_cache(maxsize=512)
-def _integers(*numbers: int) -> tuple[c_int, ...]:
-    """Arguments of a launch; those of a layer are the same chunk after chunk."""
-    return tuple(map(c_int, numbers))
 
 
 @functools.cache

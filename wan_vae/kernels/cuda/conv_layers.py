@@ -16,18 +16,17 @@ import torch
 
 from ... import layout
 from ...layout import LayoutCounter
-from ...ops.opset import CallSize, HaloRows, Workspace
+from ...ops.opset import CallSize, Workspace
 from ...ops.problem import ConvProblem, HeadProblem, LayerWeights, StridedProblem
 from ..device import Device
-from ..kernel import FusedNorm, Kernel, NormCall, Requires
-from ..weights import CHANNELS, filled_channels, fit_channels, norm_scale
+from ..kernel import Kernel, Requires
+from ..weights import CHANNELS, behind_norm, filled_channels, fit_channels
 from .base import CudaKernel
 from .conv import BLOCKS, FLOAT32_BLOCK, Call, Variant, conv, pack, program
+from .layers import OPERAND, CudaLayer, CudaNormConv
 from .norm import make_norm, norm_program
 from .program import Program
 
-# Operands behind a norm.
-OPERAND = torch.float16
 _ONE = (1, 1, 1)
 # Heads of fewer output channels have a kernel of their own, of nine columns for each.
 _WIDE = 15
@@ -37,19 +36,12 @@ _WIDE = 15
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """What all of them say of themselves, and the kernel's variant with its weights."""
+class _Layer(CudaLayer):
+    """What all of them have: the kernel's variant with its weights."""
 
-    kernel: str
-    config: str
     variant: Variant
     packed: torch.Tensor
     machine_code: str
-
-    @property
-    def family(self) -> str:
-        """ "cuda"."""
-        return "cuda"
 
     @property
     def operand_dtype(self) -> torch.dtype:
@@ -120,27 +112,8 @@ class CudaStrided(_Layer):
 
 
 @dataclass(frozen=True)
-class CudaWideHead(_Layer):
-    """A head of many output channels. scale: from `weights.norm_scale`; bias: float32."""
-
-    scale: torch.Tensor
-    bias: torch.Tensor
-    norm: FusedNorm
-
-    def operand(
-        self,
-        x: torch.Tensor,
-        history: torch.Tensor | None,
-        *,
-        only_frame: bool,
-        keep: bool,
-        overwrite: bool = False,
-        halo: HaloRows | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `FusedConv`."""
-        past = 0 if only_frame else 2
-        call = NormCall(x, self.scale, history, past, keep, OPERAND, True, overwrite, halo)
-        return self.norm.join(call)
+class CudaWideHead(CudaNormConv):
+    """A head of many output channels. conv: of operand, padding and last_slice, as in `Call`."""
 
     def convolve(
         self,
@@ -152,15 +125,8 @@ class CudaWideHead(_Layer):
         only_frame: bool,
     ) -> torch.Tensor:
         """See `FusedConv`. The result is float32."""
-        call = Call(operand, self.packed, self.bias, padding, last_slice=only_frame)
-        y = conv(call, self.variant, self.machine_code)
+        y = self.conv(operand, padding=padding, last_slice=only_frame)
         return y if residual is None else y + residual
-
-    def workspace(self, size: CallSize) -> Workspace:
-        """The operand behind its history, and the two frames that are kept."""
-        past = 0 if size.only_frame else 2
-        frame = self.variant.cin * size.batch * size.rows * size.cols * OPERAND.itemsize
-        return Workspace((size.frames + past) * frame, past * frame)
 
 
 def pointwise(weight: torch.Tensor, out_dtype: torch.dtype, machine_code: str) -> CudaConv:
@@ -302,12 +268,15 @@ class WideHead(CudaKernel):
         self, weights: LayerWeights, problem: HeadProblem, config: str, device: Device
     ) -> CudaWideHead:
         """See `Kernel`."""
-        if weights.gamma is None or weights.bias is None:
-            raise ValueError("a layer behind a norm needs the gain of the norm, and a bias")
         variant, code = self._variant(problem, config), device.machine_code
-        scale, bias = norm_scale(weights.gamma), weights.bias.detach().float()
-        packed = pack(weights.weight, variant)
-        return CudaWideHead(self.name, config, variant, packed, code, scale, bias, make_norm(code))
+        (scale, bias), packed = behind_norm(weights), pack(weights.weight, variant)
+
+        def head(x: torch.Tensor, padding: tuple[int, int], last_slice: bool) -> torch.Tensor:
+            call = Call(x, packed, bias, padding, last_slice=last_slice)
+            return conv(call, variant, code)
+
+        norm, taps = make_norm(code), problem.kernel[0]
+        return CudaWideHead(self.name, config, scale, norm, head, taps, False)
 
     def _variant(self, problem: HeadProblem, config: str) -> Variant:
         return Variant(

@@ -14,7 +14,7 @@ from ...ops.problem import HeadProblem, LayerWeights, NormConvProblem, UpsampleP
 from ..bounds import Bound, float16_sums_bound, winograd_phases
 from ..device import Device
 from ..kernel import BuildError, Family, Kernel, Requires
-from ..weights import fold_upsample, norm_scale
+from ..weights import behind_norm, fold_upsample
 from . import conv3x3_mma, conv3x3_wgmma, driver
 from .attention import ATTENTION_KERNELS
 from .base import CudaKernel
@@ -71,7 +71,7 @@ class NormConvWgmma(_Wgmma):
         self, weights: LayerWeights, problem: NormConvProblem, config: str, device: Device
     ) -> CudaNormConv:
         """See `Kernel`."""
-        variant, (scale, bias) = _variant(problem, config), _behind_norm(weights)
+        variant, (scale, bias) = _variant(problem, config), behind_norm(weights)
         packed = conv3x3_wgmma.pack(weights.weight, variant)
         conv = partial(conv3x3_wgmma.conv3x3, packed=packed, bias=bias, variant=variant)
         norm = make_norm(device.machine_code)
@@ -201,7 +201,7 @@ class NormConvMma(_Mma):
         device: Device,
     ) -> CudaNormConv:
         """See `Kernel`."""
-        variant, (scale, bias) = self.variant(problem, config, device), _behind_norm(weights)
+        variant, (scale, bias) = self.variant(problem, config, device), behind_norm(weights)
         packed = conv3x3_mma.pack(weights.weight, variant)
         conv = partial(conv3x3_mma.conv3x3, packed=packed, bias=bias, variant=variant)
         norm, is_pairs = make_norm(device.machine_code), variant.is_pairs
@@ -216,20 +216,6 @@ class UpsampleMma(_Mma):
         """See `Kernel`."""
         names = conv3x3_mma.configs("doubled", problem.out_channels)
         return self._fitting(names, problem, device)
-
-    def variant(self, problem: UpsampleProblem, config: str, device: Device) -> conv3x3_mma.Variant:
-        """See `_Mma`."""
-        _, tile, _ = conv3x3_mma.parse(config)
-        dtype = problem.feature_dtype
-        return conv3x3_mma.Variant(
-            problem.in_channels,
-            problem.out_channels,
-            "doubled",
-            tile,
-            dtype,
-            dtype,
-            device.machine_code,
-        )
 
     def prepare(
         self, weights: LayerWeights, problem: UpsampleProblem, config: str, device: Device
@@ -261,13 +247,6 @@ def _norm_of(
     return norm_program(
         problem.in_channels, problem.feature_dtype, past, variant.is_pairs, device.machine_code
     )
-
-
-def _behind_norm(weights: LayerWeights) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm's scale and the bias as the kernels read them."""
-    if weights.gamma is None or weights.bias is None:
-        raise ValueError("a layer behind a norm needs the gain of the norm, and a bias")
-    return norm_scale(weights.gamma), weights.bias.detach().float()
 
 
 def _folded(weights: LayerWeights, problem: UpsampleProblem) -> tuple[torch.Tensor, torch.Tensor]:

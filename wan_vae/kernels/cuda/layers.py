@@ -1,10 +1,9 @@
-"""Layers as the big convolutions in CUDA C++ run them: each holds what its kernel reads."""
+"""Layers that several kernels in CUDA C++ share: each holds what its kernel reads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -14,19 +13,6 @@ from ..kernel import FusedNorm, NormCall
 
 # Operands behind a norm.
 OPERAND = torch.float16
-
-
-class Convolve(Protocol):
-    """A convolution with its weights and bias: see `conv3x3_wgmma.conv3x3`."""
-
-    def __call__(
-        self,
-        buffer: torch.Tensor,
-        *,
-        residual: torch.Tensor | None,
-        frames: int,
-        padding: tuple[int, int],
-    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -46,13 +32,14 @@ class CudaLayer:
 class CudaNormConv(CudaLayer):
     """A 3x3x3 convolution behind norm and SiLU.
 
-    scale: from `weights.norm_scale`. taps: temporal ones. is_pairs: whether the operand is
-    transformed for Winograd along time.
+    scale: from `weights.norm_scale`. conv: the convolution with its weights and bias, see
+    `conv3x3_wgmma.conv3x3`. taps: temporal ones. is_pairs: whether the operand is transformed for
+    Winograd along time.
     """
 
     scale: torch.Tensor
     norm: FusedNorm
-    conv: Convolve
+    conv: Callable[..., torch.Tensor]
     taps: int
     is_pairs: bool
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from ctypes import c_int
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Protocol, TypeVar, runtime_checkable
@@ -122,3 +123,9 @@ def launch_persistent(
     """As `launch`, with as many programs as the device holds at once: they share `tiles`."""
     programs = min(tiles, multiprocessors(device) * program.resident)
     launch(program, device, (programs, 1, 1), arguments)
+
+
+@functools.lru_cache(maxsize=512)
+def integers(*numbers: int) -> tuple[c_int, ...]:
+    """Arguments of a launch; those of a layer are the same chunk after chunk."""
+    return tuple(map(c_int, numbers))

@@ -28,7 +28,7 @@ from ...ops.problem import (
 from ..bounds import Bound
 from ..device import Device, Vendor
 from ..kernel import BuildError, Family, Kernel, Requires
-from ..weights import filled_channels, fit_channels, fold_upsample, norm_scale
+from ..weights import behind_norm, filled_channels, fit_channels, fold_upsample, norm_scale
 from . import conv3d_pointer, conv3d_tma
 from .configs import (
     AttentionConfig,
@@ -149,7 +149,7 @@ class NormConvKernel(_TritonKernel):
     ) -> TritonNormConv:
         """See `Kernel`."""
         weight = layout.to_format(weights.weight.detach().to(OPERAND), "channels_last_3d")
-        scale, bias = _behind_norm(weights)
+        scale, bias = behind_norm(weights)
         return TritonNormConv(
             self.name,
             config,
@@ -174,7 +174,7 @@ class HeadKernel(_TritonKernel):
         self, weights: LayerWeights, problem: HeadProblem, config: str, device: Device
     ) -> TritonHead:
         """See `Kernel`."""
-        scale, bias = _behind_norm(weights)
+        scale, bias = behind_norm(weights)
         packed = pack_head(weights.weight, OPERAND)
         return TritonHead(self.name, config, scale, bias, packed, problem.out_channels)
 
@@ -258,13 +258,6 @@ class AttentionKernel(_TritonKernel):
 
 
 _SEPARATOR = " / "
-
-
-def _behind_norm(weights: LayerWeights) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm's scale and the bias as the kernels read them."""
-    if weights.gamma is None or weights.bias is None:
-        raise ValueError("a layer behind a norm needs the gain of the norm, and a bias")
-    return norm_scale(weights.gamma), weights.bias.detach().float()
 
 
 def _used(*operations: str) -> Mapping[str, str]:
