@@ -35,6 +35,9 @@ POINT, TIME, CUBE = (1, 1, 1), (3, 1, 1), (3, 3, 3)
 PIXELS, FRAMES = (1, 3, 3), (3, 1, 1)
 # Half a unit in the last place, as in `proof.cases`; what sums in float32 leave.
 BOUNDS = {BF16: 2e-3, HALF: 3e-4, SINGLE: 1e-6}
+# Tensor cores cut the sum off after each 16 products, where the emulation rounds: 17280 products
+# were off by 6.2e-6 on an NVIDIA H200.
+CUT_OFF = 1e-5
 # One pixel; less than a tile of 128; more than one, with an edge in it.
 SIZES = ((1, 1, 1), (3, 5, 7), (2, 9, 31))
 
@@ -167,6 +170,12 @@ class Layer:
     def out_dtype(self) -> torch.dtype:
         return self.problem.feature_dtype if self.is_strided else self.problem.out_dtype
 
+    @property
+    def bound(self) -> float:
+        """What its result may be off by."""
+        on_card = self.place.device.type == "cuda"
+        return CUT_OFF if on_card and self.out_dtype == SINGLE else BOUNDS[self.out_dtype]
+
     def input(self, size: tuple[int, int, int], last_slice: bool = False) -> torch.Tensor:
         frames, h, w = size
         frames += 0 if last_slice else self.problem.kernel[0] - 1
@@ -226,7 +235,7 @@ def test_as_the_eager_twin(place, problem, size):
         size = (size[0], size[1] + 1, size[2] + 1)
     layer = Layer(place, problem)
     x = layer.input(size)
-    assert relative(layer(x), layer.expected(x)) < BOUNDS[layer.out_dtype]
+    assert relative(layer(x), layer.expected(x)) < layer.bound
 
 
 @pytest.mark.parametrize("problem", [*CONVS, *HEADS], ids=name_of)
@@ -234,7 +243,7 @@ def test_one_frame_uses_the_last_slice(place, problem):
     layer = Layer(place, replace(problem, only_frame=True))
     x = layer.input((1, 5, 7), last_slice=True)
     y = layer(x, last_slice=True)
-    assert relative(y, layer.expected(x, last_slice=True)) < BOUNDS[layer.out_dtype]
+    assert relative(y, layer.expected(x, last_slice=True)) < layer.bound
     joined = F.pad(x, (0, 0, 0, 0, problem.kernel[0] - 1, 0)).contiguous(memory_format=LAST)
     assert torch.equal(y, layer(joined)), "the same as behind a history of zeros"
 
@@ -501,7 +510,7 @@ def test_ten_runs_have_the_same_bits(poisoned_outputs, problem, dtype):
         x = layer.input(size)
         results = [layer(x) for _ in range(10)]
         assert all(torch.equal(results[0], y) for y in results)
-        assert relative(results[0], layer.expected(x)) < BOUNDS[layer.out_dtype]
+        assert relative(results[0], layer.expected(x)) < layer.bound
 
 
 @pytest.mark.gpu

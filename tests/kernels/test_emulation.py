@@ -36,7 +36,12 @@ extern "C" __global__ void __launch_bounds__(32) product(
   // Rows of a (16 channels, 32 bytes), then those of b, one column each.
   cp_async(base + lane * 16, a + lane * 8, lane / 2 < rows);
   cp_commit();
-  if (lane < 16) cp_async(base + 512 + lane * 16, b + lane * 8);
+#if MISTAKE == 2
+  cp_async(base + 512 + lane % 16 * 16, b + lane % 16 * 8);
+  __syncwarp();
+#else
+  cp_async(lane < 16, base + 512 + lane * 16, b + lane * 8, true);
+#endif
   cp_commit();
   WAIT;
   __syncwarp();
@@ -160,6 +165,11 @@ def test_products_with_float16_sums(emulated):
 
 def test_a_copy_that_is_not_waited_for_is_poison(emulated):
     assert product(torch.float16, MISTAKE=1)[0].isnan().any()
+
+
+def test_two_copies_to_one_place_at_once_are_a_race(emulated):
+    with pytest.raises(EmulationError, match="two copies at once to byte 512 of shared memory"):
+        product(torch.float16, MISTAKE=2)
 
 
 def exchange(mistake: int = 0):

@@ -71,6 +71,8 @@ alignas(4096) static char shared_memory[kSharedBase + kMostShared + kGuard];
 static Fiber fibers[kMostThreads];
 static Lane lanes[kMostThreads];
 static Meeting warps[kMostThreads / kLanes], block;
+// Which places of 16 bytes a copy is on its way to.
+static bool on_the_way[kMostShared / 16];
 static jmp_buf scheduler;
 static char* stacks;
 static void (*entry)(void*);
@@ -158,6 +160,9 @@ inline void issue(u32 to, const void* from) {
   Fiber& f = fibers[threadIdx.x];
   if (f.issued - f.landed == kMostCopies)
     fault("more than %d copies that have not landed", kMostCopies);
+  bool& taken = on_the_way[(to - kSharedBase) / 16];
+  if (taken) fault("two copies at once to byte %d of shared memory", (int)(to - kSharedBase));
+  taken = true;
   f.copies[f.issued++ % kMostCopies] = {from, to, f.group};
 }
 
@@ -167,6 +172,7 @@ inline void land(int group) {
   for (; f.landed < f.issued; ++f.landed) {
     const Copy& c = f.copies[f.landed % kMostCopies];
     if (c.group > group) return;
+    on_the_way[(c.to - kSharedBase) / 16] = false;
     if (c.from)
       memcpy(shared_memory + c.to, c.from, 16);
     else
@@ -220,6 +226,7 @@ static bool run_warp(int warp) {
 
 static void run_program() {
   memset(shared_memory, 0xff, kSharedBase + shared_bytes + kGuard);
+  memset(on_the_way, 0, sizeof on_the_way);
   for (int t = 0; t < threads; ++t) {
     Fiber& f = fibers[t];
     f.done = false;

@@ -143,6 +143,9 @@ inline void cp_async(u32 to, const void* from, bool inside) {
 #endif
 }
 inline void cp_async(u32 to, const void* from) { cp_async(to, from, true); }
+inline void cp_async(bool wanted, u32 to, const void* from, bool inside) {
+  if (wanted) cp_async(to, from, inside);
+}
 inline void cp_commit() { ++emulation::fibers[threadIdx.x].group; }
 template <int N>
 inline void cp_wait() {

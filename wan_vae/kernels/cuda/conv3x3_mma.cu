@@ -29,9 +29,7 @@ constexpr int kWeights = KC / 16 * kTaps * kTap; // of a step
 constexpr int kPhases = FORM == WINOGRAD ? 4 : FORM == DOUBLED ? 2 : KT;
 constexpr int kWeightsAt = 2 * kInput;  // a stage of the ring for each step
 constexpr int kBiasAt = kWeightsAt + kSteps * kWeights;
-// Where a thread writes zeros that has nothing to copy.
-constexpr int kNowhereAt = kBiasAt + kBlocks * BN * 4;
-constexpr int kSharedBytes = kNowhereAt + 32;
+constexpr int kSharedBytes = kBiasAt + kBlocks * BN * 4;
 static_assert(kSharedBytes <= 101376, "99 KiB");
 
 // One step: d += a column of taps, KC channels. `pixels`: this lane's address in the first row of the
@@ -89,9 +87,9 @@ conv3x3(const char* RESTRICT x, const char* RESTRICT weights, const float* RESTR
   for (int c = tid; c < kBlocks * BN; c += kThreads) bias_shared[c] = c < COUT ? bias[c] : 0.0f;
 
   constexpr int kTurnsOfStep = (HaloTiles::kTurns + kSteps - 2) / (kSteps - 1);  // not in the last
-  HaloTiles halo(x, h, w, base, base + kNowhereAt, tid);
+  HaloTiles halo(x, h, w, base, tid);
   Weights<kWeights, static_cast<u32>(kPhases) * kChunks * kSteps * kWeights> ring(
-      weights, base + kWeightsAt, base + kNowhereAt, tid);
+      weights, base + kWeightsAt, tid);
   const auto begin_tile = [&](int index) {
     const Tile tile(index, columns, rows, groups);
     const int clip = tile.group / groups, group = tile.group % groups;

@@ -400,4 +400,4 @@ def _shared_bytes(variant: Variant) -> int:
     halo = (tile.rows + 2) * 18 * tile.chunk * 2
     weights = taps * tile.chunk // 16 * tile.block * 32
     blocks = -(-variant.cout // tile.block)
-    return tile.stages * halo + weights + blocks * tile.block * 4 + 32
+    return tile.stages * halo + weights + blocks * tile.block * 4

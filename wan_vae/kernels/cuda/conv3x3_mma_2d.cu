@@ -26,9 +26,7 @@ constexpr int kWeights = 6 * kTap;    // of a step
 constexpr int kSegments = 8;          // frames times passes
 constexpr int kStage = kInput + kWeights;
 constexpr int kBiasAt = STAGES * kStage;
-// Where a thread writes zeros that has nothing to copy.
-constexpr int kNowhereAt = kBiasAt + kBlocks * BN * 4;
-constexpr int kSharedBytes = kNowhereAt + 32;
+constexpr int kSharedBytes = kBiasAt + kBlocks * BN * 4;
 static_assert(kSharedBytes <= 101376, "99 KiB");
 static_assert(KC == 16 && NI % 2 == 0 && MI % 2 == 0 && kInput % 64 == 0, "");
 static_assert(kChunks % PROMOTE == 0 && kSegments * kChunks >= STAGES, "");
@@ -118,9 +116,9 @@ conv3x3(const char* RESTRICT x, const char* RESTRICT weights, const float* RESTR
 
   for (int c = tid; c < kBlocks * BN; c += kThreads) bias_shared[c] = c < COUT ? bias[c] : 0.0f;
 
-  HaloTiles halo(x, h, w, base, base + kNowhereAt, tid);
+  HaloTiles halo(x, h, w, base, tid);
   Weights<kWeights, static_cast<u32>(kSegments) * kChunks * kWeights> ring(
-      weights, base + kInput, base + kNowhereAt, tid);
+      weights, base + kInput, tid);
   const auto begin_tile = [&](int index) {
     const Tile tile(index, columns, rows, groups);
     const int clip = tile.group / groups, group = tile.group % groups;

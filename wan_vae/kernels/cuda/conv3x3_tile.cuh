@@ -72,7 +72,7 @@ struct HaloTiles {
 
   // This thread's.
   int column, vector, row, offset;
-  u32 place, nowhere;
+  u32 place;
   // The same for all threads. `from`: the tile's corner in the next chunk of channels.
   const char* x;
   int h, w, row_bytes;
@@ -80,8 +80,8 @@ struct HaloTiles {
   const char* from;
   int from_y, from_x, step;
 
-  INLINE HaloTiles(const char* x, int h, int w, u32 base, u32 nowhere, int tid)
-      : nowhere(nowhere), x(x), h(h), w(w), from(x), from_y(0), from_x(0), step(0) {
+  INLINE HaloTiles(const char* x, int h, int w, u32 base, int tid)
+      : x(x), h(h), w(w), from(x), from_y(0), from_x(0), step(0) {
     column = tid % kPerRow / kVectors;
     vector = tid % kVectors;
     row = tid / kPerRow < kAtOnce ? tid / kPerRow : 1 << 20;
@@ -112,7 +112,7 @@ struct HaloTiles {
     bool inside = on & (static_cast<u32>(from_y + at) < static_cast<u32>(h)) &
                   (static_cast<u32>(from_x + column) < static_cast<u32>(w));
     if (CIN % KC) inside &= step % kChunks * KC + vector * 8 < CIN;
-    cp_async(on ? place + (stage + turn * (kAtOnce * kRow)) : nowhere,
+    cp_async(on, place + (stage + turn * (kAtOnce * kRow)),
              from + static_cast<long long>(turn * kAtOnce) * row_bytes + offset, inside);
   }
 };
@@ -124,10 +124,10 @@ struct Weights {
   static constexpr int kTurns = (kBytes + kThreads * 16 - 1) / (kThreads * 16);
 
   const char* mine;
-  u32 place, nowhere, offset, end, next;
+  u32 place, offset, end, next;
 
-  INLINE Weights(const char* weights, u32 base, u32 nowhere, int tid)
-      : mine(weights + tid * 16), place(base + tid * 16), nowhere(nowhere), end(0), next(0) {
+  INLINE Weights(const char* weights, u32 base, int tid)
+      : mine(weights + tid * 16), place(base + tid * 16), end(0), next(0) {
     offset = static_cast<u32>(blockIdx.x % kBlocks) * kBlockBytes;
   }
   // During the tile of this index.
@@ -143,7 +143,7 @@ struct Weights {
     const int i = turn * kThreads * 16;
     const bool on = i + tid * 16 < kBytes;
     if (i + kThreads * 16 <= kBytes) cp_async(place + stage + i, mine + offset + i);
-    else cp_async(on ? place + stage + i : nowhere, mine + offset + i, on);
+    else cp_async(on, place + stage + i, mine + offset + i, true);
   }
 };
 

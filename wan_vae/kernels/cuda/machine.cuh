@@ -30,6 +30,18 @@ INLINE void cp_async(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from)
                : "memory");
 }
+// Nothing at all if not `wanted`. A predicate and no branch: copies stand between products, which a
+// branch would keep the compiler from moving.
+INLINE void cp_async(bool wanted, u32 to, const void* from, bool inside) {
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.b32 wanted, %3, 0;\n"
+      "@wanted cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n"
+      "}\n" ::"r"(to),
+      "l"(from), "r"(inside ? 16 : 0), "r"(static_cast<u32>(wanted))
+      : "memory");
+}
 INLINE void cp_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until all but the last N groups of this thread have landed.
 template <int N>
@@ -45,6 +57,9 @@ INLINE void cp_async(u32 to, const void* from, bool inside) {
                : "memory");
 }
 INLINE void cp_async(u32 to, const void* from) { cp_async(to, from, true); }
+INLINE void cp_async(bool wanted, u32 to, const void* from, bool inside) {
+  if (wanted) cp_async(to, from, inside);
+}
 INLINE void cp_commit() {}
 template <int N>
 INLINE void cp_wait() {}
