@@ -114,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if key in unbuilt:
                 print(f"cannot be built: {key}: {unbuilt[key]}", flush=True)
                 continue
+            if args.once:
+                print(key, flush=True)  # a tool's messages stand below the name of what ran
             verdict = cases.prove_kernel(kernel, problem, config, card, device, axis, size)
             worst = max(worst, verdict.error or 0.0)
             if not verdict.passed:

@@ -133,8 +133,10 @@ def times_ms(work: Callable[[], object], device: torch.device, repeats: int) -> 
     return times
 
 
-def relative_error(pixels: torch.Tensor, reference: torch.Tensor) -> float:
-    """||a - b|| / ||b|| of [B, 3, T, H, W], frame by frame where `pixels` are.
+def relative_error(
+    pixels: torch.Tensor, reference: torch.Tensor, device: torch.device | None = None
+) -> float:
+    """||a - b|| / ||b|| of [B, 3, T, H, W], frame by frame on `device`, or where `pixels` are.
 
     Pixels are clamped to [-1, 1] first, which not every decoder does itself. inf for another shape.
     """
@@ -142,8 +144,9 @@ def relative_error(pixels: torch.Tensor, reference: torch.Tensor) -> float:
         return float("inf")
     top = bottom = 0.0
     for t in range(reference.shape[2]):
-        r = reference[:, :, t].to(pixels.device).double()
-        top += (pixels[:, :, t].double().clamp(-1, 1) - r).square().sum().item()
+        r = reference[:, :, t].to(device or pixels.device).double()
+        p = pixels[:, :, t].to(r.device).double().clamp(-1, 1)
+        top += (p - r).square().sum().item()
         bottom += r.square().sum().item()
     return math.sqrt(top / bottom)
 
@@ -222,7 +225,7 @@ def measure_route(
     try:
         with torch.inference_mode():
             pixels, peak = _with_peak(lambda: run(z), device)
-            drift = relative_error(_as_pixels(pixels, route), reference)
+            drift = relative_error(_as_pixels(pixels, route), reference, device)
             del pixels
             gate = FLOAT_GATE if dtype == torch.float32 else HALF_GATE
             if not drift < gate:
