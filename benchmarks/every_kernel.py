@@ -8,7 +8,8 @@
 A proof (wan_vae/kernels/proof/) runs a kernel twice on poisoned memory and holds it against float32.
 Layers are those of Wan 2.1, Wan 2.2 and a narrow model, decoder and encoder, videos and images, whole
 pictures and shards. --once: each kernel and configuration with one layer, for tools that take their
-time. Exits with 1 if a proof fails; what cannot be built is named and passed over.
+time; --share 1/2 and 2/2 are its halves. Exits with 1 if a proof fails; what cannot be built is named
+and passed over.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--family", action="append", choices=registry.FAMILIES)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--once", action="store_true", help="one layer of each configuration")
+    parser.add_argument("--share", default="1/1", help="1/2 and 2/2: the halves, for two processes")
     parser.add_argument("--size", default="3,21,35", help="frames, rows and columns")
     args = parser.parse_args(argv)
     device = torch.device("cuda", 0)
@@ -107,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = frames, rows, columns
     todo = trials(args.family or registry.FAMILIES, card, dtype)
     todo = once(todo) if args.once else todo
+    share, shares = (int(part) for part in args.share.split("/"))
+    todo = dict(list(todo.items())[share - 1 :: shares])
     unbuilt = {key: reason for key, reason in built(todo, card).items() if reason}
     wrong, worst = [], 0.0
     with torch.no_grad():

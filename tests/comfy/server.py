@@ -164,6 +164,8 @@ class Comfy:
                 raise RuntimeError(f"ComfyUI ended while starting:\n{self.log_text()[-4000:]}")
             try:
                 self.get("/system_stats")
+            except urllib.error.HTTPError as error:  # it is up, and broken
+                raise RuntimeError(f"ComfyUI: {error}:\n{self.log_text()[-4000:]}") from error
             except (urllib.error.URLError, ConnectionError):
                 time.sleep(0.2)  # nothing tells that a foreign server is up: it must be asked
             else:
