@@ -45,8 +45,8 @@ def vae_of(family: str, capability: str | None) -> WanVAE:
         vae = WanVAE.from_state_dict(state, device=device, dtype="bf16")
     else:
         vae = random_vae(wan21() if family == "wan2.1" else wan22(), device)
-    # Without a clock: each layer gets the first kernel that is right. With one, eager may win a layer
-    # on a busy card, and its bits depend on the size.
+    # Without a clock: each layer gets the first kernel that is right. With one, eager may win a
+    # layer on a busy card, and its bits depend on the size.
     vae.engine.timer_of = lambda device: None
     return vae
 
