@@ -7,6 +7,7 @@ touched: its weights may be memory-mapped, offloaded or cast while they are used
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from dataclasses import dataclass
@@ -43,7 +44,13 @@ class Packed:
         # loaded does not bring back.
         self.wan.model.to(self.device)
 
-    def free_bytes(self) -> int:
+    def free_bytes(self) -> float:
+        """Bytes that ComfyUI leaves free; infinity where it does not know and says 1 GiB.
+
+        DirectML tells nobody. A run that does not fit starts over with less.
+        """
+        if self.device.type == "privateuseone":
+            return math.inf
         return max(0, int(model_management.get_free_memory(self.device)))
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -79,7 +80,9 @@ def without_folders(text: str) -> str:
 
     The user's own folder first: its name may hold spaces.
     """
-    return _FOLDERS.sub("", text.replace(str(Path.home()), ""))
+    with suppress(RuntimeError):  # neither HOME nor an entry for this user
+        text = text.replace(str(Path.home()), "")
+    return _FOLDERS.sub("", text)
 
 
 def _random_vae(device: torch.device) -> WanVAE:

@@ -51,7 +51,8 @@ def load(name: str) -> Family | str:
         return f"{missing} is not installed"
     try:
         module = importlib.import_module(_MODULES[name], __package__)
-    except ImportError as error:  # an older release of what it needs
+    # An older release of what it needs has no such module, or no such name in it.
+    except (ImportError, AttributeError) as error:
         return f"cannot be imported: {first_line(error)}"
     family: Family = module.make_family()
     return family
