@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from contextlib import suppress
@@ -47,10 +48,18 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         device = torch.device("cuda", index)
     if device.type == "meta":
         raise BackendError("device meta holds no data: nothing can be decoded on it")
+    if device.type == "privateuseone" and has_directml():
+        importlib.import_module("torch_directml")  # which makes PyTorch know the device
+        return device
     module = torch.backends.mps if device.type == "mps" else getattr(torch, device.type, None)
     if device.type not in ("cpu", "cuda") and not (module and module.is_available()):
         raise BackendError(f"device {device} was asked for, but PyTorch sees none of its kind here")
     return device
+
+
+def has_directml() -> bool:
+    """Whether torch-directml is installed, which brings the device "privateuseone"."""
+    return importlib.util.find_spec("torch_directml") is not None
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

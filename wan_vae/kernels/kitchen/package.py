@@ -46,7 +46,7 @@ def unavailable_reason(device: Device, release: str | None) -> str | None:
     Imports the package if its version will do.
     """
     if release is None:
-        return f"{_DISTRIBUTION} is not installed"
+        return "comfy-kitchen is not installed"
     numbers = tuple(int(n) for n in re.findall(r"\d+", release)[:3])
     if numbers < _LEAST_VERSION:
         least = ".".join(map(str, _LEAST_VERSION))
