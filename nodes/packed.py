@@ -7,7 +7,6 @@ touched: its weights may be memory-mapped, offloaded or cast while they are used
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import Counter
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ..wan_vae import BackendError, NotAWanVAEError, WanVAE
 from ..wan_vae.device import DTYPES, dtype_name
 from ..wan_vae.options import PRECISIONS
 from .fingerprint import fingerprint
+from .free_memory import believed_free_bytes
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,8 @@ class Packed:
         self.wan.model.to(self.device)
 
     def free_bytes(self) -> float:
-        """Bytes that ComfyUI leaves free; infinity where it does not know and says 1 GiB.
-
-        DirectML tells nobody. A run that does not fit starts over with less.
-        """
-        if self.device.type == "privateuseone":
-            return math.inf
-        return max(0, int(model_management.get_free_memory(self.device)))
+        """Bytes that ComfyUI leaves free; infinity where it does not know."""
+        return believed_free_bytes(self.device, model_management.get_free_memory(self.device))
 
 
 class PackedCopies:

@@ -154,7 +154,7 @@ def test_a_drive_that_is_not_there_is_refused(monkeypatch, tmp_path):
     assert nearest_folder(tmp_path / "a" / "b.mp4") == tmp_path
     assert nearest_folder(tmp_path / "a" / "b.mp4", lambda folder: False) is None
     monkeypatch.setattr(files, "nearest_folder", lambda path: None)
-    with pytest.raises(OutputError, match="cannot be written: / is not there"):
+    with pytest.raises(OutputError, match=r"cannot be written: .* is not there"):
         check_output(tmp_path / "out.mp4")
 
 
