@@ -67,9 +67,9 @@ class Pools:
         self._pool: WorkerPool | None = None
         self._patcher: WorkersPatcher | None = None
 
-    def get(self, devices: str, timeout_s: float) -> WorkerPool:
-        """The warm pool of these devices, or a new one in place of another's."""
-        wanted = parse_devices(devices)
+    def get(self, devices: str, timeout_s: float, own: torch.device) -> WorkerPool:
+        """The warm pool of these devices, or a new one in place of another's. own: the VAE's."""
+        wanted = parse_devices(devices, own)
         if self._pool is not None and self._pool.devices != wanted:
             self._pool.close()
             self._pool = self._patcher = None
@@ -178,7 +178,7 @@ class WanVAEDecodeSharded(io.ComfyNode):
             latent = inputs.latent_5d(samples)
             shape, dtype, note = tuple(latent.shape), inputs.output_dtype(vae), ""
             try:
-                pool = POOLS.get(devices, timeout_s)
+                pool = POOLS.get(devices, timeout_s, device)
                 weights = sum(p.nbytes for p in wan.model.parameters())
                 # Workers prove their kernels before anybody knows what the decode will take.
                 POOLS.count(vae.device, weights, PROOF_BYTES)

@@ -20,6 +20,7 @@ from ..wan_vae import BackendError, NotAWanVAEError, WanVAE
 from ..wan_vae.device import DTYPES, dtype_name
 from ..wan_vae.options import PRECISIONS
 from .fingerprint import fingerprint
+from .free_memory import believed_free_bytes
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Packed:
         # loaded does not bring back.
         self.wan.model.to(self.device)
 
-    def free_bytes(self) -> int:
-        return max(0, int(model_management.get_free_memory(self.device)))
+    def free_bytes(self) -> float:
+        """Bytes that ComfyUI leaves free; infinity where it does not know."""
+        return believed_free_bytes(self.device, model_management.get_free_memory(self.device))
 
 
 class PackedCopies:

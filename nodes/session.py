@@ -73,8 +73,8 @@ class Session:
         """What the node shows: the report, for the panel."""
         return {"wan_vae": [self.report]}
 
-    def free_bytes(self) -> int:
-        """Bytes that ComfyUI leaves free on the device."""
+    def free_bytes(self) -> float:
+        """Bytes that ComfyUI leaves free on the device; infinity where nobody knows."""
         return self.packed.free_bytes()
 
     def plan(

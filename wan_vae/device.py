@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
 
 import torch
 
@@ -44,10 +48,18 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         device = torch.device("cuda", index)
     if device.type == "meta":
         raise BackendError("device meta holds no data: nothing can be decoded on it")
+    if device.type == "privateuseone" and has_directml():
+        importlib.import_module("torch_directml")  # which makes PyTorch know the device
+        return device
     module = torch.backends.mps if device.type == "mps" else getattr(torch, device.type, None)
     if device.type not in ("cpu", "cuda") and not (module and module.is_available()):
         raise BackendError(f"device {device} was asked for, but PyTorch sees none of its kind here")
     return device
+
+
+def has_directml() -> bool:
+    """Whether torch-directml is installed, which brings the device "privateuseone"."""
+    return importlib.util.find_spec("torch_directml") is not None
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -69,11 +81,18 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that a run may still allocate on `device`; None where nobody can say (the CPU).
+    """Bytes that a run may still allocate on `device`; None where nobody can say (the CPU,
+    DirectML, Intel cards and Macs whose PyTorch or driver does not tell).
 
     On CUDA: what the driver reports, plus what PyTorch's allocator holds and does not use, within
-    the memory fraction of the process if one was set.
+    the memory fraction of the process if one was set. On a Mac: what Metal recommends as the most,
+    less what this process has. On Intel's cards: as on CUDA.
     """
+    if device.type == "mps":
+        most = getattr(torch.mps, "recommended_max_memory", None)  # PyTorch 2.5
+        return None if most is None else max(0, most() - torch.mps.driver_allocated_memory())
+    if device.type == "xpu":
+        return _xpu_free_bytes(device)
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -86,14 +105,73 @@ def free_bytes(device: torch.device) -> int | None:
     return max(0, free)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out: PyTorch's own type, or what its CPU allocator says.
+def _xpu_free_bytes(device: torch.device) -> int | None:
+    info = getattr(torch.xpu, "mem_get_info", None)  # PyTorch 2.6
+    if info is None:
+        return None
+    try:
+        free, _ = info(device)
+    except RuntimeError:  # a driver that does not tell
+        return None
+    unused = torch.xpu.memory_reserved(device) - torch.xpu.memory_allocated(device)
+    return max(0, int(free) + unused)
 
-    The CPU allocator raises a plain RuntimeError.
-    """
+
+# What a RuntimeError says if memory ran out and PyTorch has no type for it, in small letters, and
+# who says so. Not among them: CUDNN_STATUS_NOT_INITIALIZED and CUDNN_STATUS_INTERNAL_ERROR, which
+# have other causes too.
+OUT_OF_MEMORY_TEXTS = MappingProxyType(
+    {
+        # PyTorch, c10/core/impl/alloc_cpu.cpp: on Linux and macOS, and on Windows.
+        "defaultcpuallocator: can't allocate memory": "the CPU",
+        "defaultcpuallocator: not enough memory": "the CPU on Windows",
+        # PyTorch, aten/src/ATen/mps/MPSAllocator.mm: at its limit, and beyond the largest buffer
+        # that Metal has ("Invalid buffer size: 19.45 GB", pytorch #141909).
+        "mps backend out of memory": "MPS",
+        "invalid buffer size:": "MPS",
+        # torch-directml ("There is not enough GPU video memory available!", DirectML #579).
+        "not enough gpu video memory available": "DirectML",
+        # The runtimes of CUDA and HIP, through c10/cuda/CUDAException.cpp, where no allocator of
+        # PyTorch asked; and the allocator of IPEX and of PyTorch before 2.5 ("XPU out of memory").
+        "cuda error: out of memory": "CUDA",
+        "hip error: out of memory": "HIP",
+        "hiperroroutofmemory": "HIP",
+        "hip out of memory": "HIP",
+        "cuda out of memory": "CUDA",
+        "xpu out of memory": "XPU",
+        # Workspaces of libraries. cuDNN 9 has two names beside the older one (cudnn_graph.h).
+        "cublas_status_alloc_failed": "cuBLAS",
+        "hipblas_status_alloc_failed": "hipBLAS",
+        "cudnn_status_alloc_failed": "cuDNN",
+        "cudnn_status_internal_error_device_allocation_failed": "cuDNN",
+        "cudnn_status_internal_error_host_allocation_failed": "cuDNN",
+        "miopenstatusallocfailed": "MIOpen",
+        # Level Zero through SYCL: newer and older names ("Native API returns: 39 (...)",
+        # torch-xpu-ops #1598, pytorch #177714; "-5 (PI_ERROR_OUT_OF_RESOURCES)", ipex-llm #9467).
+        "ur_result_error_out_of_device_memory": "XPU",
+        "ur_result_error_out_of_host_memory": "XPU",
+        "ur_result_error_out_of_resources": "XPU",
+        "pi_error_out_of_resources": "XPU",
+        "pi_error_out_of_host_memory": "XPU",
+    }
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out: by its type, or in the words of a platform whose
+    errors are plain RuntimeErrors; see `OUT_OF_MEMORY_TEXTS`."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if not isinstance(error, RuntimeError):
+        return False
+    said = str(error).lower()
+    return any(text in said for text in OUT_OF_MEMORY_TEXTS)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give memory that PyTorch holds and does not use back to the device, where it holds any."""
+    if device.type in ("cuda", "mps", "xpu"):
+        getattr(torch, device.type).empty_cache()
 
 
 def device_name(device: torch.device) -> str:
@@ -103,14 +181,35 @@ def device_name(device: torch.device) -> str:
     return device.type.upper()
 
 
+# The packages that bring a module `triton`, and on which systems PyTorch or people install them.
+_TRITON_PACKAGES = (
+    "triton",
+    "pytorch-triton",
+    "pytorch-triton-rocm",
+    "pytorch-triton-xpu",
+    "triton-windows",
+    "triton-rocm",
+    "triton-xpu",
+)
+
+
 @functools.cache
 def _triton_version() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    try:
-        return version("triton")
-    except PackageNotFoundError:  # a triton built into another package has no metadata
-        return "unknown"
+    return None if importlib.util.find_spec("triton") is None else triton_version(version)
+
+
+def triton_version(version_of: Callable[[str], str]) -> str:
+    """The version of the installed Triton, under whatever name, by `importlib.metadata.version`.
+
+    With the name of the package where it is not "triton"; all of them if there are several, because
+    nobody can say which one wrote the module last. "unknown" without metadata.
+    """
+    found = []
+    for package in _TRITON_PACKAGES:
+        with suppress(PackageNotFoundError):
+            number = version_of(package)
+            found.append(number if package == "triton" else f"{package} {number}")
+    return ", ".join(found) or "unknown"
 
 
 def versions() -> dict[str, str | None]:

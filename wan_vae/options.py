@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last_3d"]
-Backend = Literal["auto", "eager", "triton", "cuda"]
+Backend = Literal["auto", "eager", "triton", "cuda", "kitchen"]
 # The axis along which a picture is cut into shards.
 Axis = Literal["height", "width"]
 AxisRequest = Literal["auto", "height", "width"]

@@ -196,7 +196,7 @@ class WanVAE:
         one); should_stop() is asked before each.
         strips: decode the picture in that many exact bands of rows, one after another; None plans
         them where not even one latent frame a chunk fits.
-        backend: "auto", "eager" (plain PyTorch), "triton" or "cuda".
+        backend: "auto", "eager" (plain PyTorch), "triton", "cuda" or "kitchen".
         free_bytes: device memory that the plan may count on, where less than is free.
         plan: a result of `plan`, which holds its options; only free_bytes may be given beside it.
         It is executed as it is; if it needs more memory than is free now, a new one is made.

@@ -58,6 +58,8 @@ FLOORS = (
 SIBLINGS = (
     ("wan_vae.network.*", "wan_vae.sharding.*"),
     ("wan_vae.kernels.triton.*", "wan_vae.kernels.cuda.*"),
+    ("wan_vae.kernels.triton.*", "wan_vae.kernels.kitchen.*"),
+    ("wan_vae.kernels.cuda.*", "wan_vae.kernels.kitchen.*"),
     ("nodes.*", "benchmarks.*"),
     ("nodes.*", "examples.*"),
 )
@@ -105,6 +107,7 @@ HOMES = (
         ),
     ),
     Home("triton.*", ("wan_vae.kernels.triton.*", "wan_vae.kernels.proof.*")),
+    Home("comfy_kitchen.*", ("wan_vae.kernels.kitchen.*",)),
 )
 
 

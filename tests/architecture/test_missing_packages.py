@@ -71,7 +71,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "missing",
-    [["torch.distributed"], ["triton", "av", "PIL", "tqdm"]],
+    [["torch.distributed"], ["triton", "comfy_kitchen", "av", "PIL", "tqdm"]],
     ids=lambda names: "-".join(names),
 )
 def test_a_decode_needs_none_of(missing):

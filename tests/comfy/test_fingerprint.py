@@ -1,9 +1,12 @@
 """When the weights of a VAE count as changed."""
 
+from typing import ClassVar
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nodes.fingerprint import fingerprint
+from nodes.fingerprint import PER_ROW, _places, _sampled, fingerprint
 from tests.conftest import random_state
 from wan_vae.config import wan21
 
@@ -78,3 +81,28 @@ def test_a_device_gives_the_print_of_the_host(state):
         name: tensor.cuda() if i % 3 else tensor for i, (name, tensor) in enumerate(state.items())
     }
     assert fingerprint(there) == fingerprint(partly) == fingerprint(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_samples_of_a_device_are_those_of_the_host(dtype):
+    """By an operation that every device has: MPS has no `take`."""
+
+    class Names(TorchDispatchMode):
+        seen: ClassVar[set[str]] = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.add(func.name().partition(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    weight = torch.randn(24, 16, 3, 3, 3).to(dtype)
+    at = _places(weight.shape)
+    host = weight.view(torch.int32 if dtype == torch.float32 else torch.int16).numpy()
+    expected = host[tuple(at)].tobytes()
+    assert len(expected) == 24 * PER_ROW * weight.element_size()
+    for same in (weight, weight.contiguous(memory_format=torch.channels_last_3d)):
+        bits = same.view(torch.int32 if dtype == torch.float32 else torch.int16)
+        with Names() as names:
+            sampled = _sampled(bits, at)
+        assert sampled.numpy().tobytes() == expected
+        assert "aten::index" in names.seen and "aten::take" not in names.seen
+        assert _sampled(bits, None).numpy().tobytes() == weight.view(torch.uint8).numpy().tobytes()

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,10 +31,12 @@ from wan_vae.hooks import Hooks
 from wan_vae.io.image import ImageSink
 from wan_vae.workers import WorkerPool, decode_sharded
 from wan_vae.workers import pool as workers
-from wan_vae.workers.devices import parse_devices, pick_transport
+from wan_vae.workers import worker
+from wan_vae.workers.devices import all_devices, make_current, parse_devices, pick_transport
 from wan_vae.workers.launch import WorkerProcess
 from wan_vae.workers.shared import SharedBuffer, view
 from wan_vae.workers.watch import Failure, Watch, Watched, error_of, failure_of
+from wan_vae.workers.worker import WorkerSettings
 from wan_vae.io.sink import TensorSink
 
 SHAPE = (1, 16, 3, 6, 16)
@@ -580,6 +583,47 @@ def test_devices_are_read_from_text(monkeypatch):
     assert pick_transport(parse_devices("0,cpu")) == "gloo"
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     assert pick_transport(found) == "gloo", "Windows"
+
+
+def test_all_is_every_device_of_the_first_kind():
+    cpu = torch.device("cpu")
+    assert all_devices(0, 0, False) == [cpu]
+    assert all_devices(0, 0, True) == [torch.device("mps")]
+    assert all_devices(0, 2, False) == [torch.device("xpu", 0), torch.device("xpu", 1)]
+    assert all_devices(1, 2, True) == [torch.device("cuda", 0)]
+
+
+def test_all_beside_directml_is_refused_and_no_worker_on_the_cpu():
+    assert parse_devices("all", torch.device("cpu"))
+    own = torch.device("privateuseone", 0)
+    with pytest.raises(ShardingError, match="workers cannot use privateuseone:0"):
+        parse_devices("all", own)
+    assert parse_devices("cpu,cpu", own) == [torch.device("cpu")] * 2, "named, so it is meant"
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mps"])
+def test_a_device_of_which_there_is_one_is_current(kind):
+    """`torch.mps` has no `set_device`, and `torch.cuda` may not be initialised there."""
+    make_current(torch.device(kind))
+    assert not hasattr(torch.mps, "set_device")
+
+
+@pytest.mark.parametrize("name", ["with a space", "with%20percent", "ümlaut #1"])
+def test_ranks_meet_in_any_temporary_folder(name, vae, latent, expected, tmp_path, monkeypatch):
+    folder = tmp_path / name
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with WorkerPool("cpu,cpu", start_timeout_s=PATIENCE_S, shared_folders=[tmp_path]) as pool:
+        assert torch.equal(decode(pool, vae, latent), expected)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_torch_without_distributed_says_so(monkeypatch):
+    """AMD's wheels for Windows."""
+    settings = WorkerSettings(1, 2, "cpu", "gloo", "nowhere", 1.0, 1.0, torch.get_num_threads())
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    with pytest.raises(ShardingError, match="without torch.distributed: name one device"):
+        worker._Worker(settings, None).start()
 
 
 def test_fallback_to_one_device_is_in_the_report(vae, latent, expected):

@@ -65,6 +65,7 @@ class TwoWays:
     family: str = "cuda"
     operation: Operation = "conv3d"
     build_failures: tuple[type[Exception], ...] = (BuildError,)
+    sums_error: float = 0.0
 
     @property
     def used(self) -> Mapping[str, str]:

@@ -67,14 +67,15 @@ def test_without_any_family_auto_is_eager_and_an_explicit_request_an_error(missi
         ops_for("triton", model)
 
 
-def test_auto_is_by_capability():
+def test_auto_is_by_vendor_and_capability():
+    families = {"nvidia": ("cuda", "triton"), "amd": ("triton", "kitchen")}
     for card in CARDS.values():
-        wanted = ("cuda", "triton") if card.capability is not None else ()
-        assert registry.families_of("auto", card) == wanted
+        assert registry.families_of("auto", card) == families.get(card.vendor, ())
     old = nvidia("GTX 1080", (6, 1), 20)
     assert registry.families_of("auto", old) == ()
     assert registry.auto_reason(old) == (
-        "used by default on NVIDIA cards of compute capability 7.5 or later, this card has 6.1"
+        "used by default on NVIDIA cards of compute capability 7.5 or later and on AMD cards, "
+        "this card has 6.1"
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import SMALL_CONFIGS
-from wan_vae.commands import share
+from wan_vae.commands import outlook, share
 from wan_vae.commands.cli import main
 from wan_vae.commands.kernel_rows import KernelRow
 from wan_vae.ops.opset import LayerChoice
@@ -35,12 +35,12 @@ def test_the_block_says_what_ran_where_and_how_fast(capsys):
 
 
 def test_without_a_file_the_weights_are_random(monkeypatch):
-    monkeypatch.setattr(share, "wan21", lambda: SMALL_CONFIGS["wan2.1"])
+    monkeypatch.setattr(outlook, "wan21", lambda: SMALL_CONFIGS["wan2.1"])
     assert "wan2.1, random weights, float32" in share.share_text(torch.device("cpu"), None)
 
 
 def test_layers_in_kernels_have_their_times(monkeypatch):
-    monkeypatch.setattr(share, "wan21", lambda: SMALL_CONFIGS["wan2.1"])
+    monkeypatch.setattr(outlook, "wan21", lambda: SMALL_CONFIGS["wan2.1"])
     rows = (KernelRow("head 96x3", 1, TIMED), KernelRow("conv3d", 2, replace(TIMED, ms=None)))
     monkeypatch.setattr(share, "_rows", lambda vae, shape: rows)
     lines = share.share_text(torch.device("cpu"), None).splitlines()

@@ -1,6 +1,7 @@
 """`wan-vae bench`: finds the benchmarks, which are in a clone of the repository, and runs them.
 
-They are not part of what pip or the ComfyUI Registry installs.
+They are not part of what pip or the ComfyUI Registry installs. `wan-vae bench --share`, which needs
+none of them, is `share.py`.
 """
 
 from __future__ import annotations

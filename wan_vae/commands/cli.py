@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import WanVAEError
-from .console import discard_stdout, escape_unencodable, log
+from .console import discard_stdout, escape_unencodable, is_closed_pipe, log
 from .parser import parse
 from .signals import Terminated, termination_raises
 
@@ -41,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         log("wan-vae: interrupted")
         return 130
-    except BrokenPipeError:
-        discard_stdout()  # the program that read stdout (`head`, for example) has ended
-        return 1
     except OSError as error:
         # Errors of files are raised as OutputError; what remains is stdout.
+        if is_closed_pipe(error, sys.platform):
+            discard_stdout()
+            return 1
         if is_debugged:
             raise
         discard_stdout()

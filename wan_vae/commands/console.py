@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -25,6 +26,16 @@ def escape_unencodable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def is_closed_pipe(error: OSError, platform: str) -> bool:
+    """Whether the program that read stdout (`head`, for example) has ended.
+
+    Windows says "Invalid argument" then, without a name of a file.
+    """
+    if isinstance(error, BrokenPipeError):
+        return True
+    return platform == "win32" and error.errno == errno.EINVAL and error.filename is None
 
 
 def discard_stdout() -> None:

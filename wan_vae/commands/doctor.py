@@ -15,15 +15,25 @@ import torch.nn.functional as F
 
 from .. import layout
 from ..config import wan21, wan22
-from ..device import DTYPES, device_name, dtype_name, pick_device, pick_dtype, versions
+from ..device import (
+    DTYPES,
+    device_name,
+    dtype_name,
+    has_directml,
+    pick_device,
+    pick_dtype,
+    versions,
+)
 from ..errors import WanVAEError, first_line
+from ..kernels import registry
 from ..kernels.cache_folder import cache_folder
 from ..kernels.device import Device
 from ..kernels.proof.cache import ProofCache, environment
 from ..network.model import WanVAEModel
-from ..options import Part
+from ..options import Backend, Part
 from ..runs.kernel_choice import OpsRequest, own_modules, select_ops, unavailable_reason
 from .kernel_rows import KernelRow, float16_sums_note, kernel_rows
+from .outlook import outlook, random_vae
 
 # Shapes of the real decoder's layers, small in space: (in, out, kernel, frames, rows, columns).
 _LAYERS = (
@@ -124,7 +134,10 @@ def known_faults() -> list[str]:
 def check_kernels(device: torch.device) -> list[str]:
     """Prove and time the kernels for the layers of both full-width models: for each class of layers
     what runs them and what that gained, and what cannot run and why."""
-    reason = unavailable_reason("cuda", device, torch.bfloat16)
+    families = registry.families_of("auto", Device.chosen_for(device))
+    requested: Backend = "auto" if families else "cuda"
+    dtype = pick_dtype("auto", device) if families else torch.bfloat16
+    reason = unavailable_reason(requested, device, dtype)
     if reason is not None:
         return [f"kernels: off ({reason})"]
     imitation = Device.chosen_for(device).imitation
@@ -134,10 +147,10 @@ def check_kernels(device: torch.device) -> list[str]:
     for config in (wan21(), wan22()):
         for only_frame in (False, True):
             with torch.device(device):
-                model = WanVAEModel(config).to(torch.bfloat16)
+                model = WanVAEModel(config).to(dtype)
             layout.pack_weights(model, "channels_last_3d")
             for part in get_args(Part):
-                request = OpsRequest("cuda", model, only_frame, part)
+                request = OpsRequest(requested, model, only_frame, part)
                 ops = select_ops(request, lambda: proofs)
                 weights = [
                     p
@@ -180,8 +193,12 @@ def _devices(requested: str | None) -> list[torch.device]:
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    if torch.xpu.is_available():
+        devices += [torch.device("xpu", i) for i in range(torch.xpu.device_count())]
     if torch.backends.mps.is_available():
         devices.append(torch.device("mps"))
+    if has_directml():
+        devices.append(pick_device("privateuseone:0"))
     return devices
 
 
@@ -204,6 +221,12 @@ def _report_on(device: torch.device) -> bool:
         lines = check_kernels(device)
     except _DEVICE_ERRORS as failure:
         lines = [f"kernels: cannot be checked: {first_line(failure)}"]
+    for line in lines:
+        print(f"  {line}")
+    try:
+        lines = outlook(random_vae(device))
+    except _DEVICE_ERRORS as failure:
+        lines = [f"decode: cannot be planned: {first_line(failure)}"]
     for line in lines:
         print(f"  {line}")
     return any(c.error is not None for c in checks) and not any(c.is_wrong for c in checks)

@@ -10,8 +10,9 @@ from ..network.sites import layer_sites
 from ..ops.opset import LayerChoice, OpSet
 from ..options import Part
 
-# Configurations that add up in float16, as `kernels.bounds` allows, have names that end so.
-_HALF_SUMS = "_halfsums"
+# Configurations that add up in float16, as `kernels.bounds` allows, have names that end so; so do
+# all kernels of this family.
+_HALF_SUMS, _KITCHEN = "_halfsums", "kitchen"
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,17 @@ def kernel_rows(
 
 def float16_sums_note(rows: Iterable[KernelRow]) -> str | None:
     """A sentence where a layer adds up in float16; None where none does."""
-    if any(row.choice is not None and row.choice.config.endswith(_HALF_SUMS) for row in rows):
-        return (
-            f"{_HALF_SUMS}: 288 products at a time are added up in float16, the rest in float32; "
-            "the weights show that these sums cannot overflow"
+    choices = [row.choice for row in rows if row.choice is not None]
+    notes = []
+    if any(choice.config.endswith(_HALF_SUMS) for choice in choices):
+        notes.append(
+            f"{_HALF_SUMS}: 288 products at a time are added up in float16, the rest in float32"
         )
-    return None
+    if any(choice.family == _KITCHEN for choice in choices):
+        notes.append(
+            f"{_KITCHEN}: all is added up in float16, and the bits may depend on the size of the "
+            "picture"
+        )
+    if not notes:
+        return None
+    return "; ".join([*notes, "the weights show that these sums cannot overflow"])

@@ -321,6 +321,19 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _add_doctor(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", help="check only this device (default: all)")
+    _add_share(sub)
+    sub.set_defaults(run=_doctor)
+
+
+def share_parser() -> argparse.ArgumentParser:
+    """The parser of `wan-vae bench --share`, which is `wan-vae doctor --share`."""
+    parser = argparse.ArgumentParser(prog="wan-vae bench --share")
+    parser.add_argument("--device", help="measure this device (default: the best one)")
+    _add_share(parser)
+    return parser
+
+
+def _add_share(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--share",
         action="store_true",
@@ -330,7 +343,6 @@ def _add_doctor(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--vae", metavar="FILE", help="with --share: the weights (default: random ones)"
     )
-    sub.set_defaults(run=_doctor)
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -344,6 +356,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    if "--share" in args.rest:  # needs no benchmarks, so no clone
+        return _doctor(share_parser().parse_args(args.rest))
     from .bench import run_bench
 
     return run_bench(args.rest)

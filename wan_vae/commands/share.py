@@ -10,22 +10,22 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from ..config import wan21
-from ..device import device_name, pick_device, pick_dtype, versions
+from ..device import device_name, pick_device, versions
 from ..errors import first_line
 from ..io.sink import NullSink
 from ..kernels.cuda.driver import nvrtc_version
 from ..kernels.device import Device
-from ..network.model import WanVAEModel
 from ..options import RunOptions
 from ..pipeline import WanVAE, load
 from ..report import DecodeReport
 from ..runs.engine import SetupRequest
 from .kernel_rows import KernelRow, float16_sums_note, kernel_rows
+from .outlook import random_vae
 from .report_text import gibibytes
 
 # Latent frames, and pixels of the picture: 17 frames of 480p; where no GPU is, 5 small ones.
@@ -48,7 +48,7 @@ def run_share(requested: str | None, file: str | None) -> int:
 
 def share_text(device: torch.device, file: str | None) -> str:
     """The block of Markdown."""
-    vae = _random_vae(device) if file is None else load(file, device)
+    vae = random_vae(device) if file is None else load(file, device)
     shape = _latent_shape(vae)
     rows = _rows(vae, shape)
     latent = torch.randn(shape, device=device)
@@ -79,12 +79,9 @@ def without_folders(text: str) -> str:
 
     The user's own folder first: its name may hold spaces.
     """
-    return _FOLDERS.sub("", text.replace(str(Path.home()), ""))
-
-
-def _random_vae(device: torch.device) -> WanVAE:
-    with torch.device(device):
-        return WanVAE(WanVAEModel(wan21()).to(pick_dtype("auto", device)))
+    with suppress(RuntimeError):  # neither HOME nor an entry for this user
+        text = text.replace(str(Path.home()), "")
+    return _FOLDERS.sub("", text)
 
 
 def _latent_shape(vae: WanVAE) -> tuple[int, ...]:
@@ -105,6 +102,8 @@ def _facts(device: torch.device, report: DecodeReport, weights: str) -> list[tup
     found = versions()
     names = ("torch", "cuda", "cudnn", "triton")
     known = [f"{name} {found[name]}" for name in names if found[name]]
+    if torch.version.hip is not None:
+        known.append(f"hip {torch.version.hip}")
     system = (platform.system(), platform.release(), platform.machine())
     _, _, frames, height, width = report.pixel_shape or (0,) * 5
     seconds, memory = (report.duration_ms or 0) / 1e3, report.memory

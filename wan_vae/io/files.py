@@ -10,15 +10,19 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import ModuleType
 
 from ..errors import OutputError, WanVAEError, first_line
 
 # The longest file name, in bytes, on all common file systems.
 _NAME_BYTES = 255
+# The longest path that Windows opens unless long paths are switched on there, in characters, and
+# how much longer than the target's the name of a partial file may be.
+_WINDOWS_PATH, _PARTIAL_ADDS = 259, 32
 
 
 def unreadable_reason(path: Path) -> str | None:
@@ -26,7 +30,7 @@ def unreadable_reason(path: Path) -> str | None:
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        return "no such file"
+        return f"no such file{too_long_note(path, sys.platform)}"
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         return f"cannot be read: {getattr(error, 'strerror', None) or error}"
     if stat.S_ISREG(mode):
@@ -44,7 +48,28 @@ def writing(path: Path, *more: type[Exception]) -> Iterator[None]:
         yield
     except errors as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise OutputError(f"{path}: cannot be written: {reason}") from error
+        note = too_long_note(path, sys.platform, _PARTIAL_ADDS)
+        raise OutputError(f"{path}: cannot be written: {reason}{note}") from error
+
+
+def too_long_note(path: PurePath, platform: str, more: int = 0) -> str:
+    """What to add to an error about `path` on Windows, where it and `more` characters are many.
+
+    Windows says of such a path that there is no such file or folder.
+    """
+    length = len(str(path.absolute() if isinstance(path, Path) else path))
+    if platform != "win32" or length + more <= _WINDOWS_PATH:
+        return ""
+    return (
+        f" (the path has {length} characters: unless long paths are switched on, Windows takes "
+        f"{_WINDOWS_PATH - more} here; choose a shorter folder)"
+    )
+
+
+def nearest_folder(path: Path, exists: Callable[[Path], bool] = os.path.lexists) -> Path | None:
+    """The lowest of the folders above `path` that exists; None on a drive or share that is not
+    there."""
+    return next((folder for folder in path.absolute().parents if exists(folder)), None)
 
 
 def check_output(path: Path, *, is_folder: bool = False) -> None:
@@ -63,7 +88,9 @@ def check_output(path: Path, *, is_folder: bool = False) -> None:
     with writing(path):
         if not is_folder and path.is_dir():
             raise OutputError(f"{path}: is a folder: expected the name of a file")
-        folder = next(p for p in path.absolute().parents if os.path.lexists(p))
+        folder = nearest_folder(path)
+        if folder is None:
+            raise OutputError(f"{path}: cannot be written: {path.absolute().anchor} is not there")
         if not folder.is_dir():
             raise OutputError(f"{path}: {folder.name} is a file, not a folder")
 

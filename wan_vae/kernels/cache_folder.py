@@ -1,8 +1,10 @@
-"""Where verdicts and compiled kernels are kept between processes."""
+"""Where verdicts and compiled kernels are kept between processes, and how."""
 
 from __future__ import annotations
 
 import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -22,3 +24,21 @@ def cache_folder() -> Path | None:
     except RuntimeError:  # neither HOME nor an entry for this user
         return None
     return home / ".cache" / "wan_vae"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all, for several processes; makes its folder.
+
+    Raises OSError, and leaves nothing behind then: on Windows a file that another process reads
+    cannot be replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(content)
+        os.replace(name, path)
+    except OSError:
+        with suppress(OSError):  # the error that led here is the one to report
+            os.unlink(name)
+        raise

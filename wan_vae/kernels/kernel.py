@@ -89,6 +89,8 @@ class Requires:
         if feature_dtype in self.feature_dtypes:
             return None
         name = str(feature_dtype).removeprefix("torch.")
+        if feature_dtype == torch.bfloat16:
+            return "bfloat16 was asked for, the kernels read and write float16 alone"
         return f"{name} was asked for, the kernels' operands are float16"
 
     def unmet(self, device: Device, problem: Problem) -> str | None:
@@ -298,7 +300,13 @@ class Kernel(Protocol[P, L]):
 
     @property
     def build_failures(self) -> tuple[type[Exception], ...]:
-        """What the first launch of a configuration that cannot be built for a card raises."""
+        """What preparing or launching a configuration raises that cannot be built for a card."""
+        ...
+
+    @property
+    def sums_error(self) -> float:
+        """The relative error that its sums may add to the rounding of operand and result; 0 where
+        they go on in float32."""
         ...
 
     def candidates(self, problem: P, device: Device) -> Sequence[str]:
@@ -325,8 +333,11 @@ class Kernel(Protocol[P, L]):
 @dataclass(frozen=True)
 class Family:
     """What the package of a family offers. `unavailable_reason` says what it misses on a device
-    besides what its kernels require, such as a compiler."""
+    besides what its kernels require, such as a compiler. is_timed_beside: whether one of its
+    configurations is timed too where families before it have enough of them, because nobody can
+    tell its speed from its place."""
 
     name: str
     kernels: tuple[Kernel[Any, Any], ...]
     unavailable_reason: Callable[[Device], str | None]
+    is_timed_beside: bool = False

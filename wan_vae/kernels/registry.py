@@ -20,13 +20,17 @@ from ..options import BACKENDS, Backend
 from .device import Device
 from .kernel import Family, Kernel
 
-_MODULES = {"cuda": ".cuda", "triton": ".triton"}
+_MODULES = {"cuda": ".cuda", "triton": ".triton", "kitchen": ".kitchen"}
 # Python packages without which a family cannot be imported.
 _PACKAGES = {"triton": "triton"}
 
 FAMILIES = tuple(_MODULES)
 # The families that a request may use, in order of preference.
-REQUESTS = MappingProxyType({"eager": (), "triton": ("triton",), "cuda": ("cuda", "triton")})
+REQUESTS = MappingProxyType(
+    {"eager": (), "triton": ("triton",), "cuda": ("cuda", "triton"), "kitchen": ("kitchen",)}
+)
+# What "auto" stands for on the cards of a vendor.
+_AUTO = MappingProxyType({"nvidia": REQUESTS["cuda"], "amd": ("triton", "kitchen")})
 # The lowest compute capability of the NVIDIA cards for which "auto" asks for kernels: for all that
 # there are. Of those of Turing (7.5) most need a later one, which the report says. A layer for
 # which eager is faster on the card runs eager.
@@ -47,7 +51,8 @@ def load(name: str) -> Family | str:
         return f"{missing} is not installed"
     try:
         module = importlib.import_module(_MODULES[name], __package__)
-    except ImportError as error:  # an older release of what it needs
+    # An older release of what it needs has no such module, or no such name in it.
+    except (ImportError, AttributeError) as error:
         return f"cannot be imported: {first_line(error)}"
     family: Family = module.make_family()
     return family
@@ -58,7 +63,7 @@ def families_of(requested: Backend, device: Device) -> tuple[str, ...]:
     if requested not in BACKENDS:
         raise BackendError(f"backend is {requested!r}: expected one of {', '.join(BACKENDS)}")
     if requested == "auto":
-        return REQUESTS["eager" if auto_reason(device) else "cuda"]
+        return REQUESTS["eager"] if auto_reason(device) else _AUTO[device.vendor]
     return REQUESTS[requested]
 
 
@@ -66,11 +71,11 @@ def auto_reason(device: Device) -> str | None:
     """Why "auto" asks for no kernels on `device`, or None."""
     if device.vendor in ("cpu", "interpreter"):
         return "no CUDA device"
-    if device.capability is not None and device.capability >= AUTO_CAPABILITY:
+    if device.vendor in _AUTO and (device.capability or AUTO_CAPABILITY) >= AUTO_CAPABILITY:
         return None
-    return "used by default on NVIDIA cards of compute capability {}.{} or later, {}".format(
-        *AUTO_CAPABILITY, device.spoken
-    )
+    return (
+        "used by default on NVIDIA cards of compute capability {}.{} or later and on AMD cards, {}"
+    ).format(*AUTO_CAPABILITY, device.spoken)
 
 
 def unavailable_reason(name: str, device: Device, feature_dtype: torch.dtype) -> str | None:
@@ -90,17 +95,29 @@ def unavailable_reason(name: str, device: Device, feature_dtype: torch.dtype) ->
         for kernel in family.kernels
     ]
     if None not in reasons:
-        return _least_demanding(family, reasons)
+        return _least_demanding(family, device, reasons)
     return family.unavailable_reason(device)
 
 
-def _least_demanding(family: Family, reasons: list[str | None]) -> str | None:
-    """The reason of the kernel that asks for the lowest capability: what is missing at least."""
+def _least_demanding(family: Family, device: Device, reasons: list[str | None]) -> str | None:
+    """The reason of the kernel that asks for the lowest capability, of those for this vendor's
+    cards if there are any: what is missing at least."""
     order = [
-        (kernel.requires.capability or (99, 0), len(kernel.requires.features), reason)
+        (
+            device.vendor not in kernel.requires.vendors,
+            kernel.requires.capability or (99, 0),
+            len(kernel.requires.features),
+            reason,
+        )
         for kernel, reason in zip(family.kernels, reasons, strict=True)
     ]
-    return min(order, key=lambda entry: entry[:2])[2]
+    return min(order, key=lambda entry: entry[:3])[3]
+
+
+def is_timed_beside(name: str) -> bool:
+    """See `Family`."""
+    family = load(name)
+    return isinstance(family, Family) and family.is_timed_beside
 
 
 def kernels_of(operation: Operation, families: tuple[str, ...]) -> Iterator[Kernel[Any, Any]]:

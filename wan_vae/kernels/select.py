@@ -199,8 +199,8 @@ class _Selection:
         right: list[_Contender] = []
         refused: dict[str, str] = {}
         for contender in one.contenders:
-            if len(right) == _TIMED:
-                break
+            if len(right) >= _TIMED and not _is_timed_beside(contender, right):
+                continue
             key = one.key_of(contender)
             if not right:
                 verdict = self._verdict(one.problem, contender, None)
@@ -337,6 +337,12 @@ class _Selection:
                 table.bind(site, kernel, layer, wanted)
                 return
         raise BackendError(f"{site.name} cannot run {wanted.text}: not made for this device")
+
+
+def _is_timed_beside(contender: _Contender, right: Sequence[_Contender]) -> bool:
+    """Whether it is timed beside those that are right already, which are enough."""
+    family = contender.kernel.family
+    return registry.is_timed_beside(family) and all(one.kernel.family != family for one in right)
 
 
 def _distinct(classes: Sequence[_Class]) -> list[_Class]:

@@ -46,14 +46,15 @@ def select_ops(
 
     "eager": the reference. "triton": kernels in Triton for each layer where one is proven on this
     device, the reference elsewhere, with the reasons in `OpSet.refusals`. "cuda": as "triton", with
-    kernels in CUDA C++ before them. "auto": "cuda" on NVIDIA cards, else the reference. Families
-    that cannot be used here are left out, with their reasons, as long as one of the request can.
+    kernels in CUDA C++ before them. "kitchen": those of the package comfy-kitchen. "auto": "cuda"
+    on NVIDIA cards, Triton and comfy-kitchen on AMD cards, else the reference. Families that cannot
+    be used here are left out, with their reasons, as long as one of the request can.
 
     `proofs` opens what is known of this device; it is not called where no kernel is asked for.
     timer_of: what times kernels on a device, None where nothing can. prescribed: choices of another
     rank, which replace those of this device. The weights' memory format does not matter: kernels
     read copies of their own. What was prepared stays with the model for the next call, for each
-    part. Raises BackendError for an unknown backend, for "triton" and "cuda" where no family of
+    part. Raises BackendError for an unknown backend, for a named one where no family of
     theirs can run, and where what is prescribed cannot run.
     """
     model, requested = request.model, request.backend

@@ -16,7 +16,7 @@ import torch
 from .. import geometry
 from ..arithmetic import own_arithmetic
 from ..chunking import Chunk, schedule
-from ..device import is_out_of_memory
+from ..device import empty_cache, is_out_of_memory
 from ..errors import DecodeCancelled, DecodeMemoryError, GeometryError, first_line
 from ..hooks import Hooks
 from ..kernels.device import Device
@@ -223,8 +223,7 @@ class Run(ABC):
     def _fall_back(self, text: str) -> None:
         self.builder.fallbacks.append(text)
         self.clock.restart()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # blocks cut for the larger chunk are of no use to a smaller
+        empty_cache(self.device)  # blocks cut for the larger chunk are of no use to a smaller
 
     def chunks(self, rows: int) -> Iterator[tuple[Chunk, Step]]:
         """The chunks of the plan in turn, with a fresh history, each with its step.

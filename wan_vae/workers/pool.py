@@ -432,7 +432,7 @@ class WorkerPool:
                         world_size=len(self.devices),
                         device=str(device),
                         transport=self.transport,
-                        rendezvous=(self._folder / "rendezvous").as_uri(),
+                        rendezvous=str(self._folder / "rendezvous"),
                         start_s=max(self.timeout_s, self.start_timeout_s),
                         wait_s=self.timeout_s,
                         threads=max(1, torch.get_num_threads() // on_cpu),

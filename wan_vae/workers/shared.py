@@ -9,9 +9,11 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -46,7 +48,8 @@ _fallocate: Callable[[int, int, int], None] | None = getattr(os, "posix_fallocat
 class SharedBuffer:
     """`size` bytes, mapped by every process that opens `path`.
 
-    The mapping lives as long as this object or a tensor of it does, also after `unlink`.
+    The mapping lives as long as this object or a tensor of it does, also after `unlink`. On Windows
+    a mapped file has to stay: the last process that lets go of it removes it.
     """
 
     def __init__(self, path: Path, size: int):
@@ -57,6 +60,8 @@ class SharedBuffer:
         descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
         closing = weakref.finalize(self, os.close, descriptor)
         self._mapping = mmap.mmap(descriptor, size)
+        if sys.platform == "win32":
+            weakref.finalize(self._mapping, _remove_if_unmapped, path)
         self._descriptor = None if _fallocate is None else descriptor
         if _fallocate is None:
             closing()
@@ -100,17 +105,19 @@ class SharedBuffer:
                 refused.append(f"{folder} has {free / 2**20:.0f} MiB")
                 continue
             descriptor, name = tempfile.mkstemp(prefix="wan_vae_", dir=folder)
+            failure = None
             try:
                 os.truncate(descriptor, size)
                 if _fallocate is not None and reserved != 0:
                     _fallocate(descriptor, 0, size if reserved is None else reserved)
             except OSError as error:
-                os.unlink(name)
-                refused.append(f"{folder}: {error.strerror}")
-                continue
+                failure = f"{folder}: {error.strerror}"
             finally:
-                os.close(descriptor)
-            return cls.open(name, size)
+                os.close(descriptor)  # before it is removed, for Windows
+            if failure is None:
+                return cls.open(name, size)
+            os.unlink(name)
+            refused.append(failure)
         raise ShardingError(
             f"no room for {size / 2**20:.0f} MiB of memory shared between the ranks "
             f"({'; '.join(refused) or 'no folder for it'}): free memory in /dev/shm or space in "
@@ -144,7 +151,16 @@ class SharedBuffer:
 
     def unlink(self) -> None:
         """Remove the name: no other process can open it, mappings stay. Twice does no harm."""
-        self.path.unlink(missing_ok=True)
+        if sys.platform == "win32":
+            _remove_if_unmapped(self.path)
+        else:
+            self.path.unlink(missing_ok=True)
+
+
+def _remove_if_unmapped(path: Path) -> None:
+    """Remove a file that no process has mapped; on Windows any other raises PermissionError."""
+    with suppress(PermissionError):
+        path.unlink(missing_ok=True)
 
 
 _ALIGNMENT = 4096

@@ -35,13 +35,14 @@ from ..sharding.context import SINGLE, ShardContext
 from ..sharding.plan import plan_shards
 from ..sharding.proof import check_wire
 from ..sharding.transport import HOST_AND_DEVICE
+from .devices import make_current
 from .pipe import PipeEnd
 from .shared import SharedBuffer, view
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """How one worker starts; plain values only.
+    """How one worker starts; plain values only. rendezvous: the path of the file where ranks meet.
 
     start_s: for all ranks to arrive. wait_s: for one NCCL message (Gloo's limit comes with each
     decode).
@@ -179,24 +180,27 @@ class _Worker:
         if self.device.type == "cpu":
             torch.set_num_threads(settings.threads)
         else:
-            torch.cuda.set_device(self.device)
+            make_current(self.device)
         if settings.world_size == 1:
             return
         import torch.distributed as dist
-        from torch.distributed.distributed_c10d import PrefixStore
-        from torch.distributed.rendezvous import rendezvous
 
         nccl, start = settings.transport == "nccl", timedelta(seconds=settings.start_s)
-        # A store of our own, so that ranks may take longer to arrive than one message may.
-        store, rank, world_size = next(
-            rendezvous(settings.rendezvous, settings.rank, settings.world_size, timeout=start)
-        )
+        if not dist.is_available():
+            raise ShardingError(
+                "this PyTorch was built without torch.distributed: name one device", settings.rank
+            )
+        from torch._C._distributed_c10d import FileStore, PrefixStore
+
+        # A store of our own, so that ranks may take longer to arrive than one message may. By its
+        # path: of a URI with a space in it PyTorch would make another file on each side.
+        store = FileStore(settings.rendezvous, settings.world_size)
         store.set_timeout(start)
         dist.init_process_group(
             HOST_AND_DEVICE if nccl else settings.transport,
             store=PrefixStore("wan_vae", store),
-            rank=rank,
-            world_size=world_size,
+            rank=settings.rank,
+            world_size=settings.world_size,
             # NCCL knows no time-out for one message, only this one.
             timeout=timedelta(seconds=settings.wait_s) if nccl else start,
             # Connects now, where the parent waits for it, and not within the first decode.

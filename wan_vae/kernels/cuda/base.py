@@ -24,6 +24,7 @@ class CudaKernel(ABC):
     used: Mapping[str, str]
     family: str = "cuda"
     build_failures: tuple[type[Exception], ...] = (BuildError,)
+    sums_error: float = 0.0
 
     def bound(self, weights: LayerWeights, problem: Any, config: str) -> Bound | None:
         """See `Kernel`. Sums are float32."""

@@ -10,10 +10,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from ctypes import (
     POINTER,
     byref,
@@ -30,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from ..cache_folder import write_whole
 from ..kernel import BuildError
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -115,14 +115,9 @@ def _read_kept(path: Path) -> bytes | None:
 
 
 def _keep(path: Path, code: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "wb") as f:
-            f.write(hashlib.sha256(code).digest() + code)
-        os.replace(name, path)
-    except OSError:
-        return  # a read-only or full disk: compiled again next time, which takes seconds
+    # On a read-only or full disk it is compiled again next time, which takes seconds.
+    with suppress(OSError):
+        write_whole(path, hashlib.sha256(code).digest() + code)
 
 
 def _compile(source: str, options: list[str], kind: str) -> bytes:

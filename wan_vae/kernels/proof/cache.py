@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -13,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ...device import device_name, versions
+from ..cache_folder import write_whole
 from ..device import Device
 from .choice import Choice
 from .prove import Verdict
@@ -128,15 +127,7 @@ class ProofCache:
             "choices": {key: asdict(c) for key, c in choices.items()},
         }
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as f:
-                    json.dump(content, f, indent=1)
-                os.replace(name, self.path)
-            except OSError:
-                os.unlink(name)
-                raise
+            write_whole(self.path, json.dumps(content, indent=1).encode())
         except OSError as error:
             self._note(f"verdicts are not kept: {error}")
             self.path = None

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from ... import layout
+from ...errors import first_line
 from ...layout import LayoutCounter
 from ...ops.eager.attention import attention
 from ...ops.eager.conv3d import conv2d, conv3d
@@ -85,8 +86,13 @@ def prove_kernel(
     """
     inputs = Inputs(runs_on, problem.feature_dtype, axis, size or PROOF_SIZE[runs_on.type])
     verdict = Verdict(True)
-    for check in checks_of(kernel, problem, config, device, inputs):
-        part = prove(check.kernel, check.reference, check.bound, kernel.build_failures)
+    try:
+        checks = checks_of(kernel, problem, config, device, inputs)
+    except kernel.build_failures as failure:
+        return Verdict(False, f"{type(failure).__name__}: {first_line(failure)}")
+    for check in checks:
+        bound = check.bound + kernel.sums_error
+        part = prove(check.kernel, check.reference, bound, kernel.build_failures)
         if not part.passed:
             return part
         if verdict.error is None or (part.error is not None and part.error > verdict.error):

@@ -74,6 +74,7 @@ class _TritonKernel:
     used: Mapping[str, str]
     family: str = "triton"
     build_failures: tuple[type[Exception], ...] = BUILD_FAILURES
+    sums_error: float = 0.0
 
     def build(self, problem: object, config: str, device: Device) -> None:
         """See `Kernel`. Triton compiles at the first launch, for the card in use."""

@@ -1,0 +1,238 @@
+"""What other systems and devices do differently, by stand-ins: this machine is none of them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from wan_vae import device as devices
+from wan_vae.commands.console import is_closed_pipe
+from wan_vae.commands.share import without_folders
+from wan_vae.device import free_bytes, is_out_of_memory, triton_version
+from wan_vae.errors import DecodeMemoryError, OutputError
+from wan_vae.io import files
+from wan_vae.io.files import check_output, nearest_folder, too_long_note
+from wan_vae.kernels.cache_folder import cache_folder, write_whole
+from wan_vae.kernels.cuda import driver
+from wan_vae.kernels.proof.cache import ProofCache
+from wan_vae.kernels.proof.prove import Verdict
+from wan_vae.runs.run import in_memory
+from wan_vae.workers import shared
+from wan_vae.workers.shared import SharedBuffer
+
+# -- memory that runs out, in the words of each platform ---------------------------------------
+
+SAID = [
+    "[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 37984010240 bytes. Error code 12 (Cannot allocate memory)",
+    "[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory: you tried "
+    "to allocate 911360 bytes.",
+    "MPS backend out of memory (MPS allocated: 17.21 GB, other allocations: 384.00 KB, max "
+    "allowed: 18.13 GB). Tried to allocate 1.07 GB on private pool.",
+    "Invalid buffer size: 19.45 GB",
+    "Could not allocate tensor with 530841600 bytes. There is not enough GPU video memory "
+    "available!",
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+    "HIP error: out of memory\nHIP kernel errors might be asynchronously reported",
+    "HIP out of memory. Tried to allocate 2.00 GiB",
+    "XPU out of memory. Tried to allocate 1.00 GiB (GPU 0; 15.56 GiB total capacity)",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "miopenStatusAllocFailed",
+    "Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
+    "Native API failed. Native API returns: -5 (PI_ERROR_OUT_OF_RESOURCES) -5",
+]
+
+
+@pytest.mark.parametrize("text", SAID, ids=lambda text: text[:30])
+def test_a_run_that_does_not_fit_is_told_from_other_errors(text):
+    def work() -> torch.Tensor:
+        raise RuntimeError(text)
+
+    assert is_out_of_memory(RuntimeError(text))
+    with pytest.raises(DecodeMemoryError, match="chunk of 4: "):
+        in_memory("chunk of 4", work)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("Native API failed. Native API returns: 20 (UR_RESULT_ERROR_DEVICE_LOST)"),
+        RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
+        OSError("MPS backend out of memory"),
+    ],
+    ids=str,
+)
+def test_other_errors_are_raised_as_they_are(error):
+    def work() -> torch.Tensor:
+        raise error
+
+    assert not is_out_of_memory(error)
+    with pytest.raises(type(error)) as caught:
+        in_memory("chunk of 4", work)
+    assert caught.value is error
+
+
+def test_every_text_is_one_that_a_platform_says():
+    """In small letters, as it is looked for; none is part of another, which would hide it."""
+    texts = list(devices.OUT_OF_MEMORY_TEXTS)
+    assert all(text == text.lower() for text in texts)
+    for text in texts:
+        assert not [other for other in texts if other != text and other in text], text
+
+
+# -- free memory --------------------------------------------------------------------------------
+
+
+def test_free_memory_of_a_mac(monkeypatch):
+    mps = torch.device("mps")
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 5)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 12, raising=False)
+    assert free_bytes(mps) == 7
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 3)
+    assert free_bytes(mps) == 0
+    monkeypatch.delattr(torch.mps, "recommended_max_memory")
+    assert free_bytes(mps) is None, "PyTorch before 2.5"
+
+
+def test_free_memory_of_an_intel_card(monkeypatch):
+    def refuses(device):
+        raise RuntimeError("The device does not support querying the available free memory")
+
+    xpu = torch.device("xpu", 0)
+    monkeypatch.setattr(torch.xpu, "memory_reserved", lambda device: 5)
+    monkeypatch.setattr(torch.xpu, "memory_allocated", lambda device: 3)
+    monkeypatch.setattr(torch.xpu, "mem_get_info", lambda device: (10, 16), raising=False)
+    assert free_bytes(xpu) == 12
+    monkeypatch.setattr(torch.xpu, "mem_get_info", refuses)
+    assert free_bytes(xpu) is None
+    monkeypatch.delattr(torch.xpu, "mem_get_info")
+    assert free_bytes(xpu) is None, "PyTorch before 2.6"
+
+
+def test_nobody_knows_what_is_free_on_directml():
+    assert free_bytes(torch.device("privateuseone", 0)) is None
+
+
+# -- versions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("installed", "version"),
+    [
+        ({"triton": "3.7.1"}, "3.7.1"),
+        ({"triton-windows": "3.5.1.post22"}, "triton-windows 3.5.1.post22"),
+        ({"pytorch-triton-rocm": "3.4.0"}, "pytorch-triton-rocm 3.4.0"),
+        ({"triton": "3.3.0", "pytorch-triton-xpu": "3.4.0"}, "3.3.0, pytorch-triton-xpu 3.4.0"),
+        ({}, "unknown"),
+    ],
+    ids=str,
+)
+def test_the_version_of_triton_under_every_name(installed, version):
+    def version_of(package: str) -> str:
+        if package not in installed:
+            raise PackageNotFoundError(package)
+        return installed[package]
+
+    assert triton_version(version_of) == version
+
+
+# -- files --------------------------------------------------------------------------------------
+
+
+def test_a_drive_that_is_not_there_is_refused(monkeypatch, tmp_path):
+    assert nearest_folder(tmp_path / "a" / "b.mp4") == tmp_path
+    assert nearest_folder(tmp_path / "a" / "b.mp4", lambda folder: False) is None
+    monkeypatch.setattr(files, "nearest_folder", lambda path: None)
+    with pytest.raises(OutputError, match=r"cannot be written: .* is not there"):
+        check_output(tmp_path / "out.mp4")
+
+
+def test_a_path_that_is_too_long_for_windows_is_named():
+    path = PureWindowsPath("C:/") / ("x" * 200) / "out.mp4"
+    assert too_long_note(path, "linux", 100) == "" == too_long_note(path, "win32")
+    length = len(str(path))
+    assert too_long_note(path, "win32", 259 - length) == ""
+    assert f"has {length} characters" in too_long_note(path, "win32", 260 - length)
+
+
+def test_the_name_of_a_partial_file_is_not_longer_than_was_counted(tmp_path):
+    for stem in ("a", "b" * 100):
+        target = tmp_path / f"{stem}.mp4"
+        partial = files.Partial(target)
+        assert len(str(partial.path)) <= len(str(target)) + files._PARTIAL_ADDS
+        partial.discard()
+
+
+def refuses_to_replace(*paths: object) -> None:
+    """Windows, while another process reads the target."""
+    raise PermissionError(errno.EACCES, "Access is denied")
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path, monkeypatch):
+    write_whole(tmp_path / "new" / "kept", b"one")
+    monkeypatch.setattr(os, "replace", refuses_to_replace)
+    with pytest.raises(PermissionError):
+        write_whole(tmp_path / "new" / "kept", b"two")
+    driver._keep(tmp_path / "new" / "code.cubin", b"code")
+    cache = ProofCache({"device": "here"}, tmp_path / "new")
+    assert cache.verdict("key", lambda: Verdict(True)).passed
+    assert "verdicts are not kept: [Errno 13]" in cache.notes[0]
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["kept"]
+    assert (tmp_path / "new" / "kept").read_bytes() == b"one"
+
+
+def test_a_mapped_file_stays_where_it_cannot_be_removed(tmp_path, monkeypatch):
+    """Windows: the last process that lets go of it removes it."""
+    removals = []
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        removals.append(path)
+        if len(removals) == 1:
+            raise PermissionError(errno.EACCES, "used by another process")
+
+    monkeypatch.setattr(shared, "sys", SimpleNamespace(platform="win32"))
+    buffer = SharedBuffer.create(4096, [tmp_path])
+    monkeypatch.setattr(Path, "unlink", unlink)
+    kept = buffer.raw
+    buffer.unlink()
+    path = buffer.path
+    del buffer
+    assert removals == [path], "a tensor still has it"
+    del kept
+    assert removals == [path, path]
+
+
+@pytest.mark.parametrize(
+    ("error", "platform", "closed"),
+    [
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "linux", True),
+        (OSError(errno.EINVAL, "Invalid argument"), "win32", True),
+        (OSError(errno.EINVAL, "Invalid argument"), "linux", False),
+        (OSError(errno.EINVAL, "Invalid argument", "file.mp4"), "win32", False),
+        (OSError(errno.ENOSPC, "No space left on device"), "win32", False),
+    ],
+)
+def test_a_reader_that_left_early(error, platform, closed):
+    assert is_closed_pipe(error, platform) == closed
+
+
+def test_a_user_without_a_home_folder(monkeypatch):
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("WAN_VAE_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cache_folder() is None
+    assert without_folders("/srv/data/vae.safetensors: damaged") == "vae.safetensors: damaged"
