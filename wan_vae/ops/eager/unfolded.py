@@ -181,6 +181,7 @@ def _columns(
                 else:
                     piece = _product(operand, matrix, bias, None).view(own, cols, o)
                     y[batch, :, i, first : first + own] = piece.permute(2, 0, 1)
+                    del piece  # the next one is not made beside it
     return y
 
 
