@@ -252,12 +252,14 @@ def norm_silu_conv(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, step: Ste
 def normed_operand(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, step: Step) -> torch.Tensor:
     """The operand of `conv` behind norm and SiLU: the history frames, then `silu(norm(x))`.
 
-    The norm writes into the operand. With halo rows, which are exchanged behind the norm, without
-    history, and where a gradient needs what is in between, it is computed apart.
+    The norm writes into the operand if the forms of the run say so. With halo rows, which are
+    exchanged behind the norm, without history, and where a gradient needs what is in between, it is
+    computed apart.
     """
     past = conv.kernel[0] - 1
+    is_apart = step.exchange is not None or step.chunk.is_only_frame or not past
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or norm.gamma.requires_grad)
-    if step.exchange is not None or step.chunk.is_only_frame or not past or needs_gradient:
+    if is_apart or needs_gradient or not step.ops.forms.joined_norm:
         return conv.operand(step.ops.norm_silu(x, norm.gamma), step)
 
     def fill(frames: torch.Tensor) -> None:

@@ -349,7 +349,7 @@ class _Walk:
         prepared = self.layers.get(name)
         if prepared is None:
             y, length = self.size(cin, h), self.size(1, h)
-            if not self.only_frame:  # the norm writes into the operand
+            if self.forms.joined_norm and not self.only_frame:
                 return self.conv(name, cin, out, h, read=owned, norm=length)
             self.hold(y + length)
             self.drop(length + owned)

@@ -19,13 +19,15 @@ ConvForm = Literal["library", "cudnn"] | unfolded.Form
 class EagerForms:
     """How the eager operations of a run are computed.
 
-    conv3d, conv2d: see `ConvForm`. sliced_attention: queries in slices (`attention.py`).
+    conv3d, conv2d: see `ConvForm`. joined_norm: a norm writes into the operand of the convolution
+    behind it. sliced_attention: queries in slices (`attention.py`).
     deterministic: whether cuDNN is asked for deterministic algorithms. conv_reason: why conv3d is
     not "library"; empty if it is. attention_reason: why attention is sliced.
     """
 
     conv3d: ConvForm = "library"
     conv2d: ConvForm = "library"
+    joined_norm: bool = False
     sliced_attention: bool = False
     deterministic: bool = False
     conv_reason: str = ""
@@ -62,6 +64,10 @@ def choose_forms(
     return EagerForms(
         conv3d,
         conv2d,
+        # The CPU computes the last numbers of a run of memory, which are fewer than its vectors
+        # hold, in another way. In NCDHW an operand has such runs, as long as a chunk's frames, and
+        # the bits would depend on them; in NDHWC a run is whole pixels.
+        libraries.device_type != "cpu" or fmt == "channels_last_3d",
         sliced,
         libraries.deterministic,
         reason,

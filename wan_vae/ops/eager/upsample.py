@@ -59,5 +59,5 @@ def doubled_pixels(x: torch.Tensor) -> torch.Tensor:
     words = c * x.itemsize % 8 == 0
     moved = pixels.view(torch.int64) if words else pixels
     moved = moved[:, :, None, :, None].expand(n, h, 2, w, 2, moved.shape[3])
-    moved = moved.reshape(n, 2 * h, 2 * w, -1)
+    moved = moved.reshape(n, 2 * h, 2 * w, -1).contiguous()  # one pixel would stay a view
     return (moved.view(x.dtype) if words else moved).permute(0, 3, 1, 2)
