@@ -4,8 +4,8 @@
 
 On a CUDA or ROCm device, the layers of 480p in bfloat16; elsewhere a small layer in float32, to try
 it out. `wan_vae/ops/eager/unfolded.py` describes the forms; `UNFOLDED` there is the one that runs.
-Bytes are those above input, weight and result, where the device counts them, and those that the plan
-says. The error is relative to float64 on a crop. Below stand other eager operations in two ways.
+Bytes are those above input, weight and result, where the device counts them, and those of the plan.
+The error is relative to float64 on a crop. Below stand other eager operations in two ways.
 """
 
 from __future__ import annotations
