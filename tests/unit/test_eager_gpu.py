@@ -1,4 +1,4 @@
-"""The eager path on a card: without cuDNN, past PyTorch to cuDNN, and in the bits of the plain ones."""
+"""The eager path on a card: without cuDNN, past PyTorch to cuDNN, with the plain path's bits."""
 
 from __future__ import annotations
 
