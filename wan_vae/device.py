@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import platform
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -63,16 +64,60 @@ def has_directml() -> bool:
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The compute dtype that `dtype` names; "auto" is bf16 on CUDA and fp32 elsewhere.
+    """The compute dtype that `dtype` names; for "auto" see `auto_dtype`.
 
     Raises BackendError for any other dtype.
     """
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return auto_dtype(device)[0]
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
         raise BackendError(f"dtype is {dtype!r}: expected 'auto', 'fp32', 'bf16' or 'fp16'")
     return chosen
+
+
+def auto_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """The compute dtype that suits `device`, and why: half precision where the device has it."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip is None:
+            return dtype_of_nvidia((properties.major, properties.minor))
+        return dtype_of_amd(str(properties.gcnArchName).partition(":")[0])
+    if device.type == "mps":
+        return dtype_of_macos(platform.mac_ver()[0])
+    if device.type == "xpu":
+        return torch.bfloat16, "Intel's GPUs compute in bfloat16"
+    return torch.float32, f"{device.type}: half precision brings no speed"
+
+
+def dtype_of_nvidia(capability: tuple[int, int]) -> tuple[torch.dtype, str]:
+    """`auto_dtype` of an NVIDIA card: cuDNN has no bfloat16 kernels below 8.0 (Ampere).
+
+    The same as `torch.cuda.is_bf16_supported(including_emulation=False)`, whose argument older
+    PyTorch does not know.
+    """
+    spoken = "{}.{}".format(*capability)
+    if capability >= (8, 0):
+        return torch.bfloat16, f"compute capability {spoken} has bfloat16"
+    return torch.float16, f"compute capability {spoken} has no bfloat16, which starts with 8.0"
+
+
+def dtype_of_amd(architecture: str) -> tuple[torch.dtype, str]:
+    """`auto_dtype` of an AMD card: matrix products in bfloat16 start with gfx908 and gfx1100.
+
+    PyTorch says of every AMD card that it has bfloat16.
+    """
+    if architecture.startswith(("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")):
+        return torch.bfloat16, f"{architecture} has bfloat16"
+    return torch.float16, f"{architecture} has no bfloat16"
+
+
+def dtype_of_macos(release: str) -> tuple[torch.dtype, str]:
+    """`auto_dtype` of an Apple GPU under the macOS `release`, such as "14.5"."""
+    major = release.partition(".")[0]
+    if major.isdecimal() and int(major) >= 14:
+        return torch.bfloat16, f"macOS {release} has bfloat16"
+    return torch.float32, f"macOS {release or 'of unknown release'} has no bfloat16, 14 has"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

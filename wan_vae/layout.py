@@ -10,13 +10,14 @@ A tensor that fits neither, such as a permuted or expanded view, is `other`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from .errors import LayoutError
+from .libraries import Libraries
 
 Format = Literal["contiguous", "channels_last_3d", "either", "other"]
 Requested = Literal["auto", "contiguous", "channels_last_3d"]
@@ -56,27 +57,64 @@ def _dense_in_order(x: torch.Tensor, order: list[int]) -> bool:
 
 @dataclass(frozen=True)
 class LayoutDecision:
-    """The requested format, the chosen one, and the reason. `chosen` is never "auto"."""
+    """The requested format, the chosen one, and the reason. `chosen` is never "auto".
+
+    is_wrong: 3-D convolutions are wrong in both formats on this device, and must not be used.
+    """
 
     requested: Requested
     chosen: Literal["contiguous", "channels_last_3d"]
     reason: str
+    is_wrong: bool = False
 
 
-def decide(requested: Requested, device: torch.device, dtype: torch.dtype) -> LayoutDecision:
+def decide(
+    requested: Requested,
+    device: torch.device,
+    dtype: torch.dtype,
+    libraries: Libraries | None = None,
+    wrong: Mapping[str, str] | None = None,
+) -> LayoutDecision:
     """Choose the memory format of the convolution weights for `device` and `dtype`.
 
-    "auto" chooses channels_last_3d where it is faster and gives right results. Raises LayoutError
-    for an unknown request.
+    "auto" chooses channels_last_3d where it is faster and gives right results. libraries: those of
+    the device; None takes what stands behind it now. wrong: formats in which 3-D convolutions of
+    this device were seen to be wrong, and how; such a one is chosen only if both are wrong, and
+    then there is no 3-D convolution. Raises LayoutError for an unknown request.
     """
+    libraries = Libraries.of(device) if libraries is None else libraries
+    decision = _decide(requested, device, dtype, libraries)
+    wrong = wrong or {}
+    if decision.chosen not in wrong:
+        return decision
+    reason = f"{decision.chosen} conv3d is wrong on this device ({wrong[decision.chosen]})"
+    other: Literal["contiguous", "channels_last_3d"] = (
+        "contiguous" if decision.chosen == "channels_last_3d" else "channels_last_3d"
+    )
+    if other not in wrong:
+        return LayoutDecision(requested, other, reason)
+    reason = f"{reason}, and so is {other}: 3-D convolutions are not used"
+    return LayoutDecision(requested, "contiguous", reason, is_wrong=True)
+
+
+def _decide(
+    requested: Requested, device: torch.device, dtype: torch.dtype, libraries: Libraries
+) -> LayoutDecision:
+    """`decide` where no format is known to be wrong."""
     if requested not in ("auto", "contiguous", "channels_last_3d"):
         raise LayoutError(
             f"memory_format is {requested!r}: expected 'auto', 'contiguous' or 'channels_last_3d'"
         )
     if requested != "auto":
         return LayoutDecision(requested, requested, "requested")
+    if libraries.missing is not None:
+        return LayoutDecision(
+            requested,
+            "channels_last_3d",
+            f"{libraries.missing}: the products that stand in for it read NDHWC pixels",
+        )
     if device.type == "cuda":
-        if torch.version.hip is not None:
+        if libraries.is_hip:
             return LayoutDecision(
                 requested,
                 "contiguous",
@@ -183,14 +221,7 @@ def join_frames(
     fmt = "channels_last_3d" if wanted == "channels_last_3d" else "contiguous"
     b, c, _, h, w = parts[-1].shape
     frames = sum(p.shape[2] for p in parts)
-    out = torch.empty(
-        (b, c, frames, h, w),
-        dtype=parts[-1].dtype,
-        device=parts[-1].device,
-        memory_format=torch.channels_last_3d
-        if fmt == "channels_last_3d"
-        else torch.contiguous_format,
-    )
+    out = _empty(parts[-1], (b, c, frames, h, w), fmt)
     if detect(parts[-1]) not in (fmt, "either"):
         counter.conversions += 1
     start = 0
@@ -198,6 +229,30 @@ def join_frames(
         out[:, :, start : start + part.shape[2]] = part
         start += part.shape[2]
     return out
+
+
+def frames_before(
+    history: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, counter: LayoutCounter
+) -> torch.Tensor:
+    """`history` [B, C, past, H, W] in front of as many frames as `x` has, which are not written.
+
+    In the memory format of `weight`, as `join_frames`: the caller computes the frames into the view
+    `[:, :, past:]` of the result, and so saves the copy that joins them.
+    """
+    wanted = detect(weight)
+    fmt = "channels_last_3d" if wanted == "channels_last_3d" else "contiguous"
+    b, c, past, h, w = history.shape
+    out = _empty(x, (b, c, past + x.shape[2], h, w), fmt)
+    if detect(x) not in (fmt, "either"):
+        counter.conversions += 1
+    out[:, :, :past] = history
+    return out
+
+
+def _empty(like: torch.Tensor, shape: tuple[int, ...], fmt: str) -> torch.Tensor:
+    last = fmt == "channels_last_3d"
+    memory_format = torch.channels_last_3d if last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
 def record_call(x: torch.Tensor, weight: torch.Tensor, counter: LayoutCounter) -> None:

@@ -320,7 +320,8 @@ class WanVAE:
     def inspect(self) -> DecodeReport:
         """Report what the weights are and which layout a decode would choose. Decodes nothing."""
         builder = ReportBuilder("inspect", self.config, self.device, self.dtype)
-        decision = layout.decide("auto", self.device, self.dtype)
+        wrong = self.engine.wrong_formats(self.dtype)
+        decision = layout.decide("auto", self.device, self.dtype, wrong=wrong)
         layers = layer_records(self.model, ("decoder", "encoder"))
         builder.layers = list(layers)
         builder.layout = self.engine.layout_facts(decision, ("decoder", "encoder"), layers)

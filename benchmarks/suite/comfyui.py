@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -64,7 +64,10 @@ class ComfyUICore:
             before = BackendFlags.read()
             try:
                 _import_comfy(Path(self._path), device)
-                self._flags = BackendFlags.read()
+                # What was switched off for the whole comparison stays off.
+                flags = BackendFlags.read()
+                enabled = flags.cudnn_enabled and before.cudnn_enabled
+                self._flags = replace(flags, cudnn_enabled=enabled)
             except ImportError as error:
                 self._failure = f"ComfyUI cannot be imported here: {error}"
             finally:

@@ -7,7 +7,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import card_predictions, chunk_profile, emulated_scaling, host_memory
+from benchmarks import (
+    card_predictions,
+    chunk_profile,
+    conv_forms,
+    emulated_scaling,
+    host_memory,
+)
 from benchmarks.suite import compare
 from benchmarks.suite.parts import OTHER_PARTS
 from benchmarks.suite.ranks import command as ranks
@@ -47,4 +53,5 @@ _RUN: dict[str, Callable[[Sequence[str]], int]] = {
     "resources": _own_process("kernel_resources.py"),
     "nodes": _own_process("comfyui_nodes.py"),
     "host": host_memory.main,
+    "forms": conv_forms.main,
 }

@@ -53,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
     if device.type == "cuda":
         # ComfyUI and some kernels go to the current device, whichever tensors they are given.
         torch.cuda.set_device(device)
+    if args.no_cudnn:
+        torch.backends.cudnn.enabled = False
     # float32 means float32: the reference must not be rounded to TF32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     defaults = GPU_CASES if device.type == "cuda" else CPU_CASES
@@ -67,6 +69,8 @@ def main(argv: Sequence[str]) -> int:
 
     if importlib.util.find_spec("diffusers") is None:
         results.notes.append("the reference was not compared with diffusers: it is not installed")
+    if args.no_cudnn:
+        results.notes.append("cuDNN (on ROCm MIOpen) was off for every decoder and the reference")
     if "decode" not in parts:
         results.notes.append("no pictures were gated: the part `decode` was left out")
 
@@ -133,6 +137,12 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         choices=BACKENDS,
         help=f"backend of this pack, repeatable (default: {' and '.join(_DEFAULT_BACKENDS)})",
+    )
+    parser.add_argument(
+        "--no-cudnn",
+        action="store_true",
+        help="switch cuDNN (on ROCm MIOpen) off for every decoder, as ComfyUI does on most AMD "
+        "cards; not for the part cold, whose processes start with PyTorch's own switches",
     )
     parser.add_argument(
         "--only",

@@ -8,6 +8,7 @@ OTHER_PARTS = {
     "predictions": "predicted times on cards that nobody measured: a model (no GPU)",
     "profile": "which kernels a chunk takes, of the whole picture and of a shard",
     "kernels": "our kernels by configuration, next to the library's (a GPU)",
+    "forms": "convolutions without cuDNN, by form, next to the library's (a GPU)",
     "resources": "registers and shared memory of the Triton kernels (no GPU)",
     "nodes": "our nodes in a running ComfyUI (COMFYUI_PATH): time and memory",
     "host": "what fresh host memory costs a copy from the GPU",

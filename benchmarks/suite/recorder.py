@@ -191,8 +191,10 @@ class Recorder:
         kernel = self._inner.fused_conv(weight)
         return None if kernel is None else _TimedFused(self, kernel, weight)
 
-    def _norm_silu(self, x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-        y, marks = self.time(lambda: self._inner.norm_silu(x, gamma))
+    def _norm_silu(
+        self, x: torch.Tensor, gamma: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        y, marks = self.time(lambda: self._inner.norm_silu(x, gamma, out=out))
         layer = LayerShape("norm + SiLU", x.shape[1], x.shape[1], (), *x.shape[2:])
         self.keep(self.layer_name(gamma), layer, 0, moved(x, y), marks)
         return y

@@ -29,6 +29,7 @@ FLOORS = (
             "wan_vae.chunking",
             "wan_vae.geometry",
             "wan_vae.layout",
+            "wan_vae.libraries",
             "wan_vae.arithmetic",
             "wan_vae.device",
             "wan_vae.clock",

@@ -17,11 +17,11 @@ from .. import layout
 from ..config import wan21, wan22
 from ..device import (
     DTYPES,
+    auto_dtype,
     device_name,
     dtype_name,
     has_directml,
     pick_device,
-    pick_dtype,
     versions,
 )
 from ..errors import WanVAEError, first_line
@@ -29,19 +29,15 @@ from ..kernels import registry
 from ..kernels.cache_folder import cache_folder
 from ..kernels.device import Device
 from ..kernels.proof.cache import ProofCache, environment
+from ..kernels.proof.formats import LAYER_SHAPES, must_prove_formats, wrong_formats
+from ..libraries import Libraries
 from ..network.model import WanVAEModel
+from ..ops.eager.forms import choose_forms
 from ..options import Backend, Part
 from ..runs.kernel_choice import OpsRequest, own_modules, select_ops, unavailable_reason
 from .kernel_rows import KernelRow, float16_sums_note, kernel_rows
 from .outlook import outlook, random_vae
 
-# Shapes of the real decoder's layers, small in space: (in, out, kernel, frames, rows, columns).
-_LAYERS = (
-    (96, 96, (3, 3, 3), 6, 18, 22),
-    (384, 192, (3, 3, 3), 3, 9, 11),
-    (96, 3, (3, 3, 3), 3, 17, 13),
-    (192, 384, (3, 1, 1), 4, 8, 8),
-)
 _FORMATS = ("contiguous", "channels_last_3d")
 # The largest relative error that rounding explains, by dtype.
 _BOUNDS = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -100,7 +96,7 @@ def _worst_error(
     generator: torch.Generator,
 ) -> float:
     worst = 0.0
-    for c, o, kernel, t, h, w in _LAYERS:
+    for c, o, kernel, t, h, w in LAYER_SHAPES:
         x = torch.randn(1, c, t, h, w, generator=generator).to(dtype)
         weight = torch.randn(o, c, *kernel, generator=generator).to(dtype) / c
         padding = (0, kernel[1] // 2, kernel[2] // 2)
@@ -136,7 +132,7 @@ def check_kernels(device: torch.device) -> list[str]:
     what runs them and what that gained, and what cannot run and why."""
     families = registry.families_of("auto", Device.chosen_for(device))
     requested: Backend = "auto" if families else "cuda"
-    dtype = pick_dtype("auto", device) if families else torch.bfloat16
+    dtype = auto_dtype(device)[0] if families else torch.bfloat16
     reason = unavailable_reason(requested, device, dtype)
     if reason is not None:
         return [f"kernels: off ({reason})"]
@@ -213,10 +209,18 @@ def _report_on(device: torch.device) -> bool:
     for check in check_device(device):
         checks.append(check)
         print(f"  {check}")
-    dtype = pick_dtype("auto", device)
-    decision = layout.decide("auto", device, dtype)
+    dtype, why = auto_dtype(device)
     names = {value: name for name, value in DTYPES.items()}
+    print(f"  auto is {names[dtype]} ({why})")
+    libraries, wrong = Libraries.of(device), {}
+    if must_prove_formats(device):
+        proofs = ProofCache(environment(device), cache_folder())
+        wrong = wrong_formats(device, dtype, proofs)
+    decision = layout.decide("auto", device, dtype, libraries, wrong)
     print(f"  auto in {names[dtype]}: {decision.chosen} ({decision.reason})")
+    forms = choose_forms(libraries, dtype, decision.chosen, decision.is_wrong)
+    for operation, reason in forms.reasons.items():
+        print(f"  eager {operation}: {reason}")
     try:
         lines = check_kernels(device)
     except _DEVICE_ERRORS as failure:

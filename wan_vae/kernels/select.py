@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from zlib import crc32
 
@@ -27,7 +27,7 @@ import torch
 
 from ..arithmetic import own_arithmetic
 from ..errors import BackendError
-from ..ops.opset import LayerChoice, OpSet
+from ..ops.opset import LayerChoice, OpSet, eager_ops
 from ..ops.problem import LayerSite, Problem
 from ..options import Axis
 from . import registry
@@ -56,7 +56,8 @@ class SelectRequest:
     runs_on: the device that proves and runs them; usually the same card. axis: the axis along which
     the features of a shard have halo rows; None for the whole picture. timer: milliseconds of a
     call on `runs_on`; None takes the first configuration that is right. prescribed: the choices of
-    another rank by the name of the layer, to be taken as they are.
+    another rank by the name of the layer, to be taken as they are. eager: the operations of layers
+    without a kernel.
     """
 
     sites: Sequence[LayerSite]
@@ -67,6 +68,7 @@ class SelectRequest:
     axis: Axis | None = None
     timer: Timer | None = None
     prescribed: Mapping[str, LayerChoice] | None = None
+    eager: OpSet = field(default_factory=eager_ops)
 
 
 def select_kernels(request: SelectRequest) -> OpSet:
@@ -131,7 +133,8 @@ class _Selection:
         self.spent_s = 0.0
 
     def table(self) -> LayerTable:
-        request, table = self.request, LayerTable(self.request.families)
+        request = self.request
+        table = LayerTable(request.families, request.eager)
         asked = _Contenders(request).all()
         classes = [
             _Class(site.problem, tuple(one for one in own if not one.reason))

@@ -14,10 +14,6 @@ import torch
 
 from .. import layout
 from ..layout import LayoutCounter
-from ..ops.eager import attention as eager_attention
-from ..ops.eager import conv3d as eager_conv3d
-from ..ops.eager import norm as eager_norm
-from ..ops.eager import upsample as eager_upsample
 from ..ops.opset import FusedConv, LayerChoice, OpSet, Prepared, Refusal, eager_ops
 from ..ops.problem import ConvProblem, LayerSite
 from .kernel import (
@@ -34,10 +30,11 @@ from .kernel import (
 class LayerTable:
     """Layers by the identity of their weight, and what could not be used and why.
 
-    families: in order of preference, for the report.
+    families: in order of preference, for the report. eager: what runs every other layer.
     """
 
     families: Sequence[str]
+    eager: OpSet = field(default_factory=eager_ops)
     layers: dict[str, Prepared] = field(default_factory=dict)
     choices: dict[str, LayerChoice] = field(default_factory=dict)
     _convs: dict[int, ConvLayer] = field(default_factory=dict)
@@ -128,7 +125,7 @@ class LayerTable:
 
     def ops(self) -> OpSet:
         """The operations of a run: those of this table, and eager ones for every other layer."""
-        eager = eager_ops()
+        eager = self.eager
         return replace(
             eager,
             norm=self.norm,
@@ -154,7 +151,7 @@ class LayerTable:
     def norm(self, x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         """As `eager.norm.rms_norm`, of frames [N, C, H, W]; in the dtype that its reader wants."""
         layer = self._norms.get(id(gamma))
-        return eager_norm.rms_norm(x, gamma) if layer is None else layer.norm(x)
+        return self.eager.norm(x, gamma) if layer is None else layer.norm(x)
 
     def conv3d(
         self,
@@ -175,7 +172,7 @@ class LayerTable:
         layer = self._convs.get(id(weight))
         if layer is not None:
             return layer.run(x, bias, counter, padding, last_slice)
-        return eager_conv3d.conv3d(
+        return self.eager.conv3d(
             x.to(weight.dtype),  # a head in a kernel gives float32
             weight,
             bias,
@@ -204,14 +201,14 @@ class LayerTable:
         if layer is not None:
             x = layout.to_format(x.to(layer.operand_dtype), "channels_last_3d")
             return layer.run(x[:, :, None], bias, counter, (0, 0), False)[:, :, 0]
-        return eager_conv3d.conv2d(
+        return self.eager.conv2d(
             x, weight, bias, counter, stride=stride, padding=padding, pad_after=pad_after
         )
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """As `eager.attention.attention`."""
         layer = self._heads.get(q.shape[2])
-        return eager_attention.attention(q, k, v) if layer is None else layer.attend(q, k, v)
+        return self.eager.attention(q, k, v) if layer is None else layer.attend(q, k, v)
 
     def upsample_conv2d(
         self,
@@ -226,4 +223,4 @@ class LayerTable:
         layer = self._upsamplers.get(id(weight))
         if layer is not None:
             return layer.run(x, padding)
-        return eager_upsample.upsample_conv2d(x, weight, bias, counter, padding=padding)
+        return self.eager.upsample_conv2d(x, weight, bias, counter, padding=padding)

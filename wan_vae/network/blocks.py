@@ -7,6 +7,7 @@ All shapes are [B, C, T, H, W]. Attributes have the names of native checkpoints 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -147,15 +148,25 @@ class Conv2d(nn.Module):
 
 
 def with_history(
-    x: torch.Tensor, slot: str, past: int, weight: torch.Tensor, step: Step
+    x: torch.Tensor,
+    slot: str,
+    past: int,
+    weight: torch.Tensor,
+    step: Step,
+    fill: Callable[[torch.Tensor], object] | None = None,
 ) -> torch.Tensor:
     """Join the `past` history frames and `x` in the weight's format, and store the new history.
 
     `buffer = [history, x]; history = buffer[-past:]` holds for every chunk length, also for one
-    that is shorter than `past`. So every chunk schedule is exact.
+    that is shorter than `past`. So every chunk schedule is exact. fill: writes what is joined in
+    the place of `x`, from `x`, into memory of its shape; saves the copy.
     """
     history = step.cache.take(slot, x, past)
-    buffer = layout.join_frames((history, x), weight, step.counter)
+    if fill is None:
+        buffer = layout.join_frames((history, x), weight, step.counter)
+    else:
+        buffer = layout.frames_before(history, x, weight, step.counter)
+        fill(buffer[:, :, past:])
     if step.chunk.is_last:
         return buffer
     tail = buffer[:, :, -past:]
@@ -211,8 +222,7 @@ class ResidualBlock(nn.Module):
             y = fused_operand(fused, y, conv2, step)
             return fused_convolve(fused, y, frames, conv2, step, skip)
         # `y` is rebound, so each tensor is freed when the next one exists.
-        y = step.ops.norm_silu(y, norm2.gamma)
-        y = conv2.operand(y, step)
+        y = normed_operand(y, norm2, conv2, step)
         y = conv2.convolve(y, step)
         return add(y, skip)
 
@@ -236,9 +246,26 @@ def norm_silu_conv(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, step: Ste
     if fused is not None:
         y = fused_operand(fused, x, conv, step)
         return fused_convolve(fused, y, x.shape[2], conv, step)
-    y = step.ops.norm_silu(x, norm.gamma)
-    y = conv.operand(y, step)
-    return conv.convolve(y, step)
+    return conv.convolve(normed_operand(x, norm, conv, step), step)
+
+
+def normed_operand(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, step: Step) -> torch.Tensor:
+    """The operand of `conv` behind norm and SiLU: the history frames, then `silu(norm(x))`.
+
+    The norm writes into the operand if the forms of the run say so. With halo rows, which are
+    exchanged behind the norm, without history, and where a gradient needs what is in between, it is
+    computed apart.
+    """
+    past = conv.kernel[0] - 1
+    is_apart = step.exchange is not None or step.chunk.is_only_frame or not past
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or norm.gamma.requires_grad)
+    if is_apart or needs_gradient or not step.ops.forms.joined_norm:
+        return conv.operand(step.ops.norm_silu(x, norm.gamma), step)
+
+    def fill(frames: torch.Tensor) -> None:
+        step.ops.norm_silu(x, norm.gamma, out=frames)
+
+    return with_history(x, conv.slot, past, conv.weight, step, fill)
 
 
 def head(layers: nn.ModuleDict, x: torch.Tensor, step: Step) -> torch.Tensor:

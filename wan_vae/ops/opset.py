@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
@@ -16,6 +17,7 @@ import torch
 from ..options import Axis
 from .eager.attention import attention
 from .eager.conv3d import conv2d, conv3d
+from .eager.forms import EagerForms
 from .eager.norm import rms_norm, rms_norm_silu
 from .eager.upsample import upsample_conv2d
 
@@ -227,6 +229,8 @@ class OpSet:
     layers: Mapping[str, Prepared] = field(default_factory=lambda: MappingProxyType({}))
     # Which kernels these are, by the same names.
     choices: Mapping[str, LayerChoice] = field(default_factory=lambda: MappingProxyType({}))
+    # How layers without a kernel are computed.
+    forms: EagerForms = field(default_factory=EagerForms)
 
     def backend_of(self, weight: torch.Tensor) -> str:
         """The family that runs the layer of `weight`, or "eager"."""
@@ -234,6 +238,17 @@ class OpSet:
         return "eager" if choice is None else choice.family
 
 
-def eager_ops() -> OpSet:
-    """The reference: plain PyTorch, right on every device; also the one that training uses."""
-    return OpSet()
+def eager_ops(forms: EagerForms | None = None) -> OpSet:
+    """The reference: plain PyTorch, right on every device; also the one that training uses.
+
+    forms: how it is computed; None takes what `torch.nn.functional` does.
+    """
+    if forms is None:
+        return OpSet()
+    return OpSet(
+        conv3d=partial(conv3d, forms=forms),
+        conv2d=partial(conv2d, forms=forms),
+        upsample_conv2d=partial(upsample_conv2d, forms=forms),
+        attention=partial(attention, forms=forms),
+        forms=forms,
+    )

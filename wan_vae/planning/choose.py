@@ -15,6 +15,7 @@ import torch
 from ..chunking import Chunk, schedule
 from ..config import WanVAEConfig
 from ..network.architecture import residual_convolutions
+from ..ops.eager.forms import EagerForms
 from ..ops.opset import Prepared
 from .peak import DecodeMemory, WeightFormat
 
@@ -30,11 +31,14 @@ _FULL_CHUNK_PIXELS = 4 * 720 * 1280
 # large device half empty, and what follows goes on in passes.
 _WIDE_CHUNKS = 2
 # Numbers that the features of a pass may hold: a latent frame of Wan 2.1 at 720p, and half of one
-# where memory is short.
+# where memory is short. Chunks of eager float32 are half as long, so that they have the same bytes,
+# and passes half as large again: there cuDNN takes operand and result of a convolution once more,
+# in its own format (`peak.py`).
 PASSES = (4 * 720 * 1280 * 96, 2 * 720 * 1280 * 96)
 # Shards take more: an exchange of rows takes as long in a short chunk as in a long one, and at
 # latent resolution a shard's frame is too small for a device.
 _SHARD_CHUNKS = 2
+_USUAL_ITEMSIZE = 2
 _STRIP_COUNTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 
 _NO_KERNELS: Mapping[str, Prepared] = MappingProxyType({})
@@ -53,6 +57,8 @@ class PlanRequest:
     exception: if one latent frame a chunk does not fit and `strips` is None, strips are planned.
 
     shards: `latent_shape` is the part of one rank. A rank takes neither passes nor strips.
+
+    forms: how layers without a kernel are computed (`OpSet.forms`).
     """
 
     config: WanVAEConfig
@@ -65,6 +71,7 @@ class PlanRequest:
     chunk_frames: int | Sequence[int] | None = None
     strips: int | None = None
     shards: bool = False
+    forms: EagerForms = field(default_factory=EagerForms)
 
 
 @dataclass(frozen=True)
@@ -116,9 +123,12 @@ class _Chooser:
             request.dtype,
             request.memory_format,
             request.layers,
+            request.forms,
         )
         # A decode counts as eager as long as one of the layers that do most of the work is.
         self.is_eager = not all(n in request.layers for n in residual_convolutions(request.config))
+        self.wide = max(1, request.dtype.itemsize // _USUAL_ITEMSIZE) if self.is_eager else 1
+        self.passes = tuple(n // self.wide**2 for n in PASSES)
 
     def choose(self) -> Choice:
         request = self.request
@@ -127,15 +137,15 @@ class _Chooser:
         asked, free = request.chunk_frames, request.free_bytes
         if request.strips is not None:
             chunks = self._schedule(1 if asked is None else asked)
-            return self._in_strips(request.strips, chunks, PASSES[0])
+            return self._in_strips(request.strips, chunks, self.passes[0])
         wide = self._full_chunk() * (1 if self.is_eager else _WIDE_CHUNKS)
-        ways = _ways(min(request.latent_shape[2], wide))
-        for frames, elements in ways if asked is None else [(asked, e) for e in PASSES]:
+        ways = _ways(min(request.latent_shape[2], wide), self.passes)
+        for frames, elements in ways if asked is None else [(asked, e) for e in self.passes]:
             choice = self._whole(self._schedule(frames), elements)
             if free is None or choice.planned_bytes <= int(_USABLE * free):
                 return choice
         assert free is not None
-        smallest = self._whole(self._schedule(1), PASSES[-1])
+        smallest = self._whole(self._schedule(1), self.passes[-1])
         if smallest.planned_bytes <= int(_USABLE * free):
             return choice  # as asked for; chunks become shorter if memory does run out
         return self._fitting_strips(free, ways, smallest)
@@ -149,7 +159,7 @@ class _Chooser:
         counts = [*(n for n in _STRIP_COUNTS if n < height), *([height] if height > 1 else [])]
         usable = int(_USABLE_STRIPS * free)
         if self.is_eager:
-            usable, ways = int(_USABLE_EAGER_STRIPS * free), [(1, PASSES[0])]
+            usable, ways = int(_USABLE_EAGER_STRIPS * free), [(1, self.passes[0])]
         best: Choice | None = None
         for count, (frames, elements) in product(counts, ways):
             choice = self._in_strips(count, self._schedule(frames), elements)
@@ -196,14 +206,14 @@ class _Chooser:
         """Latent frames of a chunk that fills a large device."""
         config, (b, _, t, h, w) = self.request.config, self.request.latent_shape
         pixels = b * config.temporal_factor * h * w * config.spatial_factor**2
-        return max(1, min(t, _FULL_CHUNK_PIXELS // pixels))
+        return max(1, min(t, _FULL_CHUNK_PIXELS // (pixels * self.wide)))
 
 
-def _ways(frames: int) -> list[tuple[int, int]]:
+def _ways(frames: int, passes: Sequence[int]) -> list[tuple[int, int]]:
     """Latent frames a chunk and numbers a pass, from at most `frames`, the faster ones first."""
     found: list[tuple[int, int]] = []
     while frames:
-        found += [(frames, elements) for elements in PASSES]
+        found += [(frames, elements) for elements in passes]
         frames //= 2
     return found
 

@@ -12,7 +12,7 @@ decodes, and fails if they take more than the walk says.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -24,6 +24,10 @@ from ..config import WanVAEConfig
 from ..geometry import Strip
 from ..network import architecture
 from ..network.architecture import Block, Stage, Upsampler
+from ..ops.eager import unfolded
+from ..ops.eager.attention import slice_bytes
+from ..ops.eager.forms import ConvForm, EagerForms
+from ..ops.eager.unfolded import ConvSize
 from ..ops.opset import CallSize, Prepared, Workspace
 from .passes import pass_frames
 
@@ -73,7 +77,8 @@ class DecodeMemory:
     """Predicts the memory of decodes of latents of one shape [B, z, T, H, W].
 
     dtype: that of the computation. memory_format: that of the weights. layers: the layers that
-    kernels run, by native name (`OpSet.layers`).
+    kernels run, by native name (`OpSet.layers`). forms: how the others are computed
+    (`OpSet.forms`).
     """
 
     config: WanVAEConfig
@@ -81,6 +86,7 @@ class DecodeMemory:
     dtype: torch.dtype
     memory_format: WeightFormat
     layers: Mapping[str, Prepared]
+    forms: EagerForms = field(default_factory=EagerForms)
 
     def of_picture(self, chunks: Sequence[Chunk], elements: int | None) -> int:
         """Peak of the whole picture, chunk after chunk.
@@ -172,6 +178,7 @@ class _Walk:
         """rows: latent rows that go through the stages. elements: see `pass_frames`."""
         self.config, self.itemsize = memory.config, memory.dtype.itemsize
         self.layers, self.stages = memory.layers, architecture.stages(memory.config)
+        self.forms = memory.forms
         self.batch, _, _, self.height, self.width = memory.shape
         # Kernels read and write NDHWC. The eager code works in the format of the weights: it
         # converts its input, if need be, and its result has this format. `ndhwc` is of the
@@ -342,6 +349,8 @@ class _Walk:
         prepared = self.layers.get(name)
         if prepared is None:
             y, length = self.size(cin, h), self.size(1, h)
+            if self.forms.joined_norm and not self.only_frame:
+                return self.conv(name, cin, out, h, read=owned, norm=length)
             self.hold(y + length)
             self.drop(length + owned)
             return self.conv(name, cin, out, h, owned=y)
@@ -376,10 +385,13 @@ class _Walk:
         kernel: tuple[int, int, int] = (3, 3, 3),
         owned: int = 0,
         is_new: bool = False,
+        read: int = 0,
+        norm: int = 0,
     ) -> int:
         """Join with history, then convolve; an `owned` input is freed as early as it can be.
 
-        is_new: a layer that earlier passes of this chunk, which is the first, did not reach.
+        is_new: a layer that earlier passes of this chunk, which is the first, did not reach. read:
+        an owned input of a norm that writes the operand; norm: what that norm takes besides.
         """
         past = 0 if self.only_frame else kernel[0] - 1
         operand, is_pointwise = owned, kernel == (1, 1, 1)
@@ -388,15 +400,18 @@ class _Walk:
             # Zeros, in whose place the first history comes.
             self.hold(slot if self.first or is_new else 0)
             self.hold(operand)
+            self.hidden(norm)
             self.drop(slot if self.last else 0)
             self.history += 0 if self.resumes and not is_new else slot
-            self.drop(owned)
+            self.drop(owned + read)
             self.ndhwc = self.weights_ndhwc  # joining converts
-        read = self.size(cin, h, self.t + past)
+        whole = self.size(cin, h, self.t + past)
         prepared = self.layers.get(name)
         # A 1x1x1 weight has no format: the eager code takes its input as it lies.
         wanted = True if prepared else self.ndhwc if is_pointwise else self.weights_ndhwc
-        converted = 0 if self.ndhwc == wanted else read
+        # Forms that copy rows of their input convert them in that copy.
+        copies_rows = prepared is None and self.forms.conv3d in ("columns", "taps")
+        converted = 0 if self.ndhwc == wanted or copies_rows else whole
         self.ndhwc = wanted
         self.hold(converted)
         y = self.size(out, h)
@@ -407,8 +422,12 @@ class _Walk:
             self.hidden(workspace.operand_bytes + workspace.hidden_bytes)
         else:
             self.hold(y)
-            if not self.weights_ndhwc and not is_pointwise:  # see `_IMAGE_COLUMNS`
-                self.hidden(_IMAGE_COLUMNS * read if self.only_frame else read + y)
+            taps = (1 if self.only_frame else kernel[0], *kernel[1:])
+            unfolds = self.unfolded(self.forms.conv3d, cin, out, h, self.t + past, taps)
+            if unfolds is not None:
+                self.hidden(unfolds)
+            elif not self.weights_ndhwc and not is_pointwise:  # see `_IMAGE_COLUMNS`
+                self.hidden(_IMAGE_COLUMNS * whole if self.only_frame else whole + y)
         self.drop(operand + converted)
         return y
 
@@ -426,6 +445,8 @@ class _Walk:
         else:
             # A head as wide as this one is summed up in float32, next to the result.
             sums = x * 4 // self.itemsize if self.itemsize < 4 else 0
+            if self.forms.sliced_attention:
+                sums = slice_bytes(h * self.width, c, self.itemsize)
             self.hold(normed + converted)  # the norm, and the dense input of the convolution
             self.hold(3 * x)
             self.drop(converted)
@@ -490,11 +511,29 @@ class _Walk:
         self.scale *= 2
         doubled, y = self.size(cin, 2 * h), self.size(out, 2 * h)
         self.hold(copies + doubled + y)
-        self.hidden(0 if self.weights_ndhwc else doubled + y)
+        unfolds = self.unfolded(self.forms.conv2d, cin, out, 2 * h, 1, (1, 3, 3))
+        if unfolds is not None:
+            self.hidden(unfolds)
+        else:
+            self.hidden(0 if self.weights_ndhwc else doubled + y)
         self.drop(copies + doubled)
         self.work += 9 * cin * self.elements(out, 2 * h)
         self.ndhwc = self.weights_ndhwc
         return y
+
+    def unfolded(
+        self, form: ConvForm, cin: int, out: int, h: int, t: int, kernel: tuple[int, int, int]
+    ) -> int | None:
+        """What a convolution of `t` frames takes where no library computes it; else None."""
+        if form == "library" or form == "cudnn":
+            return None
+        kt, kh, kw = kernel
+        size = ConvSize(
+            (self.batch, cin, t, h, self.width * self.scale),
+            (out, cin, kt, kh, kw),
+            around=(kh // 2, kh // 2, kw // 2, kw // 2),
+        )
+        return unfolded.hidden_bytes(form, size, self.itemsize, self.weights_ndhwc)
 
     # -- bytes and multiplications -----------------------------------------------------------------
 

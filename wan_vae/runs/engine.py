@@ -22,9 +22,12 @@ from ..device import free_bytes as device_free_bytes
 from ..errors import BackendError, CheckpointError, GeometryError, LatentError
 from ..kernels.cache_folder import cache_folder
 from ..kernels.proof.cache import ProofCache, environment
+from ..kernels.proof.formats import must_prove_formats, wrong_formats
 from ..kernels.proof.timing import device_timer
 from ..layout import LayoutDecision
+from ..libraries import Libraries
 from ..network.model import WanVAEModel, tensor_version
+from ..ops.eager.forms import EagerForms, choose_forms
 from ..ops.opset import LayerChoice, OpSet, eager_ops
 from ..options import Operation, Part, RunOptions
 from ..planning.choose import Choice, PlanRequest, choose, planned_bytes
@@ -114,8 +117,11 @@ class Engine:
         options, part = request.options, _PARTS[request.operation]
         if request.operation == "encode" and self.model.encoder is None:
             raise CheckpointError("this checkpoint has no encoder: load a full VAE file to encode")
-        model, decision = self._in_precision(options, part)
-        ops = select_ops(_ops_request(request, model), self._proof_cache, self.timer_of, prescribed)
+        libraries = Libraries.of(self.device)
+        model, decision, forms = self._in_precision(options, part, libraries)
+        ops = select_ops(
+            _ops_request(request, model, forms), self._proof_cache, self.timer_of, prescribed
+        )
         # What is impossible is refused at the call, before an output is allocated.
         frames, rows = request.latent_shape[2:4]
         if options.chunk_frames is not None:
@@ -133,7 +139,7 @@ class Engine:
 
         That takes device memory before anybody knows what the run will take.
         """
-        return may_prove(_ops_request(request, self.model), device)
+        return may_prove(_ops_request(request, self.model, EagerForms()), device)
 
     def plan(
         self, setup: Setup, *, whole_frames: bool = False, lengths: tuple[int, ...] | None = None
@@ -202,19 +208,33 @@ class Engine:
 
     # -- the pieces ----------------------------------------------------------------------------
 
-    def _in_precision(self, options: RunOptions, part: Part) -> tuple[WanVAEModel, LayoutDecision]:
-        """The model in the wanted precision, and `part` of it in the wanted memory format."""
+    def _in_precision(
+        self, options: RunOptions, part: Part, libraries: Libraries
+    ) -> tuple[WanVAEModel, LayoutDecision, EagerForms]:
+        """The model in the wanted precision, `part` of it in the wanted memory format, and the
+        forms of its eager operations."""
         precision = options.precision
         if precision != "auto" and (not isinstance(precision, str) or precision not in DTYPES):
             raise BackendError(
                 f"precision is {precision!r}: expected 'auto', 'fp32', 'bf16' or 'fp16'"
             )
         dtype = self.dtype if precision == "auto" else DTYPES[precision]
-        decision = layout.decide(options.memory_format, self.device, dtype)
+        wrong = self.wrong_formats(dtype)
+        decision = layout.decide(options.memory_format, self.device, dtype, libraries, wrong)
+        forms = choose_forms(libraries, dtype, decision.chosen, decision.is_wrong)
         with torch.inference_mode(False), torch.no_grad():
             model = self.model if dtype == self.dtype else self._in_dtype(dtype)
             layout.pack_weights(getattr(model, part), decision.chosen)
-        return model, decision
+        return model, decision, forms
+
+    def wrong_formats(self, dtype: torch.dtype) -> dict[str, str]:
+        """Memory formats in which 3-D convolutions of this device give wrong results, and how.
+
+        Proven once for a device and dtype, where that has been seen; see `proof.formats`.
+        """
+        if not must_prove_formats(self.device):
+            return {}
+        return wrong_formats(self.device, dtype, self._proof_cache())
 
     def _in_dtype(self, dtype: torch.dtype) -> WanVAEModel:
         """A copy of the model in `dtype`; the last one, unless the weights were changed since."""
@@ -259,6 +279,7 @@ class Engine:
                 dtype=setup.dtype,
                 memory_format=setup.layout.chosen,
                 layers=setup.ops.layers,
+                forms=setup.ops.forms,
                 free_bytes=free,
                 whole_frames=whole_frames,
                 chunk_frames=asked,
@@ -268,13 +289,14 @@ class Engine:
         )
 
 
-def _ops_request(request: SetupRequest, model: WanVAEModel) -> OpsRequest:
+def _ops_request(request: SetupRequest, model: WanVAEModel, forms: EagerForms) -> OpsRequest:
     return OpsRequest(
         request.options.backend,
         model,
         only_frame=request.latent_shape[2] == 1,
         part=_PARTS[request.operation],
         axis=None if request.shards is None else request.shards.axis,
+        forms=forms,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from ..kernels.proof.timing import Timer, device_timer
 from ..kernels.select import SelectRequest, select_kernels
 from ..network.model import WanVAEModel, tensor_version
 from ..network.sites import layer_sites
+from ..ops.eager.forms import EagerForms
 from ..ops.opset import LayerChoice, OpSet, Refusal, eager_ops
 from ..options import Axis, Backend, Part
 
@@ -26,7 +27,7 @@ class OpsRequest:
 
     only_frame: the video has one frame. axis: along which the picture is cut into shards, whose
     kernels take halo rows; None for the whole picture. part: whose layers the operations are for;
-    the model must have it.
+    the model must have it. forms: how layers without a kernel are computed.
     """
 
     backend: Backend
@@ -34,6 +35,7 @@ class OpsRequest:
     only_frame: bool
     part: Part = "decoder"
     axis: Axis | None = None
+    forms: EagerForms = field(default_factory=EagerForms)
 
 
 def select_ops(
@@ -63,13 +65,13 @@ def select_ops(
     families = registry.families_of(requested, device)
     if not families:
         reason = registry.auto_reason(device) if requested == "auto" else None
-        return _eager_because({} if reason is None else {"cuda": reason})
+        return _eager_because({} if reason is None else {"cuda": reason}, request.forms)
     missing = _missing(families, device, weight.dtype)
     if len(missing) == len(families):
         if requested == "auto":
-            return _eager_because(missing)
+            return _eager_because(missing, request.forms)
         raise BackendError(f"backend {requested!r} cannot run: {_in_words(missing)}")
-    key = (requested, request.only_frame, request.axis, request.part)
+    key = _key(request)
     state = (device, _state_of(model, request.part))
     kept = model.prepared.get(key)
     if kept is None or kept[0] != state or prescribed is not None:
@@ -83,9 +85,10 @@ def select_ops(
                 request.axis,
                 timer_of(weight.device),
                 prescribed,
+                eager_ops(request.forms),
             )
         )
-        refusals = (*_refusals(missing), *ops.refusals)
+        refusals = (*_refusals(missing), *ops.refusals, *_form_refusals(request, ops))
         kept = model.prepared[key] = state, replace(ops, refusals=refusals)
     return kept[1]
 
@@ -97,8 +100,17 @@ def may_prove(request: OpsRequest, device: torch.device) -> bool:
         return False
     if unavailable_reason(request.backend, device, model.decoder.conv1.weight.dtype) is not None:
         return False
-    kept = model.prepared.get((request.backend, request.only_frame, request.axis, request.part))
-    return kept is None or kept[0] != (card, _state_of(model, request.part))
+    # How eager layers are computed changes no proof.
+    state = (card, _state_of(model, request.part))
+    return not any(
+        isinstance(key, tuple) and key[:-1] == _key(request)[:-1] and kept[0] == state
+        for key, kept in model.prepared.items()
+    )
+
+
+def _key(request: OpsRequest) -> tuple[object, ...]:
+    """Names what stays prepared with a model; the forms last."""
+    return (request.backend, request.only_frame, request.axis, request.part, request.forms)
 
 
 def _state_of(model: WanVAEModel, part: Part) -> list[tuple[int, int]]:
@@ -143,5 +155,18 @@ def _refusals(missing: Mapping[str, str]) -> tuple[Refusal, ...]:
     return tuple(Refusal("conv3d", family, reason) for family, reason in missing.items())
 
 
-def _eager_because(missing: Mapping[str, str]) -> OpSet:
-    return replace(eager_ops(), refusals=_refusals(missing))
+def _eager_because(missing: Mapping[str, str], forms: EagerForms) -> OpSet:
+    ops = eager_ops(forms)
+    return replace(ops, refusals=(*_refusals(missing), *_library_refusals(forms)))
+
+
+def _form_refusals(request: OpsRequest, ops: OpSet) -> tuple[Refusal, ...]:
+    """Why eager layers go past a library; nothing where a kernel runs every layer."""
+    sites = layer_sites(request.model, request.part, request.only_frame)
+    if all(site.name in ops.layers for site in sites):
+        return ()
+    return _library_refusals(request.forms)
+
+
+def _library_refusals(forms: EagerForms) -> tuple[Refusal, ...]:
+    return tuple(Refusal(op, "PyTorch", reason) for op, reason in forms.reasons.items())

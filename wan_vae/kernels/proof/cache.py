@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -33,6 +34,8 @@ def environment(device: torch.device) -> dict[str, str]:
     card = Device.chosen_for(device)
     if card.runs_on is not None and card.capability is not None:
         known["imitates"] = "{}.{}".format(*card.capability)
+    if device.type == "mps":
+        known["macos"] = platform.mac_ver()[0]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         known["capability"] = f"{properties.major}.{properties.minor}"
