@@ -34,7 +34,7 @@ def state_of(vae: Any) -> dict[str, torch.Tensor]:
             "this VAE holds no weights (the checkpoint that it was loaded from has no VAE): "
             "load a Wan VAE file with Load VAE"
         )
-    patched = getattr(vae.patcher, "patches", {})
+    patched = getattr(getattr(vae, "patcher", None), "patches", {})
     if patched:
         raise CheckpointError(
             f"another node has patched {len(patched)} weights of this VAE ({_names(patched)}), "
@@ -70,8 +70,7 @@ def ignored(vae: Any) -> list[str]:
     methods = replaced_methods(vae)
     if methods:
         sentences.append(
-            f"the VAE's own {', '.join(methods)} of {type(vae).__name__} are ignored: another "
-            "pack replaced ComfyUI's, and ours run instead"
+            f"another pack replaced {', '.join(methods)} of this VAE: that is ignored, ours runs"
         )
     return sentences
 

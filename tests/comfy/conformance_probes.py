@@ -4,6 +4,8 @@ Copied into the server's custom_nodes as a pack of its own; not part of the pack
 """
 
 import copy
+import gc
+import sys
 
 import comfy.nested_tensor
 import comfy.sd
@@ -326,7 +328,7 @@ class ProbePatchedVAE:
             weight = made.first_stage_model.state_dict()[name]
             made.patcher.add_patches({name: (torch.ones_like(weight),)})
         elif kind == "scaled":
-            made.process_output = lambda image: (image + 1) * 127.5
+            made.process_output = lambda image: ((image + 1) * 127.5).clamp(0, 255)
             made.process_input = lambda image: image / 127.5 - 1
         elif kind == "disguised":
             return (_Disguised(),)
@@ -385,6 +387,23 @@ class ProbeExpand:
         return {"result": (decode.out(0),), "expand": graph.finalize()}
 
 
+class ProbeCopies(_Probe):
+    """Our packed copies of weights: [identity, dtype, a VAE is alive, loaded] of each."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"salt": ("INT", {"min": 0, "max": 1 << 30})}}
+
+    def probe(self, salt):
+        gc.collect()
+        (module,) = (m for name, m in sys.modules.items() if name.endswith(".nodes.packed"))
+        found = [
+            [id(copy.wan), str(key.dtype), copy.is_wanted, copy.is_loaded]
+            for key, copy in module.COPIES._copies.items()
+        ]
+        return {"ui": {"copies": found}}
+
+
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
@@ -396,5 +415,6 @@ NODE_CLASS_MAPPINGS = {
         ProbePatchedVAE,
         ProbeExtra,
         ProbeExpand,
+        ProbeCopies,
     )
 }

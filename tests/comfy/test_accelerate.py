@@ -155,7 +155,13 @@ def needed(inputs: dict) -> dict:
     return {name: INPUTS[name] for name in names}
 
 
-@pytest.mark.parametrize("name", list(NODES))
+# It scales every image to a megapixel.
+SLOW = ("qwen image edit",)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.full] if n in SLOW else []) for n in NODES]
+)
 def test_core_nodes_give_the_same_with_our_vae(comfy, name):
     kind, outputs, inputs = NODES[name]
     prompt = {
@@ -167,11 +173,13 @@ def test_core_nodes_give_the_same_with_our_vae(comfy, name):
     for slot in range(outputs):
         prompt[f"s{slot}"] = node("ProbeCompare", core=["core", slot], ours=["ours", slot])
     run = comfy.run(prompt)
-    if run.error is not None and run.error["node_id"] == "core":
-        # Inpainting in 0.3.75 divides by Wan's three ratios. What core's VAE cannot, ours need not.
+    if run.error is not None:
+        # In 0.3.75 this node divides by Wan's three ratios: what core's VAE cannot, ours need not.
         assert (kind, run.error["exception_type"]) == ("VAEEncodeForInpaint", "TypeError")
+        alone = {key: made for key, made in prompt.items() if key not in ("2", "ours", "s0")}
+        again = comfy.run({**alone, "s": node("ProbeSink", value=["core", 0])})
+        assert again.error["exception_type"] == "TypeError"
         return
-    assert run.error is None, run.error
     found = [one for slot in range(outputs) for one in run.outputs[f"s{slot}"].get("found", [])]
     assert_same(found)
     assert any(one.get("spread", 0) > 0.01 for one in found), "numbers, not zeros alone"
@@ -179,7 +187,7 @@ def test_core_nodes_give_the_same_with_our_vae(comfy, name):
     assert (report["kind"], report["vae"]) == (kind, "2")
     operation = "decode" if "Decode" in kind else "encode"
     assert (report["report"]["operation"], report["report"]["status"]) == (operation, "done")
-    assert run.report("2")["status"] == "done"
+    assert run_report(comfy, "2")["report"]["status"] == "done"
 
 
 def run_report(comfy, name: str) -> dict:
@@ -202,8 +210,7 @@ def test_the_report_and_the_progress_belong_to_the_node_that_asked(comfy):
     assert run.error is None, run.error
     sent = [m["data"] for m in run.messages if m["type"] == "wan_vae.report"]
     seen = [(m["node"], m["workflow"], m["kind"], m["vae"]) for m in sent]
-    assert ("2", "a-workflow", "WanVAEAccelerate", None) in seen
-    assert ("7", "a-workflow", kind, "2") in seen
+    assert seen and set(seen) == {("7", "a-workflow", kind, "2")}
     last = sent[-1]["report"]
     assert (last["status"], last["done_frames"]) == ("done", 13)
     progress = [m["data"] for m in run.messages if m["type"] == "progress"]
@@ -251,7 +258,7 @@ def test_tiles_that_are_asked_for_take_less_memory_and_compute_nothing_twice(com
     def planned(kind: str, **options) -> dict:
         prompt = {
             **accelerate(),
-            "z": latent(frames=8, height=16, width=16, seed=74),
+            "z": latent(frames=6, height=12, width=12, seed=74),
             "d": node(kind, vae=["2", 0], samples=["z", 0], **options),
             "s": node("ProbeSink", value=["d", 0]),
         }
@@ -291,16 +298,17 @@ def decoded(prompt: dict, seed: int, core: str = "0") -> dict:
     ("kind", "words"),
     [
         ("object_patches", r"2 object patches of this VAE are ignored \(decoder\.middle\.0"),
-        ("subclass", "own decode of OtherVAE are ignored"),
-        ("method", "own decode of VAE are ignored"),
+        ("subclass", "another pack replaced decode of this VAE"),
+        ("method", "another pack replaced decode of this VAE"),
     ],
 )
 def test_what_is_ignored_is_said_and_the_picture_is_that_of_the_weights(comfy, kind, words):
     run = comfy.run(decoded(patched(kind), seed=80))
     assert run.error is None, run.error
     assert_same(run.outputs["s"]["found"])
-    for warnings in (run.report("2")["warnings"], run_report(comfy, "ours")["report"]["warnings"]):
-        assert any(re.search(words, text) for text in warnings), warnings
+    for name in ("2", "ours"):
+        (warning,) = run_report(comfy, name)["report"]["warnings"]
+        assert re.search(words, warning)
 
 
 def test_a_patch_that_comes_after_ours_is_said_too(comfy):
@@ -329,8 +337,7 @@ def test_another_scale_of_pixels_is_followed(comfy):
     (found,) = run.outputs["s"]["found"]
     assert found["core"] == found["ours"]
     assert found["spread"] > 5, "pixels in [0, 255]"
-    # Core's pixels are not clamped before they are scaled; ours are in [-1, 1].
-    assert found["difference"] < 1.0
+    assert found["difference"] < 255 * TOLERANCE
     image = {"i": frames(5, seed=83)}
     both = {
         "core": node("VAEEncode", vae=["1", 0], pixels=["i", 0]),
@@ -346,7 +353,7 @@ def test_another_scale_of_pixels_is_followed(comfy):
     ("vae", "kind", "words"),
     [
         (load_vae(OTHER_VAE), "NotAWanVAEError", "Stable Diffusion.*own VAE nodes"),
-        ("disguised", "NotAWanVAEError", "holds no weights"),
+        ("disguised", "NotAWanVAEError", "a _Disguised of .*expected one of ComfyUI's own"),
         ("weights", "CheckpointError", r"patched 1 weights of this VAE \(decoder\.head\.2"),
     ],
 )
