@@ -328,7 +328,7 @@ class ProbePatchedVAE:
             weight = made.first_stage_model.state_dict()[name]
             made.patcher.add_patches({name: (torch.ones_like(weight),)})
         elif kind == "scaled":
-            made.process_output = lambda image: ((image + 1) * 127.5).clamp(0, 255)
+            made.process_output = lambda image: image.add_(1).mul_(127.5).clamp_(0, 255)
             made.process_input = lambda image: image / 127.5 - 1
         elif kind == "disguised":
             return (_Disguised(),)
