@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--cpu", action="store_true", help="a narrow model and small videos")
     parser.add_argument("--peers", action="store_true", help="ComfyUI's own nodes beside ours")
-    parser.add_argument("--kjnodes", type=Path, help="a checkout of ComfyUI-KJNodes, for --peers")
+    parser.add_argument("--kjnodes", type=Path, help="a checkout of ComfyUI-KJNodes")
     parser.add_argument(
         "--everywhere", action="store_true", help="core's nodes with our VAE and ComfyUI's own"
     )
@@ -215,8 +215,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = os.environ.get("COMFYUI_PATH")
     if not path or not (Path(path) / "main.py").is_file():
         parser.error("COMFYUI_PATH must name a ComfyUI checkout: a folder with main.py")
-    if args.kjnodes is not None and not (args.peers and args.kjnodes.is_dir()):
-        parser.error("--kjnodes must name a folder, and needs --peers")
+    if args.kjnodes is not None and not args.kjnodes.is_dir():
+        parser.error("--kjnodes must name a folder")
+    if args.kjnodes is not None and not (args.peers or args.everywhere):
+        parser.error("--kjnodes needs --peers or --everywhere")
     if (args.flags is not None or args.ballast is not None) and not args.everywhere:
         parser.error("--flags and --ballast need --everywhere")
     setting = Setting(
@@ -230,7 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, version = [], ""
     for name in ["default"] if args.flags is None else args.flags or FLAGS:
         if args.everywhere:
-            wanted = everywhere_cases(_scale(args.cpu, args.flags, args.ballast, name))
+            scale = _scale(args.cpu, args.flags, args.ballast, name)
+            wanted = everywhere_cases(scale, args.kjnodes is not None)
         elif args.peers:
             wanted = peer_cases(args.cpu, args.kjnodes is not None)
         else:

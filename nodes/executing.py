@@ -24,10 +24,12 @@ class Executing:
 
 def executing_node() -> Executing:
     """The node that asks our VAE for something."""
-    context, server = get_executing_context(), PromptServer.instance
+    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
+    if server is None:  # ComfyUI is used as a library
+        return Executing(None, None, None)
     # A thread that the node has started has no context. The last node that began is then the best
     # guess: ComfyUI executes one after another, except for those that wait for the network.
-    node = getattr(server, "last_node_id", None) if context is None else context.node_id
+    node = server.last_node_id if context is None else context.node_id
     pnginfo = None
     for item in list(server.prompt_queue.currently_running.values()):
         if context is None or item[1] == context.prompt_id:

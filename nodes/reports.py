@@ -101,8 +101,10 @@ class Reporter:
     def send(self, report: Report) -> None:
         """To the page that queued the prompt. Without one (an API prompt) nobody listens."""
         self._last_sent_s = time.monotonic()
+        if self.node is None:
+            return
         server = PromptServer.instance
-        if self.node is not None and server.client_id is not None:
+        if server.client_id is not None:
             server.send_sync(EVENT, message(self.node, report), server.client_id)
 
     def finish(self, report: Report) -> None:

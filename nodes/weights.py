@@ -61,7 +61,7 @@ def _put_back(state: dict[str, torch.Tensor], name: str, original: object) -> No
 def ignored(vae: Any) -> list[str]:
     """Sentences about what `vae` has beside its weights and we do not use; mostly none."""
     sentences = []
-    patches = getattr(vae.patcher, "object_patches", {})
+    patches = getattr(getattr(vae, "patcher", None), "object_patches", {})
     if patches:
         sentences.append(
             f"{len(patches)} object patches of this VAE are ignored ({_names(patches)}): they "
@@ -78,7 +78,7 @@ def ignored(vae: Any) -> list[str]:
 def replaced_methods(vae: Any) -> list[str]:
     """Which of METHODS another pack replaced, in a subclass of ComfyUI's VAE or in the object."""
     options = getattr(vae, "wan_vae", None)  # of an accelerated VAE
-    owners: list[Container[str]] = [vars(vae), getattr(options, "replaced", ())]
+    owners: list[Container[str]] = [getattr(vae, "__dict__", {}), getattr(options, "replaced", ())]
     for cls in type(vae).__mro__[:-1]:
         if cls.__module__ != "comfy.sd" and not cls.__module__.startswith(str(__package__)):
             owners.append(vars(cls))

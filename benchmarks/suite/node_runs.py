@@ -17,7 +17,7 @@ VAE_FILE = "wan2.1_random.safetensors"
 # changes the VAE first.
 _VAE, _SOURCE, _MEASURED, _PROBE, _PATCH = "1", "2", "3", "4", "5"
 # Only in some prompts: a conditioning, the same node with ComfyUI's own VAE, and the comparison.
-_CONDITIONING, _CORE, _COMPARED = "6", "7", "8"
+_CONDITIONING, _CORE, _COMPARED, _BEFORE = "6", "7", "8", "9"
 _ENCODERS = ("WanVAEEncode", "VAEEncode")
 ACCELERATE = "WanVAEAccelerate"
 # Flags of ComfyUI that decide where a VAE is and in what numbers; none first.
@@ -42,13 +42,15 @@ SIZES: dict[Scale, tuple[tuple[int, int, int], ...]] = {
 }
 # The folder of KJNodes among the packs of the measured ComfyUI.
 KJNODES = "ComfyUI-KJNodes"
+PATCH_TRITON = "PatchTritonVAE"
 
 
 @dataclass(frozen=True)
 class NodeCase:
     """A node and the size of its video in pixels: run once, then `warm` times with other values.
 
-    patch: the class of a node that changes the VAE first, with the values that it has by itself.
+    patch: the class of a node that changes the VAE first, with the values that it has by itself;
+    before: of one that comes before that.
     """
 
     title: str
@@ -59,6 +61,7 @@ class NodeCase:
     warm: int = 1
     inputs: Mapping[str, object] = field(default_factory=dict)
     patch: str | None = None
+    before: str | None = None
 
     @property
     def video(self) -> str:
@@ -104,7 +107,12 @@ class NodeCase:
             )
             name = "samples"
         inputs[name] = [_SOURCE, 0]
-        patch = {} if self.patch is None else {_PATCH: _node(self.patch, vae=[_VAE, 0])}
+        patch = {}
+        if self.before is not None:
+            patch[_BEFORE] = _node(self.before, vae=[_VAE, 0])
+        if self.patch is not None:
+            loaded = _VAE if self.before is None else _BEFORE
+            patch[_PATCH] = _node(self.patch, vae=[loaded, 0])
         return {
             _VAE: _node("VAELoader", vae_name=VAE_FILE),
             **patch,
@@ -148,7 +156,7 @@ def peer_cases(on_cpu: bool, kjnodes: bool) -> tuple[NodeCase, ...]:
     patched = NodeCase("VAE Decode behind KJNodes' Patch Triton VAE", "VAEDecode", *video, warm=3)
     return (
         NodeCase("Wan VAE Decode", "WanVAEDecode", *video, warm=5),
-        *((replace(patched, patch="PatchTritonVAE"),) if kjnodes else ()),
+        *((replace(patched, patch=PATCH_TRITON),) if kjnodes else ()),
         NodeCase("VAE Decode (ComfyUI's own)", "VAEDecode", *video, warm=3),
         NodeCase("Wan VAE Encode", "WanVAEEncode", *video, warm=3),
         NodeCase("VAE Encode (ComfyUI's own)", "VAEEncode", *video, warm=3),
@@ -157,10 +165,11 @@ def peer_cases(on_cpu: bool, kjnodes: bool) -> tuple[NodeCase, ...]:
     )
 
 
-def everywhere_cases(scale: Scale) -> tuple[NodeCase, ...]:
+def everywhere_cases(scale: Scale, kjnodes: bool = False) -> tuple[NodeCase, ...]:
     """Core's image to video and VAE Decode with our VAE, and with ComfyUI's own.
 
-    Ours comes first: after ComfyUI's own has run out of memory, that is not free for some time.
+    kjnodes: also with our VAE made of one that KJNodes' Patch Triton VAE has patched. Ours comes
+    first: after ComfyUI's own has run out of memory, that is not free for some time.
     """
     sizes = SIZES[scale]
     ours = [
@@ -170,7 +179,12 @@ def everywhere_cases(scale: Scale) -> tuple[NodeCase, ...]:
     ]
     short = min(17, sizes[0][0])
     alone = NodeCase("Wan VAE Decode", "WanVAEDecode", short, *sizes[0][1:], warm=3)
-    return (*ours, alone, *map(own, ours))
+    behind = [
+        replace(case, title=f"{case.title}, behind {PATCH_TRITON}", before=PATCH_TRITON)
+        for case in ours[:: len(sizes)]
+        if kjnodes
+    ]
+    return (*ours, alone, *behind, *map(own, ours))
 
 
 def own(case: NodeCase) -> NodeCase:

@@ -85,7 +85,7 @@ def test_our_vae_is_measured_before_comfyuis_own_in_the_same_nodes(scale):
     core = [case for case in found if case.patch is None and not case.node.startswith("WanVAE")]
     assert [(case.node, case.video) for case in ours] == [(case.node, case.video) for case in core]
     assert found.index(ours[-1]) < found.index(core[0])
-    for case in ours:
+    for case in (*ours, *everywhere_cases(scale, kjnodes=True)[len(ours) + 1 :][:2]):
         prompt = case.comparison(3)
         assert prompt["3"]["inputs"]["vae"] == ["5", 0] and prompt["7"]["inputs"]["vae"] == ["1", 0]
         both = [{**prompt[name]["inputs"], "vae": None} for name in ("3", "7")]
@@ -94,6 +94,14 @@ def test_our_vae_is_measured_before_comfyuis_own_in_the_same_nodes(scale):
             v[0] for node in prompt.values() for v in node["inputs"].values() if type(v) is list
         }
         assert linked <= set(prompt)
+
+
+def test_kjnodes_patch_comes_before_ours():
+    found = [case for case in everywhere_cases("usual", kjnodes=True) if case.before]
+    assert [case.node for case in found] == ["WanImageToVideo", "VAEDecode"]
+    prompt = found[0].prompt(0)
+    assert prompt["9"] == {"class_type": "PatchTritonVAE", "inputs": {"vae": ["1", 0]}}
+    assert prompt["5"]["inputs"]["vae"] == ["9", 0] and prompt["3"]["inputs"]["vae"] == ["5", 0]
 
 
 def test_a_failure_of_ours_is_a_fault_and_one_of_comfyui_a_row(rows):

@@ -190,6 +190,30 @@ def test_core_nodes_give_the_same_with_our_vae(comfy, name):
     assert run_report(comfy, "2")["report"]["status"] == "done"
 
 
+def test_wan_22_encodes_an_image_and_decodes_for_core_nodes(comfy):
+    size = {"width": 64, "height": 64, "length": 9, "batch_size": 1}
+    prompt = {
+        "0": load_vae(),
+        "1": node("ProbeWan22VAE", vae=["0", 0]),
+        "2": node("WanVAEAccelerate", vae=["1", 0]),
+        "image": frames(1, seed=6),
+        "z": latent(channels=48, frames=2, height=3, width=4, seed=7),
+    }
+    for name, vae in (("core", "1"), ("ours", "2")):
+        prompt[f"{name} i2v"] = node(
+            "Wan22ImageToVideoLatent", vae=[vae, 0], start_image=["image", 0], **size
+        )
+        prompt[f"{name} decode"] = node("VAEDecode", vae=[vae, 0], samples=["z", 0])
+    for what in ("i2v", "decode"):
+        links = {"core": [f"core {what}", 0], "ours": [f"ours {what}", 0]}
+        prompt[what] = node("ProbeCompare", **links)
+    run = comfy.run(prompt)
+    assert run.error is None, run.error
+    for what in ("i2v", "decode"):
+        assert_same(run.outputs[what]["found"])
+        assert max(one["spread"] for one in run.outputs[what]["found"]) > 0.01
+
+
 def run_report(comfy, name: str) -> dict:
     """What the server keeps for the panel about node `name` of a prompt without a workflow."""
     kept = comfy.get("/wan_vae/reports")["reports"]
