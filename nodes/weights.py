@@ -41,10 +41,12 @@ def state_of(vae: Any) -> dict[str, torch.Tensor]:
             "which a copy of its weights cannot follow: use ComfyUI's own VAE nodes for this one"
         )
     state: dict[str, torch.Tensor] = dict(vae.get_sd())
-    for loaded in model_management.current_loaded_models:
-        # Several patchers may share one model; the one that is loaded has patched it.
-        if loaded.model is not None and loaded.model.model is model:
-            for name, original in loaded.model.object_patches_backup.items():
+    # Several patchers may share one network. The one that is loaded has patched it, and the VAE's
+    # own may have left its patches there when another one was loaded.
+    loaded = [entry.model for entry in model_management.current_loaded_models]
+    for patcher in (getattr(vae, "patcher", None), *loaded):
+        if patcher is not None and patcher.model is model:
+            for name, original in patcher.object_patches_backup.items():
                 _put_back(state, name, original)
     return state
 

@@ -319,6 +319,8 @@ class ProbePatchedVAE:
             made.patcher.add_object_patch(f"{place}.0", _Fused(norm))
             made.patcher.add_object_patch(f"{place}.1", torch.nn.Identity())
             comfy.model_management.load_models_gpu([made.patcher])
+            if not isinstance(made.first_stage_model.decoder.middle[0].residual[0], _Fused):
+                raise RuntimeError("ComfyUI has not applied the patches")
         elif kind == "subclass":
             made.__class__ = OtherVAE
         elif kind == "method":
