@@ -8,6 +8,11 @@ and without a frontend. COMFYUI_PYTHON names the interpreter (default: this one)
 folder gets nodes.md and nodes.json. --cpu runs a narrow model on small videos, which says that the
 command works. --peers measures what our nodes stand for beside them, with --kjnodes (a checkout of
 ComfyUI-KJNodes) its Patch Triton VAE too.
+
+--everywhere measures core's own nodes with the VAE of WanVAEAccelerate and with ComfyUI's own, and
+compares their results; --flags does that under each flag for the VAE in turn, in a ComfyUI of its
+own; --ballast GIB leaves so much device memory free, as a small card has it (all of this needs
+--everywhere). What ComfyUI's own VAE cannot do then is a row with its error.
 """
 
 from __future__ import annotations
@@ -18,19 +23,27 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from safetensors.torch import save_file
 
+from benchmarks.suite.ballast import Ballast
 from benchmarks.suite.facts import Facts, repeatable
 from benchmarks.suite.node_runs import (
+    ACCELERATE,
+    FLAGS,
     KJNODES,
     VAE_FILE,
     NodeCase,
     NodeRow,
+    Scale,
     cases,
+    difference,
+    everywhere_cases,
+    failed,
     install_probes,
     link_pack,
     measure,
@@ -44,40 +57,66 @@ from wan_vae.config import wan21
 SCHEMA = "wan_vae.bench.nodes/1"
 
 
-def run(
-    path: Path, python: str, on_cpu: bool, wanted: Sequence[NodeCase], kjnodes: Path | None
-) -> tuple[list[NodeRow], str]:
-    """The rows of the `wanted` cases, and ComfyUI's version. `path`: its checkout."""
-    with tempfile.TemporaryDirectory(prefix="wan_vae_bench_") as folder:
+@dataclass(frozen=True)
+class Setting:
+    """A ComfyUI to measure in: its checkout and interpreter, flags, packs and free memory."""
+
+    path: Path
+    python: str
+    on_cpu: bool
+    kjnodes: Path | None = None
+    flags: str = ""
+    ballast_gib: float | None = None
+    # Failures are rows, and our VAE is compared with ComfyUI's own.
+    is_trial: bool = False
+
+
+def run(setting: Setting, wanted: Sequence[NodeCase]) -> tuple[list[NodeRow], str]:
+    """The rows of the `wanted` cases, and ComfyUI's version."""
+    with (
+        tempfile.TemporaryDirectory(prefix="wan_vae_bench_") as folder,
+        Ballast(setting.ballast_gib),
+    ):
         base = Path(folder)
         empty = base / "frontend"
         empty.mkdir()
-        environment = ComfyEnvironment(python, str(path), str(empty), str(empty))
+        environment = ComfyEnvironment(setting.python, str(setting.path), str(empty), str(empty))
         server = Comfy(
             environment,
             base / "comfyui",
             "--front-end-root",
             str(empty),
+            *setting.flags.split(),
             install=link_pack,
-            on_cpu=on_cpu,
+            on_cpu=setting.on_cpu,
         )
         install_probes(server)
-        if kjnodes is not None:
+        if setting.kjnodes is not None:
             link = server.base / "custom_nodes" / KJNODES
-            link.symlink_to(kjnodes.resolve(), target_is_directory=True)
-        config = wan21(dim=16) if on_cpu else wan21()
+            link.symlink_to(setting.kjnodes.resolve(), target_is_directory=True)
+        config = wan21(dim=16) if setting.on_cpu else wan21()
         save_file(random_state(config), server.base / "models" / "vae" / VAE_FILE)
-        rows = []
         with server:
             version = str(server.get("/system_stats")["system"]["comfyui_version"])
-            for number, case in enumerate(wanted):
-                print(f"{case.title}, {case.video}", file=sys.stderr, flush=True)
-                try:
-                    rows.append(measure(server, case, seed=100 * number))
-                except RuntimeError:
-                    print(server.log_text()[-6000:], file=sys.stderr)
-                    raise
+            rows = [
+                _measured(server, setting, case, 100 * number) for number, case in enumerate(wanted)
+            ]
     return rows, version
+
+
+def _measured(server: Comfy, setting: Setting, case: NodeCase, seed: int) -> NodeRow:
+    """The row of one case. Raises RuntimeError if it fails and this is no trial."""
+    print(f"{case.title}, {case.video} {setting.flags}", file=sys.stderr, flush=True)
+    try:
+        row = replace(measure(server, case, seed), flags=setting.flags)
+        if setting.is_trial and setting.ballast_gib is None and case.patch == ACCELERATE:
+            row = replace(row, difference=difference(server, case, seed + 90))
+        return row
+    except RuntimeError as error:
+        if setting.is_trial:
+            return replace(failed(case, error), flags=setting.flags)
+        print(server.log_text()[-6000:], file=sys.stderr)
+        raise
 
 
 def facts_of(rows: Sequence[NodeRow], comfyui: str, argv: Sequence[str]) -> Facts:
@@ -90,25 +129,30 @@ def facts_of(rows: Sequence[NodeRow], comfyui: str, argv: Sequence[str]) -> Fact
 
 def nodes_markdown(rows: Sequence[NodeRow], facts: Facts) -> str:
     """The results as Markdown."""
+    trial = any(row.flags or row.error or row.difference is not None for row in rows)
+    head = (
+        "| node | video | first, ms | warm, ms | free GiB | planned GiB | asked GiB | peak GiB "
+        "| allocator GiB | layout | kernels |" + (" flags | difference |" if trial else "")
+    )
     lines = [
         "# The nodes in a running ComfyUI",
         "",
         *facts.lines(),
-        "- default flags of ComfyUI, random weights and inputs, LATENT and IMAGE on the CPU",
+        f"- {'named' if trial else 'default'} flags of ComfyUI, random weights and inputs, LATENT "
+        "and IMAGE on the CPU",
         "- node time by ComfyUI's messages, new numbers in each run; first: the first run of that",
         "  node in the process; warm: median of the runs after it, smallest to largest in brackets",
         "- memory of the last run. planned: by the plan; asked: what ComfyUI was asked to free;",
         "  peak: by the node's report; allocator: peak of ComfyUI's process above what it held",
         "  before the run",
         "",
-        "| node | video | first, ms | warm, ms | free GiB | planned GiB | asked GiB | peak GiB "
-        "| allocator GiB | layout | kernels |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|---|",
+        head,
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|---|" + ("---|---:|" if trial else ""),
     ]
-    return "\n".join([*lines, *map(_line, rows)]) + "\n"
+    return "\n".join([*lines, *(_line(row, trial) for row in rows)]) + "\n"
 
 
-def _line(row: NodeRow) -> str:
+def _line(row: NodeRow, trial: bool) -> str:
     report = row.report or {"memory": {}, "layout": {}, "backends": {"used": {}}}
     memory = report["memory"]
     used = report["backends"]["used"]
@@ -119,8 +163,7 @@ def _line(row: NodeRow) -> str:
     cells = [
         row.node,
         row.video,
-        f"{row.first_ms:.0f}",
-        warm,
+        *(("", row.error) if row.error else (f"{row.first_ms:.0f}", warm)),
         _gib(memory.get("free_bytes")),
         _gib(memory.get("planned_bytes")),
         _gib(asked),
@@ -129,11 +172,22 @@ def _line(row: NodeRow) -> str:
         report["layout"].get("chosen", ""),
         ", ".join(f"{op} {backend}" for op, backend in used.items()),
     ]
+    if trial:
+        cells += [row.flags, "" if row.difference is None else f"{row.difference:.1e}"]
     return "| " + " | ".join(cells) + " |"
 
 
 def _gib(size: int | None) -> str:
     return "" if size is None else f"{size / 2**30:.3f}"
+
+
+def _scale(on_cpu: bool, flags: list[str] | None, ballast: float | None, name: str) -> Scale:
+    """How much is measured: on a CPU little, under many flags less, in little memory more."""
+    if on_cpu or name == "cpu-vae":
+        return "tiny"
+    if flags is not None:
+        return "small"
+    return "usual" if ballast is None else "large"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,17 +199,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--cpu", action="store_true", help="a narrow model and small videos")
     parser.add_argument("--peers", action="store_true", help="ComfyUI's own nodes beside ours")
-    parser.add_argument("--kjnodes", type=Path, help="a checkout of ComfyUI-KJNodes, for --peers")
+    parser.add_argument("--kjnodes", type=Path, help="a checkout of ComfyUI-KJNodes")
+    parser.add_argument(
+        "--everywhere", action="store_true", help="core's nodes with our VAE and ComfyUI's own"
+    )
+    parser.add_argument(
+        "--flags",
+        nargs="*",
+        choices=FLAGS,
+        help="under each of these flags, or under all of them; `default` is none",
+    )
+    parser.add_argument("--ballast", type=float, metavar="GIB", help="leave so much memory free")
     parser.add_argument("--output", type=Path, help="folder for nodes.md and nodes.json")
     args = parser.parse_args(argv)
     path = os.environ.get("COMFYUI_PATH")
     if not path or not (Path(path) / "main.py").is_file():
         parser.error("COMFYUI_PATH must name a ComfyUI checkout: a folder with main.py")
-    if args.kjnodes is not None and not (args.peers and args.kjnodes.is_dir()):
-        parser.error("--kjnodes must name a folder, and needs --peers")
-    wanted = peer_cases(args.cpu, args.kjnodes is not None) if args.peers else cases(args.cpu)
-    python = os.environ.get("COMFYUI_PYTHON") or sys.executable
-    rows, version = run(Path(path), python, args.cpu, wanted, args.kjnodes)
+    if args.kjnodes is not None and not args.kjnodes.is_dir():
+        parser.error("--kjnodes must name a folder")
+    if args.kjnodes is not None and not (args.peers or args.everywhere):
+        parser.error("--kjnodes needs --peers or --everywhere")
+    if (args.flags is not None or args.ballast is not None) and not args.everywhere:
+        parser.error("--flags and --ballast need --everywhere")
+    setting = Setting(
+        Path(path),
+        os.environ.get("COMFYUI_PYTHON") or sys.executable,
+        args.cpu,
+        args.kjnodes,
+        ballast_gib=args.ballast,
+        is_trial=args.everywhere,
+    )
+    rows, version = [], ""
+    for name in ["default"] if args.flags is None else args.flags or FLAGS:
+        if args.everywhere:
+            scale = _scale(args.cpu, args.flags, args.ballast, name)
+            wanted = everywhere_cases(scale, args.kjnodes is not None)
+        elif args.peers:
+            wanted = peer_cases(args.cpu, args.kjnodes is not None)
+        else:
+            wanted = cases(args.cpu)
+        flags = "" if name == "default" else f"--{name}"
+        more, version = run(replace(setting, flags=flags), wanted)
+        rows += more
     facts = facts_of(rows, version, argv)
     text = nodes_markdown(rows, facts)
     print(text)

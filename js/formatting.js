@@ -86,6 +86,7 @@ export function lineText(report, t) {
   const progress = { done: report.done_frames ?? 0, total: report.total_frames ?? 0 };
   if (report.status === "running") parts.unshift(t("line.running", progress));
   else if (report.status === "cancelled") parts.unshift(t("line.cancelled", progress));
+  else if (report.operation === "accelerate") parts.push(t("line.accelerate"));
   else if (report.operation !== "inspect") {
     const key = report.total_frames === 1 ? "line.one_frame" : "line.done";
     parts.push(t(key, { ...progress, time: durationText(report.duration_ms) }));

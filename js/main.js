@@ -4,7 +4,7 @@ import { app } from "/scripts/app.js";
 
 import { WanVAELine } from "./line.js";
 import { WanVAEPanel } from "./panel.js";
-import { fitsWorkflow, nodeByExecutionId, ReportStore } from "./store.js";
+import { nodeOf, ReportStore, vaeNodeOf } from "./store.js";
 import { translator } from "./strings.js";
 
 const EVENT = "wan_vae.report";
@@ -13,20 +13,14 @@ const TAB = "wan-vae";
 const LINE_SETTING = "WanVAE.NodeLine";
 const LINE_HEIGHT = 36;
 const LINE_MARGIN = 4;
-const NODES = /^WanVAE(Decode|DecodeSharded|DecodeToVideo|Encode|Inspect)$/;
+// The nodes that get a line. The panel has a card for every node that sends a report.
+const NODES = /^WanVAE(Accelerate|Decode|DecodeSharded|DecodeToVideo|Encode|Inspect)$/;
 
 const store = new ReportStore();
 let t = translator();
 const lineWidgets = new Set();
 
 const rootGraph = () => app.rootGraph ?? app.graph;
-
-function nodeOf(message) {
-  const graph = rootGraph();
-  if (!graph || !fitsWorkflow(message, graph)) return null;
-  const node = nodeByExecutionId(graph, message.node);
-  return node && NODES.test(node.comfyClass ?? "") ? node : null;
-}
 
 async function fetchReports() {
   const answer = await api.fetchApi(ROUTE);
@@ -70,7 +64,11 @@ function addLine(node) {
   line.context = {
     store,
     t: (...words) => t(...words),
-    find: () => store.findLast((message) => nodeOf(message) === node),
+    find: () =>
+      store.findLast((message) => {
+        const graph = rootGraph();
+        return nodeOf(message, graph) === node || vaeNodeOf(message, graph) === node;
+      }),
     openPanel,
   };
   const widget = node.addDOMWidget("wan_vae_line", "wan_vae_line", line, {
@@ -106,7 +104,7 @@ function addPanel() {
         store,
         t,
         locate: (message) => {
-          const node = nodeOf(message);
+          const node = nodeOf(message, rootGraph());
           if (node === null) return null;
           return { node, title: `${node.title} #${message.node}`, show: () => showNode(node) };
         },

@@ -1,12 +1,14 @@
 /**
  * The last report of every node, and an event when one changes.
  *
- * A message is what the server sends: `{node, workflow, report}`. `node` is the execution id
- * ("5", or "5:3" inside a subgraph), `workflow` the id of the workflow or null for API prompts.
+ * A message is what the server sends: `{node, workflow, kind, vae, report}`. `node` is the
+ * execution id ("5", or "5:3" inside a subgraph) and `kind` the class of the node that ran, one of
+ * ours or any other; `workflow` is the id of the workflow or null for API prompts. `vae` is the
+ * execution id of the WanVAEAccelerate node whose VAE another node used, else null.
  *
  *     const store = new ReportStore();
  *     store.addEventListener("change", (event) => console.log(event.detail.message));
- *     store.put({ node: "5", workflow: null, report });
+ *     store.put({ node: "5", workflow: null, kind: "WanVAEDecode", vae: null, report });
  */
 export class ReportStore extends EventTarget {
   #messages = new Map();
@@ -76,6 +78,23 @@ export function nodeByExecutionId(graph, executionId) {
     if (node === null) return null;
   }
   return node;
+}
+
+/**
+ * The node of `graph` that a message is about, or null. Ids are used again in other workflows and
+ * after edits, so the class must fit too.
+ */
+export function nodeOf(message, graph) {
+  if (!graph || !fitsWorkflow(message, graph)) return null;
+  const node = nodeByExecutionId(graph, message.node);
+  return node && node.comfyClass === message.kind ? node : null;
+}
+
+/** The WanVAEAccelerate node of `graph` whose VAE the node of a message used, or null. */
+export function vaeNodeOf(message, graph) {
+  if (!message.vae || nodeOf(message, graph) === null) return null;
+  const node = nodeByExecutionId(graph, message.vae);
+  return node?.comfyClass === "WanVAEAccelerate" ? node : null;
 }
 
 /** True if a message belongs to the workflow on screen. A message or graph without an id fits all. */

@@ -9,11 +9,12 @@ export const ENGLISH = {
   "line.failed": "failed: {error}",
   "line.done": "{total} frames in {time}",
   "line.one_frame": "1 frame in {time}",
+  "line.accelerate": "ready: no node has used it yet",
   "line.open": "Open the Wan VAE panel",
   "panel.title": "Wan VAE",
   "panel.empty": "No report yet",
   "panel.empty_hint":
-    "Add a Wan VAE Decode node in place of VAE Decode, or connect Wan VAE Inspect to Load VAE, and run the workflow. The report appears here.",
+    "Add a Wan VAE Decode node in place of VAE Decode, or Wan VAE, fast everywhere after Load VAE, and run the workflow. The report appears here.",
   "panel.show_node": "Show this node",
   "panel.copy": "Copy report",
   "panel.copied": "Copied",

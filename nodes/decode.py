@@ -7,7 +7,6 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..wan_vae.io.image import ImageSink
 from ..wan_vae.options import MemoryFormat
 from . import inputs
 from .reports import HIDDEN
@@ -48,10 +47,9 @@ class WanVAEDecode(io.ComfyNode):
         chunk_frames: int = 0,
     ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "decode") as run:
-            config = run.wan.config
             latent = inputs.latent_5d(samples)
-            shape = tuple(latent.shape)
-            plan = run.plan(shape, memory_format=memory_layout, chunk_frames=chunk_frames)
-            sink = ImageSink.allocate(shape, config, vae.output_device, inputs.output_dtype(vae))
-            run.wan.decode(latent, sink=sink, plan=plan, free_bytes=run.free_bytes(), **run.hooks)
-        return io.NodeOutput(sink.image.flatten(0, 1), ui=run.ui)
+            plan = run.plan(
+                tuple(latent.shape), memory_format=memory_layout, chunk_frames=chunk_frames
+            )
+            image = run.decode(latent, plan)
+        return io.NodeOutput(image.flatten(0, 1), ui=run.ui)

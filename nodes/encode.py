@@ -51,6 +51,5 @@ class WanVAEEncode(io.ComfyNode):
             video = frames_to_pixels(inputs.frames(pixels))
             shape = geometry.latent_shape(tuple(video.shape), config)
             plan = run.plan(shape, operation="encode", memory_format=memory_layout)
-            latent = torch.empty(shape, device=vae.output_device, dtype=inputs.output_dtype(vae))
-            latent.copy_(run.encode(video, plan))
+            latent = run.encode(video, plan)
         return io.NodeOutput({"samples": latent}, ui=run.ui)

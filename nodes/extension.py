@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .accelerate import WanVAEAccelerate
 from .decode import WanVAEDecode
 from .decode_sharded import WanVAEDecodeSharded
 from .decode_to_video import WanVAEDecodeToVideo
@@ -22,6 +23,7 @@ class WanVAEExtension(ComfyExtension):
             WanVAEEncode,
             WanVAEInspect,
             WanVAEDecodeToVideo,
+            WanVAEAccelerate,
         ]
 
 

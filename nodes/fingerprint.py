@@ -33,7 +33,7 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> bytes | None:
     places: dict[torch.Size, np.ndarray] = {}
     on_host: dict[str, np.ndarray] = {}
     on_device: dict[torch.device, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in state.items():
+    for name, tensor in sorted(state.items()):
         if tensor.is_meta:
             return None
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
@@ -54,7 +54,7 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> bytes | None:
         ends = np.cumsum([piece.numel() for piece in pieces.values()])
         flat = torch.cat(list(pieces.values())).cpu().numpy()
         on_host.update(zip(pieces, np.split(flat, ends[:-1]), strict=True))
-    for name in state:
+    for name in sorted(state):
         digest.update(np.ascontiguousarray(on_host[name]).data)
     return digest.digest()
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..wan_vae import LatentError
+from ..wan_vae.io.image import frames_to_pixels
 
 
 def latent_5d(samples: Mapping[str, Any]) -> torch.Tensor:
@@ -48,6 +49,24 @@ def frames(image: torch.Tensor) -> torch.Tensor:
         what = type(image).__name__ if shape is None else f"of shape {shape}"
         raise LatentError(f"the image is {what}: expected frames [T, H, W, 3 or more]")
     return image
+
+
+def videos(image: torch.Tensor, are_images: bool) -> torch.Tensor:
+    """Pixels [B, 3, T, H, W] in [-1, 1] of what nodes give a VAE to encode, in [0, 1].
+
+    image: the frames of one video [T, H, W, C >= 3], or as many images if `are_images`; or a batch
+    of videos [B, T, H, W, C]. Raises LatentError for anything else.
+    """
+    if isinstance(image, torch.Tensor) and image.ndim == 5:
+        clips = list(image)
+    elif are_images:
+        clips = [frame.unsqueeze(0) for frame in frames(image)]
+    else:
+        clips = [image]
+    pixels = [frames_to_pixels(frames(clip)) for clip in clips]
+    if not pixels:
+        raise LatentError("the batch of videos to encode is empty: expected one or more")
+    return pixels[0] if len(pixels) == 1 else torch.cat(pixels)
 
 
 def output_dtype(vae: Any) -> torch.dtype:

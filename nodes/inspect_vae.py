@@ -7,10 +7,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..wan_vae.commands.report_text import report_text
-from .packed import weight_dtypes
 from .reports import HIDDEN
 from .schema import schema, vae_input
 from .session import session
+from .weights import weight_dtypes
 
 
 class WanVAEInspect(io.ComfyNode):

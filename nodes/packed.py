@@ -1,39 +1,64 @@
-"""Our packed copy of a VAE's weights, for each VAE object of ComfyUI and each dtype.
+"""Our packed copies of VAE weights, one for the same weights, dtype and device.
 
-The copy is packed for the layout that was decided and lives in a plain ModelPatcher, so that
-ComfyUI counts it, unloads it under pressure and brings it back. Nothing of ComfyUI's own model is
-touched: its weights may be memory-mapped, offloaded or cast while they are used.
+A copy is packed for the layout that was decided and lives in a plain ModelPatcher, so that ComfyUI
+counts it, unloads it under pressure and brings it back. Nothing of ComfyUI's own model is touched:
+its weights may be memory-mapped, offloaded or cast while they are used.
+
+A copy is found by the fingerprint of the weights, not by the VAE object: two loaders of one file
+share it, and a VAE that is loaded again (--cache-none) finds it with all its kernels prepared. It
+goes:
+- when nobody can ask for it: the weights of its VAE have changed, and no other VAE has these;
+- when no VAE with these weights is alive and ComfyUI has unloaded the copy, in either order;
+- when there are more than MAX_COPIES, the one that was not used for the longest time, those without
+  a VAE first.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections import Counter
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import comfy.model_management as model_management
 import comfy.model_patcher
 import torch
+from comfy.patcher_extension import CallbacksMP
 
 from ..wan_vae import BackendError, NotAWanVAEError, WanVAE
-from ..wan_vae.device import DTYPES, dtype_name
+from ..wan_vae.device import DTYPES
 from ..wan_vae.options import PRECISIONS
+from ..wan_vae.runs.engine import count_weight_formats
 from .fingerprint import fingerprint
 from .free_memory import believed_free_bytes
+from .weights import state_of
+
+# A workflow may use both generations of Wan, or one of them in two precisions. A copy of Wan 2.1 in
+# bfloat16 is 0.24 GiB, of Wan 2.2 1.3 GiB.
+MAX_COPIES = 3
+
+
+@dataclass(frozen=True)
+class Key:
+    """Which weights a copy is made of, and for which dtype and device."""
+
+    source: bytes | None
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Our copy of one VAE in one dtype, and the patcher through which ComfyUI moves it.
+    """A copy of one VAE's weights, and the patcher through which ComfyUI moves it.
 
-    `source` is the fingerprint of the weights that it is a copy of.
+    `models`: the networks of ComfyUI that have these weights and are alive.
     """
 
     wan: WanVAE
     patcher: comfy.model_patcher.ModelPatcher
     device: torch.device
-    source: bytes | None
+    models: weakref.WeakSet[torch.nn.Module] = field(default_factory=weakref.WeakSet)
 
     def load(self, memory_bytes: int) -> None:
         """Bring the weights to the device and have ComfyUI free `memory_bytes` beside them."""
@@ -48,12 +73,25 @@ class Packed:
         """Bytes that ComfyUI leaves free; infinity where it does not know."""
         return believed_free_bytes(self.device, model_management.get_free_memory(self.device))
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a VAE with these weights is alive."""
+        return any(True for _ in self.models)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether ComfyUI counts it among its loaded models."""
+        return bool(_loaded(self.patcher))
+
 
 class PackedCopies:
-    """The packed copies of every VAE alive, by VAE object and dtype; keeps no VAE alive."""
+    """The copies that there are, the least recently used first. Keeps no VAE alive."""
 
-    def __init__(self) -> None:
-        self._copies: weakref.WeakKeyDictionary[object, dict[torch.dtype, Packed]] = (
+    def __init__(self, limit: int = MAX_COPIES) -> None:
+        self._limit = limit
+        self._copies: OrderedDict[Key, Packed] = OrderedDict()
+        # The last fingerprint of each network of ComfyUI that is alive.
+        self._sources: weakref.WeakKeyDictionary[torch.nn.Module, bytes] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -66,30 +104,82 @@ class PackedCopies:
         if precision != "auto" and precision not in DTYPES:
             expected = ", ".join(map(repr, PRECISIONS))
             raise BackendError(f"precision is {precision!r}: expected one of {expected}")
-        if getattr(vae, "first_stage_model", None) is None:
-            raise NotAWanVAEError(
-                "this VAE holds no weights (the checkpoint that it was loaded from has no VAE): "
-                "load a Wan VAE file with Load VAE"
-            )
+        state = state_of(vae)
+        model = vae.first_stage_model
+        source = self._source(model, state)
         dtype = vae.vae_dtype if precision == "auto" else DTYPES[precision]
-        state = vae.get_sd()
-        source = fingerprint(state)
-        copies = self._copies.setdefault(vae, {})
-        # Weights that cannot be read (None: not in memory now) cannot be packed anew either.
-        if dtype in copies and source is not None and copies[dtype].source != source:
-            del copies[dtype]  # before the next one is made: two would take twice the memory
-        if dtype not in copies:
-            copies[dtype] = _pack(vae, state, dtype, source)
-        return copies[dtype]
+        key = Key(source, dtype, vae.device)
+        if key not in self._copies:
+            self._make_room()  # first: two would take twice the memory
+            self._copies[key] = _pack(vae, state, dtype)
+            self._copies[key].patcher.add_callback(
+                CallbacksMP.ON_DETACH, partial(self._unloaded, key)
+            )
+        self._copies.move_to_end(key)
+        packed = self._copies[key]
+        packed.models.add(model)
+        # Not part of the fingerprint: each VAE may hold the same numbers in another format.
+        packed.wan.engine.weights_found = count_weight_formats(state)
+        return packed
+
+    def _source(self, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> bytes | None:
+        """The fingerprint of `model`'s weights, and what follows from a change of it.
+
+        Weights that cannot be read now (not in memory) are taken for those that were read last.
+        """
+        known, source = self._sources.get(model), fingerprint(state)
+        if source is None:
+            return known
+        if known is None:
+            weakref.finalize(model, self._sweep).atexit = False
+        elif known != source:
+            for packed in self._copies.values():
+                packed.models.discard(model)
+            self._drop_where(lambda key, packed: key.source == known and not packed.is_wanted)
+        self._sources[model] = source
+        return source
+
+    def _make_room(self) -> None:
+        while len(self._copies) >= self._limit:
+            oldest = [key for key, packed in self._copies.items() if not packed.is_wanted]
+            self._copies.pop((oldest or list(self._copies))[0])
+
+    def _sweep(self) -> None:
+        """After the death of a VAE: drop copies that nobody wants and ComfyUI does not count."""
+        self._drop_where(lambda _, packed: not packed.is_wanted and not packed.is_loaded)
+
+    def _drop_where(self, is_due: Any) -> None:
+        for key, packed in list(self._copies.items()):
+            if is_due(key, packed):
+                self._copies.pop(key, None)
+
+    def _unloaded(self, key: Key, patcher: Any, unpatch_all: bool) -> None:
+        """ComfyUI gives the device memory of a copy back; `unpatch_all` is False if it only
+        reorders its list."""
+        packed = self._copies.get(key)
+        if packed is None or packed.patcher is not patcher or not unpatch_all:
+            return
+        if not packed.is_wanted:
+            del self._copies[key]
+            # ComfyUI names the model that it has unloaded: it must live until it is off the list.
+            for loaded in _loaded(patcher):
+                weakref.finalize(loaded, _let_go, packed).atexit = False
+
+
+def _loaded(patcher: Any) -> list[Any]:
+    """The entry of `patcher` among ComfyUI's loaded models, if it is there."""
+    return [entry for entry in model_management.current_loaded_models if entry.model is patcher]
+
+
+def _let_go(_packed: Packed) -> None:
+    """The last reference to a copy ends here."""
 
 
 # A node has no object of its own that outlives a prompt: what must is kept by the module.
 COPIES = PackedCopies()
 
 
-def _pack(
-    vae: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, source: bytes | None
-) -> Packed:
+def _pack(vae: Any, state: dict[str, torch.Tensor], dtype: torch.dtype) -> Packed:
     offload_device = model_management.vae_offload_device()
     # Nodes run in inference mode; tensors made in it could not be moved outside of it, where
     # ComfyUI loads and unloads models.
@@ -101,9 +191,4 @@ def _pack(
     patcher = comfy.model_patcher.ModelPatcher(
         wan.model, load_device=vae.device, offload_device=offload_device
     )
-    return Packed(wan, patcher, vae.device, source)
-
-
-def weight_dtypes(vae: Any) -> dict[str, int]:
-    """How many tensors of the VAE, as ComfyUI holds it, are of each dtype: {"float32": 194}."""
-    return dict(Counter(dtype_name(t.dtype) for t in vae.get_sd().values()))
+    return Packed(wan, patcher, vae.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from aiohttp import web
@@ -29,22 +29,33 @@ HIDDEN = (io.Hidden.unique_id, io.Hidden.dynprompt, io.Hidden.extra_pnginfo)
 class NodeId:
     """Which node of which workflow a report belongs to; `workflow` is None for API prompts.
 
-    What API clients send is theirs to choose: anything but a workflow with an id is none.
+    kind: the node's class, which tells a page whether its node with this id is meant. vae: the id
+    of the WanVAEAccelerate node through which another node got here. What API clients send is
+    theirs to choose: anything but a workflow with an id is none.
     """
 
     node: str
     workflow: str | None
+    kind: str | None = field(default=None, compare=False)
+    vae: str | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, hidden: Any) -> NodeId:
-        """From a node's hidden inputs. A node made by expansion is its visible parent."""
-        node = str(hidden.unique_id)
+    def of(cls, hidden: Any, vae: str | None = None) -> NodeId | None:
+        """From a node's hidden inputs. A node made by expansion is its visible parent.
+
+        None where no node is executed.
+        """
+        if hidden.unique_id is None:
+            return None
+        node, kind = str(hidden.unique_id), None
         if hidden.dynprompt is not None:
             node = str(hidden.dynprompt.get_display_node_id(node))
+            if hidden.dynprompt.has_node(node):
+                kind = str(hidden.dynprompt.get_node(node)["class_type"])
         found = hidden.extra_pnginfo
         for key in ("workflow", "id"):
             found = found.get(key) if isinstance(found, dict) else None
-        return cls(node, found if isinstance(found, str) else None)
+        return cls(node, found if isinstance(found, str) else None, kind, vae)
 
 
 class ReportStore:
@@ -69,16 +80,16 @@ class ReportStore:
 
 
 def message(node: NodeId, report: Report) -> Report:
-    return {"node": node.node, "workflow": node.workflow, "report": report}
+    return {**asdict(node), "report": report}
 
 
 STORE = ReportStore()
 
 
 class Reporter:
-    """Tells the panel about one run of one node."""
+    """Tells the panel about one run of one node; nobody, if there is no node."""
 
-    def __init__(self, node: NodeId, store: ReportStore = STORE):
+    def __init__(self, node: NodeId | None, store: ReportStore = STORE):
         self.node = node
         self._store = store
         self._last_sent_s = 0.0
@@ -90,13 +101,16 @@ class Reporter:
     def send(self, report: Report) -> None:
         """To the page that queued the prompt. Without one (an API prompt) nobody listens."""
         self._last_sent_s = time.monotonic()
+        if self.node is None:
+            return
         server = PromptServer.instance
         if server.client_id is not None:
             server.send_sync(EVENT, message(self.node, report), server.client_id)
 
     def finish(self, report: Report) -> None:
         """Send the final report and keep it."""
-        self._store.put(self.node, report)
+        if self.node is not None:
+            self._store.put(self.node, report)
         self.send(report)
 
 

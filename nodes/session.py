@@ -1,8 +1,8 @@
 """One run of a node: our copy of the VAE, its plan, progress, cancel, and the reports.
 
 with session(cls.hidden, vae, precision, "decode") as run:
-    plan = run.plan(shape, memory_format=memory_layout)
-    run.wan.decode(latent, plan=plan, free_bytes=run.free_bytes(), **run.hooks)
+    plan = run.plan(tuple(latent.shape), memory_format=memory_layout)
+    image = run.decode(latent, plan)
 return io.NodeOutput(image, ui=run.ui)
 """
 
@@ -20,11 +20,14 @@ import torch
 
 from ..wan_vae import DecodeCancelled, DecodeReport, Plan, WanVAE, WanVAEError
 from ..wan_vae.errors import first_line
+from ..wan_vae.io.image import ImageSink
 from ..wan_vae.options import MemoryFormat, Operation, RunOptions
 from ..wan_vae.report import SCHEMA
 from ..wan_vae.runs.engine import SetupRequest
+from . import inputs
 from .packed import COPIES, Packed
 from .reports import NodeId, Reporter
+from .weights import ignored
 
 # Device memory for proving and timing kernels, which comes before anybody knows what the run will
 # take. Proofs took 1.27 GiB for Wan 2.2 and 0.20 GiB for Wan 2.1 on an NVIDIA H200, with a first
@@ -39,10 +42,13 @@ class Session:
     Do not make one yourself: `session` makes it and sends its final report.
     """
 
-    def __init__(self, hidden: Any, vae: Any, precision: str) -> None:
-        self._reporter = Reporter(NodeId.of(hidden))
+    def __init__(self, node: NodeId | None, vae: Any, precision: str) -> None:
+        self._reporter = Reporter(node)
         self._bar = comfy.utils.ProgressBar(1)
-        self._vae, self._precision = vae, precision
+        self.vae, self._precision = vae, precision
+        # Sentences that the final report gets beside the library's own.
+        self.warnings: list[str] = []
+        self.fallbacks: list[str] = []
         self._packed: Packed | None = None
         self._before: DecodeReport | None = None
         # The final report as the panel reads it.
@@ -52,8 +58,9 @@ class Session:
     def packed(self) -> Packed:
         """Our copy of the VAE, made when it is first asked for. Raises what `COPIES.get` raises."""
         if self._packed is None:
-            self._packed = COPIES.get(self._vae, self._precision)
+            self._packed = COPIES.get(self.vae, self._precision)
             self._before = self._packed.wan.last_report
+            self.warnings += ignored(self.vae)
         return self._packed
 
     @property
@@ -85,32 +92,58 @@ class Session:
         memory_format: MemoryFormat = "auto",
         chunk_frames: int = 0,
         whole_frames: bool = False,
+        tile: Sequence[int] | None = None,
     ) -> Plan:
         """Make the plan of a run, and ask ComfyUI to free exactly the planned memory.
 
-        chunk_frames: 0 lets the plan decide. The weights are on the device afterwards. The run
-        executes this plan, or makes a smaller one if ComfyUI could not free that much.
+        chunk_frames: 0 lets the plan decide. tile: shape of a latent; the run takes no more memory
+        at a time than that one would, as long as this does not need strips. The weights are on the
+        device afterwards. The run executes this plan, or makes a smaller one if ComfyUI could not
+        free that much.
         """
         # Weights first: the device that holds them decides which kernels run.
         request = SetupRequest(operation, tuple(latent_shape), RunOptions())
         proves = self.wan.engine.may_prove(request, self.packed.device)
         self.packed.load(PROOF_BYTES if proves else 0)
-        plan = self.wan.plan(
-            latent_shape,
-            operation=operation,
-            chunk_frames=chunk_frames or None,
-            memory_format=memory_format,
-            free_bytes=math.inf,
-            whole_frames=whole_frames,
-        )
+
+        def planned(shape: Sequence[int], frames: int | None, free_bytes: float = math.inf) -> Plan:
+            return self.wan.plan(
+                shape,
+                operation=operation,
+                chunk_frames=frames,
+                memory_format=memory_format,
+                free_bytes=free_bytes,
+                whole_frames=whole_frames,
+            )
+
+        plan = planned(latent_shape, chunk_frames or None)
+        if tile is not None:
+            bound = planned(tile, None).planned_bytes
+            if plan.planned_bytes > bound:
+                smaller = planned(latent_shape, None, bound)
+                # Strips compute rows twice: they are for memory that is not there.
+                plan = planned(latent_shape, 1) if smaller.strips else smaller
         self.packed.load(plan.planned_bytes)
         return plan
 
+    def decode(self, latent: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """The frames [B, T, H, W, 3] in [0, 1] of `latent` by `plan`, where ComfyUI wants them."""
+        vae = self.vae
+        sink = ImageSink.allocate(
+            plan.latent_shape, self.wan.config, vae.output_device, inputs.output_dtype(vae)
+        )
+        self.wan.decode(latent, sink=sink, plan=plan, free_bytes=self.free_bytes(), **self.hooks)
+        return sink.image
+
     def encode(self, video: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """The latent of `video` [1, 3, T, H, W] by `plan`, on the device."""
+        """The latent of `video` [B, 3, T, H, W] by `plan`, where ComfyUI wants it."""
         latent = self.wan.encode(video, plan=plan, **self.hooks)
         assert latent is not None  # one process always gets the result
-        return latent
+        return self.as_output(latent)
+
+    def as_output(self, result: torch.Tensor) -> torch.Tensor:
+        """`result` on the device and in the dtype that ComfyUI wants of this VAE."""
+        return result.to(device=self.vae.output_device, dtype=inputs.output_dtype(self.vae))
 
     def _on_progress(self, done: int, total: int, report: DecodeReport) -> None:
         if self._reporter.due():
@@ -120,16 +153,17 @@ class Session:
             self._bar.update_absolute(done, total)
 
     def finish(self) -> None:
-        """Send the library's report of the run that is done."""
-        report = self.wan.last_report
-        self.report = {} if report is None else report.as_dict()
+        """Send the library's report of the run that is done, or `report` if the node has set it."""
+        last = self.wan.last_report
+        if not self.report and last is not None:
+            self.report = self._with_notes(last).as_dict()
         self._reporter.finish(self.report)
 
     def finish_early(self, operation: str, status: str, error: str) -> None:
         """Send the report of a run that ended early: the library's, or else only how it ended."""
         report = None if self._packed is None else self._packed.wan.last_report
         if report is not None and report is not self._before:
-            self.report = replace(report, status=status, error=error).as_dict()
+            self.report = self._with_notes(replace(report, status=status, error=error)).as_dict()
         else:
             self.report = {
                 "schema": SCHEMA,
@@ -139,15 +173,26 @@ class Session:
             }
         self._reporter.finish(self.report)
 
+    def _with_notes(self, report: DecodeReport) -> DecodeReport:
+        return replace(
+            report,
+            warnings=(*report.warnings, *self.warnings),
+            fallbacks=(*report.fallbacks, *self.fallbacks),
+        )
+
 
 @contextmanager
-def session(hidden: Any, vae: Any, precision: str, operation: str) -> Iterator[Session]:
+def session(
+    hidden: Any, vae: Any, precision: str, operation: str, through: str | None = None
+) -> Iterator[Session]:
     """Run a node's work with progress, cancel and reports.
 
-    A cancel raises ComfyUI's own exception. Every other error is raised again, after its report
-    was sent: otherwise the panel would still show the previous run.
+    hidden: what ComfyUI gives the node as hidden inputs. through: the id of the WanVAEAccelerate
+    node that made `vae`, where the node is not one of ours. A cancel raises ComfyUI's own
+    exception. Every other error is raised again, after its report was sent: otherwise the panel
+    would still show the previous run.
     """
-    run = Session(hidden, vae, precision)
+    run = Session(NodeId.of(hidden, through), vae, precision)
     try:
         with torch.inference_mode(False), torch.no_grad():
             yield run

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tests.comfy.server import PACK, REPOSITORY, Comfy, Run
 
@@ -16,16 +16,41 @@ VAE_FILE = "wan2.1_random.safetensors"
 # Nodes of a prompt: the VAE, what is decoded or encoded, the measured node, the probe, and what
 # changes the VAE first.
 _VAE, _SOURCE, _MEASURED, _PROBE, _PATCH = "1", "2", "3", "4", "5"
+# Only in some prompts: a conditioning, the same node with ComfyUI's own VAE, and the comparison.
+_CONDITIONING, _CORE, _COMPARED, _BEFORE = "6", "7", "8", "9"
 _ENCODERS = ("WanVAEEncode", "VAEEncode")
+ACCELERATE = "WanVAEAccelerate"
+# Flags of ComfyUI that decide where a VAE is and in what numbers; none first.
+FLAGS = (
+    "default",
+    "disable-dynamic-vram",
+    "lowvram",
+    "novram",
+    "gpu-only",
+    "fp32-vae",
+    "fp16-vae",
+    "cpu-vae",
+    "cache-none",
+)
+Scale = Literal["tiny", "small", "usual", "large"]
+# Frames, height and width of the videos of each scale.
+SIZES: dict[Scale, tuple[tuple[int, int, int], ...]] = {
+    "tiny": ((9, 64, 96),),
+    "small": ((81, 480, 832),),
+    "usual": ((81, 480, 832), (81, 720, 1280)),
+    "large": ((81, 480, 832), (81, 720, 1280), (81, 1088, 1920)),
+}
 # The folder of KJNodes among the packs of the measured ComfyUI.
 KJNODES = "ComfyUI-KJNodes"
+PATCH_TRITON = "PatchTritonVAE"
 
 
 @dataclass(frozen=True)
 class NodeCase:
     """A node and the size of its video in pixels: run once, then `warm` times with other values.
 
-    patch: the class of a node that changes the VAE first, with the values that it has by itself.
+    patch: the class of a node that changes the VAE first, with the values that it has by itself;
+    before: of one that comes before that.
     """
 
     title: str
@@ -36,6 +61,7 @@ class NodeCase:
     warm: int = 1
     inputs: Mapping[str, object] = field(default_factory=dict)
     patch: str | None = None
+    before: str | None = None
 
     @property
     def video(self) -> str:
@@ -44,16 +70,30 @@ class NodeCase:
 
     def prompt(self, seed: int) -> dict[str, Any]:
         """The API prompt: random numbers from `seed` into the node, and its result to the probe."""
-        if self.node in _ENCODERS:
+        vae = _VAE if self.patch is None else _PATCH
+        inputs: dict[str, object] = {"vae": [vae, 0], **self.inputs}
+        conditioning = {}
+        if self.node in (*_ENCODERS, "WanImageToVideo"):
             source = _node(
                 "ProbeFrames",
-                frames=self.frames,
+                frames=1 if self.node == "WanImageToVideo" else self.frames,
                 height=self.height,
                 width=self.width,
                 channels=3,
                 seed=seed,
             )
             name = "pixels"
+            if self.node == "WanImageToVideo":
+                name = "start_image"
+                conditioning = {_CONDITIONING: _node("ProbeConditioning")}
+                inputs |= {
+                    "positive": [_CONDITIONING, 0],
+                    "negative": [_CONDITIONING, 0],
+                    "width": self.width,
+                    "height": self.height,
+                    "length": self.frames,
+                    "batch_size": 1,
+                }
         else:
             source = _node(
                 "ProbeLatent",
@@ -66,16 +106,30 @@ class NodeCase:
                 kind="plain",
             )
             name = "samples"
-        vae = _VAE if self.patch is None else _PATCH
-        inputs = {"vae": [vae, 0], name: [_SOURCE, 0], **self.inputs}
-        patch = {} if self.patch is None else {_PATCH: _node(self.patch, vae=[_VAE, 0])}
+        inputs[name] = [_SOURCE, 0]
+        patch = {}
+        if self.before is not None:
+            patch[_BEFORE] = _node(self.before, vae=[_VAE, 0])
+        if self.patch is not None:
+            loaded = _VAE if self.before is None else _BEFORE
+            patch[_PATCH] = _node(self.patch, vae=[loaded, 0])
         return {
             _VAE: _node("VAELoader", vae_name=VAE_FILE),
             **patch,
+            **conditioning,
             _SOURCE: source,
             _MEASURED: _node(self.node, **inputs),
             _PROBE: _node("WanVAEBenchMemory", value=[_MEASURED, 0]),
         }
+
+    def comparison(self, seed: int) -> dict[str, Any]:
+        """The same node with our VAE and with ComfyUI's own, and what they gave compared."""
+        prompt = self.prompt(seed)
+        measured = prompt[_MEASURED]
+        core = {**measured["inputs"], "vae": [_VAE, 0]}
+        prompt[_CORE] = _node(self.node, **core)
+        prompt[_COMPARED] = _node("ProbeCompare", core=[_CORE, 0], ours=[_MEASURED, 0])
+        return prompt
 
 
 def _node(class_type: str, **inputs: object) -> dict[str, Any]:
@@ -102,13 +156,41 @@ def peer_cases(on_cpu: bool, kjnodes: bool) -> tuple[NodeCase, ...]:
     patched = NodeCase("VAE Decode behind KJNodes' Patch Triton VAE", "VAEDecode", *video, warm=3)
     return (
         NodeCase("Wan VAE Decode", "WanVAEDecode", *video, warm=5),
-        *((replace(patched, patch="PatchTritonVAE"),) if kjnodes else ()),
+        *((replace(patched, patch=PATCH_TRITON),) if kjnodes else ()),
         NodeCase("VAE Decode (ComfyUI's own)", "VAEDecode", *video, warm=3),
         NodeCase("Wan VAE Encode", "WanVAEEncode", *video, warm=3),
         NodeCase("VAE Encode (ComfyUI's own)", "VAEEncode", *video, warm=3),
         NodeCase("Wan VAE Decode", "WanVAEDecode", *image, warm=9),
         NodeCase("VAE Decode (ComfyUI's own)", "VAEDecode", *image, warm=9),
     )
+
+
+def everywhere_cases(scale: Scale, kjnodes: bool = False) -> tuple[NodeCase, ...]:
+    """Core's image to video and VAE Decode with our VAE, and with ComfyUI's own.
+
+    kjnodes: also with our VAE made of one that KJNodes' Patch Triton VAE has patched. Ours comes
+    first: after ComfyUI's own has run out of memory, that is not free for some time.
+    """
+    sizes = SIZES[scale]
+    ours = [
+        NodeCase(f"{title}, our VAE", node, *size, warm=3, patch=ACCELERATE)
+        for title, node in (("image to video", "WanImageToVideo"), ("VAE Decode", "VAEDecode"))
+        for size in sizes
+    ]
+    short = min(17, sizes[0][0])
+    alone = NodeCase("Wan VAE Decode", "WanVAEDecode", short, *sizes[0][1:], warm=3)
+    behind = [
+        replace(case, title=f"{case.title}, behind {PATCH_TRITON}", before=PATCH_TRITON)
+        for case in ours[:: len(sizes)]
+        if kjnodes
+    ]
+    return (*ours, alone, *behind, *map(own, ours))
+
+
+def own(case: NodeCase) -> NodeCase:
+    """The same node with ComfyUI's own VAE."""
+    title = case.title.replace("our VAE", "ComfyUI's own")
+    return replace(case, title=title, warm=1, patch=None)
 
 
 @dataclass(frozen=True)
@@ -119,6 +201,9 @@ class NodeRow:
     the next one is executing. asked_bytes: what ComfyUI was asked to free, call by call; empty
     where that cannot be seen (before Python 3.12). peak_bytes: of PyTorch's allocator in ComfyUI's
     process, above what it held after the run before; None on the CPU. report: the node's own.
+    flags: of ComfyUI. difference: the largest one to ComfyUI's own VAE, in units of the spread of
+    its numbers where that is above 1; None if it was not compared. error: of a run that failed;
+    then there are no other numbers.
     """
 
     node: str
@@ -130,9 +215,15 @@ class NodeRow:
     asked_bytes: tuple[int, ...]
     peak_bytes: int | None
     report: dict[str, Any] | None
+    flags: str = ""
+    difference: float | None = None
+    error: str = ""
 
     def faults(self) -> list[str]:
         """What is wrong with a node of ours: a run that is not done, memory not as planned."""
+        if self.error:
+            is_ours = self.class_type.startswith("WanVAE") or "our VAE" in self.node
+            return [f"{self.node} {self.flags}: {self.error}"] if is_ours else []
         if self.report is None:
             return []
         planned = self.report["plan"]["planned_bytes"]
@@ -141,7 +232,9 @@ class NodeRow:
             found.append(f"{self.node}: the report says {self.report['status']}")
         if self.report["memory"]["planned_bytes"] != planned:
             found.append(f"{self.node}: the plan of the run is not the one of its memory")
-        if self.asked_bytes and self.asked_bytes[-1] != planned:
+        # Where ComfyUI could not free as much as it was asked for, the run took a smaller plan.
+        again = any(note.startswith("planned again") for note in self.report["plan"]["notes"])
+        if self.asked_bytes and self.asked_bytes[-1] != planned and not again:
             asked = self.asked_bytes[-1]
             found.append(f"{self.node}: planned {planned} bytes, ComfyUI was asked for {asked}")
         return found
@@ -187,13 +280,29 @@ def measure(server: Comfy, case: NodeCase, seed: int) -> NodeRow:
         if run.error is not None:
             raise RuntimeError(f"{case.title}: {run.error['exception_message']}")
         times.append(clock.ms)
-    return _row(case, times, run)
+    return _row(server, case, times, run)
 
 
-def _row(case: NodeCase, times: list[float], run: Run) -> NodeRow:
+def failed(case: NodeCase, error: RuntimeError) -> NodeRow:
+    """The row of a case that did not run through."""
+    lines = str(error).splitlines()
+    return NodeRow(case.title, case.node, case.video, 0, (), 0, (), None, None, error=lines[0])
+
+
+def difference(server: Comfy, case: NodeCase, seed: int) -> float:
+    """How far `case`, which has a VAE of ours, is from ComfyUI's own. Raises RuntimeError."""
+    run = server.run(case.comparison(seed))
+    if run.error is not None:
+        raise RuntimeError(f"{case.title}: {run.error['exception_message']}")
+    found = [one for one in run.outputs[_COMPARED]["found"] if one["core"] != "None"]
+    if not found or any(one["core"] != one["ours"] for one in found):
+        raise RuntimeError(f"{case.title}: not the shape, dtype and device of ComfyUI's own")
+    return max(one["difference"] / max(1.0, one["spread"]) for one in found)
+
+
+def _row(server: Comfy, case: NodeCase, times: list[float], run: Run) -> NodeRow:
     memory = run.outputs[_PROBE]
     (start,), (peak,) = memory["start"], memory["peak"]
-    reports = run.outputs.get(_MEASURED, {}).get("wan_vae", [None])
     return NodeRow(
         node=case.title,
         class_type=case.node,
@@ -203,8 +312,18 @@ def _row(case: NodeCase, times: list[float], run: Run) -> NodeRow:
         median_ms=statistics.median(times[1:]),
         asked_bytes=tuple(memory["asked"]),
         peak_bytes=None if peak is None or start is None else peak - start,
-        report=reports[0],
+        report=_report(server, case),
     )
+
+
+def _report(server: Comfy, case: NodeCase) -> dict[str, Any] | None:
+    """The report of the measured node, which the server keeps for the panel; None without one."""
+    if not case.node.startswith("WanVAE") and case.patch != ACCELERATE:
+        return None
+    kept = server.get("/wan_vae/reports")["reports"]
+    (report,) = (m["report"] for m in kept if (m["node"], m["kind"]) == (_MEASURED, case.node))
+    found: dict[str, Any] = report
+    return found
 
 
 def link_pack(custom_nodes: Path) -> Path:

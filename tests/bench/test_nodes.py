@@ -11,7 +11,15 @@ import pytest
 
 from benchmarks import comfyui_nodes
 from benchmarks.suite.facts import Facts
-from benchmarks.suite.node_runs import NodeClock, NodeRow, cases, peer_cases
+from benchmarks.suite.node_runs import (
+    SIZES,
+    NodeClock,
+    NodeRow,
+    cases,
+    everywhere_cases,
+    failed,
+    peer_cases,
+)
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/2026-11-28-h200-nodes.json"
 
@@ -68,6 +76,51 @@ def test_a_peer_may_change_the_vae_first():
     patches = [case.patch for case in peer_cases(False, True)]
     assert patches.count("PatchTritonVAE") == 1
     assert not any(case.patch for case in peer_cases(False, kjnodes=False))
+
+
+@pytest.mark.parametrize("scale", list(SIZES))
+def test_our_vae_is_measured_before_comfyuis_own_in_the_same_nodes(scale):
+    found = everywhere_cases(scale)
+    ours = [case for case in found if case.patch == "WanVAEAccelerate"]
+    core = [case for case in found if case.patch is None and not case.node.startswith("WanVAE")]
+    assert [(case.node, case.video) for case in ours] == [(case.node, case.video) for case in core]
+    assert found.index(ours[-1]) < found.index(core[0])
+    for case in (*ours, *everywhere_cases(scale, kjnodes=True)[len(ours) + 1 :][:2]):
+        prompt = case.comparison(3)
+        assert prompt["3"]["inputs"]["vae"] == ["5", 0] and prompt["7"]["inputs"]["vae"] == ["1", 0]
+        both = [{**prompt[name]["inputs"], "vae": None} for name in ("3", "7")]
+        assert both[0] == both[1]
+        linked = {
+            v[0] for node in prompt.values() for v in node["inputs"].values() if type(v) is list
+        }
+        assert linked <= set(prompt)
+
+
+def test_kjnodes_patch_comes_before_ours():
+    found = [case for case in everywhere_cases("usual", kjnodes=True) if case.before]
+    assert [case.node for case in found] == ["WanImageToVideo", "VAEDecode"]
+    prompt = found[0].prompt(0)
+    assert prompt["9"] == {"class_type": "PatchTritonVAE", "inputs": {"vae": ["1", 0]}}
+    assert prompt["5"]["inputs"]["vae"] == ["9", 0] and prompt["3"]["inputs"]["vae"] == ["5", 0]
+
+
+def test_a_failure_of_ours_is_a_fault_and_one_of_comfyui_a_row(rows):
+    ours, *_, core = everywhere_cases("tiny")
+    made = [failed(case, RuntimeError("out of memory\nmore")) for case in (ours, core)]
+    assert made[0].faults() == ["image to video, our VAE : out of memory"]
+    assert made[1].faults() == []
+    facts = Facts("schema", "command", "device", "2026-01-01", {})
+    page = comfyui_nodes.nodes_markdown([*rows, *made], facts)
+    assert page.count("| out of memory |") == 2 and "| flags | difference |" in page
+
+
+def test_flags_and_ballast_are_for_everywhere(monkeypatch, capsys, tmp_path):
+    (tmp_path / "main.py").touch()
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    for words in (["--flags"], ["--ballast", "8"]):
+        with pytest.raises(SystemExit):
+            comfyui_nodes.main(words)
+        assert "need --everywhere" in capsys.readouterr().err
 
 
 def test_a_run_on_a_gpu_asked_comfyui_for_what_was_planned(rows):

@@ -60,7 +60,13 @@ def readme_picture() -> None:
 def _draw(frontend: Frontend) -> None:
     page = frontend.page
     workflow = decode_workflow(VAE, LATENT)
-    message = {"node": "3", "workflow": workflow["id"], "report": report_of_a_gpu()}
+    message = {
+        "node": "3",
+        "workflow": workflow["id"],
+        "kind": "WanVAEDecode",
+        "vae": None,
+        "report": report_of_a_gpu(),
+    }
     page.route("**/wan_vae/reports", lambda route: route.fulfill(json={"reports": [message]}))
     frontend.open()
     frontend.setting("Comfy.TutorialCompleted", True)

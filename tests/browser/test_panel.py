@@ -6,7 +6,13 @@ import urllib.parse
 
 import pytest
 
-from tests.browser.workflows import cat_workflow, sharded_workflow, workflow, workflow_id
+from tests.browser.workflows import (
+    accelerated_workflow,
+    cat_workflow,
+    sharded_workflow,
+    workflow,
+    workflow_id,
+)
 from tests.comfy.graphs import OTHER_VAE
 
 pytestmark = pytest.mark.browser
@@ -50,6 +56,25 @@ def test_line_and_panel_follow_a_run(frontend):
     assert sorted(conv3d) == sorted(used.split(", "))
     assert f"({used.split(' contiguous')[0]}/" in text_of(frontend)
     frontend.shot("panel")
+
+
+def test_a_node_of_core_has_a_card_and_the_vae_node_a_line(frontend):
+    """VAE Decode is not ours: it gets no line, and the panel shows its report all the same."""
+    frontend.load(accelerated_workflow(seed=3, identity=f"accelerated-{frontend.mode}"))
+    frontend.open_tab()
+    frontend.line("No report yet")
+    frontend.queue()
+    frontend.line("9 frames in")
+    assert frontend.page.locator("wan-vae-line").count() == 1
+    assert DONE.match(text_of(frontend)), text_of(frontend)
+    titles = frontend.page.locator(".wan-vae-card summary")
+    titles.nth(1).wait_for()
+    found = [text.split("\n")[0] for text in titles.all_inner_texts()]
+    assert [re.match("(.*) #", text)[1] for text in found] == [
+        "VAE Decode",
+        "Wan VAE, fast everywhere",
+    ]
+    frontend.shot("accelerated")
 
 
 def test_the_shards_of_a_run_are_a_table(frontend):
@@ -248,7 +273,13 @@ def test_panel_speaks_chinese(frontend):
 
 
 def test_help_page_is_served(frontend):
-    for name in ("WanVAEDecode", "WanVAEEncode", "WanVAEInspect", "WanVAEDecodeToVideo"):
+    for name in (
+        "WanVAEAccelerate",
+        "WanVAEDecode",
+        "WanVAEEncode",
+        "WanVAEInspect",
+        "WanVAEDecodeToVideo",
+    ):
         path = urllib.parse.quote(f"/extensions/ComfyUI-WanVAE/docs/{name}.md")
         answer = frontend.page.request.get(frontend.server.url + path)
         assert answer.ok

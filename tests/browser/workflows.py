@@ -75,6 +75,27 @@ def sharded_workflow(seed: int, identity: str) -> dict:
     return made
 
 
+def accelerated_workflow(seed: int, identity: str) -> dict:
+    """Core's VAE Decode (node 3) with a VAE of WanVAEAccelerate (node 5)."""
+    made = workflow(seed=seed, identity=identity)
+    made["nodes"][2] |= {"type": "VAEDecode", "widgets_values": [], "size": [340, 60]}
+    made["nodes"].append(
+        _node(
+            5,
+            "WanVAEAccelerate",
+            (400, 260),
+            ["auto", "auto", "one"],
+            inputs=[("vae", "VAE", 1)],
+            outputs=[("VAE", "VAE", [4])],
+            size=(340, 200),
+        )
+    )
+    made["links"][0] = [1, 1, 0, 5, 0, "VAE"]
+    made["links"].append([4, 5, 0, 3, 1, "VAE"])
+    made["nodes"][2]["inputs"][1]["link"] = 4
+    return made | {"last_node_id": 5, "last_link_id": 4}
+
+
 def cat_workflow() -> dict:
     """The sample latent and the miniature VAE of the repository, to a preview. Node 3 decodes."""
     nodes = [

@@ -150,8 +150,9 @@ class Comfy:
 
     def install_probe(self) -> None:
         """Add the probe nodes, as a pack of their own; before the server starts."""
-        probe = Path(__file__).with_name("probe_nodes.py")
-        shutil.copyfile(probe, self.base / "custom_nodes" / "wan_vae_probe.py")
+        for name in ("probe_nodes.py", "conformance_probes.py"):
+            probe = Path(__file__).with_name(name)
+            shutil.copyfile(probe, self.base / "custom_nodes" / f"wan_vae_{name}")
 
     @property
     def pid(self) -> int:

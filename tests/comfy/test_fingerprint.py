@@ -26,6 +26,11 @@ def test_moving_and_laying_out_changes_nothing(state):
     assert fingerprint(moved) == fingerprint(packed) == fingerprint(state)
 
 
+def test_the_order_of_names_does_not_count(state):
+    """A patched module that was put back stands at the end of the state dict."""
+    assert fingerprint(dict(reversed(state.items()))) == fingerprint(state)
+
+
 def test_a_factor_on_any_one_tensor_is_seen(state):
     before = fingerprint(state)
     for name, tensor in state.items():

@@ -38,6 +38,13 @@ test("the line of the other outcomes", () => {
   assert.doesNotMatch(f.lineText({ ...report, operation: "inspect" }, t), /frame/);
 });
 
+test("the line of a VAE that nobody has used", () => {
+  const made = { operation: "accelerate", status: "done", dtype: "float32", device: "cpu" };
+  assert.equal(f.lineText(made, t), "fp32 · cpu · ready: no node has used it yet");
+  assert.equal(f.toneOf({ ...made, warnings: [] }), "good");
+  assert.equal(f.toneOf({ ...made, warnings: ["2 patches"] }), "notice");
+});
+
 test("a report that ended early has a line too", () => {
   assert.equal(f.lineText({ status: "cancelled" }, t), "cancelled after 0 of 0 frames");
 });

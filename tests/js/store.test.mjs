@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { fitsWorkflow, nodeByExecutionId, ReportStore } from "../../js/store.js";
+import { fitsWorkflow, nodeByExecutionId, nodeOf, ReportStore, vaeNodeOf } from "../../js/store.js";
 
 const message = (node, status = "done", workflow = null) => ({
   node,
@@ -75,6 +75,25 @@ test("an execution id walks into subgraphs", () => {
   assert.equal(nodeByExecutionId(graph, "5:4"), null);
   assert.equal(nodeByExecutionId(graph, "6:3"), null);
   assert.equal(nodeByExecutionId(graph, "7"), null);
+});
+
+test("a message finds its node by id and class", () => {
+  const graphOf = (nodes, id) => ({ id, getNodeById: (number) => nodes[number] ?? null });
+  const inner = { comfyClass: "WanVaceToVideo" };
+  const vae = { comfyClass: "WanVAEAccelerate" };
+  const other = { comfyClass: "KSampler" };
+  const graph = graphOf({ 2: vae, 3: other, 5: { subgraph: graphOf({ 3: inner }) } }, "a");
+  const said = { node: "5:3", workflow: "a", kind: "WanVaceToVideo", vae: "2", report: {} };
+  assert.equal(nodeOf(said, graph), inner);
+  assert.equal(nodeOf({ ...said, kind: "KSampler" }, graph), null);
+  assert.equal(nodeOf({ ...said, node: "3" }, graph), null, "the id of another node");
+  assert.equal(nodeOf({ ...said, kind: null }, graph), null);
+  assert.equal(nodeOf({ ...said, workflow: "b" }, graph), null);
+  assert.equal(nodeOf(said, null), null);
+  assert.equal(vaeNodeOf(said, graph), vae);
+  assert.equal(vaeNodeOf({ ...said, vae: null }, graph), null);
+  assert.equal(vaeNodeOf({ ...said, vae: "3" }, graph), null, "no node that makes VAEs");
+  assert.equal(vaeNodeOf({ ...said, workflow: "b" }, graph), null);
 });
 
 test("a report fits its own workflow, and any where ids are unknown", () => {

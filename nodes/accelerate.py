@@ -1,0 +1,83 @@
+"""WanVAEAccelerate: VAE to VAE, one that decodes and encodes with our network in every node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..wan_vae.device import dtype_name
+from ..wan_vae.options import MemoryFormat
+from ..wan_vae.report import SCHEMA
+from ..wan_vae.workers.devices import parse_devices
+from .accelerated import Options, accelerated
+from .reports import HIDDEN, NodeId
+from .schema import devices_input, layout_input, precision_input, schema, vae_input
+from .session import session
+from .shards import Sharding
+
+# What `devices` says if the VAE's own device is meant.
+ONE_DEVICE = "one"
+
+
+class WanVAEAccelerate(io.ComfyNode):
+    """Gives a VAE for all nodes that take one; the one that it gets stays as it is."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="WanVAEAccelerate",
+            display_name="Wan VAE, fast everywhere",
+            description="Gives a VAE that every node can use: image to video, VACE, inpainting, "
+            "VAE Decode, tiled nodes, and nodes of other packs. It decodes and encodes as Wan VAE "
+            "Decode and Encode do, and the panel shows a report for each node.",
+            search_aliases=["vae speed", "patch vae", "fast vae", "image to video", "vae encode"],
+            inputs=[
+                vae_input(),
+                layout_input(),
+                precision_input(),
+                devices_input(default=ONE_DEVICE),
+            ],
+            outputs=[
+                io.Vae.Output(
+                    display_name="VAE", tooltip="The same VAE, for any node that takes one."
+                )
+            ],
+            hidden=list(HIDDEN),
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        vae: Any,
+        memory_layout: MemoryFormat = "auto",
+        precision: str = "auto",
+        devices: str = ONE_DEVICE,
+    ) -> io.NodeOutput:
+        with session(cls.hidden, vae, precision, "accelerate") as run:
+            node = NodeId.of(cls.hidden)
+            options = Options(
+                memory_layout,
+                precision,
+                _sharding(devices),
+                None if node is None else node.node,
+            )
+            made = accelerated(vae, options)
+            # Packs the weights: what is no Wan VAE is refused here, not later in the workflow.
+            wan = run.wan
+            run.report = {
+                "schema": SCHEMA,
+                "operation": "accelerate",
+                "status": "done",
+                "dtype": dtype_name(wan.dtype),
+                "device": str(vae.device),
+                "warnings": list(run.warnings),
+            }
+        return io.NodeOutput(made, ui=run.ui)
+
+
+def _sharding(devices: str) -> Sharding | None:
+    """What `devices` asks for; None for one. Raises ShardingError for one that is missing."""
+    if devices.strip() in ("", ONE_DEVICE) or len(parse_devices(devices)) < 2:
+        return None
+    return Sharding(devices)

@@ -1,0 +1,177 @@
+"""Runs over several devices: the workers, what ComfyUI knows of them, and the way back to one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import comfy.model_management as model_management
+import comfy.model_patcher
+import torch
+
+from ..wan_vae import Plan, ShardingError
+from ..wan_vae.options import AxisRequest, Collect, MemoryFormat, Operation
+from ..wan_vae.workers.devices import parse_devices
+from ..wan_vae.workers.pool import WorkerPool
+from ..wan_vae.workers.sharded import fallback_note
+from .session import PROOF_BYTES, Session
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Over which devices a picture is divided, and how; see the inputs of WanVAEDecodeSharded."""
+
+    devices: str
+    axis: AxisRequest = "auto"
+    gather: Collect = "shared"
+    allow_fallback: bool = True
+    timeout_s: float = 30.0
+
+
+class WanVAEWorkers(torch.nn.Module):
+    """Stands for the workers among ComfyUI's loaded models; the weights are in their processes."""
+
+    def __init__(self, pool: WorkerPool):
+        super().__init__()
+        self.pool = pool
+
+
+class WorkersPatcher(comfy.model_patcher.ModelPatcher):
+    """Lets ComfyUI give the workers back as it unloads a model: under pressure, or when asked to.
+
+    `size` is what they hold on the device that ComfyUI counts, as far as we know it.
+    """
+
+    def loaded_size(self) -> int:
+        return self.size if self.model.pool.pids else 0
+
+    def partially_unload(self, *_: object, **__: object) -> int:
+        """Nothing: workers go together or not at all."""
+        return 0
+
+    def detach(self, unpatch_all: bool = True) -> object:
+        if unpatch_all:  # else ComfyUI only reorders its list, or drops the patcher
+            self.model.pool.close()
+        return super().detach(unpatch_all)
+
+
+class Pools:
+    """The worker pool in use. One at a time: workers of other devices give their memory back."""
+
+    def __init__(self) -> None:
+        self._pool: WorkerPool | None = None
+        self._patcher: WorkersPatcher | None = None
+
+    def get(self, devices: str, timeout_s: float, own: torch.device) -> WorkerPool:
+        """The warm pool of these devices, or a new one in place of another's. own: the VAE's."""
+        wanted = parse_devices(devices, own)
+        if self._pool is not None and self._pool.devices != wanted:
+            self._pool.close()
+            self._pool = self._patcher = None
+        if self._pool is None:
+            self._pool = WorkerPool(wanted)
+        self._pool.timeout_s = timeout_s
+        return self._pool
+
+    def count(self, device: torch.device, weights_bytes: int, needed_bytes: int) -> None:
+        """Put the workers among the models that ComfyUI holds on `device`.
+
+        ComfyUI makes room there for their weights and for `needed_bytes`, if `device` is one of
+        theirs. The memory of other processes is not ComfyUI's to see.
+        """
+        if self._pool is None:
+            raise ShardingError("workers are counted before there are any")
+        theirs = device in self._pool.devices
+        size = weights_bytes if theirs else 1
+        if self._patcher is None or self._patcher.load_device != device:
+            model = WanVAEWorkers(self._pool)
+            self._patcher = WorkersPatcher(model, device, device, size=size)
+        self._patcher.size = size
+        model_management.load_models_gpu(
+            [self._patcher], memory_required=needed_bytes if theirs else 0, force_full_load=True
+        )
+
+
+POOLS = Pools()
+
+
+def decode(
+    run: Session,
+    latent: torch.Tensor,
+    sharding: Sharding,
+    *,
+    memory_format: MemoryFormat = "auto",
+    chunk_frames: int = 0,
+) -> torch.Tensor:
+    """The frames [B, T, H, W, 3] in [0, 1] of `latent`, where ComfyUI wants them."""
+    shape = tuple(latent.shape)
+    try:
+        pool, plans = _ready(run, shape, sharding, "decode", memory_format, chunk_frames)
+        image = pool.decode(
+            run.wan,
+            latent,
+            axis=sharding.axis,
+            gather=sharding.gather,
+            form="image",
+            plans=plans,
+            **run.hooks,
+        )
+        return run.as_output(image)
+    except ShardingError as error:
+        _fall_back(run, sharding, error)
+    plan = run.plan(shape, memory_format=memory_format, chunk_frames=chunk_frames)
+    return run.decode(latent, plan)
+
+
+def encode(
+    run: Session,
+    video: torch.Tensor,
+    latent_shape: tuple[int, ...],
+    sharding: Sharding,
+    *,
+    memory_format: MemoryFormat = "auto",
+) -> torch.Tensor:
+    """The latent of `video` [B, 3, T, H, W], where ComfyUI wants it."""
+    try:
+        pool, _ = _ready(run, latent_shape, sharding, "encode", memory_format, 0)
+        latent = pool.encode(
+            run.wan, video, axis=sharding.axis, memory_format=memory_format, **run.hooks
+        )
+        return run.as_output(latent)
+    except ShardingError as error:
+        _fall_back(run, sharding, error)
+    plan = run.plan(latent_shape, operation="encode", memory_format=memory_format)
+    return run.encode(video, plan)
+
+
+def _ready(
+    run: Session,
+    latent_shape: tuple[int, ...],
+    sharding: Sharding,
+    operation: Operation,
+    memory_format: MemoryFormat,
+    chunk_frames: int,
+) -> tuple[WorkerPool, tuple[Plan, ...]]:
+    """Workers with the weights, and their plans; ComfyUI has made room. Raises ShardingError."""
+    device: torch.device = run.vae.device
+    pool = POOLS.get(sharding.devices, sharding.timeout_s, device)
+    weights = sum(p.nbytes for p in run.wan.model.parameters())
+    # Workers prove their kernels before anybody knows what the run will take.
+    POOLS.count(device, weights, PROOF_BYTES)
+    plans = pool.plan(
+        run.wan,
+        latent_shape,
+        operation=operation,
+        axis=sharding.axis,
+        chunk_frames=chunk_frames or None,
+        memory_format=memory_format,
+    )
+    own = [plan for plan in plans if plan.device == str(device)]
+    POOLS.count(device, weights, sum(plan.planned_bytes for plan in own))
+    return pool, plans
+
+
+def _fall_back(run: Session, sharding: Sharding, error: ShardingError) -> None:
+    """Say in the report why one device does the work; raises `error` if that is not allowed."""
+    if not sharding.allow_fallback:
+        raise error
+    run.fallbacks.append(fallback_note(run.packed.device, error))

@@ -1,0 +1,98 @@
+"""The weights of a comfy.sd.VAE as it was loaded, and what else of it our network does not follow.
+
+Other packs copy a VAE object and put patches into its patcher. An object patch replaces a module
+while the VAE is loaded, so that the state dict has other names and numbers then.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container
+from typing import Any
+
+import comfy.model_management as model_management
+import torch
+
+from ..wan_vae import CheckpointError, NotAWanVAEError
+from ..wan_vae.device import dtype_name
+
+# What a VAE computes with; a class or an object that replaces one of them is not followed.
+METHODS = ("decode", "decode_tiled", "encode", "encode_tiled")
+# Names in a sentence; the others are counted.
+NAMED = 3
+
+
+def state_of(vae: Any) -> dict[str, torch.Tensor]:
+    """The state dict of `vae` without its object patches, also while they are applied.
+
+    Raises NotAWanVAEError for a VAE without weights, and CheckpointError for one whose weights are
+    patched (as a LoRA does it): a copy of unpatched weights would give another picture.
+    """
+    model = getattr(vae, "first_stage_model", None)
+    if model is None:
+        raise NotAWanVAEError(
+            "this VAE holds no weights (the checkpoint that it was loaded from has no VAE): "
+            "load a Wan VAE file with Load VAE"
+        )
+    patched = getattr(getattr(vae, "patcher", None), "patches", {})
+    if patched:
+        raise CheckpointError(
+            f"another node has patched {len(patched)} weights of this VAE ({_names(patched)}), "
+            "which a copy of its weights cannot follow: use ComfyUI's own VAE nodes for this one"
+        )
+    state: dict[str, torch.Tensor] = dict(vae.get_sd())
+    # Several patchers may share one network. The one that is loaded has patched it, and the VAE's
+    # own may have left its patches there when another one was loaded.
+    loaded = [entry.model for entry in model_management.current_loaded_models]
+    for patcher in (getattr(vae, "patcher", None), *loaded):
+        if patcher is not None and patcher.model is model:
+            for name, original in patcher.object_patches_backup.items():
+                _put_back(state, name, original)
+    return state
+
+
+def _put_back(state: dict[str, torch.Tensor], name: str, original: object) -> None:
+    if isinstance(original, torch.Tensor):
+        state[name] = original
+    elif isinstance(original, torch.nn.Module):
+        for key in [key for key in state if key.startswith(f"{name}.")]:
+            del state[key]
+        state.update({f"{name}.{key}": value for key, value in original.state_dict().items()})
+
+
+def ignored(vae: Any) -> list[str]:
+    """Sentences about what `vae` has beside its weights and we do not use; mostly none."""
+    sentences = []
+    patches = getattr(getattr(vae, "patcher", None), "object_patches", {})
+    if patches:
+        sentences.append(
+            f"{len(patches)} object patches of this VAE are ignored ({_names(patches)}): they "
+            "replace modules of ComfyUI's network, and ours runs instead"
+        )
+    methods = replaced_methods(vae)
+    if methods:
+        sentences.append(
+            f"another pack replaced {', '.join(methods)} of this VAE: that is ignored, ours runs"
+        )
+    return sentences
+
+
+def replaced_methods(vae: Any) -> list[str]:
+    """Which of METHODS another pack replaced, in a subclass of ComfyUI's VAE or in the object."""
+    options = getattr(vae, "wan_vae", None)  # of an accelerated VAE
+    owners: list[Container[str]] = [getattr(vae, "__dict__", {}), getattr(options, "replaced", ())]
+    for cls in type(vae).__mro__[:-1]:
+        if cls.__module__ != "comfy.sd" and not cls.__module__.startswith(str(__package__)):
+            owners.append(vars(cls))
+    return [name for name in METHODS if any(name in owner for owner in owners)]
+
+
+def _names(patches: dict[str, Any]) -> str:
+    names = sorted(map(str, patches))
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def weight_dtypes(vae: Any) -> dict[str, int]:
+    """How many tensors of the VAE, as ComfyUI holds it, are of each dtype: {"float32": 194}."""
+    return dict(Counter(dtype_name(t.dtype) for t in vae.get_sd().values()))

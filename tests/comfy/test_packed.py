@@ -1,0 +1,107 @@
+"""How long our packed copies of weights live, and who shares them, in a running ComfyUI."""
+
+import uuid
+
+import pytest
+
+from tests.comfy import graphs
+from tests.comfy.graphs import VAES, decode, decode_and_compare, latent, load_vae, node
+from tests.comfy.server import Comfy
+
+pytestmark = pytest.mark.comfy
+
+
+def copies(comfy, keep: dict | None = None) -> list[tuple]:
+    """(identity, dtype, a VAE is alive, loaded) of each copy; `keep`: nodes whose results stay."""
+    prompt = {"99": node("ProbeCopies", salt=uuid.uuid4().int % 2**30), **(keep or {})}
+    run = comfy.run(prompt)
+    assert run.error is None, run.error
+    return [tuple(one) for one in run.outputs["99"].get("copies", [])]
+
+
+def forget(comfy) -> None:
+    comfy.post("/free", {"unload_models": True, "free_memory": True})
+    copies(comfy)  # what /free asks for is done after the next prompt at the latest
+
+
+def held(name: str) -> dict:
+    """A loader and something that wants its VAE, so that ComfyUI keeps it."""
+    return {"1": load_vae(name), "5": node("ProbeSink", value=["1", 0])}
+
+
+def run_right(comfy, prompt: dict):
+    run = comfy.run(prompt)
+    assert run.error is None, run.error
+    return run
+
+
+def test_two_loaders_of_one_file_and_all_our_nodes_share_a_copy(comfy):
+    forget(comfy)
+    folder = comfy.base / "models" / "vae"
+    (folder / "second.safetensors").write_bytes((folder / VAES[0]).read_bytes())
+    prompt = {
+        **decode(latent(frames=1, seed=400)),
+        "6": load_vae("second.safetensors"),
+        "7": node("WanVAEAccelerate", vae=["6", 0]),
+        "8": node("VAEDecode", vae=["7", 0], samples=["2", 0]),
+        "9": node("ProbeSink", value=["8", 0]),
+        "10": node("ProbeFrames", frames=1, height=32, width=32, channels=3, seed=1),
+        "11": node("WanVAEEncode", vae=["6", 0], pixels=["10", 0]),
+        "12": node("ProbeSink", value=["11", 0]),
+    }
+    run_right(comfy, prompt)
+    (one,) = copies(comfy, keep={"1": prompt["1"], "5": node("ProbeSink", value=["1", 0])})
+    assert one[1:] == ("torch.float32", True, True)
+
+
+def test_copies_are_bounded_and_the_oldest_leaves(comfy):
+    forget(comfy)
+    for seed, precision in enumerate(("fp32", "bf16", "fp16", "fp32", "bf16")):
+        run_right(comfy, decode(latent(frames=1, seed=410 + seed), precision=precision))
+    before = copies(comfy, held(VAES[0]))
+    assert [one[1] for one in before] == ["torch.float16", "torch.float32", "torch.bfloat16"]
+    run_right(comfy, decode(latent(frames=1, seed=416), load_vae(VAES[1])))
+    after = copies(comfy, held(VAES[1]))
+    assert len(after) == 3
+    assert after[0][0] == before[1][0] or not after[0][2]
+
+
+def test_a_copy_of_weights_that_were_changed_leaves(comfy):
+    forget(comfy)
+    name = "changed_copy.safetensors"
+    folder = comfy.base / "models" / "vae"
+    (folder / name).write_bytes((folder / VAES[1]).read_bytes())
+    prompt = {
+        "1": load_vae(name),
+        "2": latent(frames=1, seed=420),
+        "3": node("WanVAEDecode", vae=["1", 0], samples=["2", 0]),
+        "6": node("ProbeVAEWeights", vae=["1", 0], kind="scaled", after=["3", 0]),
+        "7": node("WanVAEDecode", vae=["6", 0], samples=["2", 0]),
+        "5": node("ProbeCompareImages", a=["7", 0], b=["3", 0]),
+    }
+    run = run_right(comfy, prompt)
+    assert run.outputs["5"]["difference"][0] > 1e-3
+    assert len(copies(comfy, held(name))) == 1
+
+
+def test_a_copy_whose_vae_is_gone_stays_until_memory_is_wanted(environment, tmp_path):
+    """--cache-none: each prompt loads the VAE again and finds the copy of the last one."""
+    server = Comfy(environment, tmp_path / "comfy", "--cache-none")
+    graphs.write_vaes(server.base / "models" / "vae")
+    server.install_probe()
+    with server as comfy:
+        errors = comfy.log_text().count("Traceback")  # of core nodes that need other packages
+        run_right(comfy, decode(latent(frames=1, seed=430)))
+        (first,) = copies(comfy)
+        assert first[1:] == ("torch.float32", False, True)
+        run_right(comfy, decode(latent(frames=1, seed=431)))
+        assert [one[0] for one in copies(comfy)] == [first[0]], "the same copy, not a new one"
+        comfy.post("/free", {"unload_models": True})
+        assert copies(comfy) == []
+        run = run_right(comfy, decode_and_compare(latent(frames=1, seed=432)))
+        assert run.outputs["5"]["difference"][0] < 1e-4
+        # In the middle of a prompt, while the VAE is alive, a copy only leaves the device.
+        prompt = {**decode(latent(frames=1, seed=433)), "6": node("ProbeUnload", image=["3", 0])}
+        run_right(comfy, prompt)
+        assert copies(comfy) == [], "unloaded first, and then the VAE died"
+        assert comfy.log_text().count("Traceback") == errors
