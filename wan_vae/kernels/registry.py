@@ -31,6 +31,9 @@ REQUESTS = MappingProxyType({"eager": (), "triton": ("triton",), "cuda": ("cuda"
 # there are. Of those of Turing (7.5) most need a later one, which the report says. A layer for
 # which eager is faster on the card runs eager.
 AUTO_CAPABILITY = (7, 5)
+# How the architectures of the AMD cards begin for which "auto" asks for kernels: those for which
+# they are compiled and held to limits without a card (`wan-vae bench resources --check`).
+AUTO_AMD = ("gfx942", "gfx11", "gfx120")
 
 
 def missing_package(family: str) -> str | None:
@@ -58,7 +61,9 @@ def families_of(requested: Backend, device: Device) -> tuple[str, ...]:
     if requested not in BACKENDS:
         raise BackendError(f"backend is {requested!r}: expected one of {', '.join(BACKENDS)}")
     if requested == "auto":
-        return REQUESTS["eager" if auto_reason(device) else "cuda"]
+        if auto_reason(device) is not None:
+            return REQUESTS["eager"]
+        return REQUESTS["triton" if device.vendor == "amd" else "cuda"]
     return REQUESTS[requested]
 
 
@@ -68,9 +73,11 @@ def auto_reason(device: Device) -> str | None:
         return "no CUDA device"
     if device.capability is not None and device.capability >= AUTO_CAPABILITY:
         return None
-    return "used by default on NVIDIA cards of compute capability {}.{} or later, {}".format(
-        *AUTO_CAPABILITY, device.spoken
-    )
+    if device.vendor == "amd" and device.architecture.startswith(AUTO_AMD):
+        return None
+    return (
+        "used by default on NVIDIA cards of compute capability {}.{} or later and on AMD's {}, {}"
+    ).format(*AUTO_CAPABILITY, ", ".join(AUTO_AMD), device.spoken)
 
 
 def unavailable_reason(name: str, device: Device, feature_dtype: torch.dtype) -> str | None:

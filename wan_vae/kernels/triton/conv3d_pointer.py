@@ -1,7 +1,7 @@
-"""Triton: implicit-GEMM convolution over an NDHWC buffer, for cards without TMA (sm_80 up).
+"""Triton: implicit-GEMM convolution over an NDHWC buffer, for cards without TMA.
 
 The same tiles, operands and order of the sum as in `conv3d_tma.py`, but loaded through pointers,
-which the compiler turns into asynchronous copies (cp.async). A pixel past the picture's edge, or a
+which the compiler turns into asynchronous copies on NVIDIA's cards (cp.async). A pixel past the picture's edge, or a
 frame past the last one, is masked and reads as zero: that is the spatial padding. Programs make one
 or two frames; shared memory of 99 KiB holds no more.
 
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .configs import ConvConfig
-from .conv3d import FLOAT32_PRECISION, ConvCall, store_frame
+from .conv3d import ConvCall, store_frame
 
 # Compiled once for all sizes: a picture's own would cost a user seconds at each new size.
 _SIZES = ["frames_in", "frames_out", "rows_in", "cols_in", "height", "width", "col_tiles", "groups"]
@@ -225,7 +225,7 @@ def launch(call: ConvCall, config: ConvConfig) -> None:
         TAP0=call.first_tap,
         TAPS=call.weight.shape[1] // cin,
         UP=up,
-        PRECISION=FLOAT32_PRECISION,
+        PRECISION=call.precision,
         HAS_BIAS=has_bias,
         HAS_RESIDUAL=has_residual,
         num_warps=config.warps,

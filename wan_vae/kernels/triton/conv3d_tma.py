@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import ConvConfig
-from .conv3d import FLOAT32_PRECISION, ConvCall, store_frame
+from .conv3d import ConvCall, store_frame
 
 # Compiled once for all sizes: a picture's own would cost a user seconds at each new size.
 _SIZES = ["frames_in", "frames_out", "height", "width", "col_tiles", "groups"]
@@ -269,7 +269,7 @@ def launch(call: ConvCall, config: ConvConfig) -> None:
         PAD_X=call.padding[1],
         TAP0=call.first_tap,
         UP=up,
-        PRECISION=FLOAT32_PRECISION,
+        PRECISION=call.precision,
         HAS_BIAS=has_bias,
         HAS_RESIDUAL=has_residual,
         num_warps=config.warps,

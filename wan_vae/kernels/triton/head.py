@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .configs import HeadConfig
+
 
 @triton.jit(do_not_specialize=["pixels", "frames"])
 def _partials(
@@ -38,7 +40,8 @@ def _partials(
     acc = tl.zeros((M, COLS), tl.float32)
     plane = tl.cast(pixels, tl.int64) * C
     for kt in tl.static_range(KT):
-        for k0 in tl.static_range(0, C, BLOCK_C):
+        # Not unrolled: compilers then load all weights in advance, for which there is no room.
+        for k0 in range(0, C, BLOCK_C):
             k = k0 + tl.arange(0, BLOCK_C)
             frame = buffer + (b * (frames + KT - 1) + t + kt) * plane
             mask = (row < pixels)[:, None] & (k < C)[None, :]
@@ -111,7 +114,7 @@ class HeadOperands(NamedTuple):
     last_slice: bool = False
 
 
-def head_conv(operands: HeadOperands) -> torch.Tensor:
+def head_conv(operands: HeadOperands, config: HeadConfig) -> torch.Tensor:
     """float32 [B, O, T, H', W'] in NCDHW, O * 9 at most 128; float32 from the first product on."""
     buffer, packed, bias, o, padding, last_slice = operands
     if last_slice:
@@ -123,7 +126,7 @@ def head_conv(operands: HeadOperands) -> torch.Tensor:
     partial = torch.empty((b, t, 9 * o, h * w), dtype=torch.float32, device=buffer.device)
     rows, cols_out = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
     out = torch.empty((b, o, t, rows, cols_out), dtype=torch.float32, device=buffer.device)
-    _partials[(triton.cdiv(h * w, 128), t, b)](
+    _partials[(triton.cdiv(h * w, config.M), t, b)](
         nd,
         packed,
         partial,
@@ -133,9 +136,9 @@ def head_conv(operands: HeadOperands) -> torch.Tensor:
         BLOCK_C=32 if c % 32 == 0 else 16,
         COLS=columns,
         USED=9 * o,
-        M=128,
+        M=config.M,
         KT=kt,
-        num_warps=4,
+        num_warps=config.warps,
     )
     _gather[(triton.cdiv(rows * cols_out, 1024), t, b)](
         partial,
