@@ -70,11 +70,13 @@ def test_without_any_family_auto_is_eager_and_an_explicit_request_an_error(missi
 def test_auto_is_by_capability():
     for card in CARDS.values():
         wanted = ("cuda", "triton") if card.capability is not None else ()
+        wanted = ("triton",) if card.vendor == "amd" else wanted
         assert registry.families_of("auto", card) == wanted
     old = nvidia("GTX 1080", (6, 1), 20)
     assert registry.families_of("auto", old) == ()
     assert registry.auto_reason(old) == (
-        "used by default on NVIDIA cards of compute capability 7.5 or later, this card has 6.1"
+        "used by default on NVIDIA cards of compute capability 7.5 or later and on AMD's gfx942, "
+        "gfx11, gfx120, this card has 6.1"
     )
 
 
@@ -97,6 +99,10 @@ def test_verdicts_of_an_imitation_are_not_those_of_the_card(a_4090, monkeypatch)
     monkeypatch.setenv(IMITATE, "8.6")
     assert cache.environment(device) == own | {"imitates": "8.6"}
     assert Device.chosen_for(device).imitation == "as compute capability 8.6 (WAN_VAE_CAPABILITY)"
+    monkeypatch.setenv(IMITATE, "gfx1100")
+    known = own | {"imitates": "gfx1100", "miopen": "True"}
+    assert cache.environment(device) == known
+    assert Device.chosen_for(device).imitation == "as gfx1100 (WAN_VAE_CAPABILITY)"
     monkeypatch.setenv(IMITATE, "sm_86")
     with pytest.raises(BackendError, match="WAN_VAE_CAPABILITY is 'sm_86': expected a capability"):
         cache.environment(device)

@@ -34,7 +34,7 @@ def _rows_from(
     return tl.load(first + within, mask=(row + at < rows)[:, None], other=0.0)
 
 
-@triton.jit(do_not_specialize=["queries", "keys"])
+@triton.jit(do_not_specialize=["queries", "keys", "channels"])
 def _attention(
     q,
     k,
@@ -48,6 +48,7 @@ def _attention(
     k_row,
     v_frame,
     v_row,
+    channels,
     scale,
     D: tl.constexpr,
     DC: tl.constexpr,
@@ -56,7 +57,8 @@ def _attention(
     BN: tl.constexpr,
 ):
     # Grid: (blocks of M queries, frames, D / (DC * NC)). `scale` has log2(e) in it. q_frame to
-    # v_row: numbers from one frame or row to the next; None with tensor descriptors.
+    # v_row: numbers from one frame or row to the next; None with tensor descriptors. `channels` is
+    # D, but not a constant: compilers unroll a short loop and load all of it ahead (gfx1100).
     q0 = tl.program_id(0) * M
     n = tl.program_id(1)
     d0 = tl.program_id(2) * (DC * NC)
@@ -65,9 +67,10 @@ def _attention(
     o0 = tl.zeros((M, DC), tl.float32)
     o1 = tl.zeros((M, DC), tl.float32)
     o2 = tl.zeros((M, DC), tl.float32)
+    depth = D if q_frame is None else channels
     for k0 in range(0, keys, BN):
         s = tl.zeros((M, BN), tl.float32)
-        for d in range(0, D, DC):
+        for d in range(0, depth, DC):
             a = _rows_from(q, n, q0, queries, d, q_frame, q_row, M, DC)
             b = _rows_from(k, n, k0, keys, d, k_frame, k_row, BN, DC)
             s = tl.dot(a, b.T, s)
@@ -129,6 +132,7 @@ def attention(
         p,
         keys,
         *steps,
+        c,
         _LOG2_E / c**0.5,
         D=c,
         DC=config.DC,

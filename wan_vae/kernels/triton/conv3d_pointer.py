@@ -20,6 +20,7 @@ from .conv3d import ConvCall, store_frame
 
 # Compiled once for all sizes: a picture's own would cost a user seconds at each new size.
 _SIZES = ["frames_in", "frames_out", "rows_in", "cols_in", "height", "width", "col_tiles", "groups"]
+_SIZES += ["steps"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -38,6 +39,7 @@ def _conv(
     cout,
     col_tiles,
     groups,
+    steps,
     CIN: tl.constexpr,
     F: tl.constexpr,
     PH: tl.constexpr,
@@ -59,7 +61,8 @@ def _conv(
 ):
     # Grid: (column blocks * row tiles * col tiles, frame groups * batch, 4 parities or 1).
     # `rows_in` and `cols_in` are the buffer's, `height` and `width` the output's (of one parity).
-    # TAPS: taps in a row of the weight. PRECISION is for float32 operands.
+    # TAPS: taps in a row of the weight. PRECISION is for float32 operands. `steps` of the sum: not a
+    # constant, because compilers unroll a short loop and load all of it ahead (gfx1100).
     # Rounding: float32 accumulation, bias and residual added in float32, one rounding at the store.
     M: tl.constexpr = PH * PW
     n_blocks = tl.cdiv(cout, N0 + N1)
@@ -97,7 +100,7 @@ def _conv(
         b0 = tl.zeros((M, N1), tl.float32)
         b1 = tl.zeros((M, N1), tl.float32)
     k_blocks: tl.constexpr = CIN // BK
-    for step in range(KH * KW * k_blocks):
+    for step in range(steps):
         tap = step // k_blocks
         ky = tap // KW
         kx = tap % KW
@@ -210,6 +213,7 @@ def launch(call: ConvCall, config: ConvConfig) -> None:
         cout,
         col_tiles,
         groups,
+        call.kernel[1] * call.kernel[2] * (cin // config.BK),
         CIN=cin,
         F=config.F,
         PH=config.PH,

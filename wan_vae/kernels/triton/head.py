@@ -17,13 +17,14 @@ import triton.language as tl
 from .configs import HeadConfig
 
 
-@triton.jit(do_not_specialize=["pixels", "frames"])
+@triton.jit(do_not_specialize=["pixels", "frames", "channels"])
 def _partials(
     buffer,
     weight,
     partial,
     pixels,
     frames,
+    channels,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     COLS: tl.constexpr,
@@ -40,8 +41,9 @@ def _partials(
     acc = tl.zeros((M, COLS), tl.float32)
     plane = tl.cast(pixels, tl.int64) * C
     for kt in tl.static_range(KT):
-        # Not unrolled: compilers then load all weights in advance, for which there is no room.
-        for k0 in range(0, C, BLOCK_C):
+        # `channels` is C, but not a constant: compilers would unroll the loop and load all of it
+        # ahead, for which there is no room.
+        for k0 in range(0, channels, BLOCK_C):
             k = k0 + tl.arange(0, BLOCK_C)
             frame = buffer + (b * (frames + KT - 1) + t + kt) * plane
             mask = (row < pixels)[:, None] & (k < C)[None, :]
@@ -132,6 +134,7 @@ def head_conv(operands: HeadOperands, config: HeadConfig) -> torch.Tensor:
         partial,
         h * w,
         t,
+        c,
         C=c,
         BLOCK_C=32 if c % 32 == 0 else 16,
         COLS=columns,
