@@ -102,9 +102,7 @@ def _jobs_of(
             yield _strided(problem, StridedConfig.parse(config), device)
         case HeadProblem() if kernel.name == "narrow":
             yield from _norms(problem, True, device)
-            yield from _head(
-                problem.in_channels, problem.out_channels, HeadConfig.parse(config)
-            )
+            yield from _head(problem.in_channels, problem.out_channels, HeadConfig.parse(config))
         case HeadProblem() | NormConvProblem():
             yield from _norms(problem, True, device)
             yield _conv(kernel, problem, ConvConfig.parse(config), device)

@@ -22,8 +22,9 @@ class Resources:
     """What one compiled kernel takes.
 
     family: "triton" or "cuda". architecture: what it is compiled for, "sm_90" or "gfx1100". loads:
-    how a convolution in Triton is loaded. shared_bytes, threads: of one program. resident: programs that a multiprocessor is meant to hold at the same time.
-    tensor_core_instructions, waits: counted for Triton alone, else None.
+    how a convolution in Triton is loaded. shared_bytes, threads: of one program. resident: programs
+    that a multiprocessor is meant to hold at the same time. tensor_core_instructions, waits:
+    counted for Triton alone, else None; waits not for AMD.
     """
 
     kernel: str

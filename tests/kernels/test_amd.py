@@ -29,7 +29,6 @@ from wan_vae.kernels.triton.configs import (
     pointer_table,
 )
 from wan_vae.kernels.triton.conv3d import ConvOperands, conv3d
-from wan_vae.ops.eager.upsample import upsample_conv2d
 from wan_vae.ops.problem import NormConvProblem, UpsampleProblem
 
 CUDA = torch.cuda.is_available()
@@ -79,7 +78,7 @@ def test_configurations_fit_their_layers(card):
                 found = [ConvConfig.parse(n) for n in table.candidates(channels, out, frames)]
                 assert found and all(channels % tile.BK == 0 for tile in found)
     for channels in (384, 640, 1024):
-        for name in attention_candidates(channels, device):
+        for name in attention_candidates(channels, device, False):
             tile = AttentionConfig.parse(name)
             assert channels % (tile.DC * tile.NC) == 0
 
@@ -168,7 +167,7 @@ def test_the_reference_of_an_up_sampler_is_eager(axis):
     (config, *_) = kernel.candidates(problem, CARDS["RX 7900 XTX"])
     (check,) = cases.checks_of(kernel, problem, config, CARDS["RX 7900 XTX"], given)
     expected = check.eager()
-    assert upsample_conv2d.__name__ == "upsample_conv2d" and check.reference().shape == expected.shape
+    assert check.reference().shape == expected.shape
     assert ((check.reference() - expected).norm() / expected.norm()).item() < 1e-6
 
 
@@ -208,7 +207,10 @@ def test_every_kernel_is_right_in_amds_configurations(architecture, dtype):
     device = torch.device("cuda", torch.cuda.current_device())
     card = Device.of(device).imitating(architecture)
     todo = once(trials(("triton",), card, dtype))
-    assert {problem.operation for _, problem, _, _ in todo.values()} >= {"attention", "strided_conv"}
+    assert {problem.operation for _, problem, _, _ in todo.values()} >= {
+        "attention",
+        "strided_conv",
+    }
     for key, (kernel, problem, config, axis) in todo.items():
         verdict = cases.prove_kernel(kernel, problem, config, card, device, axis, (3, 21, 35))
         assert verdict.passed, f"{key}: {verdict.reason}"

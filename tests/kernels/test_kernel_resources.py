@@ -226,9 +226,15 @@ def test_the_script_that_times_them_runs():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     script = REPOSITORY / "benchmarks" / "kernels.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--tiny"], env=environment, capture_output=True, text=True
+        [sys.executable, str(script), "--tiny", "--amd"],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("gfx942", "gfx1100", "gfx1201"):
+        for part in ("triton pointer f2_p4x8_n16+0_k16_w4_s2", "pointer m16_n16_d16x1_w4_s2"):
+            assert f"{part} as {name}" in done.stdout
     for part in ("16 2x5x7: library", "attention 19 x 48", "norm + SiLU", "head 16 to 3"):
         assert part in done.stdout
     assert "refused" not in done.stdout

@@ -290,7 +290,9 @@ def _upsample(
         y = F.interpolate(x.float(), scale_factor=2.0, mode="nearest-exact")
         y = inputs.exact_conv3d(y[:, :, None], weight[:, :, None], bias, (1, 1))[:, :, 0]
         # Nothing is made for a halo row, which became two.
-        rows, cols = (slice(2 - 2 * p, n - 2 + 2 * p) for p, n in zip(padding, y.shape[2:], strict=True))
+        rows, cols = (
+            slice(2 - 2 * p, n - 2 + 2 * p) for p, n in zip(padding, y.shape[2:], strict=True)
+        )
         return y[..., rows, cols]
 
     eager_weight = layout.to_format(weight, "channels_last_3d")
@@ -410,7 +412,7 @@ def _sum_of_products(
             source = x[:, t * st + dt].float()
             for dy in range(kh):
                 for dx in range(kw):
-                    seen = source[:, dy :: sy, dx :: sx][:, :rows, :cols]
+                    seen = source[:, dy::sy, dx::sx][:, :rows, :cols]
                     total.addmm_(seen.reshape(-1, c), taps[dt, dy, dx])
         y[:, t] = total.view(b, rows, cols, o)
     return y.permute(0, 4, 1, 2, 3)

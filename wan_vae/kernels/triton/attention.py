@@ -20,9 +20,7 @@ _LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _rows_from(
-    x, frame, row, rows, d, frame_step, row_step, ROWS: tl.constexpr, DC: tl.constexpr
-):
+def _rows_from(x, frame, row, rows, d, frame_step, row_step, ROWS: tl.constexpr, DC: tl.constexpr):
     # [ROWS, DC] of x [frames, rows, channels]: by its tensor descriptor, or (`frame_step` numbers a
     # frame) through pointers. Rows past the last one are zero.
     if frame_step is None:

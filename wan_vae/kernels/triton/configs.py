@@ -259,10 +259,17 @@ def strided_candidates(channels: int, out_channels: int, device: Device) -> Sequ
 
 
 # Width that the channels must be a multiple of -> configurations.
-_NVIDIA_ATTENTION = {
+_TMA_ATTENTION = {
     384: ("m128_n64_d128x3_w8_s2", "m64_n64_d128x3_w8_s2", "m64_n32_d128x1_w4_s2"),
     256: ("m128_n64_d128x2_w8_s2", "m64_n32_d128x1_w4_s2"),
     128: ("m128_n64_d128x1_w8_s2", "m64_n32_d128x1_w4_s2"),
+    16: ("m16_n16_d16x1_w4_s2",),
+}
+# Compiled for compute capability 8.0 and 8.6, where they spill 24 bytes at most.
+_NVIDIA_ATTENTION = {
+    384: ("m64_n32_d128x3_w8_s2", "m64_n32_d128x1_w4_s2"),
+    256: ("m64_n32_d128x2_w8_s2", "m64_n32_d128x1_w4_s2"),
+    128: ("m64_n32_d128x1_w4_s2",),
     16: ("m16_n16_d16x1_w4_s2",),
 }
 # Sixteen rows for each warp, so that a row's scores stay in one, and narrow products: with others
@@ -271,7 +278,7 @@ _AMD_ATTENTION = {
     128: ("m128_n32_d64x2_w8_s1", "m64_n16_d64x2_w4_s1"),
     16: ("m16_n16_d16x1_w4_s2",),
 }
-_ATTENTIONS: Mapping[Cores, Mapping[int, tuple[str, ...]]] = MappingProxyType(
+_POINTER_ATTENTION: Mapping[Cores, Mapping[int, tuple[str, ...]]] = MappingProxyType(
     {
         "nvidia": _NVIDIA_ATTENTION,
         "cdna": _AMD_ATTENTION,
@@ -281,9 +288,9 @@ _ATTENTIONS: Mapping[Cores, Mapping[int, tuple[str, ...]]] = MappingProxyType(
 )
 
 
-def attention_candidates(channels: int, device: Device) -> Sequence[str]:
-    """Configurations for a head of `channels`."""
-    found = _ATTENTIONS[cores_of(device)]
+def attention_candidates(channels: int, device: Device, with_descriptors: bool) -> Sequence[str]:
+    """Configurations for a head of `channels`, loaded with tensor descriptors or pointers."""
+    found = _TMA_ATTENTION if with_descriptors else _POINTER_ATTENTION[cores_of(device)]
     return next((names for width, names in found.items() if channels % width == 0), ())
 
 
@@ -318,7 +325,6 @@ _POINTER_THIN: _ByWidth = {
     160: {1: ("f1_p8x8_n128+32_k16_w8_s3",), 2: ("f1_p8x8_n128+32_k16_w8_s3",)},
 }
 _POINTER_NARROW = {1: ("f1_p4x8_n16+0_k16_w4_s2",), 2: ("f2_p4x8_n16+0_k16_w4_s2",)}
-
 
 
 # AMD's: not timed, and compiled for gfx942, gfx1100 and gfx1201, where none spills a register. Of

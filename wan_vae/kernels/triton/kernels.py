@@ -251,7 +251,7 @@ class AttentionKernel(_TritonKernel):
         return [
             _SEPARATOR.join((core, qkv[min(i, len(qkv) - 1)], projection[i]))
             for i in range(len(projection))
-            for core in attention_candidates(c, device)
+            for core in attention_candidates(c, device, self.tiles is _TMA)
         ]
 
     def prepare(

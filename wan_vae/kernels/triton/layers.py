@@ -213,9 +213,7 @@ class TritonStrided(TritonLayer):
         """See `StridedLayer`."""
         x = layout.match_input(x.to(self.weight.dtype), self.weight, counter)
         x = layout.to_format(x, "channels_last_3d")
-        operands = StridedOperands(
-            x, self.weight, bias, self.stride, pad_after, self.precision
-        )
+        operands = StridedOperands(x, self.weight, bias, self.stride, pad_after, self.precision)
         return strided_conv3d(operands, self.tile)
 
     def workspace(self, size: CallSize) -> Workspace:

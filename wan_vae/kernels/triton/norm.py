@@ -20,7 +20,6 @@ import triton.language as tl
 from ...ops.opset import HaloRows
 from ..kernel import FusedNorm, NormCall, NormResult
 
-
 # Compiled once for all sizes.
 _SIZES = ["pixels", "width", "plane", "plane_width", "first", "frames"]
 
