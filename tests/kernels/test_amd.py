@@ -4,6 +4,7 @@ this machine, an imitation (`WAN_VAE_CAPABILITY=gfx1100`). Nothing here ran on a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from wan_vae.kernels.triton.configs import (
     pointer_table,
 )
 from wan_vae.kernels.triton.conv3d import ConvOperands, conv3d
-from wan_vae.ops.problem import NormConvProblem, UpsampleProblem
+from wan_vae.ops.problem import NormConvProblem, Operation, UpsampleProblem
 
 CUDA = torch.cuda.is_available()
 HOST = torch.device("cpu")
@@ -50,7 +51,7 @@ def tiles() -> Iterator[str]:
 
 
 @pytest.mark.usefixtures("interpreted", "poisoned_outputs")
-@pytest.mark.parametrize("name", tiles())
+@pytest.mark.parametrize("name", list(tiles()))
 def test_every_tile_is_right_and_gives_the_bits_of_the_whole_picture(name):
     tile = ConvConfig.parse(name)
     assert tile.F <= 2, "a program makes two frames at most"
@@ -92,7 +93,12 @@ def small_vae(family: str) -> WanVAE:
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     "family,architecture",
-    [("wan2.1", "gfx1100"), ("wan2.1", "gfx942"), ("wan2.1", "gfx1201"), ("wan2.2", "gfx1100")],
+    [
+        ("wan2.1", "gfx1100"),
+        pytest.param("wan2.1", "gfx942", marks=pytest.mark.full),
+        pytest.param("wan2.1", "gfx1201", marks=pytest.mark.full),
+        pytest.param("wan2.2", "gfx1100", marks=pytest.mark.full),
+    ],
 )
 def test_decode_and_encode_ask_no_library_for_a_convolution(
     family, architecture, tmp_path, monkeypatch
@@ -120,7 +126,6 @@ def test_decode_and_encode_ask_no_library_for_a_convolution(
         assert all("pointer" in layer.kernel or "narrow" in layer.kernel for layer in report.layers)
         assert report.device_name.endswith(f"as {architecture} (WAN_VAE_CAPABILITY)")
         assert ((got - expected).norm() / expected.norm()).item() < 4e-3
-        assert torch.equal(run(source, chunk_frames=1), got)
 
 
 def test_the_interpreter_imitates_amd_alone(monkeypatch):
@@ -135,7 +140,7 @@ def test_the_interpreter_imitates_amd_alone(monkeypatch):
     assert Device.chosen_for(HOST).vendor == "cpu"
 
 
-# -- proofs and times without a library --------------------------------------------------------------
+# -- proofs and times without a library ------------------------------------------------------------
 
 
 def inputs(by_products: bool, axis=None) -> cases.Inputs:
@@ -196,7 +201,7 @@ def test_without_eager_the_best_kernel_wins():
     assert Choice("b", {"b": 1.0}).winner in {"b": 1.0}
 
 
-# -- on the GPU of this machine ----------------------------------------------------------------------
+# -- on the GPU of this machine --------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -207,10 +212,7 @@ def test_every_kernel_is_right_in_amds_configurations(architecture, dtype):
     device = torch.device("cuda", torch.cuda.current_device())
     card = Device.of(device).imitating(architecture)
     todo = once(trials(("triton",), card, dtype))
-    assert {problem.operation for _, problem, _, _ in todo.values()} >= {
-        "attention",
-        "strided_conv",
-    }
+    assert {problem.operation for _, problem, _, _ in todo.values()} == set(get_args(Operation))
     for key, (kernel, problem, config, axis) in todo.items():
         verdict = cases.prove_kernel(kernel, problem, config, card, device, axis, (3, 21, 35))
         assert verdict.passed, f"{key}: {verdict.reason}"

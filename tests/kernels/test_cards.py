@@ -163,9 +163,8 @@ def test_every_layer_has_a_kernel_on_amd(name, dtype, config):
                 assert any(fits(k, site.problem, CARDS[name]) for k in kernels), site.name
             own = model.decoder if part == "decoder" else model.encoder
             convolutions = [m for m in own.modules() if hasattr(m, "weight") and m.weight.ndim > 3]
-            named = {
-                id(w) for s in layer_sites(model, part, False) for w in vars(s.weights).values()
-            }
+            sites = layer_sites(model, part)
+            named = {id(w) for site in sites for w in vars(site.weights).values()}
             assert all(id(conv.weight) in named for conv in convolutions)
 
 

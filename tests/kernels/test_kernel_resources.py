@@ -225,12 +225,8 @@ def test_every_kernel_in_cuda_names_what_it_builds(monkeypatch):
 def test_the_script_that_times_them_runs():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     script = REPOSITORY / "benchmarks" / "kernels.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--tiny", "--amd"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, str(script), "--tiny", "--amd"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("gfx942", "gfx1100", "gfx1201"):
         for part in ("triton pointer f2_p4x8_n16+0_k16_w4_s2", "pointer m16_n16_d16x1_w4_s2"):

@@ -290,10 +290,8 @@ def _upsample(
         y = F.interpolate(x.float(), scale_factor=2.0, mode="nearest-exact")
         y = inputs.exact_conv3d(y[:, :, None], weight[:, :, None], bias, (1, 1))[:, :, 0]
         # Nothing is made for a halo row, which became two.
-        rows, cols = (
-            slice(2 - 2 * p, n - 2 + 2 * p) for p, n in zip(padding, y.shape[2:], strict=True)
-        )
-        return y[..., rows, cols]
+        top, left = (2 - 2 * p for p in padding)
+        return y[..., top : y.shape[2] - top, left : y.shape[3] - left]
 
     eager_weight = layout.to_format(weight, "channels_last_3d")
 

@@ -24,7 +24,8 @@ class Choice:
     """What runs a class of layers. The keys of `times_ms` and `refused` are proof keys.
 
     winner: the proof key of a configuration, or EAGER. times_ms: of every right one that was timed,
-    and of EAGER if it was; empty where nothing was timed. refused: why the others that were tried cannot run.
+    and of EAGER if it was; empty where nothing was timed. refused: why the others that were tried
+    cannot run.
     """
 
     winner: str

@@ -1,9 +1,9 @@
 """Triton: implicit-GEMM convolution over an NDHWC buffer, for cards without TMA.
 
 The same tiles, operands and order of the sum as in `conv3d_tma.py`, but loaded through pointers,
-which the compiler turns into asynchronous copies on NVIDIA's cards (cp.async). A pixel past the picture's edge, or a
-frame past the last one, is masked and reads as zero: that is the spatial padding. Programs make one
-or two frames; shared memory of 99 KiB holds no more.
+which the compiler turns into asynchronous copies on NVIDIA's cards (cp.async). A pixel past the
+picture's edge, or a frame past the last one, is masked and reads as zero: that is the spatial
+padding. Programs make one or two frames; shared memory of 99 KiB (AMD: 64 KiB) holds no more.
 
 The sum of an output pixel always runs over (kh, kw, blocks of BK input channels, kt)
 in this order. Its bits depend on nothing but its inputs: not on its place in the picture, the
@@ -61,7 +61,7 @@ def _conv(
 ):
     # Grid: (column blocks * row tiles * col tiles, frame groups * batch, 4 parities or 1).
     # `rows_in` and `cols_in` are the buffer's, `height` and `width` the output's (of one parity).
-    # TAPS: taps in a row of the weight. PRECISION is for float32 operands. `steps` of the sum: not a
+    # TAPS: taps in a row of the weight. PRECISION is for float32 operands. `steps` of the sum is no
     # constant, because compilers unroll a short loop and load all of it ahead (gfx1100).
     # Rounding: float32 accumulation, bias and residual added in float32, one rounding at the store.
     M: tl.constexpr = PH * PW

@@ -87,7 +87,7 @@ def _norm_silu_join(
 
 
 def join_rows(channels: int) -> int:
-    """Pixels of one program of `_norm_silu_join`, which holds all of their channels in registers."""
+    """Pixels of one program of `_norm_silu_join`, which holds all their channels in registers."""
     return 32 if channels <= 512 else 16
 
 
