@@ -18,6 +18,7 @@ from tests.conftest import random_state
 from wan_vae import WanVAE
 from wan_vae.config import wan21, wan22
 from wan_vae.kernels.device import CARDS, IMITATE, Device
+from wan_vae.kernels.kernel import BuildError
 from wan_vae.kernels.proof import cases
 from wan_vae.kernels.proof.choice import EAGER, Choice, fastest
 from wan_vae.kernels.proof.timing import time_kernels
@@ -30,6 +31,8 @@ from wan_vae.kernels.triton.configs import (
     pointer_table,
 )
 from wan_vae.kernels.triton.conv3d import ConvOperands, conv3d
+from wan_vae.kernels.triton.kernels import BUILD_FAILURES
+from wan_vae.kernels.triton.launch import launch_kernel
 from wan_vae.ops.problem import NormConvProblem, Operation, UpsampleProblem
 
 CUDA = torch.cuda.is_available()
@@ -199,6 +202,23 @@ def test_without_eager_the_best_kernel_wins():
     assert fastest({"a": 2.0, "b": 1.0, EAGER: 0.1}) == EAGER
     assert fastest({EAGER: 1.0}) == EAGER and fastest({}) == EAGER
     assert Choice("b", {"b": 1.0}).winner in {"b": 1.0}
+
+
+def test_a_compiler_that_fails_refuses_the_kernel():
+    """Its passes raise a plain RuntimeError. No other one is taken for a refusal."""
+
+    def launched(text: str) -> None:
+        def start(*arguments: object, **options: object) -> None:
+            raise RuntimeError(text)
+
+        launch_kernel({(1, 2): start}, (1, 2), 3, M=4)
+
+    with pytest.raises(BuildError, match="Triton cannot compile it: PassManager::run failed"):
+        launched("PassManager::run failed\nmore")
+    assert BuildError in BUILD_FAILURES
+    with pytest.raises(RuntimeError, match="HIP error") as caught:
+        launched("HIP error: an illegal memory access was encountered")
+    assert not isinstance(caught.value, BuildError)
 
 
 # -- on the GPU of this machine --------------------------------------------------------------------

@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import AttentionConfig
+from .launch import launch_kernel
 
 _LOG2_E = 1.4426950408889634
 
@@ -124,7 +125,9 @@ def attention(
     else:
         sources = [x for x, _ in blocks]
         steps = [step for x, _ in blocks for step in x.stride()[:2]]
-    _attention[(triton.cdiv(p, config.M), n, c // (config.DC * config.NC))](
+    launch_kernel(
+        _attention,
+        (triton.cdiv(p, config.M), n, c // (config.DC * config.NC)),
         *sources,
         out,
         p,

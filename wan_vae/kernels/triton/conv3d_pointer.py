@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .configs import ConvConfig
 from .conv3d import ConvCall, store_frame
+from .launch import launch_kernel
 
 # Compiled once for all sizes: a picture's own would cost a user seconds at each new size.
 _SIZES = ["frames_in", "frames_out", "rows_in", "cols_in", "height", "width", "col_tiles", "groups"]
@@ -198,7 +199,9 @@ def launch(call: ConvCall, config: ConvConfig) -> None:
     groups = triton.cdiv(frames, config.F)
     n_blocks = triton.cdiv(cout, config.N0 + config.N1)
     has_bias, has_residual = call.bias is not None, call.residual is not None
-    _conv[(n_blocks * row_tiles * col_tiles, groups * b, 4 if up else 1)](
+    launch_kernel(
+        _conv,
+        (n_blocks * row_tiles * col_tiles, groups * b, 4 if up else 1),
         call.buffer,
         call.weight,
         call.bias if has_bias else call.out,

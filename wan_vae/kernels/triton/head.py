@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .configs import HeadConfig
+from .launch import launch_kernel
 
 
 @triton.jit(do_not_specialize=["pixels", "frames", "channels"])
@@ -128,7 +129,9 @@ def head_conv(operands: HeadOperands, config: HeadConfig) -> torch.Tensor:
     partial = torch.empty((b, t, 9 * o, h * w), dtype=torch.float32, device=buffer.device)
     rows, cols_out = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
     out = torch.empty((b, o, t, rows, cols_out), dtype=torch.float32, device=buffer.device)
-    _partials[(triton.cdiv(h * w, config.M), t, b)](
+    launch_kernel(
+        _partials,
+        (triton.cdiv(h * w, config.M), t, b),
         nd,
         packed,
         partial,
@@ -143,7 +146,9 @@ def head_conv(operands: HeadOperands, config: HeadConfig) -> torch.Tensor:
         KT=kt,
         num_warps=config.warps,
     )
-    _gather[(triton.cdiv(rows * cols_out, 1024), t, b)](
+    launch_kernel(
+        _gather,
+        (triton.cdiv(rows * cols_out, 1024), t, b),
         partial,
         out if bias is None else bias,
         out,

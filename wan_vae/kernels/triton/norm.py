@@ -19,6 +19,7 @@ import triton.language as tl
 
 from ...ops.opset import HaloRows
 from ..kernel import FusedNorm, NormCall, NormResult
+from .launch import launch_kernel
 
 # Compiled once for all sizes.
 _SIZES = ["pixels", "width", "plane", "plane_width", "first", "frames"]
@@ -118,7 +119,9 @@ def norm_silu_join(call: NormCall) -> NormResult:
     kept = torch.empty((b, past, h, w, c), dtype=dtype, device=x.device) if keep else buffer
     rows = join_rows(c)
     for part in parts:
-        _norm_silu_join[(triton.cdiv(part.pixels, rows), past + t, b)](
+        launch_kernel(
+            _norm_silu_join,
+            (triton.cdiv(part.pixels, rows), past + t, b),
             part.x,
             scale,
             buffer if history is None else history,
@@ -286,7 +289,9 @@ def norm_silu_pairs(call: NormCall) -> NormResult:
         kept = torch.empty((b, past, h, w, c), dtype=dtype, device=x.device).permute(0, 4, 1, 2, 3)
     rows = pair_rows(c)
     for part in parts:
-        _norm_silu_pairs[(triton.cdiv(part.pixels, rows), b)](
+        launch_kernel(
+            _norm_silu_pairs,
+            (triton.cdiv(part.pixels, rows), b),
             part.x,
             scale,
             out if history is None else history,

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from .configs import StridedConfig
+from .launch import launch_kernel
 
 # Compiled once for all sizes: a picture's own would cost a user seconds at each new size.
 _SIZES = ["frames_in", "frames_out", "height", "width", "rows", "cols"]
@@ -131,7 +132,9 @@ def strided_conv3d(operands: StridedOperands, config: StridedConfig) -> torch.Te
     t, rows, cols = ((n - k) // s + 1 for n, k, s in zip(padded, kernel, stride, strict=True))
     out = torch.empty((b, t, rows, cols, o), dtype=x.dtype, device=x.device)
     n_blocks = o // (config.N0 + config.N1)
-    _strided[(n_blocks * triton.cdiv(rows * cols, config.M), t * b)](
+    launch_kernel(
+        _strided,
+        (n_blocks * triton.cdiv(rows * cols, config.M), t * b),
         nd,
         weight.permute(0, 2, 3, 4, 1),
         out if bias is None else bias,
