@@ -149,7 +149,7 @@ def predictions() -> str:
         f"|---|{'---:|' * len(PICTURES)}",
     ]
     for card in CARDS:
-        name = card.name if card.runs_our_kernels else f"{card.name} (no kernel of ours runs there)"
+        name = card.name if card.runs_our_kernels else f"{card.name} (Triton, never run there)"
         cells = [
             " / ".join(_seconds(card, case, way) for way in WAYS) for case in PICTURES.values()
         ]

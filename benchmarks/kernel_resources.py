@@ -1,15 +1,16 @@
 """Compile the kernels for cards that need not be there; say what each takes of them.
 
     python benchmarks/kernel_resources.py                        # Hopper: all configurations
-    python benchmarks/kernel_resources.py --capability 86        # as chosen and compiled for Ampere
+    python benchmarks/kernel_resources.py --card sm_86           # as chosen and compiled for Ampere
+    python benchmarks/kernel_resources.py --card gfx1100         # and for RDNA 3
     python benchmarks/kernel_resources.py --first --json         # those that are tried first
     python benchmarks/kernel_resources.py --kernels cuda --check # exits 1 if a limit is exceeded
 
 Registers a thread, bytes of stack (spilled registers) and shared memory of a program. For Triton
 also how many tensor core instructions the loop has and how often it waits for them: as many waits
-as instructions means that the compiler serialised them, for want of registers.
+as instructions means that the compiler serialised them, for want of registers. (Not for AMD.)
 
-Features are bfloat16; for 7.5 float16, because its tensor cores read no other.
+Features are bfloat16; for sm_75 float16, because its tensor cores read no other.
 """
 
 from __future__ import annotations
@@ -26,22 +27,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.resources import cuda_kernels
-from benchmarks.resources.limits import ALLOWED, Limits, card, exceeded
+from benchmarks.resources.limits import ALLOWED, ARCHITECTURES, Limits, card, exceeded
 from benchmarks.resources.usage import Resources
 from wan_vae.config import WanVAEConfig, wan21, wan22
 from wan_vae.network.model import WanVAEModel
 from wan_vae.network.sites import decoder_sites, encoder_sites
 from wan_vae.ops.problem import Problem
 
-CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 FAMILIES: dict[str, Callable[[], WanVAEConfig]] = {"wan2.1": wan21, "wan2.2": wan22}
 KERNELS = ("cuda", "triton")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def problems(families: list[str], capability: int, images: bool) -> list[Problem]:
+def problems(families: list[str], dtype: torch.dtype, images: bool) -> list[Problem]:
     """Those of the full-width models, decoded and encoded, each once; `images`: of videos of one
     frame too."""
-    dtype = torch.float16 if capability < 80 else torch.bfloat16
     found: dict[Problem, None] = {}
     for family in families:
         with torch.device("meta"):
@@ -52,31 +52,32 @@ def problems(families: list[str], capability: int, images: bool) -> list[Problem
     return list(found)
 
 
-def resources(args: argparse.Namespace, capability: int) -> Iterator[Resources]:
-    """What kernels take that are chosen for `capability`."""
-    device, wanted = card(capability), args.kernels or KERNELS
+def resources(args: argparse.Namespace, architecture: str) -> Iterator[Resources]:
+    """What kernels take that are chosen for `architecture`."""
+    device, wanted = card(architecture), args.kernels or KERNELS
     families = args.family or list(FAMILIES)
+    dtype = DTYPES[args.dtype or ("float16" if architecture == "sm_75" else "bfloat16")]
     if "cuda" in wanted:
-        layers = problems(families, capability, images=True)
+        layers = problems(families, dtype, images=True)
         made = cuda_kernels.jobs(layers, device, args.first, args.kernel)
         named = [job for job in made if args.layer in job.name]
-        yield from cuda_kernels.compile_jobs(named, capability)
+        yield from cuda_kernels.compile_jobs(named, device)
     if "triton" in wanted:
         from benchmarks.resources import triton_kernels
 
         # Those of an image are those of a video, with fewer taps.
-        layers = problems(families, capability, images=False)
-        for job in triton_kernels.jobs(layers, device, args.first, args.kernel):
-            if args.layer in job.name:
-                for target in args.target or [capability]:
-                    yield triton_kernels.compile_job(job, target)
+        layers = problems(families, dtype, images=False)
+        jobs = triton_kernels.jobs(layers, device, args.first, args.kernel)
+        of_layer = [job for job in jobs if args.layer in job.name]
+        for target in args.target or [architecture]:
+            yield from triton_kernels.compile_jobs(of_layer, card(target))
 
 
 def line(r: Resources) -> str:
     """A row of the table."""
     counts = ("" if n is None else str(n) for n in (r.tensor_core_instructions, r.waits))
     cells = (
-        *(r.family, r.kernel, r.config, str(r.capability), str(r.registers), str(r.stack_bytes)),
+        *(r.family, r.kernel, r.config, r.architecture, str(r.registers), str(r.stack_bytes)),
         *(f"{r.shared_bytes / 1024:.0f}", f"{r.resident} x {r.threads}", *counts),
     )
     return f"| {' | '.join(cells)} |"
@@ -88,17 +89,15 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--capability",
-        type=int,
+        "--card",
         action="append",
-        choices=CAPABILITIES,
-        help="chosen and compiled for; repeatable (default: 90, Hopper; with --check: all)",
+        choices=ARCHITECTURES,
+        help="chosen and compiled for; repeatable (default: sm_90, Hopper; with --check: all)",
     )
     parser.add_argument(
         "--target",
-        type=int,
         action="append",
-        choices=CAPABILITIES,
+        choices=ARCHITECTURES,
         help="compile Triton's for others instead; repeatable",
     )
     parser.add_argument("--kernels", choices=KERNELS, action="append", help="default: both")
@@ -106,22 +105,23 @@ def main() -> int:
     parser.add_argument("--layer", default="", help='only layers whose name has this, "96x96"')
     parser.add_argument("--first", action="store_true", help="only what is tried first")
     parser.add_argument("--family", choices=FAMILIES, action="append", help="default: both")
+    parser.add_argument("--dtype", choices=DTYPES, help="of features (default: see above)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true", help="exit 1 if a kernel exceeds a limit")
     parser.add_argument(
         "--limits", type=Path, default=ALLOWED, help="what may be spilled (default: %(default)s)"
     )
     args = parser.parse_args()
-    capabilities = args.capability or (CAPABILITIES if args.check else (90,))
+    cards = args.card or (ARCHITECTURES if args.check else ("sm_90",))
     rows = []
     if not args.json:
         print(
-            "| family | kernel | configuration | sm | registers | stack | shared KiB | threads | "
+            "| family | kernel | configuration | for | registers | stack | shared KiB | threads | "
             "tensor core | waits |"
         )
-        print("|---|---|---|---:|---:|---:|---:|---:|---:|---:|")
-    for capability in capabilities:
-        for row in resources(args, capability):
+        print("|---|---|---|---|---:|---:|---:|---:|---:|---:|")
+    for architecture in cards:
+        for row in resources(args, architecture):
             rows.append(row)
             if not args.json:
                 print(line(row), flush=True)

@@ -2,13 +2,16 @@
 
     python benchmarks/kernels.py                                  # one CUDA device
     WAN_VAE_CAPABILITY=8.9 python benchmarks/kernels.py           # as a card of that capability
+    python benchmarks/kernels.py --amd                            # also in AMD's configurations
     python benchmarks/kernels.py --repeat-products 1,2,3,5        # as if tensor cores were slower
     TRITON_INTERPRET=1 python benchmarks/kernels.py --tiny        # that it runs at all, on the CPU
 
 A configuration gets a time only if six runs on random data are equal bit for bit and close to a
-float32 result. --repeat-products issues each product of the 3x3x3 convolutions by mma.sync so many
-times, which imitates cards whose tensor cores are slow beside the rest (GeForce), and says what
-share of the tensor cores' ceiling is reached; it does not imitate their memory.
+float32 result. --amd adds what AMD's cards would be given (pointer loads, their tiles), compiled
+for this card: it says that they are right, and what loading without tensor descriptors costs here,
+not how fast an AMD card is. --repeat-products issues each product of the 3x3x3 convolutions by
+mma.sync so many times, which imitates cards whose tensor cores are slow beside the rest (GeForce),
+and says what share of the tensor cores' ceiling is reached; it does not imitate their memory.
 """
 
 from __future__ import annotations
@@ -36,7 +39,12 @@ from wan_vae.kernels.cuda.program import Program, multiprocessors
 from wan_vae.kernels.device import Device
 from wan_vae.kernels.kernel import NormCall
 from wan_vae.kernels.triton import attention as triton_attention
-from wan_vae.kernels.triton.configs import AttentionConfig, attention_candidates
+from wan_vae.kernels.triton.configs import (
+    AttentionConfig,
+    HeadConfig,
+    attention_candidates,
+    head_candidates,
+)
 from wan_vae.kernels.triton.head import HeadOperands, head_conv, pack_head
 from wan_vae.kernels.triton.kernels import BUILD_FAILURES
 from wan_vae.kernels.triton.norm import norm_silu_join
@@ -80,15 +88,18 @@ LAYERS = (
     Layer(192, 4, 4, 360, 640),
     Layer(96, 4, 4, 720, 1280),
 )
+AMD = ("gfx942", "gfx1100", "gfx1201")
 TINY = (Layer(16, 2, 2, 5, 7),)
 
 
 class Bench:
     """Random inputs, gate and clock on one device."""
 
-    def __init__(self, device: torch.device, repeats: int):
+    def __init__(self, device: torch.device, repeats: int, imitated: Sequence[str] = ()):
         self.device, self.repeats = device, repeats
         self.card = Device.chosen_for(device)
+        # The card, then those whose configurations are timed too.
+        self.cards = (self.card, *(self.card.imitating(name) for name in imitated))
         self._ceilings: dict[bool, float] = {}
         self._generator = torch.Generator(device).manual_seed(0)
 
@@ -139,28 +150,33 @@ class Bench:
         flops = layer.flops
         print(f"{c} {t}x{h}x{w}: library {ms:.3f} ms {flops / ms / 1e9:.0f} TFLOP/s", flush=True)
         right = []
-        for kernel, config in self.candidates(layer):
+        for card, kernel, config in self.candidates(layer):
             try:
-                kernel.build(layer.problem, config, self.card)
+                kernel.build(layer.problem, config, card)
                 weights = LayerWeights(weight, bias, gamma)
-                ours = kernel.prepare(weights, layer.problem, config, self.card)
+                ours = kernel.prepare(weights, layer.problem, config, card)
                 operand, _ = ours.operand(x, history, only_frame=False, keep=False)
             except kernel.build_failures as error:
                 print(f"  {config}: {str(error).splitlines()[0][:90]}", flush=True)
                 continue
             work = partial(ours.convolve, operand, t, residual, padding=(1, 1), only_frame=False)
-            name = f"{kernel.family} {kernel.name} {config}"
+            name = f"{kernel.family} {kernel.name} {config}{self.label(card)}"
             bound = BOUND + kernel.sums_error
             right.append(self.candidate(name, work, expected, flops, bound))
         return any(right)
 
-    def candidates(self, layer: Layer) -> list[tuple[Any, str]]:
-        """Kernels and configurations for `layer` on the card that is imitated, or on this one."""
+    def label(self, card: Device) -> str:
+        """Behind what is timed in the configuration of another card."""
+        return "" if card is self.card else f" as {card.architecture}"
+
+    def candidates(self, layer: Layer) -> list[tuple[Device, Any, str]]:
+        """Cards, their kernels and configurations for `layer`."""
         return [
-            (kernel, config)
+            (card, kernel, config)
+            for card in self.cards
             for kernel in registry.kernels_of("norm_conv3d", registry.FAMILIES)
-            if kernel.requires.unmet(self.card, layer.problem) is None
-            for config in kernel.candidates(layer.problem, self.card)
+            if kernel.requires.unmet(card, layer.problem) is None
+            for config in kernel.candidates(layer.problem, card)
         ]
 
     def repeated(self, layer: Layer, repeats: Sequence[int]) -> None:
@@ -169,7 +185,7 @@ class Bench:
         residual = self.random(1, t, h, w, c).permute(0, 4, 1, 2, 3)
         weight, bias = self.random(c, c, 3, 3, 3, scale=0.02), torch.zeros(c, device=self.device)
         print(f"{c} {t}x{h}x{w}, products issued r times", flush=True)
-        for kernel, config in self.candidates(layer):
+        for _, kernel, config in self.candidates(layer):
             if not isinstance(kernel, NormConvMma):
                 continue
             once = kernel.variant(layer.problem, config, self.card)
@@ -216,15 +232,15 @@ class Bench:
         expected = attention(q.float(), k.float(), v.float())
         ms = self.median_ms(lambda: attention(q, k, v))
         print(f"attention {positions} x {channels}: library {ms:.3f} ms", flush=True)
-        right = [
-            self.candidate(
-                name,
-                partial(triton_attention.attention, q, k, v, AttentionConfig.parse(name)),
-                expected,
-                flops,
-            )
-            for name in attention_candidates(channels)
-        ]
+        right = []
+        for card in self.cards:
+            for is_tma in (True, False) if card.vendor != "amd" else (False,):
+                loads = "tma" if is_tma else "pointer"
+                for name in attention_candidates(channels, card, is_tma):
+                    config = AttentionConfig.parse(name)
+                    work = partial(triton_attention.attention, q, k, v, config, is_tma)
+                    label = f"{loads} {name}{self.label(card)}"
+                    right.append(self.candidate(label, work, expected, flops))
         return any(right)
 
     def norm_and_head(self, channels: int, frames: int, rows: int, columns: int) -> None:
@@ -241,7 +257,10 @@ class Bench:
         print(f"head {channels} to 3: library {ms:.3f} ms", flush=True)
         flops = 2.0 * 81 * channels * frames * rows * columns
         operands = HeadOperands(buffer, pack_head(weight, HALF), None, 3)
-        self.candidate("narrow", lambda: head_conv(operands), expected, flops)
+        for card in self.cards:
+            for name in head_candidates(card):
+                work = partial(head_conv, operands, HeadConfig.parse(name))
+                self.candidate(f"narrow {name}{self.label(card)}", work, expected, flops)
 
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -252,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """1 if a layer has no configuration that is right."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
+    parser.add_argument("--amd", action="store_true", help="also in AMD's configurations")
     parser.add_argument(
         "--repeat-products",
         metavar="R,R",
@@ -260,7 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    bench = Bench(torch.device("cpu" if args.tiny else "cuda"), 3 if args.tiny else 9)
+    device, imitated = torch.device("cpu" if args.tiny else "cuda"), AMD if args.amd else ()
+    bench = Bench(device, 3 if args.tiny else 9, imitated)
     with torch.no_grad():
         if args.repeat_products:
             for layer in LAYERS:

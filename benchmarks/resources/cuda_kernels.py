@@ -73,23 +73,24 @@ def _own_name(program: Program) -> tuple[str, str]:
     return f"{program.entry} {'x'.join(sizes)}", ", ".join(details)
 
 
-def compile_jobs(jobs: Sequence[Job], capability: int) -> Iterator[Resources]:
-    """Compile them for the card of `capability` (90 is Hopper), for which they were made, in their
-    order. Raises BuildError with NVRTC's message."""
+def compile_jobs(jobs: Sequence[Job], device: Device) -> Iterator[Resources]:
+    """Compile them for `device`, for which they were made, in their order. Raises BuildError with
+    NVRTC's message."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        yield from pool.map(lambda job: _compile(job, capability), jobs)
+        yield from pool.map(lambda job: _compile(job, device), jobs)
 
 
-def _compile(job: Job, capability: int) -> Resources:
+def _compile(job: Job, device: Device) -> Resources:
     program = job.program
     cubin = compile_source(program.source, dict(program.defines), program.machine_code, None)
     usage = usage_of(cubin)
-    static = usage.shared_bytes - (RESERVED_SHARED_BYTES if capability >= 90 else 0)
+    is_counted = device.capability is not None and device.capability >= (9, 0)
+    static = usage.shared_bytes - (RESERVED_SHARED_BYTES if is_counted else 0)
     return Resources(
         kernel=job.name,
         config=job.config,
         family="cuda",
-        capability=capability,
+        architecture=device.architecture,
         registers=usage.registers,
         stack_bytes=usage.stack_bytes,
         shared_bytes=program.shared_bytes + max(0, static),

@@ -8,35 +8,58 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from wan_vae.kernels.device import Device, nvidia
+from wan_vae.kernels.device import Device, amd, nvidia
 
 from .usage import RESERVED_SHARED_BYTES, Resources
 
 # What may be spilled, and where more than that: data, so that a change of it is seen.
 ALLOWED = Path(__file__).with_name("limits.json")
-_REGISTERS_OF_THREAD = 255
-# Of a multiprocessor. Registers are given out in eights to each thread.
-_REGISTERS, _STEP = 65536, 8
-_THREADS = {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+# Registers are given out in eights to each thread.
+_STEP = 8
+
+
+@dataclass(frozen=True)
+class _Registers:
+    """Of a thread, and of a multiprocessor (what AMD calls a compute unit); its threads."""
+
+    of_thread: int
+    of_multiprocessor: int
+    threads: int
+
+
+_NVIDIA = {
+    name: _Registers(255, 65536, threads)
+    for name, threads in {
+        **{"sm_75": 1024, "sm_80": 2048, "sm_86": 1536, "sm_89": 1536},
+        **{"sm_90": 2048, "sm_100": 2048, "sm_120": 1536},
+    }.items()
+}
+# CDNA: four SIMD units of 512 registers in 64 lanes. RDNA 3 and 4: two of 1536 in 32 lanes.
+_AMD = {
+    "gfx942": _Registers(512, 4 * 512 * 64, 2048),
+    "gfx1100": _Registers(256, 2 * 1536 * 32, 1024),
+    "gfx1201": _Registers(256, 2 * 1536 * 32, 1024),
+}
+_REGISTERS = _NVIDIA | _AMD
+ARCHITECTURES = tuple(_REGISTERS)
 
 
 @dataclass(frozen=True)
 class Spill:
     """Bytes of stack that kernels may have. family, kernel, config: patterns as in a shell.
-    capabilities: the lowest and the highest. why: one sentence."""
+    architectures: such patterns, of which one fits. why: one sentence."""
 
     family: str
     kernel: str
     config: str
-    capabilities: tuple[int, int]
+    architectures: tuple[str, ...]
     stack_bytes: int
     why: str
 
     def covers(self, row: Resources) -> bool:
         """Whether it is about this kernel."""
-        least, most = self.capabilities
         return (
-            least <= row.capability <= most
+            any(fnmatchcase(row.architecture, pattern) for pattern in self.architectures)
             and fnmatchcase(row.family, self.family)
             and fnmatchcase(row.kernel, self.kernel)
             and fnmatchcase(row.config, self.config)
@@ -54,7 +77,7 @@ class Limits:
     def read(cls, path: Path) -> Limits:
         """From JSON."""
         data = json.loads(path.read_text(encoding="utf-8"))
-        spills = (Spill(**s | {"capabilities": tuple(s["capabilities"])}) for s in data["spills"])
+        spills = (Spill(**s | {"architectures": tuple(s["architectures"])}) for s in data["spills"])
         return cls(data["stack_bytes"], tuple(spills))
 
     def stack_of(self, row: Resources) -> int:
@@ -62,9 +85,11 @@ class Limits:
         return next((s.stack_bytes for s in self.spills if s.covers(row)), self.stack_bytes)
 
 
-def card(capability: int) -> Device:
-    """A card of compute capability `capability`, such as 89."""
-    return nvidia(f"sm_{capability}", divmod(capability, 10), 1)
+def card(architecture: str) -> Device:
+    """A card of `architecture`, such as "sm_89" or "gfx1100"."""
+    if architecture in _AMD:
+        return amd(architecture, architecture, 1)
+    return nvidia(architecture, divmod(int(architecture.removeprefix("sm_")), 10), 1)
 
 
 def exceeded(rows: Iterable[Resources], limits: Limits) -> Iterator[str]:
@@ -72,21 +97,22 @@ def exceeded(rows: Iterable[Resources], limits: Limits) -> Iterator[str]:
     for row in rows:
         for what, taken, most in _held(row, limits):
             if taken > most:
-                yield f"{row.kernel}, {row.config}, sm_{row.capability}: {what}: {taken} of {most}"
+                yield f"{row.kernel}, {row.config}, {row.architecture}: {what}: {taken} of {most}"
 
 
 def _held(row: Resources, limits: Limits) -> Iterator[tuple[str, int, int]]:
     """What is limited, how much of it the kernel takes, and how much it may."""
-    shared = card(row.capability).shared_bytes
+    device, most = card(row.architecture), _REGISTERS[row.architecture]
+    shared = device.shared_bytes
     yield "bytes of stack", row.stack_bytes, limits.stack_of(row)
-    yield "registers of a thread", row.registers, _REGISTERS_OF_THREAD
+    yield "registers of a thread", row.registers, most.of_thread
     yield "bytes of shared memory", row.shared_bytes, shared
     # Launch bounds: so many programs find room on a multiprocessor at the same time.
     resident, given = row.resident, -(-row.registers // _STEP) * _STEP
     at_once = f" of {resident} programs at once"
-    yield f"registers{at_once}", given * row.threads * resident, _REGISTERS
-    yield f"threads{at_once}", row.threads * resident, _THREADS[row.capability]
+    yield f"registers{at_once}", given * row.threads * resident, most.of_multiprocessor
+    yield f"threads{at_once}", row.threads * resident, most.threads
     # Turing's 64 KiB hold one program of most kernels: the others wait for it.
-    if row.capability >= 80 and resident > 1:
+    if device.capability != (7, 5) and resident > 1:
         taken = (row.shared_bytes + RESERVED_SHARED_BYTES) * resident
         yield f"bytes of shared memory{at_once}", taken, shared + RESERVED_SHARED_BYTES

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +22,13 @@ from wan_vae.kernels.triton import conv3d_pointer, conv3d_tma
 from wan_vae.kernels.triton import head as triton_head
 from wan_vae.kernels.triton import norm as triton_norm
 from wan_vae.kernels.triton import strided as triton_strided
-from wan_vae.kernels.triton.configs import AttentionConfig, ConvConfig, StridedConfig
-from wan_vae.kernels.triton.conv3d import FLOAT32_PRECISION
+from wan_vae.kernels.triton.configs import (
+    AttentionConfig,
+    ConvConfig,
+    HeadConfig,
+    StridedConfig,
+)
+from wan_vae.kernels.triton.conv3d import precision_of
 from wan_vae.kernels.weights import filled_channels
 from wan_vae.ops.problem import (
     AttentionProblem,
@@ -33,8 +40,9 @@ from wan_vae.ops.problem import (
     UpsampleProblem,
 )
 
-from .usage import Resources, nvdisasm, usage_of
+from .usage import Resources, amd_usage_of, nvdisasm, usage_of
 
+_ATTENTION_STEPS = ("q_frame", "q_row", "k_frame", "k_row", "v_frame", "v_row")
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -69,39 +77,49 @@ def jobs(
                 continue
             configs = kernel.candidates(problem, device)
             for config in configs[:1] if first else configs:
-                for job in _jobs_of(kernel, problem, config):
+                for job in _jobs_of(kernel, problem, config, device):
                     if (job.name, job.config) not in seen:
                         seen.add((job.name, job.config))
                         yield job
             break
 
 
-def _jobs_of(kernel: Kernel[Any, Any], problem: Problem, config: str) -> Iterator[Job]:
+def _jobs_of(
+    kernel: Kernel[Any, Any], problem: Problem, config: str, device: Device
+) -> Iterator[Job]:
     """The launches of a layer: those of its norm, and its own."""
     match problem:
         case AttentionProblem(channels=c):
-            yield _attention(c, AttentionConfig.parse(config.partition(" / ")[0]))
-            yield from _norms(c, silu=False)
+            core, *convolutions = config.split(" / ")
+            yield _attention(c, AttentionConfig.parse(core), kernel.name)
+            yield from _norms(problem, False, device)
+            for out, tile in zip((3 * c, c), convolutions, strict=True):
+                pointwise = ConvProblem(
+                    "features", c, out, (1, 1, 1), torch.float16, problem.feature_dtype
+                )
+                yield _conv(kernel, pointwise, ConvConfig.parse(tile), device)
         case StridedProblem():
-            yield _strided(problem, StridedConfig.parse(config))
+            yield _strided(problem, StridedConfig.parse(config), device)
         case HeadProblem() if kernel.name == "narrow":
-            yield from _norms(problem.in_channels, silu=True)
-            yield from _head(problem.in_channels, problem.out_channels)
+            yield from _norms(problem, True, device)
+            yield from _head(problem.in_channels, problem.out_channels, HeadConfig.parse(config))
         case HeadProblem() | NormConvProblem():
-            yield from _norms(problem.in_channels, silu=True)
-            yield _conv(kernel, problem, ConvConfig.parse(config))
+            yield from _norms(problem, True, device)
+            yield _conv(kernel, problem, ConvConfig.parse(config), device)
         case ConvProblem() | UpsampleProblem():
-            yield _conv(kernel, problem, ConvConfig.parse(config))
+            yield _conv(kernel, problem, ConvConfig.parse(config), device)
 
 
 def _conv(
     kernel: Kernel[Any, Any],
     problem: ConvProblem | NormConvProblem | HeadProblem | UpsampleProblem,
     config: ConvConfig,
+    device: Device,
 ) -> Job:
     c, o, up = filled_channels(problem.in_channels), problem.out_channels, False
     kt, kh, kw = problem.kernel
-    operand, out = _TYPES[problem.operand_dtype], _TYPES[torch.bfloat16]
+    feature = _TYPES[problem.feature_dtype]
+    operand, out = _TYPES[problem.operand_dtype], feature
     if isinstance(problem, UpsampleProblem):
         up, kt, kh, kw = True, 1, 2, 2
     else:
@@ -111,9 +129,10 @@ def _conv(
         **{"CIN": c, "F": config.F, "PH": config.PH, "PW": config.PW},
         **{"N0": config.N0, "N1": config.N1, "BK": config.BK, "KT": kt, "KH": kh, "KW": kw},
         **{"PAD_Y": kh // 2, "PAD_X": kw // 2, "TAP0": 0, "UP": up},
-        **{"PRECISION": FLOAT32_PRECISION, "HAS_BIAS": True, "HAS_RESIDUAL": not up},
+        **{"PRECISION": precision_of(problem.operand_dtype, device)},
+        **{"HAS_BIAS": True, "HAS_RESIDUAL": not up},
     }
-    types = {**dict.fromkeys(("bias", "residual"), "*bf16"), "out": f"*{out}"}
+    types = {**dict.fromkeys(("bias", "residual"), f"*{feature}"), "out": f"*{out}"}
     if kernel.name == "pointer":
         function = conv3d_pointer._conv
         constants["TAPS"] = kt * kh * kw
@@ -131,38 +150,40 @@ def _conv(
     )
 
 
-def _strided(problem: StridedProblem, config: StridedConfig) -> Job:
+def _strided(problem: StridedProblem, config: StridedConfig, device: Device) -> Job:
     """Over every second pixel of each frame, or over every second frame."""
     c, o = problem.in_channels, problem.out_channels
     (kt, kh, kw), (st, sy, sx) = problem.kernel, problem.stride
     constants: dict[str, object] = {
         **{"CIN": c, "COUT": o, "M": config.M, "N0": config.N0, "N1": config.N1},
         **{"BK": config.BK, "KT": kt, "KH": kh, "KW": kw, "ST": st, "SY": sy, "SX": sx},
-        **{"PRECISION": FLOAT32_PRECISION, "HAS_BIAS": True},
+        **{"PRECISION": precision_of(problem.feature_dtype, device), "HAS_BIAS": True},
     }
-    types = dict.fromkeys(("x", "weight", "bias", "out"), "*bf16")
+    types = dict.fromkeys(("x", "weight", "bias", "out"), f"*{_TYPES[problem.feature_dtype]}")
     name, function = f"strided_conv {c}x{o} {kt}x{kh}x{kw}", triton_strided._strided
     return Job(name, config.name, function, types, constants, config.warps, config.stages)
 
 
-def _attention(c: int, config: AttentionConfig) -> Job:
+def _attention(c: int, config: AttentionConfig, loads: str) -> Job:
     constants: dict[str, object] = {
         **{"D": c, "DC": config.DC, "NC": config.NC, "M": config.M, "BN": config.BN}
     }
-    types = {
-        "q": f"tensordesc<fp16[1, {config.M}, {config.DC}]>",
-        **dict.fromkeys(("k", "v"), f"tensordesc<fp16[1, {config.BN}, {config.DC}]>"),
-        "out": "*fp16",
-        "scale": "fp32",
-    }
+    types = {**dict.fromkeys(("q", "k", "v", "out"), "*fp16"), "scale": "fp32"}
+    if loads == "tma":
+        types |= {
+            "q": f"tensordesc<fp16[1, {config.M}, {config.DC}]>",
+            **dict.fromkeys(("k", "v"), f"tensordesc<fp16[1, {config.BN}, {config.DC}]>"),
+        }
+        constants |= dict.fromkeys(_ATTENTION_STEPS)
     name, function = f"attention {c}", triton_attention._attention
-    return Job(name, config.name, function, types, constants, config.warps, config.stages)
+    return Job(name, config.name, function, types, constants, config.warps, config.stages, loads)
 
 
-def _norms(c: int, silu: bool) -> Iterator[Job]:
-    """bfloat16 features, float16 operands and history: what a decode in bf16 launches."""
+def _norms(problem: Problem, silu: bool, device: Device) -> Iterator[Job]:
+    """float16 operands and history: what a decode launches."""
+    c = problem.in_channels
     types = {
-        **{"x": "*bf16", "scale": "*fp32"},
+        **{"x": f"*{_TYPES[problem.feature_dtype]}", "scale": "*fp32"},
         **dict.fromkeys(("has_x", "has_history", "keep"), "fp32"),
         **dict.fromkeys(("history", "buffer", "out", "kept"), "*fp16"),
     }
@@ -170,55 +191,85 @@ def _norms(c: int, silu: bool) -> Iterator[Job]:
     for placed in (False, True) if silu else (False,):
         shard = " of a shard" if placed else ""
         past = 2 if silu else 0
-        join = {"ROWS": 32, "PAST_FRAMES": past, "SILU": silu, "PLACED": placed}
-        label, warps = f"join silu={silu}{shard}", 8 if c > 256 else 4
+        rows, warps = triton_norm.join_rows(c), triton_norm.join_warps(c)
+        join = {"ROWS": rows, "PAST_FRAMES": past, "SILU": silu, "PLACED": placed}
+        label = f"join silu={silu}{shard}"
         yield Job(f"norm {c}", label, triton_norm._norm_silu_join, types, common | join, warps)
-        if silu:
+        if silu and device.vendor != "amd":  # Winograd's frames: of kernels that AMD has not
             pairs = {"ROWS": triton_norm.pair_rows(c), "PLACED": placed}
             function = triton_norm._norm_silu_pairs
             yield Job(f"norm {c}", f"pairs{shard}", function, types, common | pairs)
 
 
-def _head(c: int, o: int) -> Iterator[Job]:
+def _head(c: int, o: int, config: HeadConfig) -> Iterator[Job]:
     types = {
         **dict.fromkeys(("buffer", "weight"), "*fp16"),
         **dict.fromkeys(("partial", "bias", "out"), "*fp32"),
     }
     columns = max(16, triton.next_power_of_2(9 * o))
-    sums = {"C": c, "BLOCK_C": 32, "COLS": columns, "USED": 9 * o, "M": 128, "KT": 3}
+    sums = {"C": c, "BLOCK_C": 32, "COLS": columns, "USED": 9 * o, "M": config.M, "KT": 3}
     gather = {"OUT": o, "M": 1024, "PAD_Y": 1, "PAD_X": 1, "HAS_BIAS": True}
-    yield Job(f"head {c}x{o}", "partials", triton_head._partials, types, dict(sums))
-    yield Job(f"head {c}x{o}", "gather", triton_head._gather, types, dict(gather))
+    name = f"head {c}x{o}"
+    partials, function = f"partials {config.name}", triton_head._partials
+    yield Job(name, partials, function, types, dict(sums), config.warps)
+    yield Job(name, "gather", triton_head._gather, types, dict(gather))
 
 
-def compile_job(job: Job, capability: int) -> Resources:
-    """Compile for `capability` (90 is Hopper). Raises what Triton's compiler raises."""
+def compile_jobs(jobs: Sequence[Job], device: Device) -> Iterator[Resources]:
+    """Compile them for `device`, in their order. Raises what Triton's compiler raises."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        yield from pool.map(lambda job: compile_job(job, device), jobs)
+
+
+def compile_job(job: Job, device: Device) -> Resources:
+    """Compile for `device`. Raises what Triton's compiler raises."""
     names = job.function.arg_names
     signature = {
         name: "constexpr" if name in job.constants else job.types.get(name, "i32") for name in names
     }
     # What Triton finds out at a launch: widths are multiples of 16, and pointers are aligned.
-    aligned = [i for i, n in enumerate(names) if n == "cout" or signature[n].startswith("*")]
+    multiples = {"cout", *_ATTENTION_STEPS}
+    aligned = [
+        i
+        for i, n in enumerate(names)
+        if signature[n].startswith("*") or (n in multiples and n not in job.constants)
+    ]
     source = ASTSource(
         job.function,
         signature,
         constexprs={(names.index(name),): value for name, value in job.constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": job.warps, "num_stages": job.stages}
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    cubin = made.asm["cubin"]
-    usage, code = usage_of(cubin), nvdisasm(cubin)
+    target, options = target_of(device), {"num_warps": job.warps, "num_stages": job.stages}
+    made = triton.compile(source, target=target, options=options)
+    if device.vendor == "amd":
+        code, waits = made.asm["amdgcn"], None
+        usage = amd_usage_of(code)
+        products = len(re.findall(r"\bv_(?:wmma|mfma)_", code))
+    else:
+        cubin = made.asm["cubin"]
+        usage, code = usage_of(cubin), nvdisasm(cubin)
+        products = len(re.findall(r"\b[HIQ]?G?MMA\.", code))
+        waits = code.count("WARPGROUP.DEPBAR")
     return Resources(
         kernel=job.name,
         config=job.config,
         family="triton",
         loads=job.loads,
-        capability=capability,
+        architecture=device.architecture,
         registers=usage.registers,
         stack_bytes=usage.stack_bytes,
         shared_bytes=made.metadata.shared,
-        threads=32 * job.warps,
-        tensor_core_instructions=len(re.findall(r"\b[HIQ]?G?MMA\.", code)),
-        waits=code.count("WARPGROUP.DEPBAR"),
+        threads=target.warp_size * job.warps,
+        tensor_core_instructions=products,
+        waits=waits,
     )
+
+
+def target_of(device: Device) -> GPUTarget:
+    """What Triton's compiler calls `device`. CDNA has 64 threads in a warp."""
+    if device.vendor == "amd":
+        return GPUTarget("hip", device.architecture, 64 if "mfma" in device.features else 32)
+    if device.capability is None:
+        raise ValueError(f"Triton does not compile for {device.architecture}")
+    return GPUTarget("cuda", device.capability[0] * 10 + device.capability[1], 32)

@@ -21,15 +21,16 @@ RESERVED_SHARED_BYTES = 1024
 class Resources:
     """What one compiled kernel takes.
 
-    family: "triton" or "cuda". loads: how a convolution in Triton is loaded. shared_bytes, threads:
-    of one program. resident: programs that a multiprocessor is meant to hold at the same time.
-    tensor_core_instructions, waits: counted for Triton alone, else None.
+    family: "triton" or "cuda". architecture: what it is compiled for, "sm_90" or "gfx1100". loads:
+    how a convolution in Triton is loaded. shared_bytes, threads: of one program. resident: programs
+    that a multiprocessor is meant to hold at the same time. tensor_core_instructions, waits:
+    counted for Triton alone, else None; waits not for AMD.
     """
 
     kernel: str
     config: str
     family: str
-    capability: int
+    architecture: str
     registers: int
     stack_bytes: int
     shared_bytes: int
@@ -57,6 +58,18 @@ def usage_of(cubin: bytes) -> Usage:
         match = re.search(rf"\b{name}:(\d+)", text)
         if match is None:
             raise ValueError(f"no {name} in what cuobjdump says")
+        numbers.append(int(match[1]))
+    return Usage(*numbers)
+
+
+def amd_usage_of(assembly: str) -> Usage:
+    """What the one kernel in assembly for an AMD card takes, by the notes at its end: vector
+    registers, scratch memory. Raises ValueError if that cannot be read."""
+    numbers = []
+    for name in ("vgpr_count", "private_segment_fixed_size", "group_segment_fixed_size"):
+        match = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        if match is None:
+            raise ValueError(f"no {name} in the assembly")
         numbers.append(int(match[1]))
     return Usage(*numbers)
 

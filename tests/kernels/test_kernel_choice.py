@@ -74,8 +74,8 @@ def test_auto_is_by_vendor_and_capability():
     old = nvidia("GTX 1080", (6, 1), 20)
     assert registry.families_of("auto", old) == ()
     assert registry.auto_reason(old) == (
-        "used by default on NVIDIA cards of compute capability 7.5 or later and on AMD cards, "
-        "this card has 6.1"
+        "used by default on NVIDIA cards of compute capability 7.5 or later and on AMD's gfx942, "
+        "gfx11, gfx120, this card has 6.1"
     )
 
 
@@ -98,6 +98,10 @@ def test_verdicts_of_an_imitation_are_not_those_of_the_card(a_4090, monkeypatch)
     monkeypatch.setenv(IMITATE, "8.6")
     assert cache.environment(device) == own | {"imitates": "8.6"}
     assert Device.chosen_for(device).imitation == "as compute capability 8.6 (WAN_VAE_CAPABILITY)"
+    monkeypatch.setenv(IMITATE, "gfx1100")
+    known = own | {"imitates": "gfx1100", "miopen": "True"}
+    assert cache.environment(device) == known
+    assert Device.chosen_for(device).imitation == "as gfx1100 (WAN_VAE_CAPABILITY)"
     monkeypatch.setenv(IMITATE, "sm_86")
     with pytest.raises(BackendError, match="WAN_VAE_CAPABILITY is 'sm_86': expected a capability"):
         cache.environment(device)

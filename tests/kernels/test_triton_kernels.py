@@ -6,6 +6,8 @@ kernel does not write fails the comparison.
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,12 @@ pytest.importorskip("triton", reason="triton is not installed here: pip install 
 from wan_vae.kernels.kernel import NormCall, NormResult
 from wan_vae.kernels.triton import attention as triton_attention
 from wan_vae.kernels.triton import conv3d_pointer, conv3d_tma
-from wan_vae.kernels.triton.configs import AttentionConfig, ConvConfig, StridedConfig
+from wan_vae.kernels.triton.configs import (
+    AttentionConfig,
+    ConvConfig,
+    HeadConfig,
+    StridedConfig,
+)
 from wan_vae.kernels.triton.conv3d import (
     ConvOperands,
     UpsampleOperands,
@@ -178,15 +185,16 @@ def test_conv3d_with_halo_rows_gives_the_bits_of_the_whole_picture(launch, paddi
     assert torch.equal(y, whole[..., rows, columns])
 
 
+@pytest.mark.parametrize("precision", ["tf32x3", "ieee"])
 @pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
 @pytest.mark.parametrize("kernel", [(1, 1, 1), (3, 1, 1), (3, 3, 3)], ids=str)
-def test_float32_operands_keep_float32(launch, kernel):
+def test_float32_operands_keep_float32(launch, kernel, precision):
     kt, kh, kw = kernel
     x = rand(1, 16, 1 + kt, 5, 6, dtype=torch.float32).contiguous(memory_format=LAST)
     weight = rand(32, 16, kt, kh, kw, dtype=torch.float32).contiguous(memory_format=LAST) / 8
     config = ConvConfig.parse("f2_p4x8_n16+0_k16_w4_s2")
     padding = (kh // 2, kw // 2)
-    y = conv3d(ConvOperands(x, weight, padding=padding), config, launch)
+    y = conv3d(ConvOperands(x, weight, padding=padding, precision=precision), config, launch)
     assert relative(y, F.conv3d(x.double(), weight.double(), padding=(0, *padding))) < 1e-5
 
 
@@ -210,14 +218,15 @@ def test_norm_without_silu():
     assert relative(y, rms_norm(x.float(), gamma)) < BOUND
 
 
+@pytest.mark.parametrize("loads", LAUNCHES)
 @pytest.mark.parametrize("channels,width,made", [(48, 16, 3), (64, 32, 2), (32, 32, 1)])
-def test_attention_rows_do_not_depend_on_their_neighbours(channels, width, made):
+def test_attention_rows_do_not_depend_on_their_neighbours(channels, width, made, loads):
     config = AttentionConfig(16, 16, width, made, 4, 2)
     q, k, v = rand(2, 37, 3 * channels).split(channels, dim=2)
-    y = triton_attention.attention(q, k, v, config)
+    y = triton_attention.attention(q, k, v, config, loads == "tma")
     expected = attention(q.float(), k.float(), v.float())
     assert relative(y, expected) < 2e-3
-    part = triton_attention.attention(q[:, 5:30], k, v, config)
+    part = triton_attention.attention(q[:, 5:30], k, v, config, loads == "tma")
     assert torch.equal(part, y[:, 5:30])
 
 
@@ -245,15 +254,17 @@ def test_head(channels_out, last_slice, padding):
     x = rand(2, 32, 5, 9, 11).contiguous(memory_format=LAST)
     weight, bias = rand(channels_out, 32, 3, 3, 3) / 30, rand(channels_out)
     packed = pack_head(weight, x.dtype)
-    y = head_conv(HeadOperands(x, packed, bias, channels_out, padding, last_slice))
+    operands = HeadOperands(x, packed, bias, channels_out, padding, last_slice)
+    y = head_conv(operands, HeadConfig(128, 4))
+    assert torch.equal(y, head_conv(operands, HeadConfig(64, 4))) or DEVICE == "cuda"
     used = weight[:, :, -1:] if last_slice else weight
     expected = F.conv3d(x.float(), used.float(), bias.float(), padding=(0, *padding))
     assert relative(y, expected) < 1e-5
 
 
-@pytest.mark.parametrize("kind", [ConvConfig, AttentionConfig, StridedConfig])
+@pytest.mark.parametrize("kind", [ConvConfig, AttentionConfig, StridedConfig, HeadConfig])
 def test_configurations_are_what_their_names_say(kind):
-    config = kind(*range(1, 9)) if kind is ConvConfig else kind(*range(1, 7))
+    config = kind(*range(1, 1 + len(fields(kind))))
     assert kind.parse(config.name) == config
     for wrong in ("", "f2", config.name + "_x", config.name.replace("w", "v")):
         with pytest.raises(ValueError, match="is no configuration"):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
 
+from wan_vae.kernels.device import CARDS
 from wan_vae.kernels.triton.configs import StridedConfig, strided_candidates
 from wan_vae.kernels.triton.strided import StridedOperands, strided_conv3d
 
@@ -88,17 +89,22 @@ def test_a_shard_gives_the_bits_of_the_whole_picture(axis, last):
     assert torch.equal(y, whole.narrow(dim, start // 2, rows // 2))
 
 
-def test_float32_operands_keep_float32():
+@pytest.mark.parametrize("precision", ["tf32x3", "ieee"])
+def test_float32_operands_keep_float32(precision):
     x = features(1, 32, 3, 6, 10, dtype=torch.float32)
     for kernel, stride in (((1, 3, 3), PIXELS), ((3, 1, 1), FRAMES)):
         weight = weights(48, 32, *kernel, dtype=torch.float32)
-        y = strided_conv3d(StridedOperands(x, weight, None, stride), CONFIGS[0])
+        operands = StridedOperands(x, weight, None, stride, precision=precision)
+        y = strided_conv3d(operands, CONFIGS[0])
         assert relative(y, F.conv3d(x.double(), weight.double(), stride=stride)) < 1e-5
 
 
-def test_widths_that_have_a_kernel():
+@pytest.mark.parametrize("card", ["H100", "MI300X", "RX 7900 XTX", "RX 9070 XT"])
+def test_widths_that_have_a_kernel(card):
+    device = CARDS[card]
     for width in (96, 192, 384, 160, 320, 640, 16, 48):
-        for config in map(StridedConfig.parse, strided_candidates(width, width)):
+        found = strided_candidates(width, width, device)
+        for config in map(StridedConfig.parse, found):
             assert width % (config.N0 + config.N1) == 0 and width % config.BK == 0
-        assert strided_candidates(width, width)
-    assert strided_candidates(24, 32) == () and strided_candidates(32, 24) == ()
+        assert found
+    assert strided_candidates(24, 32, device) == () and strided_candidates(32, 24, device) == ()

@@ -77,7 +77,7 @@ def test_a_convolution_behind_a_norm(name, size):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_a_narrow_head(size, monkeypatch):
     problem = HeadProblem(16, 3, FP16, only_frame=size.only_frame)
-    layer = prepared(problem, "partials", "narrow", **behind_norm(16, 3))
+    layer = prepared(problem, "m128_w4", "narrow", **behind_norm(16, 3))
     said, made = layer.workspace(size), []
     assert Workspace(said.operand_bytes, said.history_bytes) == taken(
         layer, features(16, size), size

@@ -3,7 +3,9 @@
 Kernels are chosen for a `Device`, and run on a `torch.device`. These are two things: a test or a
 measurement can choose as for one card and run on another, which imitates it: `WAN_VAE_CAPABILITY`
 (such as 8.6) makes an NVIDIA card choose kernels, shared memory and machine code as a card of that
-capability does. Its driver then compiles the PTX of that architecture for the real card.
+capability does. Its driver then compiles the PTX of that architecture for the real card. With an
+AMD architecture (such as gfx1100) an NVIDIA card, and Triton's interpreter, choose kernels and
+configurations as that card does; Triton compiles them for the card in use.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ class Device:
     """One kind of card. `architecture` is what a compiler calls it: "sm_90", "gfx1100".
 
     capability: NVIDIA's compute capability. shared_bytes: of one program. multiprocessors: also
-    what other vendors call compute units or cores. runs_on: the capability of the card that
-    imitates this one, or None if it is itself.
+    what other vendors call compute units or cores. runs_on: the device that imitates this one, or
+    None if it is itself.
     """
 
     name: str
@@ -50,38 +52,54 @@ class Device:
     shared_bytes: int = 0
     multiprocessors: int = 1
     capability: tuple[int, int] | None = None
-    runs_on: tuple[int, int] | None = None
+    runs_on: Device | None = None
 
     @classmethod
     def chosen_for(cls, device: torch.device) -> Device:
         """The device for which kernels are chosen: `Device.of(device)`, or with the environment's
-        WAN_VAE_CAPABILITY an NVIDIA card of that capability, which `device` imitates.
+        WAN_VAE_CAPABILITY a card of that capability or architecture, which `device` imitates.
 
-        Raises BackendError for a value that is no capability.
+        Raises BackendError for a value that is neither.
         """
         real = cls.of(device)
         wanted = os.environ.get(IMITATE)
-        if not wanted or real.capability is None:
+        if not wanted or (real.capability is None and real.vendor != "interpreter"):
             return real
+        if re.fullmatch(r"gfx[0-9a-f]+", wanted):
+            return real.imitating(wanted)
         match = re.fullmatch(r"(\d+)\.(\d)", wanted)
         if match is None:
-            raise BackendError(f"{IMITATE} is {wanted!r}: expected a capability such as 8.6")
-        return real.imitating((int(match[1]), int(match[2])))
+            raise BackendError(
+                f"{IMITATE} is {wanted!r}: expected a capability such as 8.6, or an AMD "
+                "architecture such as gfx1100"
+            )
+        return real if real.capability is None else real.imitating((int(match[1]), int(match[2])))
 
-    def imitating(self, capability: tuple[int, int]) -> Device:
-        """This NVIDIA card as one of `capability`: its features and shared memory, no more."""
-        if capability == self.capability:
+    def imitating(self, wanted: tuple[int, int] | str) -> Device:
+        """This device as an NVIDIA card of a capability, or an AMD card of an architecture: its
+        features and shared memory, no more."""
+        if wanted == self.capability:
             return self
-        name = f"{self.name} as {capability[0]}.{capability[1]}"
-        return replace(nvidia(name, capability, self.multiprocessors), runs_on=self.capability)
+        if isinstance(wanted, str):
+            card = amd(f"{self.name} as {wanted}", wanted, self.multiprocessors)
+        else:
+            card = nvidia(f"{self.name} as {wanted[0]}.{wanted[1]}", wanted, self.multiprocessors)
+        return replace(card, runs_on=self)
 
     @property
     def imitation(self) -> str | None:
         """What the device imitates, in words; None if it is itself."""
-        if self.runs_on is None or self.capability is None:
+        if self.runs_on is None:
             return None
-        major, minor = self.capability
-        return f"as compute capability {major}.{minor} ({IMITATE})"
+        kind = "" if self.capability is None else "compute capability "
+        return f"as {kind}{self.generation} ({IMITATE})"
+
+    @property
+    def generation(self) -> str:
+        """As WAN_VAE_CAPABILITY names it: "8.6", "gfx1100"."""
+        if self.capability is None:
+            return self.architecture
+        return f"{self.capability[0]}.{self.capability[1]}"
 
     @property
     def machine_code(self) -> str:
@@ -91,9 +109,10 @@ class Device:
         PTX of an architecture newer than the real card's cannot be loaded: then it is the real
         card's.
         """
-        if self.runs_on is None or self.capability is None:
+        real = None if self.runs_on is None else self.runs_on.capability
+        if real is None or self.capability is None:
             return self.architecture
-        major, minor = min(self.capability, self.runs_on)
+        major, minor = min(self.capability, real)
         return f"compute_{major}{minor}"
 
     @classmethod
@@ -127,6 +146,12 @@ class Device:
         return self.vendor == "nvidia" and self.capability not in _FULL_RATE
 
     @property
+    def library_searches(self) -> bool:
+        """Whether the library of convolutions, if it is switched on, tries its algorithms at each
+        new shape, for seconds to minutes: AMD's MIOpen does."""
+        return self.vendor == "amd" and torch.backends.cudnn.enabled
+
+    @property
     def spoken(self) -> str:
         """The device in a sentence: "this card has 8.9"."""
         if self.capability is not None:
@@ -155,9 +180,9 @@ def nvidia(name: str, capability: tuple[int, int], multiprocessors: int) -> Devi
 def amd(name: str, architecture: str, multiprocessors: int) -> Device:
     """An AMD card of `architecture`, such as "gfx1100"."""
     features: set[Feature] = set()
-    if architecture.startswith("gfx9"):
+    if architecture.startswith(("gfx908", "gfx90a", "gfx94", "gfx95")):
         features.add("mfma")
-    elif architecture.startswith(("gfx11", "gfx12")):
+    elif architecture.startswith(("gfx11", "gfx120")):
         features.add("wmma")
     return Device(name, "amd", architecture, frozenset(features), 64 * _KIB, multiprocessors)
 

@@ -44,7 +44,8 @@ class BuildError(BackendError):
 class Requires:
     """What a kernel asks of a device and of a problem.
 
-    vendors: whose cards. features: all of them. capability: the lowest compute capability.
+    vendors: whose cards. features: all of them. capability: the lowest compute capability of an
+    NVIDIA card. amd_features: of which an AMD card has one.
     in_multiple: of which the input channels are a multiple. out_multiples: of one of which the
     output channels are. out_channels: the least and the most of them. largest_operand: the largest
     number that it can read behind a norm.
@@ -53,6 +54,7 @@ class Requires:
     vendors: frozenset[Vendor] = frozenset({"nvidia"})
     features: frozenset[Feature] = frozenset()
     capability: tuple[int, int] | None = None
+    amd_features: frozenset[Feature] = frozenset()
     feature_dtypes: frozenset[torch.dtype] = frozenset({torch.bfloat16, torch.float16})
     in_multiple: int = 1
     out_multiples: tuple[int, ...] = (1,)
@@ -67,7 +69,10 @@ class Requires:
             return f"written for {self._vendor_names} cards, {device.spoken}"
         if device.vendor == "interpreter":
             return None
-        if self.capability is not None and (
+        if device.vendor == "amd":
+            if self.amd_features.isdisjoint(device.features):
+                return f"needs {self._amd_features}, {device.spoken}"
+        elif self.capability is not None and (
             device.capability is None or device.capability < self.capability
         ):
             major, minor = self.capability
@@ -119,6 +124,8 @@ class Requires:
                 parts.append(
                     f"compute capability {self.capability[0]}.{self.capability[1]} or later"
                 )
+            if self.amd_features:
+                parts[-1] += f" or AMD's {self._amd_features}"
         else:
             parts.append(f"any {self._vendor_names} card")
         if self.in_multiple > 1:
@@ -130,6 +137,10 @@ class Requires:
         if self.out_channels[0] > 1:
             parts.append(f"at least {self.out_channels[0]} output channels")
         return ", ".join(parts)
+
+    @property
+    def _amd_features(self) -> str:
+        return " or ".join(_FEATURE_NAMES[feature] for feature in sorted(self.amd_features))
 
     @property
     def _vendor_names(self) -> str:

@@ -35,6 +35,9 @@ _AUTO = MappingProxyType({"nvidia": REQUESTS["cuda"], "amd": ("triton", "kitchen
 # there are. Of those of Turing (7.5) most need a later one, which the report says. A layer for
 # which eager is faster on the card runs eager.
 AUTO_CAPABILITY = (7, 5)
+# How the architectures of the AMD cards begin for which "auto" asks for kernels: those for which
+# they are compiled and held to limits without a card (`wan-vae bench resources --check`).
+AUTO_AMD = ("gfx942", "gfx11", "gfx120")
 
 
 def missing_package(family: str) -> str | None:
@@ -71,11 +74,13 @@ def auto_reason(device: Device) -> str | None:
     """Why "auto" asks for no kernels on `device`, or None."""
     if device.vendor in ("cpu", "interpreter"):
         return "no CUDA device"
-    if device.vendor in _AUTO and (device.capability or AUTO_CAPABILITY) >= AUTO_CAPABILITY:
+    if device.vendor == "nvidia" and (device.capability or (0, 0)) >= AUTO_CAPABILITY:
+        return None
+    if device.vendor == "amd" and device.architecture.startswith(AUTO_AMD):
         return None
     return (
-        "used by default on NVIDIA cards of compute capability {}.{} or later and on AMD cards, {}"
-    ).format(*AUTO_CAPABILITY, device.spoken)
+        "used by default on NVIDIA cards of compute capability {}.{} or later and on AMD's {}, {}"
+    ).format(*AUTO_CAPABILITY, ", ".join(AUTO_AMD), device.spoken)
 
 
 def unavailable_reason(name: str, device: Device, feature_dtype: torch.dtype) -> str | None:

@@ -236,9 +236,9 @@ class _Selection:
                 refused[one.key_of(contender)] = ms
             else:
                 known[one.key_of(contender)] = ms
-        known[EAGER] = times.eager_ms
-        winner = fastest(known) if len(known) > 1 else EAGER
-        return Choice(winner, known, refused)
+        if times.eager_ms is not None:
+            known[EAGER] = times.eager_ms
+        return Choice(fastest(known), known, refused)
 
     def _winner(self, one: _Class, choice: Choice) -> _Contender:
         return next(c for c in one.contenders if one.key_of(c) == choice.winner)
@@ -454,4 +454,7 @@ def _library(problem: Problem, device: Device) -> str:
     """What computes the layer where no kernel does."""
     if problem.operation == "attention":
         return "PyTorch"
-    return {"nvidia": "cuDNN", "amd": "MIOpen"}.get(device.vendor, "PyTorch")
+    if not torch.backends.cudnn.enabled:
+        return "PyTorch"
+    real = device.runs_on or device
+    return {"nvidia": "cuDNN", "amd": "MIOpen"}.get(real.vendor, "PyTorch")

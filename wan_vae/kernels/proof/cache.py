@@ -32,8 +32,10 @@ def environment(device: torch.device) -> dict[str, str]:
     known = {k: str(v) for k, v in versions().items() if v}
     known["device"] = device_name(device)
     card = Device.chosen_for(device)
-    if card.runs_on is not None and card.capability is not None:
-        known["imitates"] = "{}.{}".format(*card.capability)
+    if card.runs_on is not None:
+        known["imitates"] = card.generation
+    if card.vendor == "amd":  # with it, eager is not timed
+        known["miopen"] = str(torch.backends.cudnn.enabled)
     if device.type == "mps":
         known["macos"] = platform.mac_ver()[0]
     if device.type == "cuda":

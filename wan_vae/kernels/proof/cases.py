@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 
 from ... import layout
 from ...errors import first_line
@@ -84,7 +85,8 @@ def prove_kernel(
     `axis`: the features have halo rows (or columns) along it, as those of a shard. `size`: frames,
     rows and columns; those of `PROOF_SIZE` if None.
     """
-    inputs = Inputs(runs_on, problem.feature_dtype, axis, size or PROOF_SIZE[runs_on.type])
+    size = size or PROOF_SIZE[runs_on.type]
+    inputs = Inputs(runs_on, problem.feature_dtype, axis, size, device.vendor == "amd")
     verdict = Verdict(True)
     try:
         checks = checks_of(kernel, problem, config, device, inputs)
@@ -113,12 +115,16 @@ def checks_of(
 
 @dataclass(frozen=True)
 class Inputs:
-    """Random tensors on a device, the same in every process. `dtype`: of features."""
+    """Random tensors on a device, the same in every process. `dtype`: of features.
+
+    by_products: float32 references ask no library for a convolution, which might search for one.
+    """
 
     device: torch.device
     dtype: torch.dtype
     axis: Axis | None
     size: Size
+    by_products: bool = False
     # Features that were made, for the next configuration that reads the same.
     _made: dict[object, torch.Tensor] = field(default_factory=dict, compare=False)
 
@@ -150,6 +156,29 @@ class Inputs:
         scale: float = (kt * kh * kw * c) ** 0.5
         weight = self.random(o, kt, kh, kw, c, seed=3) / scale
         return weight.to(dtype).permute(0, 4, 1, 2, 3)
+
+    def exact_conv3d(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        padding: tuple[int, int],
+        stride: tuple[int, int, int] = (1, 1, 1),
+        last_slice: bool = False,
+    ) -> torch.Tensor:
+        """float32 convolution without TF32, whose rounding would hide a kernel's fault."""
+        if self.by_products:
+            return _sum_of_products(x, weight, bias, padding, stride, last_slice)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return conv3d(
+                x.float(),
+                weight.float(),
+                bias.float(),
+                LayoutCounter(),
+                stride=stride,
+                padding=padding,
+                last_slice=last_slice,
+            )
 
     def bias(self, o: int) -> torch.Tensor:
         return self.random(o, seed=4).to(self.dtype)
@@ -192,9 +221,7 @@ def _conv_check(
         return conv3d(features, own, bias, LayoutCounter(), padding=padding, last_slice=only_frame)
 
     def reference() -> torch.Tensor:
-        return _exact_conv3d(
-            x.float(), weight.float(), bias.float(), padding, last_slice=only_frame
-        )
+        return inputs.exact_conv3d(x, weight, bias, padding, last_slice=only_frame)
 
     # float32 operands are split into TF32 parts: their error joins the rounding's.
     return Check(run, reference, eager, BOUNDS[out_dtype or inputs.dtype] + BOUNDS[torch.float32])
@@ -237,7 +264,7 @@ def _norm_conv(
     def reference() -> torch.Tensor:
         y = rms_norm_silu(x.float(), gamma)
         y = y if history is None else torch.cat((history.float(), y), 2)
-        y = _exact_conv3d(y, weight.float(), bias.float(), padding, last_slice=only)
+        y = inputs.exact_conv3d(y, weight, bias, padding, last_slice=only)
         return y if residual is None else y + residual.float()
 
     past = None if history is None else history.to(inputs.dtype)
@@ -266,10 +293,11 @@ def _upsample(
     layer, padding = prepare(LayerWeights(weight, bias)), inputs.padding()
 
     def reference() -> torch.Tensor:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return upsample_conv2d(
-                x.float(), weight.float(), bias.float(), LayoutCounter(), padding=padding
-            )
+        y = F.interpolate(x.float(), scale_factor=2.0, mode="nearest-exact")
+        y = inputs.exact_conv3d(y[:, :, None], weight[:, :, None], bias, (1, 1))[:, :, 0]
+        # Nothing is made for a halo row, which became two.
+        top, left = (2 - 2 * p for p in padding)
+        return y[..., top : y.shape[2] - top, left : y.shape[3] - left]
 
     eager_weight = layout.to_format(weight, "channels_last_3d")
 
@@ -292,8 +320,8 @@ def _strided(
     layer, after = prepare(LayerWeights(weight, bias)), (kernel[1] // 2, kernel[2] // 2)
 
     def reference() -> torch.Tensor:
-        padded = torch.nn.functional.pad(x.float(), (0, after[1], 0, after[0]))
-        return _exact_conv3d(padded, weight.float(), bias.float(), (0, 0), problem.stride)
+        padded = F.pad(x.float(), (0, after[1], 0, after[0]))
+        return inputs.exact_conv3d(padded, weight, bias, (0, 0), problem.stride)
 
     def eager() -> torch.Tensor:
         if kernel[0] > 1:
@@ -364,22 +392,31 @@ _CASES: dict[Operation, Callable[[Inputs, Any, Prepare[Any]], list[Check]]] = {
 }
 
 
-def _exact_conv3d(
+def _sum_of_products(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     padding: tuple[int, int],
-    stride: tuple[int, int, int] = (1, 1, 1),
-    last_slice: bool = False,
+    stride: tuple[int, int, int],
+    last_slice: bool,
 ) -> torch.Tensor:
-    """float32 convolution without TF32, whose rounding would hide a kernel's fault."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return conv3d(
-            x,
-            weight,
-            bias,
-            LayoutCounter(),
-            stride=stride,
-            padding=padding,
-            last_slice=last_slice,
-        )
+    """`eager.conv3d.conv3d` as a matrix product for each tap, in float32, a frame at a time."""
+    if last_slice:
+        weight = weight[:, :, -1:]
+    o, _, kt, kh, kw = weight.shape
+    st, sy, sx = stride
+    taps = weight.float().permute(2, 3, 4, 1, 0)
+    x = F.pad(x.permute(0, 2, 3, 4, 1), (0, 0, *(padding[1],) * 2, *(padding[0],) * 2))
+    b, frames, rows, cols, c = x.shape
+    frames, rows, cols = (frames - kt) // st + 1, (rows - kh) // sy + 1, (cols - kw) // sx + 1
+    y = torch.empty((b, frames, rows, cols, o), device=x.device)
+    for t in range(frames):
+        total = bias.float().expand(b * rows * cols, o).contiguous()
+        for dt in range(kt):
+            source = x[:, t * st + dt].float()
+            for dy in range(kh):
+                for dx in range(kw):
+                    seen = source[:, dy::sy, dx::sx][:, :rows, :cols]
+                    total.addmm_(seen.reshape(-1, c), taps[dt, dy, dx])
+        y[:, t] = total.view(b, rows, cols, o)
+    return y.permute(0, 4, 1, 2, 3)

@@ -24,7 +24,8 @@ class Choice:
     """What runs a class of layers. The keys of `times_ms` and `refused` are proof keys.
 
     winner: the proof key of a configuration, or EAGER. times_ms: of every right one that was timed,
-    and of EAGER; empty where nothing was timed. refused: why the others that were tried cannot run.
+    and of EAGER if it was; empty where nothing was timed. refused: why the others that were tried
+    cannot run.
     """
 
     winner: str
@@ -33,9 +34,12 @@ class Choice:
 
 
 def fastest(times_ms: Mapping[str, float]) -> str:
-    """The key that wins. `times_ms`: right kernels, the preferred one first, and EAGER."""
+    """The key that wins. `times_ms`: right kernels, the preferred one first, and EAGER, which only
+    competes where it was timed."""
+    if all(key == EAGER for key in times_ms):
+        return EAGER
     best = best_kernel(times_ms)
-    eager, own = times_ms[EAGER], times_ms[best]
+    eager, own = times_ms.get(EAGER, float("inf")), times_ms[best]
     is_eager = eager * _FASTER_EAGER < own and own - eager > _LEAST_SAVED_MS
     return EAGER if is_eager else best
 

@@ -31,10 +31,11 @@ _FRAMES = 4
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of each configuration, or why it does not run at this size; and of eager."""
+    """Milliseconds of each configuration, or why it does not run at this size; and of eager, None
+    where it was not timed."""
 
     kernels: tuple[float | str, ...]
-    eager_ms: float
+    eager_ms: float | None
 
 
 def device_timer(device: torch.device) -> Timer | None:
@@ -81,16 +82,20 @@ def time_kernels(
     runs_on: torch.device,
     timer: Timer,
 ) -> Times:
-    """Time configurations that are right, built for `device`, on `runs_on`, and what eager runs."""
+    """Time configurations that are right, built for `device`, on `runs_on`, and what eager runs.
+
+    Not eager where that would let a library search: it would do so for each class of layers, and
+    again in a decode for each size that eager gets.
+    """
     # All share their inputs.
-    inputs = Inputs(
-        runs_on, problem.feature_dtype, None, timed_size(problem, runs_on, device.multiprocessors)
-    )
+    size = timed_size(problem, runs_on, device.multiprocessors)
+    inputs = Inputs(runs_on, problem.feature_dtype, None, size, device.vendor == "amd")
     runs: list[Callable[[], object]] = []
     for kernel, config in contenders:
         checks = checks_of(kernel, problem, config, device, inputs)
         runs.append(_in_turn([check.kernel for check in checks]))
-    runs.append(_in_turn([check.eager for check in checks]))
+    if not device.library_searches:
+        runs.append(_in_turn([check.eager for check in checks]))
     best: list[float | str] = [float("inf")] * len(runs)
     for _ in range(_ROUNDS):
         for i, run in enumerate(runs):
@@ -104,9 +109,9 @@ def time_kernels(
                 raise
             except failures as failure:
                 best[i] = f"{type(failure).__name__}: {first_line(failure)}"
-    *kernels, eager = best
-    assert isinstance(eager, float)
-    return Times(tuple(kernels), eager)
+    eager = None if device.library_searches else best.pop()
+    assert not isinstance(eager, str)
+    return Times(tuple(best), eager)
 
 
 def _in_turn(functions: Sequence[Callable[[], object]]) -> Callable[[], object]:

@@ -15,11 +15,25 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import AttentionConfig
+from .launch import launch_kernel
 
 _LOG2_E = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["queries", "keys"])
+@triton.jit
+def _rows_from(x, frame, row, rows, d, frame_step, row_step, ROWS: tl.constexpr, DC: tl.constexpr):
+    # [ROWS, DC] of x [frames, rows, channels]: by its tensor descriptor, or (`frame_step` numbers a
+    # frame) through pointers. Rows past the last one are zero.
+    if frame_step is None:
+        return x.load([frame, row, d]).reshape(ROWS, DC)
+    at = tl.arange(0, ROWS)
+    first = x + frame.to(tl.int64) * frame_step + tl.cast(row, tl.int64) * row_step + d
+    # Within a tile 32 bits are enough, and take half the registers.
+    within = at[:, None] * row_step + tl.arange(0, DC)[None, :]
+    return tl.load(first + within, mask=(row + at < rows)[:, None], other=0.0)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "channels"])
 def _attention(
     q,
     k,
@@ -27,6 +41,13 @@ def _attention(
     out,
     queries,
     keys,
+    q_frame,
+    q_row,
+    k_frame,
+    k_row,
+    v_frame,
+    v_row,
+    channels,
     scale,
     D: tl.constexpr,
     DC: tl.constexpr,
@@ -34,7 +55,9 @@ def _attention(
     M: tl.constexpr,
     BN: tl.constexpr,
 ):
-    # Grid: (blocks of M queries, frames, D / (DC * NC)). `scale` has log2(e) in it.
+    # Grid: (blocks of M queries, frames, D / (DC * NC)). `scale` has log2(e) in it. q_frame to
+    # v_row: numbers from one frame or row to the next; None with tensor descriptors. `channels` is
+    # D, but not a constant: compilers unroll a short loop and load all of it ahead (gfx1100).
     q0 = tl.program_id(0) * M
     n = tl.program_id(1)
     d0 = tl.program_id(2) * (DC * NC)
@@ -43,11 +66,12 @@ def _attention(
     o0 = tl.zeros((M, DC), tl.float32)
     o1 = tl.zeros((M, DC), tl.float32)
     o2 = tl.zeros((M, DC), tl.float32)
+    depth = D if q_frame is None else channels
     for k0 in range(0, keys, BN):
         s = tl.zeros((M, BN), tl.float32)
-        for d in range(0, D, DC):
-            a = q.load([n, q0, d]).reshape(M, DC)
-            b = k.load([n, k0, d]).reshape(BN, DC)
+        for d in range(0, depth, DC):
+            a = _rows_from(q, n, q0, queries, d, q_frame, q_row, M, DC)
+            b = _rows_from(k, n, k0, keys, d, k_frame, k_row, BN, DC)
             s = tl.dot(a, b.T, s)
         s = s * scale
         s = tl.where((k0 + tl.arange(0, BN) < keys)[None, :], s, -float("inf"))
@@ -57,11 +81,14 @@ def _attention(
         total = total * shrink + tl.sum(p, axis=1)
         peak = high
         p = p.to(tl.float16)
-        o0 = tl.dot(p, v.load([n, k0, d0]).reshape(BN, DC), o0 * shrink[:, None])
+        c = _rows_from(v, n, k0, keys, d0, v_frame, v_row, BN, DC)
+        o0 = tl.dot(p, c, o0 * shrink[:, None])
         if NC > 1:
-            o1 = tl.dot(p, v.load([n, k0, d0 + DC]).reshape(BN, DC), o1 * shrink[:, None])
+            c = _rows_from(v, n, k0, keys, d0 + DC, v_frame, v_row, BN, DC)
+            o1 = tl.dot(p, c, o1 * shrink[:, None])
         if NC > 2:
-            o2 = tl.dot(p, v.load([n, k0, d0 + 2 * DC]).reshape(BN, DC), o2 * shrink[:, None])
+            c = _rows_from(v, n, k0, keys, d0 + 2 * DC, v_frame, v_row, BN, DC)
+            o2 = tl.dot(p, c, o2 * shrink[:, None])
     row = q0 + tl.arange(0, M)
     at = (tl.cast(n, tl.int64) * queries + row)[:, None] * D + d0 + tl.arange(0, DC)[None, :]
     mask = (row < queries)[:, None]
@@ -74,25 +101,39 @@ def _attention(
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: AttentionConfig
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: AttentionConfig,
+    with_descriptors: bool = True,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(C)) v, one head: q [N, P, C], k and v [N, K, C], float16 -> [N, P, C].
 
     Channels must lie together (views of one qkv tensor do). C must be a multiple of the
-    config's DC * NC.
+    config's DC * NC. with_descriptors: tiles are loaded by tensor descriptors (TMA), not through
+    pointers.
     """
     n, p, c = q.shape
     keys = k.shape[1]
     out = torch.empty((n, p, c), dtype=q.dtype, device=q.device)
-    descriptors = [
-        TensorDescriptor.from_tensor(_rows(x), [1, block, config.DC])
-        for x, block in ((q, config.M), (k, config.BN), (v, config.BN))
-    ]
-    _attention[(triton.cdiv(p, config.M), n, c // (config.DC * config.NC))](
-        *descriptors,
+    blocks = ((_rows(q), config.M), (_rows(k), config.BN), (_rows(v), config.BN))
+    sources: list[torch.Tensor | TensorDescriptor]
+    steps: list[int | None]
+    if with_descriptors:
+        sources = [TensorDescriptor.from_tensor(x, [1, rows, config.DC]) for x, rows in blocks]
+        steps = [None] * 6
+    else:
+        sources = [x for x, _ in blocks]
+        steps = [step for x, _ in blocks for step in x.stride()[:2]]
+    launch_kernel(
+        _attention,
+        (triton.cdiv(p, config.M), n, c // (config.DC * config.NC)),
+        *sources,
         out,
         p,
         keys,
+        *steps,
+        c,
         _LOG2_E / c**0.5,
         D=c,
         DC=config.DC,

@@ -13,10 +13,19 @@ import torch
 import triton
 import triton.language as tl
 
+from ..device import Device
 from .configs import ConvConfig
 
-# How float32 operands are multiplied: the operands that a norm does not bound, in small layers.
-FLOAT32_PRECISION = "tf32x3"
+
+def precision_of(operand: torch.dtype, device: Device) -> str | None:
+    """How a kernel multiplies operands: None where there is no choice, as of float16.
+
+    float32 operands, which no norm bounds, are in small layers: as three TF32 products, or on AMD's
+    cards, whose compiler has none, one by one.
+    """
+    if operand != torch.float32:
+        return None
+    return "ieee" if device.vendor == "amd" else "tf32x3"
 
 
 class ConvOperands(NamedTuple):
@@ -29,6 +38,7 @@ class ConvOperands(NamedTuple):
     padding: tuple[int, int] = (1, 1)
     last_slice: bool = False
     out_dtype: torch.dtype | None = None
+    precision: str | None = None
 
 
 class ConvCall(NamedTuple):
@@ -36,6 +46,7 @@ class ConvCall(NamedTuple):
 
     weight: [O, taps * C], of which the taps from `first_tap` on are used; with `up` [4 * O, taps *
     C]. kernel: (kT, kH, kW). padding: zero rows above and columns on the left. frames: T.
+    precision: from `precision_of`.
     """
 
     buffer: torch.Tensor
@@ -48,6 +59,7 @@ class ConvCall(NamedTuple):
     up: bool
     padding: tuple[int, int]
     frames: int
+    precision: str | None = None
 
 
 Launch = Callable[[ConvCall, ConvConfig], None]
@@ -81,15 +93,15 @@ def store_frame(
 def conv3d(operands: ConvOperands, config: ConvConfig, launch: Launch) -> torch.Tensor:
     """Convolution of a buffer [B, C, T + kT - 1, H, W] with history in front, plus a residual.
 
-    All tensors dense channels_last_3d; buffer and weight of one dtype (float32 is multiplied as
-    three TF32 products: near float32); weight [O, C, kT, kH, kW] with kT 1 or 3 and odd kH, kW.
+    All tensors dense channels_last_3d; buffer and weight of one dtype (`precision` says how float32
+    is multiplied, from `precision_of`); weight [O, C, kT, kH, kW] with kT 1 or 3 and odd kH, kW.
     `padding`: zero rows and columns on each side; 0 where halo rows are in the buffer. Residual
     [B, O, T, H', W'] or None. `last_slice`: all history is zero and absent from the buffer
     (one-frame video), use the last temporal slice of the kernel.
     Returns [B, O, T, H', W'], H' = H + 2 * padding - kH + 1, channels_last_3d, of `out_dtype` (the
     buffer's if None).
     """
-    buffer, weight, bias, residual, padding, last_slice, out_dtype = operands
+    buffer, weight, bias, residual, padding, last_slice, out_dtype, precision = operands
     o, _, kt, kh, kw = weight.shape
     nd = buffer.permute(0, 2, 3, 4, 1)
     weight2d = weight.permute(0, 2, 3, 4, 1).reshape(o, -1)
@@ -103,9 +115,10 @@ def conv3d(operands: ConvOperands, config: ConvConfig, launch: Launch) -> torch.
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last_3d)
     kernel = (kt, kh, kw)
-    launch(
-        ConvCall(nd, weight2d, bias, residual, out, kernel, first_tap, False, padding, t), config
+    call = ConvCall(
+        nd, weight2d, bias, residual, out, kernel, first_tap, False, padding, t, precision
     )
+    launch(call, config)
     return out.permute(0, 4, 1, 2, 3)
 
 

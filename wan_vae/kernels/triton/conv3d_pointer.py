@@ -1,9 +1,9 @@
-"""Triton: implicit-GEMM convolution over an NDHWC buffer, for cards without TMA (sm_80 up).
+"""Triton: implicit-GEMM convolution over an NDHWC buffer, for cards without TMA.
 
 The same tiles, operands and order of the sum as in `conv3d_tma.py`, but loaded through pointers,
-which the compiler turns into asynchronous copies (cp.async). A pixel past the picture's edge, or a
-frame past the last one, is masked and reads as zero: that is the spatial padding. Programs make one
-or two frames; shared memory of 99 KiB holds no more.
+which the compiler turns into asynchronous copies on NVIDIA's cards (cp.async). A pixel past the
+picture's edge, or a frame past the last one, is masked and reads as zero: that is the spatial
+padding. Programs make one or two frames; shared memory of 99 KiB (AMD: 64 KiB) holds no more.
 
 The sum of an output pixel always runs over (kh, kw, blocks of BK input channels, kt)
 in this order. Its bits depend on nothing but its inputs: not on its place in the picture, the
@@ -16,10 +16,12 @@ import triton
 import triton.language as tl
 
 from .configs import ConvConfig
-from .conv3d import FLOAT32_PRECISION, ConvCall, store_frame
+from .conv3d import ConvCall, store_frame
+from .launch import launch_kernel
 
 # Compiled once for all sizes: a picture's own would cost a user seconds at each new size.
 _SIZES = ["frames_in", "frames_out", "rows_in", "cols_in", "height", "width", "col_tiles", "groups"]
+_SIZES += ["steps"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -38,6 +40,7 @@ def _conv(
     cout,
     col_tiles,
     groups,
+    steps,
     CIN: tl.constexpr,
     F: tl.constexpr,
     PH: tl.constexpr,
@@ -59,7 +62,8 @@ def _conv(
 ):
     # Grid: (column blocks * row tiles * col tiles, frame groups * batch, 4 parities or 1).
     # `rows_in` and `cols_in` are the buffer's, `height` and `width` the output's (of one parity).
-    # TAPS: taps in a row of the weight. PRECISION is for float32 operands.
+    # TAPS: taps in a row of the weight. PRECISION is for float32 operands. `steps` of the sum is no
+    # constant, because compilers unroll a short loop and load all of it ahead (gfx1100).
     # Rounding: float32 accumulation, bias and residual added in float32, one rounding at the store.
     M: tl.constexpr = PH * PW
     n_blocks = tl.cdiv(cout, N0 + N1)
@@ -97,7 +101,7 @@ def _conv(
         b0 = tl.zeros((M, N1), tl.float32)
         b1 = tl.zeros((M, N1), tl.float32)
     k_blocks: tl.constexpr = CIN // BK
-    for step in range(KH * KW * k_blocks):
+    for step in range(steps):
         tap = step // k_blocks
         ky = tap // KW
         kx = tap % KW
@@ -195,7 +199,9 @@ def launch(call: ConvCall, config: ConvConfig) -> None:
     groups = triton.cdiv(frames, config.F)
     n_blocks = triton.cdiv(cout, config.N0 + config.N1)
     has_bias, has_residual = call.bias is not None, call.residual is not None
-    _conv[(n_blocks * row_tiles * col_tiles, groups * b, 4 if up else 1)](
+    launch_kernel(
+        _conv,
+        (n_blocks * row_tiles * col_tiles, groups * b, 4 if up else 1),
         call.buffer,
         call.weight,
         call.bias if has_bias else call.out,
@@ -210,6 +216,7 @@ def launch(call: ConvCall, config: ConvConfig) -> None:
         cout,
         col_tiles,
         groups,
+        call.kernel[1] * call.kernel[2] * (cin // config.BK),
         CIN=cin,
         F=config.F,
         PH=config.PH,
@@ -225,7 +232,7 @@ def launch(call: ConvCall, config: ConvConfig) -> None:
         TAP0=call.first_tap,
         TAPS=call.weight.shape[1] // cin,
         UP=up,
-        PRECISION=FLOAT32_PRECISION,
+        PRECISION=call.precision,
         HAS_BIAS=has_bias,
         HAS_RESIDUAL=has_residual,
         num_warps=config.warps,

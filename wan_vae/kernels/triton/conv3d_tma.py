@@ -17,7 +17,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import ConvConfig
-from .conv3d import FLOAT32_PRECISION, ConvCall, store_frame
+from .conv3d import ConvCall, store_frame
+from .launch import launch_kernel
 
 # Compiled once for all sizes: a picture's own would cost a user seconds at each new size.
 _SIZES = ["frames_in", "frames_out", "height", "width", "col_tiles", "groups"]
@@ -241,7 +242,9 @@ def launch(call: ConvCall, config: ConvConfig) -> None:
     groups = triton.cdiv(frames, config.F)
     n_blocks = triton.cdiv(cout, config.N0 + config.N1)
     has_bias, has_residual = call.bias is not None, call.residual is not None
-    _conv[(n_blocks * rows * cols, groups * b, 4 if up else 1)](
+    launch_kernel(
+        _conv,
+        (n_blocks * rows * cols, groups * b, 4 if up else 1),
         x,
         w0,
         w1,
@@ -269,7 +272,7 @@ def launch(call: ConvCall, config: ConvConfig) -> None:
         PAD_X=call.padding[1],
         TAP0=call.first_tap,
         UP=up,
-        PRECISION=FLOAT32_PRECISION,
+        PRECISION=call.precision,
         HAS_BIAS=has_bias,
         HAS_RESIDUAL=has_residual,
         num_warps=config.warps,

@@ -14,14 +14,18 @@ import torch
 import triton
 import triton.language as tl
 
+from .configs import HeadConfig
+from .launch import launch_kernel
 
-@triton.jit(do_not_specialize=["pixels", "frames"])
+
+@triton.jit(do_not_specialize=["pixels", "frames", "channels"])
 def _partials(
     buffer,
     weight,
     partial,
     pixels,
     frames,
+    channels,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     COLS: tl.constexpr,
@@ -38,7 +42,9 @@ def _partials(
     acc = tl.zeros((M, COLS), tl.float32)
     plane = tl.cast(pixels, tl.int64) * C
     for kt in tl.static_range(KT):
-        for k0 in tl.static_range(0, C, BLOCK_C):
+        # `channels` is C, but not a constant: compilers would unroll the loop and load all of it
+        # ahead, for which there is no room.
+        for k0 in range(0, channels, BLOCK_C):
             k = k0 + tl.arange(0, BLOCK_C)
             frame = buffer + (b * (frames + KT - 1) + t + kt) * plane
             mask = (row < pixels)[:, None] & (k < C)[None, :]
@@ -111,7 +117,7 @@ class HeadOperands(NamedTuple):
     last_slice: bool = False
 
 
-def head_conv(operands: HeadOperands) -> torch.Tensor:
+def head_conv(operands: HeadOperands, config: HeadConfig) -> torch.Tensor:
     """float32 [B, O, T, H', W'] in NCDHW, O * 9 at most 128; float32 from the first product on."""
     buffer, packed, bias, o, padding, last_slice = operands
     if last_slice:
@@ -123,21 +129,26 @@ def head_conv(operands: HeadOperands) -> torch.Tensor:
     partial = torch.empty((b, t, 9 * o, h * w), dtype=torch.float32, device=buffer.device)
     rows, cols_out = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
     out = torch.empty((b, o, t, rows, cols_out), dtype=torch.float32, device=buffer.device)
-    _partials[(triton.cdiv(h * w, 128), t, b)](
+    launch_kernel(
+        _partials,
+        (triton.cdiv(h * w, config.M), t, b),
         nd,
         packed,
         partial,
         h * w,
         t,
+        c,
         C=c,
         BLOCK_C=32 if c % 32 == 0 else 16,
         COLS=columns,
         USED=9 * o,
-        M=128,
+        M=config.M,
         KT=kt,
-        num_warps=4,
+        num_warps=config.warps,
     )
-    _gather[(triton.cdiv(rows * cols_out, 1024), t, b)](
+    launch_kernel(
+        _gather,
+        (triton.cdiv(rows * cols_out, 1024), t, b),
         partial,
         out if bias is None else bias,
         out,

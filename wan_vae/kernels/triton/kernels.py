@@ -26,20 +26,23 @@ from ...ops.problem import (
     UpsampleProblem,
 )
 from ..bounds import Bound
-from ..device import Device, Vendor
+from ..device import Device, Feature, Vendor
 from ..kernel import BuildError, Family, Kernel, Requires
 from ..weights import behind_norm, filled_channels, fit_channels, fold_upsample, norm_scale
 from . import conv3d_pointer, conv3d_tma
 from .configs import (
     AttentionConfig,
     ConvConfig,
+    ConvTable,
+    HeadConfig,
     StridedConfig,
     attention_candidates,
-    conv_candidates,
-    pointer_candidates,
+    head_candidates,
+    pointer_table,
     strided_candidates,
+    tma_table,
 )
-from .conv3d import Launch
+from .conv3d import Launch, precision_of
 from .head import pack_head
 from .layers import (
     OPERAND,
@@ -51,11 +54,11 @@ from .layers import (
     TritonUpsample,
 )
 
-_VENDORS: frozenset[Vendor] = frozenset({"nvidia", "interpreter"})
+_VENDORS: frozenset[Vendor] = frozenset({"nvidia", "amd", "interpreter"})
+_MATRIX_UNITS: frozenset[Feature] = frozenset({"mfma", "wmma"})
 _LARGEST = torch.finfo(OPERAND).max
 # A convolution of few output channels has a kernel of its own: nine columns for each of them.
 _NARROW = 128 // 9
-Candidates = Callable[[int, int, int], Sequence[str]]
 BUILD_FAILURES: tuple[type[Exception], ...] = (
     BuildError,
     triton.runtime.errors.OutOfResources,
@@ -88,14 +91,30 @@ class _TritonKernel:
 
 @dataclass(frozen=True)
 class _Tiles:
-    """How a convolution is loaded: its candidates by (input channels, output channels, frames)."""
+    """How a convolution is loaded, and its configurations by device and dtype of the operand."""
 
-    candidates: Candidates
+    table: Callable[[Device, torch.dtype], ConvTable]
     launch: Launch
 
+    def candidates(
+        self,
+        problem: ConvProblem | NormConvProblem | HeadProblem | UpsampleProblem,
+        device: Device,
+    ) -> Sequence[str]:
+        """See `ConvTable.candidates`. The channels of pixels are filled up."""
+        channels = problem.in_channels
+        if isinstance(problem, ConvProblem) and problem.source == "pixels":
+            channels = filled_channels(channels)
+        table = self.table(device, problem.operand_dtype)
+        return table.candidates(channels, problem.out_channels, problem.frames)
 
-_TMA = _Tiles(conv_candidates, conv3d_tma.launch)
-_POINTER = _Tiles(pointer_candidates, conv3d_pointer.launch)
+    def pointwise(self, channels: int, out_channels: int, device: Device) -> Sequence[str]:
+        """Of a 1x1 convolution of float16."""
+        return self.table(device, OPERAND).candidates(channels, out_channels, 1)
+
+
+_TMA = _Tiles(tma_table, conv3d_tma.launch)
+_POINTER = _Tiles(pointer_table, conv3d_pointer.launch)
 
 
 @dataclass(frozen=True)
@@ -106,10 +125,7 @@ class ConvKernel(_TritonKernel):
 
     def candidates(self, problem: ConvProblem, device: Device) -> Sequence[str]:
         """See `Kernel`."""
-        channels = problem.in_channels
-        if problem.source == "pixels":
-            channels = filled_channels(channels)
-        return self.tiles.candidates(channels, problem.out_channels, problem.frames)
+        return self.tiles.candidates(problem, device)
 
     def prepare(
         self, weights: LayerWeights, problem: ConvProblem, config: str, device: Device
@@ -128,6 +144,7 @@ class ConvKernel(_TritonKernel):
             is_copied,
             ConvConfig.parse(config),
             self.tiles.launch,
+            precision_of(problem.operand_dtype, device),
         )
 
 
@@ -139,7 +156,7 @@ class NormConvKernel(_TritonKernel):
 
     def candidates(self, problem: NormConvProblem | HeadProblem, device: Device) -> Sequence[str]:
         """See `Kernel`."""
-        return self.tiles.candidates(problem.in_channels, problem.out_channels, problem.frames)
+        return self.tiles.candidates(problem, device)
 
     def prepare(
         self,
@@ -165,11 +182,11 @@ class NormConvKernel(_TritonKernel):
 
 @dataclass(frozen=True)
 class HeadKernel(_TritonKernel):
-    """Narrow heads. There is one configuration."""
+    """Narrow heads."""
 
     def candidates(self, problem: HeadProblem, device: Device) -> Sequence[str]:
         """See `Kernel`."""
-        return ("partials",)
+        return head_candidates(device)
 
     def prepare(
         self, weights: LayerWeights, problem: HeadProblem, config: str, device: Device
@@ -177,7 +194,8 @@ class HeadKernel(_TritonKernel):
         """See `Kernel`."""
         scale, bias = behind_norm(weights)
         packed = pack_head(weights.weight, OPERAND)
-        return TritonHead(self.name, config, scale, bias, packed, problem.out_channels)
+        tile = HeadConfig.parse(config)
+        return TritonHead(self.name, config, scale, bias, packed, problem.out_channels, tile)
 
 
 @dataclass(frozen=True)
@@ -188,7 +206,7 @@ class UpsampleKernel(_TritonKernel):
 
     def candidates(self, problem: UpsampleProblem, device: Device) -> Sequence[str]:
         """See `Kernel`."""
-        return self.tiles.candidates(problem.in_channels, problem.out_channels, problem.frames)
+        return self.tiles.candidates(problem, device)
 
     def prepare(
         self, weights: LayerWeights, problem: UpsampleProblem, config: str, device: Device
@@ -206,7 +224,7 @@ class StridedKernel(_TritonKernel):
 
     def candidates(self, problem: StridedProblem, device: Device) -> Sequence[str]:
         """See `Kernel`."""
-        return strided_candidates(problem.in_channels, problem.out_channels)
+        return strided_candidates(problem.in_channels, problem.out_channels, device)
 
     def prepare(
         self, weights: LayerWeights, problem: StridedProblem, config: str, device: Device
@@ -216,7 +234,8 @@ class StridedKernel(_TritonKernel):
         weight = weight[:, :, None] if weight.ndim == 4 else weight
         weight = layout.to_format(weight, "channels_last_3d")
         tile = StridedConfig.parse(config)
-        return TritonStrided(self.name, config, weight, problem.stride, tile)
+        precision = precision_of(problem.feature_dtype, device)
+        return TritonStrided(self.name, config, weight, problem.stride, tile, precision)
 
 
 @dataclass(frozen=True)
@@ -228,11 +247,12 @@ class AttentionKernel(_TritonKernel):
     def candidates(self, problem: AttentionProblem, device: Device) -> Sequence[str]:
         """See `Kernel`. Every attention with the best convolutions, then with the smaller ones."""
         c = problem.channels
-        qkv, projection = self.tiles.candidates(c, 3 * c, 1), self.tiles.candidates(c, c, 1)
+        qkv = self.tiles.pointwise(c, 3 * c, device)
+        projection = self.tiles.pointwise(c, c, device)
         return [
             _SEPARATOR.join((core, qkv[min(i, len(qkv) - 1)], projection[i]))
             for i in range(len(projection))
-            for core in attention_candidates(c)
+            for core in attention_candidates(c, device, self.tiles is _TMA)
         ]
 
     def prepare(
@@ -249,6 +269,7 @@ class AttentionKernel(_TritonKernel):
             self._pointwise(weights.weight, OPERAND, qkv),
             self._pointwise(weights.projection, problem.feature_dtype, projection),
             AttentionConfig.parse(core),
+            self.tiles is _TMA,
         )
 
     def _pointwise(self, weight: torch.Tensor, out_dtype: torch.dtype, config: str) -> TritonConv:
@@ -266,30 +287,33 @@ def _used(*operations: str) -> Mapping[str, str]:
 
 
 def _tma(**others: Any) -> Requires:
-    return Requires(_VENDORS, features=frozenset({"tma"}), **others)
+    return Requires(_VENDORS - {"amd"}, features=frozenset({"tma"}), **others)
 
 
-def _ampere(**others: Any) -> Requires:
-    return Requires(_VENDORS, capability=(8, 0), **others)
+def _pointer(**others: Any) -> Requires:
+    return Requires(_VENDORS, capability=(8, 0), amd_features=_MATRIX_UNITS, **others)
 
 
 _CONV, _FUSED = _used("conv3d"), _used("conv3d", "norm_silu")
+_UPSAMPLE, _ATTENTION = _used("upsample_conv2d"), _used("norm", "conv2d", "attention")
 _BELOW = {"largest_operand": _LARGEST}
 _WIDE = {"out_channels": (_NARROW + 1, 1 << 30), "largest_operand": _LARGEST}
 
 KERNELS: tuple[Kernel[Any, Any], ...] = (
     ConvKernel("tma", "conv3d", _tma(), _CONV),
-    ConvKernel("pointer", "conv3d", _ampere(), _CONV, tiles=_POINTER),
+    ConvKernel("pointer", "conv3d", _pointer(), _CONV, tiles=_POINTER),
     NormConvKernel("tma", "norm_conv3d", _tma(**_BELOW), _FUSED),
-    NormConvKernel("pointer", "norm_conv3d", _ampere(**_BELOW), _FUSED, tiles=_POINTER),
+    NormConvKernel("pointer", "norm_conv3d", _pointer(**_BELOW), _FUSED, tiles=_POINTER),
     HeadKernel(
-        "narrow", "head", _ampere(out_channels=(1, _NARROW), largest_operand=_LARGEST), _FUSED
+        "narrow", "head", _pointer(out_channels=(1, _NARROW), largest_operand=_LARGEST), _FUSED
     ),
     NormConvKernel("tma", "head", _tma(**_WIDE), _FUSED),
-    NormConvKernel("pointer", "head", _ampere(**_WIDE), _FUSED, tiles=_POINTER),
-    UpsampleKernel("tma", "upsample_conv2d", _tma(), _used("upsample_conv2d")),
-    StridedKernel("pointer", "strided_conv", _ampere(), _used("conv2d")),
-    AttentionKernel("tma", "attention", _tma(**_BELOW), _used("norm", "conv2d", "attention")),
+    NormConvKernel("pointer", "head", _pointer(**_WIDE), _FUSED, tiles=_POINTER),
+    UpsampleKernel("tma", "upsample_conv2d", _tma(), _UPSAMPLE),
+    UpsampleKernel("pointer", "upsample_conv2d", _pointer(), _UPSAMPLE, tiles=_POINTER),
+    StridedKernel("pointer", "strided_conv", _pointer(), _used("conv2d")),
+    AttentionKernel("tma", "attention", _tma(**_BELOW), _ATTENTION),
+    AttentionKernel("pointer", "attention", _pointer(**_BELOW), _ATTENTION, tiles=_POINTER),
 )
 
 

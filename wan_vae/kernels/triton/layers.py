@@ -12,7 +12,7 @@ from ...ops.opset import CallSize, HaloRows, Workspace
 from ..kernel import NormCall
 from ..weights import filled_channels, fit_channels
 from .attention import attention
-from .configs import AttentionConfig, ConvConfig, StridedConfig
+from .configs import AttentionConfig, ConvConfig, HeadConfig, StridedConfig
 from .conv3d import ConvOperands, Launch, UpsampleOperands, conv3d, folded_upsample
 from .head import HeadOperands, head_conv
 from .norm import norm_silu_join
@@ -39,7 +39,8 @@ class TritonLayer:
 class TritonConv(TritonLayer):
     """A convolution alone. weight: dense channels_last_3d, in the dtype of the operand.
 
-    is_copied: whether the input comes in another dtype or with too few channels.
+    is_copied: whether the input comes in another dtype or with too few channels. precision: from
+    `precision_of`.
     """
 
     weight: torch.Tensor
@@ -47,6 +48,7 @@ class TritonConv(TritonLayer):
     is_copied: bool
     tile: ConvConfig
     launch: Launch
+    precision: str | None = None
 
     @property
     def operand_dtype(self) -> torch.dtype:
@@ -65,7 +67,9 @@ class TritonConv(TritonLayer):
         x = fit_channels(x, self.weight.dtype)
         x = layout.match_input(x, self.weight, counter)
         x = layout.to_format(x, "channels_last_3d")
-        operands = ConvOperands(x, self.weight, bias, None, padding, last_slice, self.out_dtype)
+        operands = ConvOperands(
+            x, self.weight, bias, None, padding, last_slice, self.out_dtype, self.precision
+        )
         return conv3d(operands, self.tile, self.launch)
 
     def workspace(self, size: CallSize) -> Workspace:
@@ -143,6 +147,7 @@ class TritonHead(_BehindNorm):
 
     packed: torch.Tensor
     out_channels: int
+    tile: HeadConfig
 
     def convolve(
         self,
@@ -157,7 +162,7 @@ class TritonHead(_BehindNorm):
         operands = HeadOperands(
             operand, self.packed, self.bias, self.out_channels, padding, only_frame
         )
-        y = head_conv(operands)
+        y = head_conv(operands, self.tile)
         return y if residual is None else y + residual
 
     def workspace(self, size: CallSize) -> Workspace:
@@ -196,6 +201,7 @@ class TritonStrided(TritonLayer):
     weight: torch.Tensor
     stride: tuple[int, int, int]
     tile: StridedConfig
+    precision: str | None
 
     def run(
         self,
@@ -207,7 +213,7 @@ class TritonStrided(TritonLayer):
         """See `StridedLayer`."""
         x = layout.match_input(x.to(self.weight.dtype), self.weight, counter)
         x = layout.to_format(x, "channels_last_3d")
-        operands = StridedOperands(x, self.weight, bias, self.stride, pad_after)
+        operands = StridedOperands(x, self.weight, bias, self.stride, pad_after, self.precision)
         return strided_conv3d(operands, self.tile)
 
     def workspace(self, size: CallSize) -> Workspace:
@@ -223,6 +229,7 @@ class TritonAttention(TritonLayer):
     qkv: TritonConv
     projection: TritonConv
     tile: AttentionConfig
+    with_descriptors: bool
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         """See `AttentionLayer`."""
@@ -231,7 +238,7 @@ class TritonAttention(TritonLayer):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See `AttentionLayer`."""
-        return attention(q, k, v, self.tile)
+        return attention(q, k, v, self.tile, self.with_descriptors)
 
     def workspace(self, size: CallSize) -> Workspace:
         """The result of the norm; sums are in registers."""

@@ -19,9 +19,7 @@ import triton.language as tl
 
 from ...ops.opset import HaloRows
 from ..kernel import FusedNorm, NormCall, NormResult
-
-_ROWS = 32
-
+from .launch import launch_kernel
 
 # Compiled once for all sizes.
 _SIZES = ["pixels", "width", "plane", "plane_width", "first", "frames"]
@@ -89,6 +87,16 @@ def _norm_silu_join(
         tl.store(out + inside, y, mask=mask)
 
 
+def join_rows(channels: int) -> int:
+    """Pixels of one program of `_norm_silu_join`, which holds all their channels in registers."""
+    return 32 if channels <= 512 else 16
+
+
+def join_warps(channels: int) -> int:
+    """Warps of one program of `_norm_silu_join`."""
+    return 8 if channels > 256 else 4
+
+
 def norm_silu_join(call: NormCall) -> NormResult:
     """silu(rms_norm(x)) behind `past` history frames, and the last `past` frames of the result.
 
@@ -109,8 +117,11 @@ def norm_silu_join(call: NormCall) -> NormResult:
     # Not over the old history: other programs of the same launch read what would be written over.
     keep = keep and over is None
     kept = torch.empty((b, past, h, w, c), dtype=dtype, device=x.device) if keep else buffer
+    rows = join_rows(c)
     for part in parts:
-        _norm_silu_join[(triton.cdiv(part.pixels, _ROWS), past + t, b)](
+        launch_kernel(
+            _norm_silu_join,
+            (triton.cdiv(part.pixels, rows), past + t, b),
             part.x,
             scale,
             buffer if history is None else history,
@@ -127,11 +138,11 @@ def norm_silu_join(call: NormCall) -> NormResult:
             _flag(keep),
             C=c,
             BLOCK_C=triton.next_power_of_2(c),
-            ROWS=_ROWS,
+            ROWS=rows,
             PAST_FRAMES=past,
             SILU=silu,
             PLACED=halo is not None,
-            num_warps=8 if c > 256 else 4,
+            num_warps=join_warps(c),
         )
     result = buffer.permute(0, 4, 1, 2, 3)
     if over is not None:
@@ -278,7 +289,9 @@ def norm_silu_pairs(call: NormCall) -> NormResult:
         kept = torch.empty((b, past, h, w, c), dtype=dtype, device=x.device).permute(0, 4, 1, 2, 3)
     rows = pair_rows(c)
     for part in parts:
-        _norm_silu_pairs[(triton.cdiv(part.pixels, rows), b)](
+        launch_kernel(
+            _norm_silu_pairs,
+            (triton.cdiv(part.pixels, rows), b),
             part.x,
             scale,
             out if history is None else history,

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .configs import StridedConfig
-from .conv3d import FLOAT32_PRECISION
+from .launch import launch_kernel
 
 # Compiled once for all sizes: a picture's own would cost a user seconds at each new size.
 _SIZES = ["frames_in", "frames_out", "height", "width", "rows", "cols"]
@@ -107,7 +107,7 @@ class StridedOperands(NamedTuple):
     """x [B, C, T, H, W], dense channels_last_3d; weight [O, C, kT, kH, kW] of its dtype and format.
 
     stride: steps in frames, rows and columns. pad_after: zero rows below and columns on the right,
-    which are not made in memory.
+    which are not made in memory. precision: from `conv3d.precision_of`.
     """
 
     x: torch.Tensor
@@ -115,15 +115,16 @@ class StridedOperands(NamedTuple):
     bias: torch.Tensor | None
     stride: tuple[int, int, int]
     pad_after: tuple[int, int] = (0, 0)
+    precision: str | None = None
 
 
 def strided_conv3d(operands: StridedOperands, config: StridedConfig) -> torch.Tensor:
     """Convolution in steps of `stride`: [B, O, T', H', W'] in the dtype of `x`, channels_last_3d.
 
     T' = (T - kT) // sT + 1, H' = (H + pad - kH) // sY + 1, W' alike. Channels are multiples of what
-    `config` needs; float32 is multiplied as three TF32 products.
+    `config` needs.
     """
-    x, weight, bias, stride, pad_after = operands
+    x, weight, bias, stride, pad_after, precision = operands
     o, c, *kernel = weight.shape
     nd = x.permute(0, 2, 3, 4, 1)
     b, *sizes, _ = nd.shape
@@ -131,7 +132,9 @@ def strided_conv3d(operands: StridedOperands, config: StridedConfig) -> torch.Te
     t, rows, cols = ((n - k) // s + 1 for n, k, s in zip(padded, kernel, stride, strict=True))
     out = torch.empty((b, t, rows, cols, o), dtype=x.dtype, device=x.device)
     n_blocks = o // (config.N0 + config.N1)
-    _strided[(n_blocks * triton.cdiv(rows * cols, config.M), t * b)](
+    launch_kernel(
+        _strided,
+        (n_blocks * triton.cdiv(rows * cols, config.M), t * b),
         nd,
         weight.permute(0, 2, 3, 4, 1),
         out if bias is None else bias,
@@ -154,7 +157,7 @@ def strided_conv3d(operands: StridedOperands, config: StridedConfig) -> torch.Te
         ST=stride[0],
         SY=stride[1],
         SX=stride[2],
-        PRECISION=FLOAT32_PRECISION,
+        PRECISION=precision,
         HAS_BIAS=bias is not None,
         num_warps=config.warps,
         num_stages=config.stages,
