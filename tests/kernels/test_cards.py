@@ -177,7 +177,8 @@ def test_amd_cards_without_matrix_units_run_eager():
             f"needs MFMA (CDNA) or WMMA (RDNA 3 or later), this device is {architecture}"
         )
     for architecture in ("gfx1101", "gfx1151", "gfx1200"):
-        assert registry.families_of("auto", amd("a card", architecture, 40)) == ("triton",)
+        card = amd("a card", architecture, 40)
+        assert registry.families_of("auto", card) == ("triton", "kitchen")
     older = amd("MI250", "gfx90a", 110)
     assert registry.families_of("auto", older) == ()
     assert registry.unavailable_reason("triton", older, BF16) is None

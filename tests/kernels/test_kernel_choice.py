@@ -47,7 +47,7 @@ def test_one_missing_family_costs_no_other_one(missing, model, backend):
     missing["triton"] = "triton is not installed"
     ops = ops_for(backend, model)
     assert [(r.family, r.reason) for r in ops.refusals] == [("triton", "triton is not installed")]
-    assert (backend, True, None, "decoder") in model.prepared
+    assert any(key[:4] == (backend, True, None, "decoder") for key in model.prepared)
     assert unavailable_reason(backend, HOST, torch.float32) is None
     assert not may_prove(OpsRequest(backend, model, only_frame=True), HOST)
     assert may_prove(OpsRequest(backend, model, only_frame=False), HOST)
