@@ -12,7 +12,7 @@ from ..wan_vae.report import SCHEMA
 from ..wan_vae.workers.devices import parse_devices
 from .accelerated import Options, accelerated
 from .reports import HIDDEN, NodeId
-from .schema import devices_input, layout_input, precision_input, schema, vae_input
+from .schema import advanced, layout_input, precision_input, schema, vae_input
 from .session import session
 from .shards import Sharding
 
@@ -36,7 +36,13 @@ class WanVAEAccelerate(io.ComfyNode):
                 vae_input(),
                 layout_input(),
                 precision_input(),
-                devices_input(default=ONE_DEVICE),
+                advanced(
+                    io.String.Input,
+                    "devices",
+                    default=ONE_DEVICE,
+                    tooltip="one: the device of the VAE. Several GPUs share the work with all, or "
+                    "a list of them such as 0,1,3. With cpu,cpu you can try it without a GPU.",
+                ),
             ],
             outputs=[
                 io.Vae.Output(

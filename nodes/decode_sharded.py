@@ -13,7 +13,6 @@ from .reports import HIDDEN
 from .schema import (
     advanced,
     chunk_input,
-    devices_input,
     latent_input,
     layout_input,
     precision_input,
@@ -38,7 +37,12 @@ class WanVAEDecodeSharded(io.ComfyNode):
             inputs=[
                 latent_input(),
                 vae_input(),
-                devices_input(default="all"),
+                io.String.Input(
+                    "devices",
+                    default="all",
+                    tooltip="all, or a list of GPUs such as 0,1,3. With cpu,cpu you can try it "
+                    "without a GPU.",
+                ),
                 io.Combo.Input(
                     "axis",
                     options=list(AXES),

@@ -61,18 +61,6 @@ def precision_input() -> io.Input:
     )
 
 
-def devices_input(default: str) -> io.Input:
-    tooltip = "all, or a list of GPUs such as 0,1,3. With cpu,cpu you can try it without a GPU."
-    if default == "all":
-        return io.String.Input("devices", default=default, tooltip=tooltip)
-    return advanced(
-        io.String.Input,
-        "devices",
-        default=default,
-        tooltip=f"one: the device of the VAE. {tooltip}",
-    )
-
-
 def chunk_input() -> io.Input:
     return advanced(
         io.Int.Input,

@@ -36,6 +36,8 @@ def server(frontend_name, tmp_path_factory) -> Iterator[Comfy]:
     server.install_probe()
     shutil.copyfile(MINI, server.base / "models" / "vae" / MINI.name)
     shutil.copyfile(CAT, server.base / "input" / CAT.name)
+    picture = Path(environment.comfyui) / "input" / "example.png"  # which ComfyUI ships
+    shutil.copyfile(picture, server.base / "input" / picture.name)
     with server:
         yield server
 

@@ -234,7 +234,8 @@ def test_the_report_and_the_progress_belong_to_the_node_that_asked(comfy):
     assert run.error is None, run.error
     sent = [m["data"] for m in run.messages if m["type"] == "wan_vae.report"]
     seen = [(m["node"], m["workflow"], m["kind"], m["vae"]) for m in sent]
-    assert seen and set(seen) == {("7", "a-workflow", kind, "2")}
+    own = ("2", "a-workflow", "WanVAEAccelerate", None)  # unless ComfyUI still has its result
+    assert set(seen) - {own} == {("7", "a-workflow", kind, "2")}
     last = sent[-1]["report"]
     assert (last["status"], last["done_frames"]) == ("done", 13)
     progress = [m["data"] for m in run.messages if m["type"] == "progress"]
