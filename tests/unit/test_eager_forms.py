@@ -302,12 +302,12 @@ def test_a_slice_takes_at_most_what_the_plan_says(dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_the_norm_in_the_operand_has_the_bits_of_the_norm_apart(dtype):
-    # As many channels as the CPU's vectors hold: see `choose_forms`.
-    conv, norm = CausalConv3d(16, 8).to(dtype), RMSNorm(16).to(dtype)
+    # As many channels as the CPU computes at once: see `choose_forms`.
+    conv, norm = CausalConv3d(64, 8).to(dtype), RMSNorm(64).to(dtype)
     conv.slot = "slot"
     layout.pack_weights(conv, "channels_last_3d")
-    x = layout.to_format(torch.randn(2, 16, 3, 5, 7).to(dtype), "channels_last_3d")
-    past = torch.randn(2, 16, 2, 5, 7).to(dtype)
+    x = layout.to_format(torch.randn(2, 64, 3, 5, 7).to(dtype), "channels_last_3d")
+    past = torch.randn(2, 64, 2, 5, 7).to(dtype)
     results = []
     for joined in (True, False):
         ops = eager_ops(EagerForms(joined_norm=joined))
