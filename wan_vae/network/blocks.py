@@ -222,7 +222,11 @@ class ResidualBlock(nn.Module):
             y = fused_operand(fused, y, conv2, step)
             return fused_convolve(fused, y, frames, conv2, step, skip)
         # `y` is rebound, so each tensor is freed when the next one exists.
-        y = normed_operand(y, norm2, conv2, step)
+        if joins_norm(y, norm2, conv2, step):
+            y = joined_operand(y, norm2, conv2, step)
+        else:
+            y = step.ops.norm_silu(y, norm2.gamma)
+            y = conv2.operand(y, step)
         y = conv2.convolve(y, step)
         return add(y, skip)
 
@@ -246,26 +250,33 @@ def norm_silu_conv(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, step: Ste
     if fused is not None:
         y = fused_operand(fused, x, conv, step)
         return fused_convolve(fused, y, x.shape[2], conv, step)
-    return conv.convolve(normed_operand(x, norm, conv, step), step)
+    if joins_norm(x, norm, conv, step):
+        y = joined_operand(x, norm, conv, step)
+    else:
+        y = step.ops.norm_silu(x, norm.gamma)
+        y = conv.operand(y, step)
+    return conv.convolve(y, step)
 
 
-def normed_operand(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, step: Step) -> torch.Tensor:
-    """The operand of `conv` behind norm and SiLU: the history frames, then `silu(norm(x))`.
+def joins_norm(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, step: Step) -> bool:
+    """Whether a norm of `x` writes into the operand of `conv`, as the forms of the run say.
 
-    The norm writes into the operand if the forms of the run say so. With halo rows, which are
-    exchanged behind the norm, without history, and where a gradient needs what is in between, it is
-    computed apart.
+    Not with halo rows, which are exchanged behind the norm, not without history, and not where a
+    gradient needs what is in between.
     """
-    past = conv.kernel[0] - 1
-    is_apart = step.exchange is not None or step.chunk.is_only_frame or not past
-    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or norm.gamma.requires_grad)
-    if is_apart or needs_gradient or not step.ops.forms.joined_norm:
-        return conv.operand(step.ops.norm_silu(x, norm.gamma), step)
+    if torch.is_grad_enabled() and (x.requires_grad or norm.gamma.requires_grad):
+        return False
+    has_history = conv.kernel[0] > 1 and not step.chunk.is_only_frame
+    return step.ops.forms.joined_norm and step.exchange is None and has_history
+
+
+def joined_operand(x: torch.Tensor, norm: RMSNorm, conv: CausalConv3d, step: Step) -> torch.Tensor:
+    """The operand of `conv`: the history frames, then `silu(norm(x))`, written in its place."""
 
     def fill(frames: torch.Tensor) -> None:
         step.ops.norm_silu(x, norm.gamma, out=frames)
 
-    return with_history(x, conv.slot, past, conv.weight, step, fill)
+    return with_history(x, conv.slot, conv.kernel[0] - 1, conv.weight, step, fill)
 
 
 def head(layers: nn.ModuleDict, x: torch.Tensor, step: Step) -> torch.Tensor:

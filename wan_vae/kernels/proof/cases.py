@@ -272,9 +272,11 @@ def _norm_conv(
 
     def eager() -> torch.Tensor:
         counter = LayoutCounter()
-        y = rms_norm_silu(x, gamma)
-        if past is not None:
-            y = layout.join_frames((past, y), eager_weight, counter)
+        if past is None:
+            y = rms_norm_silu(x, gamma)
+        else:  # as `blocks.joined_operand`
+            y = layout.frames_before(past, x, eager_weight, counter)
+            rms_norm_silu(x, gamma, out=y[:, :, past.shape[2] :])
         y = conv3d(y, eager_weight, bias, counter, padding=padding, last_slice=only)
         return y if residual is None else y.add_(residual)
 

@@ -65,9 +65,8 @@ def choose_forms(
         conv3d,
         conv2d,
         # The CPU computes the last numbers of a run of memory, which are fewer than its vectors
-        # hold, in another way. In NCDHW an operand has such runs, as long as a chunk's frames, and
-        # the bits would depend on them; in NDHWC a run is whole pixels.
-        libraries.device_type != "cpu" or fmt == "channels_last_3d",
+        # hold, in another way: there the bits would depend on how long a chunk's runs are.
+        libraries.device_type != "cpu",
         sliced,
         libraries.deterministic,
         reason,
