@@ -16,6 +16,7 @@ from wan_vae.kernels.device import CARDS, IMITATE, Device, nvidia
 from wan_vae.kernels.proof import cache
 from wan_vae.kernels.proof.cache import ProofCache
 from wan_vae.network.model import WanVAEModel
+from wan_vae.ops.eager.forms import EagerForms
 from wan_vae.ops.opset import OpSet
 from wan_vae.runs.kernel_choice import OpsRequest, may_prove, select_ops, unavailable_reason
 
@@ -121,3 +122,19 @@ def test_a_report_names_the_imitation(missing, monkeypatch):
     vae.decode(torch.zeros(1, 16, 1, 2, 2), backend="eager")
     assert vae.last_report is not None
     assert vae.last_report.device_name == "CPU as compute capability 8.0 (WAN_VAE_CAPABILITY)"
+
+
+def test_other_forms_of_eager_layers_are_another_choice_and_no_new_proof(missing, model):
+    proofs = ProofCache({}, None)
+
+    def ops(forms: EagerForms) -> OpSet:
+        request = OpsRequest("auto", model, only_frame=True, forms=forms)
+        return select_ops(request, lambda: proofs)
+
+    off = EagerForms("columns", "columns", conv_reason="cuDNN is off")
+    plain, unfolded = ops(EagerForms()), ops(off)
+    assert ops(off) is unfolded and plain.forms == EagerForms()
+    assert unfolded.forms == off
+    assert [r.reason for r in unfolded.refusals] == ["cuDNN is off"]
+    assert plain.refusals == ()
+    assert not may_prove(OpsRequest("auto", model, only_frame=True), HOST)

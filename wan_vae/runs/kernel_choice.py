@@ -72,7 +72,7 @@ def select_ops(
             return _eager_because(missing, request.forms)
         raise BackendError(f"backend {requested!r} cannot run: {_in_words(missing)}")
     key = _key(request)
-    state = (device, _state_of(model, request.part))
+    state = (device, _state_of(model, request.part), request.forms)
     kept = model.prepared.get(key)
     if kept is None or kept[0] != state or prescribed is not None:
         ops = select_kernels(
@@ -100,17 +100,15 @@ def may_prove(request: OpsRequest, device: torch.device) -> bool:
         return False
     if unavailable_reason(request.backend, device, model.decoder.conv1.weight.dtype) is not None:
         return False
-    # How eager layers are computed changes no proof.
+    kept = model.prepared.get(_key(request))
+    # The forms of eager layers change no proof.
     state = (card, _state_of(model, request.part))
-    return not any(
-        isinstance(key, tuple) and key[:-1] == _key(request)[:-1] and kept[0] == state
-        for key, kept in model.prepared.items()
-    )
+    return not (kept is not None and isinstance(kept[0], tuple) and kept[0][:2] == state)
 
 
 def _key(request: OpsRequest) -> tuple[object, ...]:
-    """Names what stays prepared with a model; the forms last."""
-    return (request.backend, request.only_frame, request.axis, request.part, request.forms)
+    """Names what stays prepared with a model."""
+    return (request.backend, request.only_frame, request.axis, request.part)
 
 
 def _state_of(model: WanVAEModel, part: Part) -> list[tuple[int, int]]:

@@ -25,12 +25,14 @@ def _rows_from(x, frame, row, rows, d, frame_step, row_step, ROWS: tl.constexpr,
     # [ROWS, DC] of x [frames, rows, channels]: by its tensor descriptor, or (`frame_step` numbers a
     # frame) through pointers. Rows past the last one are zero.
     if frame_step is None:
-        return x.load([frame, row, d]).reshape(ROWS, DC)
-    at = tl.arange(0, ROWS)
-    first = x + frame.to(tl.int64) * frame_step + tl.cast(row, tl.int64) * row_step + d
-    # Within a tile 32 bits are enough, and take half the registers.
-    within = at[:, None] * row_step + tl.arange(0, DC)[None, :]
-    return tl.load(first + within, mask=(row + at < rows)[:, None], other=0.0)
+        tile = x.load([frame, row, d]).reshape(ROWS, DC)
+    else:  # not a second `return`: Triton compiles what is behind the first one too
+        at = tl.arange(0, ROWS)
+        first = x + frame.to(tl.int64) * frame_step + tl.cast(row, tl.int64) * row_step + d
+        # Within a tile 32 bits are enough, and take half the registers.
+        within = at[:, None] * row_step + tl.arange(0, DC)[None, :]
+        tile = tl.load(first + within, mask=(row + at < rows)[:, None], other=0.0)
+    return tile
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "channels"])
