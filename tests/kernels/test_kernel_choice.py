@@ -125,6 +125,7 @@ def test_a_report_names_the_imitation(missing, monkeypatch):
 
 
 def test_other_forms_of_eager_layers_are_another_choice_and_no_new_proof(missing, model):
+    missing["triton"] = "triton is not installed"
     proofs = ProofCache({}, None)
 
     def ops(forms: EagerForms) -> OpSet:
@@ -135,6 +136,7 @@ def test_other_forms_of_eager_layers_are_another_choice_and_no_new_proof(missing
     plain, unfolded = ops(EagerForms()), ops(off)
     assert ops(off) is unfolded and plain.forms == EagerForms()
     assert unfolded.forms == off
-    assert [r.reason for r in unfolded.refusals] == ["cuDNN is off"]
-    assert plain.refusals == ()
+    reasons = ["triton is not installed", "cuDNN is off"]
+    assert [r.reason for r in unfolded.refusals] == reasons
+    assert [r.reason for r in plain.refusals] == reasons[:1]
     assert not may_prove(OpsRequest("auto", model, only_frame=True), HOST)

@@ -31,13 +31,15 @@ _FULL_CHUNK_PIXELS = 4 * 720 * 1280
 # large device half empty, and what follows goes on in passes.
 _WIDE_CHUNKS = 2
 # Numbers that the features of a pass may hold: a latent frame of Wan 2.1 at 720p, and half of one
-# where memory is short. Chunks of eager float32 are half as long, so that they have the same bytes,
-# and passes half as large again: there cuDNN takes operand and result of a convolution once more,
-# in its own format (`peak.py`).
+# where memory is short.
 PASSES = (4 * 720 * 1280 * 96, 2 * 720 * 1280 * 96)
 # Shards take more: an exchange of rows takes as long in a short chunk as in a long one, and at
 # latent resolution a shard's frame is too small for a device.
 _SHARD_CHUNKS = 2
+# At most, of eager float32: half for the bytes of a number, and half because there cuDNN takes
+# operand and result of a convolution once more, in its own format (`peak.py`). Its chunks are half
+# as long. 480p x 17 on an H200: 11.0 GiB with full passes, where ComfyUI's core took 6.0.
+_FLOAT32_PASSES = tuple(n // 4 for n in PASSES)
 _USUAL_ITEMSIZE = 2
 _STRIP_COUNTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 
@@ -128,7 +130,10 @@ class _Chooser:
         # A decode counts as eager as long as one of the layers that do most of the work is.
         self.is_eager = not all(n in request.layers for n in residual_convolutions(request.config))
         self.wide = max(1, request.dtype.itemsize // _USUAL_ITEMSIZE) if self.is_eager else 1
-        self.passes = tuple(n // self.wide**2 for n in PASSES)
+        self.passes: Sequence[int] = PASSES
+        if self.wide > 1:
+            limits = zip(PASSES, _FLOAT32_PASSES, strict=True)
+            self.passes = tuple(min(n, most) for n, most in limits)
 
     def choose(self) -> Choice:
         request = self.request
