@@ -14,6 +14,7 @@ from ..errors import CheckpointError, DecodeMemoryError
 from ..hooks import Hooks
 from ..io.latents import as_batch, check_pixels, range_warning
 from ..network.blocks import Step
+from ..network.model import NO_ENCODER
 from ..options import Gather, RunOptions
 from ..planning.plan import Plan
 from ..sharding.context import SINGLE, ShardContext
@@ -48,7 +49,7 @@ class EncodeRun(Run):
         check_pixels(pixels, engine.config)
         shape = geometry.latent_shape(tuple(pixels.shape), engine.config)
         if engine.model.encoder is None:
-            raise CheckpointError("this checkpoint has no encoder: load a full VAE file to encode")
+            raise CheckpointError(NO_ENCODER)
         shards = shards_of(request.context, shape)
         options = options_of(request.plan, request.options)
         setup = engine.setup(SetupRequest("encode", shape, options, shards))

@@ -24,7 +24,7 @@ from ..kernels.cache_folder import cache_folder
 from ..kernels.proof.cache import ProofCache, environment
 from ..kernels.proof.timing import device_timer
 from ..layout import LayoutDecision
-from ..network.model import WanVAEModel, tensor_version
+from ..network.model import NO_ENCODER, WanVAEModel, tensor_version
 from ..ops.opset import LayerChoice, OpSet, eager_ops
 from ..options import Operation, Part, RunOptions
 from ..planning.choose import Choice, PlanRequest, choose, planned_bytes
@@ -113,7 +113,7 @@ class Engine:
         request = replace(request, options=checked_options(request.options))
         options, part = request.options, _PARTS[request.operation]
         if request.operation == "encode" and self.model.encoder is None:
-            raise CheckpointError("this checkpoint has no encoder: load a full VAE file to encode")
+            raise CheckpointError(NO_ENCODER)
         model, decision = self._in_precision(options, part)
         ops = select_ops(_ops_request(request, model), self._proof_cache, self.timer_of, prescribed)
         # What is impossible is refused at the call, before an output is allocated.
