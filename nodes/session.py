@@ -107,8 +107,10 @@ class Session:
         return plan
 
     def encode(self, video: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """The latent of `video` [1, 3, T, H, W] by `plan`, on the device."""
-        latent = self.wan.encode(video, plan=plan, **self.hooks)
+        """The latent of `video` [1, 3, T, H, W] in [0, 1] by `plan`, on the device."""
+        latent = self.wan.encode(
+            video, plan=plan, unit_range=True, free_bytes=self.free_bytes(), **self.hooks
+        )
         assert latent is not None  # one process always gets the result
         return latent
 

@@ -13,14 +13,14 @@ time. Pixels are asked for pass by pass, so that the clip need not lie on the de
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
 from torch import nn
 
 from .. import layout
-from ..chunking import Chunk
+from ..chunking import Pass
 from ..config import WanVAEConfig
 from ..geometry import Strip, encoder_halos
 from .architecture import EncoderStage, encoder_stages, middle_blocks
@@ -32,59 +32,13 @@ from .blocks import (
     ResidualBlock,
     RMSNorm,
     Step,
+    add,
     head,
     name_slots,
 )
 
 # Gives the pixels [B, 3, t, rows, W] of frames [first, last) of a chunk, on the device.
 PixelSource = Callable[[int, int], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Pixel frames [first, last) of a chunk that go through a stage together.
-
-    chunk: as the layers see it, which take each pass as a chunk of its own.
-    """
-
-    first: int
-    last: int
-    chunk: Chunk
-
-    @property
-    def frames(self) -> int:
-        return self.last - self.first
-
-    def at_stage(self, stage: int, config: WanVAEConfig) -> int:
-        """Frames of features that enter `stage`; the video's first frame stays one frame."""
-        factor = 1 << sum(config.temporal_downsample[:stage])
-        own = self.chunk.is_first
-        return (self.frames - own) // factor + own
-
-    def split(self, stage: int, limits: tuple[int, ...], config: WanVAEConfig) -> list[Pass]:
-        """The passes in which `stage`, and all before it, takes this one: only itself, if it fits.
-
-        Otherwise the first frame of the video goes alone, so that an even number of frames remains:
-        down-samplers, and some kernels, work on pairs.
-        """
-        if not limits or self.at_stage(stage, config) <= limits[stage]:
-            return [self]
-        step = limits[stage] << sum(config.temporal_downsample[:stage])
-        start = self.first + self.chunk.is_first
-        starts = [self.first] * self.chunk.is_first + list(range(start, self.last, step))
-        stops = [*starts[1:], self.last]
-        return [
-            Pass(
-                a,
-                b,
-                replace(
-                    self.chunk,
-                    is_first=self.chunk.is_first and a == self.first,
-                    is_last=self.chunk.is_last and b == self.last,
-                ),
-            )
-            for a, b in zip(starts, stops, strict=True)
-        ]
 
 
 class DownStage(nn.Module):
@@ -105,7 +59,7 @@ class DownStage(nn.Module):
         for layer in self.downsamples:
             y = layer(y, step)
         shortcut: torch.Tensor = self.shortcut(x, step)
-        return y + shortcut
+        return add(y, shortcut)
 
 
 def _layers(stage: EncoderStage) -> list[nn.Module]:
