@@ -183,6 +183,9 @@ class EncoderWalk(Walk):
             self.hold(folded)
             self.drop(converted)
             converted = folded
+        # As frames of an IMAGE lie; a kernel's copy with more channels reads either format.
+        fits = architecture.PIXEL_CONV in self.layers
+        self.ndhwc = fits or self.config.patch_size == 1
         x = self.conv(architecture.PIXEL_CONV, colours, self.described[0].channels_in, h)
         self.drop(converted)
         return x
