@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from tests.conftest import SMALL_CONFIGS
+from tests.conftest import SMALL_CONFIGS, random_state
 from tests.unit.decodes import relative_error, vae_of
 from wan_vae import geometry
 from wan_vae.chunking import Chunk, Pass
@@ -14,6 +16,9 @@ from wan_vae.errors import DecodeCancelled, DecodeMemoryError, GeometryError, La
 from wan_vae.geometry import Strip
 from wan_vae.io.image import frames_to_pixels, frames_view
 from wan_vae.io.pixels import PixelSource
+from wan_vae.network import encoder
+from wan_vae.network.blocks import Step
+from wan_vae.network.model import WanVAEModel, result_of
 from wan_vae.planning import choose
 
 # As for decodes: on the CPU a convolution of another size may add in another order.
@@ -107,23 +112,37 @@ def test_the_first_frame_of_a_video_goes_alone_and_the_rest_in_even_passes():
     ]
 
 
-def test_halos_are_even_and_no_row_of_them_can_be_left_out(monkeypatch):
-    """In double precision, where rounding hides nothing: with two rows less the strips differ."""
-    assert geometry.encoder_halos(wan21()) == ((30, 36), (12, 16), (4, 6))
-    vae = vae_of("wan2.1")
-    pixels = video(vae, 1, 14, 1)
-    expected, right = vae.encode(pixels), geometry.encoder_halos(vae.config)
-    # Needed are 29, 36, 12, 15, 4 and 5: the others only fill a pair.
-    for i, side in ((0, 1), (1, 0), (2, 0)):
+@pytest.mark.parametrize("family", SMALL_CONFIGS)
+def test_strips_are_exact_and_no_row_of_their_halo_can_be_left_out(family, monkeypatch):
+    """In double precision, where rounding hides nothing."""
+    config = SMALL_CONFIGS[family]
+    model = WanVAEModel(config).requires_grad_(False).double()
+    model.load_state_dict({k: v.double() for k, v in random_state(config).items()})
+    factor, latent_rows = config.spatial_factor, 14
+    generator = torch.Generator().manual_seed(1)
+    size = (1, 3, 1, latent_rows * factor, factor)
+    pixels = torch.rand(size, generator=generator, dtype=torch.float64)
+    step = Step.whole_clip(1)
+
+    def strips() -> torch.Tensor:
+        found = []
+        for strip in geometry.strips(latent_rows, 2, config):
+            halo = encoder.encoder_halos(config)[0]
+            top, bottom = strip.bounds(factor // config.patch_size, halo)
+            rows = pixels[:, :, :, top * config.patch_size : bottom * config.patch_size]
+            found.append(result_of(model.encode_stages(lambda *_, x=rows: x, 1, step, strip)))
+        return torch.cat(found, 3)
+
+    expected = result_of(model.encode_stages(lambda *_: pixels, 1, step))
+    assert relative_error(strips(), expected) < 1e-14
+    right = geometry.encoder_halos(config)
+    assert right == ((30, 36), (12, 16), (4, 6))
+    for i, side in itertools.product(range(3), range(2)):
         less = [list(halo) for halo in right]
         less[i][side] -= 2
         wrong = tuple(geometry.Halo(*halo) for halo in less)
-        for name in ("network.encoder", "planning.passes", "geometry"):
-            monkeypatch.setattr(f"wan_vae.{name}.encoder_halos", lambda config, wrong=wrong: wrong)
-        got = vae.encode(pixels, strips=2)
-        assert relative_error(got, expected) > 10 * BOUND, f"stage {i}, side {side}"
-        monkeypatch.undo()
-    assert relative_error(vae.encode(pixels, strips=2), expected) < BOUND
+        monkeypatch.setattr(encoder, "encoder_halos", lambda _, wrong=wrong: wrong)
+        assert relative_error(strips(), expected) > 1e-12, f"stage {i}, side {side}"
 
 
 def test_a_strip_at_the_edge_reads_nothing_beyond_it():
@@ -210,20 +229,20 @@ def test_out_of_memory_starts_again_with_half_the_chunk(small_vae, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("layer", ["conv1", "downsamples.0", "downsamples.1"])
+@pytest.mark.parametrize("layer", ["conv1", "downsamples.0"])
 def test_out_of_memory_at_one_frame_goes_on_in_strips(small_vae, monkeypatch, layer):
     pixels = video(small_vae, 9, 20, 1)
     expected = small_vae.encode(pixels, strips=4, chunk_frames=1)
     module, rows = small_vae.encoder.get_submodule(layer), []
     plant_out_of_memory(
-        monkeypatch, module, "forward", lambda x: rows.append(x.shape[3]) or x.shape[3] > 125
+        monkeypatch, module, "forward", lambda x: rows.append(x.shape[3]) or x.shape[3] > 110
     )
-    assert torch.equal(small_vae.encode(pixels), expected)
+    assert relative_error(small_vae.encode(pixels), expected) < BOUND
     report = small_vae.last_report
     assert report.strips == 4 and report.status == "done"
     assert "chunk of 1 latent frame: CUDA out of memory (planted)" in report.fallbacks
     assert report.fallbacks[-1].startswith("2 strips: strip of")
-    assert rows[-1] <= 125
+    assert rows[-1] <= 110
 
 
 def test_out_of_memory_in_a_later_chunk_or_in_the_trunk_starts_again_too(small_vae, monkeypatch):
