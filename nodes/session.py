@@ -136,8 +136,10 @@ class Session:
         return sink.image
 
     def encode(self, video: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """The latent of `video` [B, 3, T, H, W] by `plan`, where ComfyUI wants it."""
-        latent = self.wan.encode(video, plan=plan, **self.hooks)
+        """The latent of `video` [B, 3, T, H, W] in [0, 1] by `plan`, where ComfyUI wants it."""
+        latent = self.wan.encode(
+            video, plan=plan, unit_range=True, free_bytes=self.free_bytes(), **self.hooks
+        )
         assert latent is not None  # one process always gets the result
         return self.as_output(latent)
 

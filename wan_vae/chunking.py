@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import SupportsIndex, cast
 
+from .config import WanVAEConfig
 from .errors import GeometryError
 
 
@@ -41,6 +42,53 @@ class Chunk:
     def is_only_frame(self) -> bool:
         """True for a video of one frame: all history is zero, one temporal slice is enough."""
         return self.is_first and self.is_last and self.frames == 1
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Pixel frames [first, last) of a chunk that go through a stage of the encoder together.
+
+    chunk: as the layers see it, which take each pass as a chunk of its own.
+    """
+
+    first: int
+    last: int
+    chunk: Chunk
+
+    @property
+    def frames(self) -> int:
+        return self.last - self.first
+
+    def at_stage(self, stage: int, config: WanVAEConfig) -> int:
+        """Frames of features that enter `stage`; the video's first frame stays one frame."""
+        factor = 1 << sum(config.temporal_downsample[:stage])
+        own = self.chunk.is_first
+        return (self.frames - own) // factor + own
+
+    def split(self, stage: int, limits: tuple[int, ...], config: WanVAEConfig) -> list[Pass]:
+        """The passes in which `stage`, and all before it, takes this one: only itself, if it fits.
+
+        Otherwise the first frame of the video goes alone, so that an even number of frames remains:
+        down-samplers, and some kernels, work on pairs.
+        """
+        if not limits or self.at_stage(stage, config) <= limits[stage]:
+            return [self]
+        step = limits[stage] << sum(config.temporal_downsample[:stage])
+        start = self.first + self.chunk.is_first
+        starts = [self.first] * self.chunk.is_first + list(range(start, self.last, step))
+        stops = [*starts[1:], self.last]
+        return [
+            Pass(
+                a,
+                b,
+                replace(
+                    self.chunk,
+                    is_first=self.chunk.is_first and a == self.first,
+                    is_last=self.chunk.is_last and b == self.last,
+                ),
+            )
+            for a, b in zip(starts, stops, strict=True)
+        ]
 
 
 def whole_number(value: object, what: str) -> int:

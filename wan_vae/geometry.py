@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -61,6 +62,13 @@ def chunk_frames_slice(start: int, stop: int, config: WanVAEConfig) -> tuple[int
     return first, pixel_frames(stop, config)
 
 
+class Halo(NamedTuple):
+    """Rows around a strip: `before` its first and `after` its last."""
+
+    before: int
+    after: int
+
+
 @dataclass(frozen=True)
 class Strip:
     """Latent rows [start, stop) of a picture of `rows` rows, decoded with a halo of `halo` rows."""
@@ -78,25 +86,31 @@ class Strip:
     def halo_stop(self) -> int:
         return min(self.rows, self.stop + self.halo)
 
-    def bounds(self, scale: int, halo: int) -> tuple[int, int]:
+    def bounds(self, scale: int, halo: int | Halo) -> tuple[int, int]:
         """First and last row with `halo`, in a picture `scale` times as high as the latent."""
+        before, after = (halo, halo) if isinstance(halo, int) else halo
         return (
-            max(0, self.start * scale - halo),
-            min(self.rows * scale, self.stop * scale + halo),
+            max(0, self.start * scale - before),
+            min(self.rows * scale, self.stop * scale + after),
         )
 
     def crop(
-        self, x: torch.Tensor, scale_from: int, halo_from: int, scale_to: int, halo_to: int
+        self,
+        x: torch.Tensor,
+        scale_from: int,
+        halo_from: int | Halo,
+        scale_to: int,
+        halo_to: int | Halo,
     ) -> torch.Tensor:
         """Drop the rows of `x` that no later layer needs; returns a view.
 
-        `x` [B, C, T, H, W] covers `bounds(scale_from, halo_from)`, up-sampled to `scale_to`. The
-        result covers `bounds(scale_to, halo_to)`.
+        `x` [B, C, T, H, W] covers `bounds(scale_from, halo_from)`, up- or down-sampled to
+        `scale_to`. The result covers `bounds(scale_to, halo_to)`.
         """
-        ratio = scale_to // scale_from
         have, _ = self.bounds(scale_from, halo_from)
+        first = have * scale_to // scale_from
         top, bottom = self.bounds(scale_to, halo_to)
-        return x[:, :, :, top - have * ratio : bottom - have * ratio]
+        return x[:, :, :, top - first : bottom - first]
 
 
 def strip_halos(config: WanVAEConfig) -> tuple[int, ...]:
@@ -110,6 +124,24 @@ def strip_halos(config: WanVAEConfig) -> tuple[int, ...]:
     halos = [convolutions + 1]
     for _ in range(len(config.dim_mult) - 1):
         halos.append((halos[-1] + 1 + 1) // 2 + convolutions)
+    return tuple(reversed(halos))
+
+
+def encoder_halos(config: WanVAEConfig) -> tuple[Halo, ...]:
+    """Halo rows that each encoder stage but the last needs at its input, on its own grid.
+
+    Counted backwards from the first row of the last stage, which takes the whole picture. A
+    down-sampler's row reads two rows and the one after them. Each residual block has two 3x3
+    convolutions, and the first stage also has that of the pixels. Rounded up to even numbers,
+    because the down-samplers take rows in pairs; what is only there to fill a pair is not needed of
+    the stage before. Wan 2.1 and 2.2: ((30, 36), (12, 16), (4, 6)).
+    """
+    halos: list[Halo] = []
+    before = after = 0  # needed of the result of a stage
+    for i in reversed(range(len(config.dim_mult) - 1)):
+        convolutions = 2 * config.num_res_blocks + (1 if i == 0 else 0)
+        before, after = 2 * before + convolutions, 2 * after + 1 + convolutions
+        halos.append(Halo(before + before % 2, after + after % 2))
     return tuple(reversed(halos))
 
 

@@ -179,6 +179,12 @@ def empty_like_format(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=fmt)
 
 
+def memory_order(x: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions of `x` in the order in which they lie in memory, outermost first."""
+    strides = x.stride()
+    return tuple(sorted(range(x.ndim), key=lambda dim: (-strides[dim], dim)))
+
+
 class LayoutCounter:
     """Counts the format conversions and the calls with mixed formats (normally 0) of one run."""
 

@@ -5,8 +5,9 @@ The command line and the nodes read their choices here, so that each list of nam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, get_args
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -23,6 +24,9 @@ Collect = Literal["shared", "rank0", "all"]
 Operation = Literal["decode", "encode"]
 # The half of the model that a run needs.
 Part = Literal["decoder", "encoder"]
+
+# Which half each operation needs.
+PARTS: Mapping[Operation, Part] = MappingProxyType({"decode": "decoder", "encode": "encoder"})
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 MEMORY_FORMATS: tuple[MemoryFormat, ...] = get_args(MemoryFormat)

@@ -280,23 +280,30 @@ class WanVAE:
         on_progress: OnProgress | None = None,
         should_stop: ShouldStop | None = None,
         backend: Backend = "auto",
+        strips: int | None = None,
+        free_bytes: float | None = None,
+        unit_range: bool = False,
         plan: Plan | None = None,
         shard: ShardContext = SINGLE,
         gather: Gather = "all",
     ) -> torch.Tensor | None:
         """Encode pixels to the mean of the posterior.
 
-        pixels: [B, 3, T, H, W] or [3, T, H, W] in [-1, 1]. Frames past 4n + 1 are dropped; rows and
-        columns past a multiple of the spatial factor are cropped evenly from both sides.
+        pixels: [B, 3, T, H, W] or [3, T, H, W] in [-1, 1], or with `unit_range` in [0, 1]; any
+        strides, such as those of IMAGE frames (`io.image.frames_view`). On another device than
+        the VAE they stay there, and each pass fetches what it needs. Frames past 4n + 1 are
+        dropped; rows and columns past a multiple of the spatial factor are cropped evenly from
+        both sides.
         Returns float32 [B, z, (T-1)//4+1, H//8, W//8] (16 for Wan 2.2) on the VAE's device;
         `normalized=True` gives diffusers' normalised latents.
         chunk_frames: latent frames a chunk. Any schedule gives the same latent.
+        strips: bands of rows to encode one after another, exactly, as in `decode`.
         The other arguments are those of `decode`; `gather` says who gets the latent.
 
         Raises LatentError, GeometryError, LayoutError, BackendError, DecodeCancelled,
         DecodeMemoryError, ShardingError; CheckpointError if the checkpoint had no encoder.
         """
-        options = RunOptions(chunk_frames, memory_format, precision, backend=backend)
+        options = RunOptions(chunk_frames, memory_format, precision, strips, backend, free_bytes)
         request = EncodeRequest(
             pixels=pixels,
             normalized=normalized,
@@ -305,6 +312,7 @@ class WanVAE:
             plan=plan,
             context=shard,
             gather=gather,
+            unit_range=unit_range,
         )
         return self.run_encode(request)
 

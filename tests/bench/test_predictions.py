@@ -36,7 +36,7 @@ from benchmarks.suite.predictions import (
 from wan_vae.chunking import Chunk
 from wan_vae.network import architecture
 from wan_vae.ops.opset import CallSize, Workspace
-from wan_vae.planning.peak import DecodeMemory, _Walk
+from wan_vae.planning.peak import DecodeMemory, DecoderWalk
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "cards.md").read_text(encoding="utf-8")
 P720 = CASES["wan2.1-720p-81"]
@@ -70,7 +70,7 @@ def test_products_of_all_layers_are_those_of_the_plans_walk(case):
     layers = {up.conv: Folded() for up in ups}
     memory = DecodeMemory(config, latent, torch.bfloat16, "channels_last_3d", layers)
     whole = Chunk(0, latent[2], is_first=True, is_last=True)
-    walked = _Walk(memory, whole, latent[3], None).peak_of_picture().work
+    walked = DecoderWalk(memory, whole, latent[3], None).peak_of_picture().work
     counted = sum(site.problem.flops(size) for site, size in decode_layers(CASES[case]))
     assert counted == 2 * walked
 

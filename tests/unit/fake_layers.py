@@ -23,7 +23,8 @@ from wan_vae.ops.opset import CallSize, HaloRows, OpSet, Workspace
 
 @dataclass(frozen=True)
 class FakeLayer:
-    """A layer of `kind` "normed" (behind norm and SiLU), "head", "attention" or "plain".
+    """A layer of `kind` "normed" (behind norm and SiLU), "head", "wide head", "attention", "pixels"
+    or "plain".
 
     dtype: of features and of what the convolution reads (our kernels read float16, which is as
     large as bfloat16). winograd: the convolution reads four frames for each pair.
@@ -42,6 +43,8 @@ class FakeLayer:
             return Workspace()
         pixels = size.batch * size.rows * size.cols
         frame = pixels * self.channels_in * self.dtype.itemsize
+        if self.kind == "pixels":  # a copy with zero channels
+            return Workspace(hidden_bytes=(size.frames + (0 if size.only_frame else 2)) * frame)
         if self.kind == "attention":
             return Workspace(size.frames * frame)
         hidden = 9 * 4 * pixels * size.frames * self.channels if self.kind == "head" else 0
@@ -95,6 +98,48 @@ def fake_layers(
     return {name: layer for name, layer in found.items() if covers(name)}
 
 
+def fake_encoder_layers(
+    config: WanVAEConfig,
+    family: str,
+    dtype: torch.dtype,
+    covers: Callable[[str], bool] = lambda name: True,
+) -> dict[str, FakeLayer]:
+    """`fake_layers` of an encoder. Those of "cuda" use Winograd above the latent's resolution."""
+    stages = architecture.encoder_stages(config)
+    plain = FakeLayer(family, "plain", "plain", 0, 0, dtype)
+    found = {
+        architecture.PIXEL_CONV: FakeLayer(family, "pixels", "pixels", 16, 0, dtype),
+        architecture.MOMENTS_CONV: plain,
+    }
+    c = architecture.trunk_channels(config, "encoder")
+    found[architecture.ENCODER_ATTENTION] = FakeLayer(family, "attention", "attention", c, c, dtype)
+    head = FakeLayer(family, "head", "wide head", c, 2 * config.z_dim, dtype)
+    found[architecture.ENCODER_HEAD] = head
+    blocks = [(b, stage.down is not None) for stage in stages for b in stage.blocks]
+    for block, pairs in (
+        *blocks,
+        *((b, False) for b in architecture.middle_blocks(config, "encoder")),
+    ):
+        for name, channels_in in ((block.conv1, block.channels_in), (block.conv2, block.channels)):
+            found[name] = FakeLayer(
+                family,
+                "conv",
+                "normed",
+                channels_in,
+                block.channels,
+                dtype,
+                pairs and family == "cuda",
+            )
+        if block.shortcut is not None:
+            found[block.shortcut] = plain
+    for stage in stages:
+        if stage.down is not None:
+            found[stage.down.conv] = plain
+            if stage.down.time_conv is not None:
+                found[stage.down.time_conv] = plain
+    return {name: layer for name, layer in found.items() if covers(name)}
+
+
 def fake_ops(model: WanVAEModel, layers: Mapping[str, FakeLayer]) -> OpSet:
     """Operations that run the layers of `model` in `layers` without computing, the others eager."""
     return _FakeKernels(model, layers).ops
@@ -107,11 +152,14 @@ class _FakeKernels:
         self._layers: dict[int, FakeLayer] = {}
         for name, parameter in model.named_parameters():
             owner = name.rpartition(".")[0]
-            if owner.startswith(architecture.ATTENTION):
-                owner = architecture.ATTENTION
+            for attention in (architecture.ATTENTION, architecture.ENCODER_ATTENTION):
+                if owner.startswith(attention):
+                    owner = attention
             if owner in layers and not name.endswith("bias"):
                 self._layers[id(parameter)] = layers[owner]
-        self._has_attention = architecture.ATTENTION in layers
+        self._has_attention = not layers.keys().isdisjoint(
+            (architecture.ATTENTION, architecture.ENCODER_ATTENTION)
+        )
         self.ops = replace(
             OpSet(),
             norm=self._norm,
@@ -138,9 +186,16 @@ class _FakeKernels:
     ) -> torch.Tensor:
         if id(weight) not in self._layers:
             return eager_conv3d.conv3d(x, weight, bias, counter, **options)
-        x = to_format(x, "channels_last_3d")
+        layer = self._layers[id(weight)]
+        # A copy with more channels is of the right format, and held until there is a result.
+        if layer.kind == "pixels":
+            read = _empty(x, layer.channels_in, x.shape[2])
+        else:
+            read = to_format(x, "channels_last_3d")
         past = 0 if options.get("last_slice") else weight.shape[2] - 1
-        return _empty(x, len(weight), x.shape[2] - past)
+        step, _, _ = options.get("stride", (1, 1, 1))
+        frames = (x.shape[2] - past + step - 1) // step
+        return _empty(read, len(weight), frames)
 
     def _conv2d(
         self,
@@ -153,7 +208,8 @@ class _FakeKernels:
         if id(weight) not in self._layers:
             return eager_conv3d.conv2d(x, weight, bias, counter, **options)
         x = to_format(x, "channels_last_3d")
-        return _empty(x[:, :, None], len(weight), 1)[:, :, 0]
+        step = options.get("stride", 1)
+        return _empty(x[:, :, None, ::step, ::step], len(weight), 1)[:, :, 0]
 
     def _upsample_conv2d(
         self,
@@ -218,6 +274,9 @@ class _FakeFused:
             size = (b, layer.channels, frames, h, w)
             partial = operand.new_empty((9, *size), dtype=torch.float32)
             return partial.new_empty(size)
+        if layer.kind == "wide head":
+            b, _, _, h, w = operand.shape
+            return operand.new_empty((b, layer.channels, frames, h, w), dtype=torch.float32)
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last_3d)
         return _empty(operand, layer.channels, frames)

@@ -181,7 +181,7 @@ def test_options_beside_a_plan_are_refused(small_vae):
         ({"latent_shape": (True, 16, 3, 5, 4)}, GeometryError),
         ({"latent_shape": (1, 16, "3", 5, 4)}, GeometryError),
         ({"latent_shape": 5}, GeometryError),
-        ({"operation": "encode", "strips": 2}, GeometryError),
+        ({"operation": "encode", "strips": 6}, GeometryError),
         ({"axis": "time"}, GeometryError),
         ({"ranks": 1.5}, GeometryError),
         ({"free_bytes": -1}, GeometryError),

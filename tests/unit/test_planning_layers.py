@@ -22,7 +22,7 @@ from wan_vae.network.architecture import Block, Upsampler
 from wan_vae.network.blocks import Step
 from wan_vae.network.cache import FeatureCache
 from wan_vae.network.model import WanVAEModel
-from wan_vae.planning.peak import DecodeMemory, _Walk
+from wan_vae.planning.peak import DecodeMemory, DecoderWalk
 
 CONFIG = SMALL_CONFIGS["wan2.1"]
 STAGES = architecture.stages(CONFIG)
@@ -58,7 +58,7 @@ def subsets(names: list[str]) -> Iterator[tuple[str, ...]]:
         yield from combinations(names, n)
 
 
-def walked(walk: _Walk, layer: Block | Upsampler | None) -> None:
+def walked(walk: DecoderWalk, layer: Block | Upsampler | None) -> None:
     if layer is None:
         walk.attention(architecture.trunk_channels(CONFIG), ROWS)
     elif isinstance(layer, Block):
@@ -101,7 +101,7 @@ def test_a_layer_takes_what_the_walk_says_whatever_part_of_it_kernels_run(
             y = module(x, Step(cache, chunk, ops=ops))
         shape = (batch, CONFIG.z_dim, 9, ROWS, COLS)
         memory = DecodeMemory(CONFIG, shape, torch.float32, weights, layers)
-        walk = _Walk(memory, chunk, ROWS, None)
+        walk = DecoderWalk(memory, chunk, ROWS, None)
         walk.ndhwc = features == "channels_last_3d"
         walked(walk, layer)
         history = 0 if is_first else walk.history

@@ -26,9 +26,17 @@ from .sink import Reserve
 _STAGING_BUFFERS = 2
 
 
+def frames_view(image: torch.Tensor) -> torch.Tensor:
+    """Frames [T, H, W, C >= 3] in [0, 1] as pixels [1, 3, T, H, W] in [0, 1]; a view.
+
+    For `WanVAE.encode` with `unit_range`, which scales each pass on the device.
+    """
+    return image[..., :3].movedim(-1, 0).unsqueeze(0)
+
+
 def frames_to_pixels(image: torch.Tensor) -> torch.Tensor:
     """Convert frames [T, H, W, C >= 3] in [0, 1] to pixels [1, 3, T, H, W] in [-1, 1]."""
-    return image[..., :3].movedim(-1, 0).unsqueeze(0) * 2 - 1
+    return frames_view(image) * 2 - 1
 
 
 class ImageSink:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -107,9 +108,11 @@ def check_latent(latent: torch.Tensor, config: WanVAEConfig) -> None:
 
 def check_latent_values(latent: torch.Tensor) -> None:
     """Raise LatentError unless every value of `latent` [B, z, T, H, W] is finite."""
-    _check_finite(
-        latent, "latent", "the sampler overflowed, and any decoder would return black frames"
-    )
+    # One pass over memory.
+    extremes = torch.stack(latent.detach().aminmax()).tolist()
+    consequence = "the sampler overflowed, and any decoder would return black frames"
+    if error := not_finite(extremes, latent, "latent", consequence):
+        raise error
 
 
 def check_latent_shape(latent: torch.Tensor, config: WanVAEConfig) -> None:
@@ -137,36 +140,44 @@ def check_channels(channels: int, config: WanVAEConfig) -> None:
 
 
 def check_pixels(pixels: torch.Tensor, config: WanVAEConfig) -> None:
-    """Raise LatentError unless `pixels` is finite, not empty and [B, 3, T, H, W]."""
+    """Raise LatentError unless `pixels` is not empty and [B, 3, T, H, W] of floating numbers.
+
+    The values are looked at on their way to the device: see `pixels.PixelSource`.
+    """
     if pixels.ndim != 5 or pixels.shape[1] != 3:
         raise LatentError(f"the video is {tuple(pixels.shape)}: expected [B, 3, T, H, W]")
     if 0 in pixels.shape:
         raise LatentError(f"the video is empty: its shape is {tuple(pixels.shape)}")
     if pixels.dtype not in _READABLE:
         raise LatentError(f"the video is of {pixels.dtype}: expected floating values in [-1, 1]")
-    _check_finite(pixels, "video", "nothing can be encoded from it")
 
 
-def range_warning(pixels: torch.Tensor) -> str | None:
-    """A warning if values are far outside [-1, 1], as in a video in [0, 255]; None if not.
+def range_warning(largest: float) -> str | None:
+    """A warning if the `largest` absolute value of pixels lies far outside [-1, 1], as in a video
+    in [0, 255]; None if not.
 
     This is not an error: resampling overshoots, and high dynamic range exceeds [-1, 1] on purpose.
     """
-    largest = float(pixels.detach().abs().max())
     if largest <= 2:
         return None
     return f"the video's values reach {largest:.0f}: expected [-1, 1] (x / 127.5 - 1 for 8-bit)"
 
 
-def _check_finite(x: torch.Tensor, what: str, consequence: str) -> None:
-    # One pass over memory; if there is a NaN, minimum and maximum are NaN.
-    if all(map(math.isfinite, torch.stack(x.detach().aminmax()).tolist())):
-        return
+def not_finite(
+    extremes: Sequence[float], x: torch.Tensor, what: str, consequence: str
+) -> LatentError | None:
+    """The error for `x` [B, C, T, H, W] with these `extremes`; None if all values are finite.
+
+    If there is a NaN, minimum and maximum are NaN.
+    """
+    if all(map(math.isfinite, extremes)):
+        return None
     finite = torch.isfinite(x).all(dim=4).all(dim=3).all(dim=1).all(dim=0)
     bad = (~finite).nonzero().flatten().tolist()
-    if bad:
-        shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
-        raise LatentError(
-            f"the {what} itself contains NaN or inf in {len(bad)} of {len(finite)} frames "
-            f"({shown}): {consequence}"
-        )
+    if not bad:
+        return None
+    shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+    return LatentError(
+        f"the {what} itself contains NaN or inf in {len(bad)} of {len(finite)} frames "
+        f"({shown}): {consequence}"
+    )

@@ -1,4 +1,4 @@
-"""What the decoder consists of: its layers in order, with their channels and native names.
+"""What decoder and encoder consist of: their layers in order, with channels and native names.
 
 The network is built from this description, and the memory plan walks over it. Needs no PyTorch.
 """
@@ -9,12 +9,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..config import WanVAEConfig
+from ..options import Part
 
 # Native names of the layers that every decoder has once.
 LATENT_CONV = "conv2"
 FIRST_CONV = "decoder.conv1"
 ATTENTION = "decoder.middle.1"
 HEAD = "decoder.head.2"
+# And of those that every encoder has once.
+PIXEL_CONV = "encoder.conv1"
+ENCODER_ATTENTION = "encoder.middle.1"
+ENCODER_HEAD = "encoder.head.2"
+MOMENTS_CONV = "conv1"
 
 
 @dataclass(frozen=True)
@@ -87,18 +93,64 @@ class Stage:
         return self.up is not None and self.up.temporal
 
 
-def middle_blocks(config: WanVAEConfig) -> tuple[Block, Block]:
+@dataclass(frozen=True)
+class Downsampler:
+    """Halves height and width and, if `temporal`, time; the `channels` stay."""
+
+    name: str
+    channels: int
+    temporal: bool
+
+    @property
+    def conv(self) -> str:
+        """Name of the 3x3 convolution over every second pixel."""
+        return f"{self.name}.resample.1"
+
+    @property
+    def time_conv(self) -> str | None:
+        """Name of the 3x1x1 convolution over every second frame, if there is one."""
+        return f"{self.name}.time_conv" if self.temporal else None
+
+
+@dataclass(frozen=True)
+class EncoderStage:
+    """Residual blocks of one resolution, and the down-sampler to the next (None in the last stage).
+
+    shortcut: a parameter-free shortcut runs around the whole stage (Wan 2.2).
+    """
+
+    blocks: tuple[Block, ...]
+    down: Downsampler | None
+    shortcut: bool
+
+    @property
+    def channels_in(self) -> int:
+        return self.blocks[0].channels_in
+
+    @property
+    def channels(self) -> int:
+        """Channels of its result."""
+        return self.blocks[-1].channels
+
+    @property
+    def temporal(self) -> bool:
+        """Whether the next stage has half as many frames."""
+        return self.down is not None and self.down.temporal
+
+
+def middle_blocks(config: WanVAEConfig, part: Part = "decoder") -> tuple[Block, Block]:
     """The residual blocks before and after the attention, at the latent's resolution."""
-    channels = trunk_channels(config)
+    channels = trunk_channels(config, part)
     return (
-        Block("decoder.middle.0", channels, channels),
-        Block("decoder.middle.2", channels, channels),
+        Block(f"{part}.middle.0", channels, channels),
+        Block(f"{part}.middle.2", channels, channels),
     )
 
 
-def trunk_channels(config: WanVAEConfig) -> int:
+def trunk_channels(config: WanVAEConfig, part: Part = "decoder") -> int:
     """Channels of features at the latent's resolution."""
-    return config.decoder_dim * config.dim_mult[-1]
+    base = config.decoder_dim if part == "decoder" else config.dim
+    return base * config.dim_mult[-1]
 
 
 def stages(config: WanVAEConfig) -> tuple[Stage, ...]:
@@ -129,7 +181,30 @@ def stages(config: WanVAEConfig) -> tuple[Stage, ...]:
     return tuple(found)
 
 
-def residual_convolutions(config: WanVAEConfig) -> tuple[str, ...]:
+def encoder_stages(config: WanVAEConfig) -> tuple[EncoderStage, ...]:
+    """The stages of the encoder in order; the last one is at the latent's resolution."""
+    widths = [config.dim * m for m in (1, *config.dim_mult)]
+    found: list[EncoderStage] = []
+    layer = 0  # as in `stages`
+    for i, (channels_in, channels) in enumerate(pairwise(widths)):
+        prefix = "encoder.downsamples"
+        if config.residual_shortcuts:
+            prefix, layer = f"{prefix}.{i}.downsamples", 0
+        inputs = [channels_in, *[channels] * (config.num_res_blocks - 1)]
+        blocks = tuple(
+            Block(f"{prefix}.{layer + n}", width, channels) for n, width in enumerate(inputs)
+        )
+        layer += len(blocks)
+        down = None
+        if i < len(config.dim_mult) - 1:
+            down = Downsampler(f"{prefix}.{layer}", channels, config.temporal_downsample[i])
+            layer += 1
+        found.append(EncoderStage(blocks, down, config.residual_shortcuts))
+    return tuple(found)
+
+
+def residual_convolutions(config: WanVAEConfig, part: Part = "decoder") -> tuple[str, ...]:
     """Names of the 3x3x3 convolutions of all residual blocks, which do most of the work."""
-    blocks = [*middle_blocks(config), *(b for stage in stages(config) for b in stage.blocks)]
+    described = stages(config) if part == "decoder" else encoder_stages(config)
+    blocks = [*middle_blocks(config, part), *(b for stage in described for b in stage.blocks)]
     return tuple(name for block in blocks for name in (block.conv1, block.conv2))

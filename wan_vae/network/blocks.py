@@ -125,10 +125,12 @@ class StridedTimeConv3d(CausalConv3d):
         """First chunk: T = 1 + 2n frames -> 1 + n. Later chunks: T = 2n frames -> n."""
         first, frames = step.chunk.is_first, x
         if first:
-            passed, frames = x[:, :, :1], x
+            passed = x[:, :, :1]
         else:
-            history = step.cache.take(self.slot, x, 1)
-            frames = layout.join_frames((history, x), self.weight, step.counter)
+            # The history gets no name: it is freed before the next one is made.
+            frames = layout.join_frames(
+                (step.cache.take(self.slot, x, 1), x), self.weight, step.counter
+            )
         if not step.chunk.is_last:
             step.cache.store(self.slot, x[:, :, -1:].clone())
         if first and x.shape[2] == 1:

@@ -1,13 +1,29 @@
-"""The causal encoder: turns a chunk of pixels into a chunk of the latent."""
+"""The causal encoder: turns a chunk of pixels into a chunk of the latent.
+
+As the decoder, in the other direction: first the *stages* that halve the picture, of which a row
+sees only a few rows around it, so that a strip of the picture can go through them alone; then the
+*trunk* at the latent's resolution (the last stage, attention, the head), which needs the whole
+picture.
+
+Features shrink on the way. A stage with large features takes a chunk in *passes* of
+`Step.pass_frames` frames; what it makes of them is joined for the next stage, which takes more at a
+time. Pixels are asked for pass by pass, so that the clip need not lie on the device.
+"""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import nn
 
+from .. import layout
+from ..chunking import Pass
 from ..config import WanVAEConfig
+from ..geometry import Strip, encoder_halos
+from .architecture import EncoderStage, encoder_stages, middle_blocks
 from .blocks import (
     Attention,
     AverageShortcut,
@@ -16,25 +32,26 @@ from .blocks import (
     ResidualBlock,
     RMSNorm,
     Step,
+    add,
     head,
     name_slots,
 )
+
+# Gives the pixels [B, 3, t, rows, W] of frames [first, last) of a chunk, on the device.
+PixelSource = Callable[[int, int], torch.Tensor]
 
 
 class DownStage(nn.Module):
     """Residual blocks and a down-sampler with Wan 2.2's shortcut around them."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, blocks: int, down: bool, temporal: bool
-    ):
+    def __init__(self, stage: EncoderStage):
         super().__init__()
-        widths = [in_channels] + [out_channels] * blocks
-        layers: list[nn.Module] = [ResidualBlock(a, b) for a, b in pairwise(widths)]
-        if down:
-            layers.append(Downsample(out_channels, temporal))
-        self.downsamples = nn.ModuleList(layers)
+        self.downsamples = nn.ModuleList(_layers(stage))
         self.shortcut = AverageShortcut(
-            in_channels, out_channels, 2 if temporal else 1, 2 if down else 1
+            stage.channels_in,
+            stage.channels,
+            2 if stage.temporal else 1,
+            1 if stage.down is None else 2,
         )
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
@@ -42,7 +59,15 @@ class DownStage(nn.Module):
         for layer in self.downsamples:
             y = layer(y, step)
         shortcut: torch.Tensor = self.shortcut(x, step)
-        return y + shortcut
+        return add(y, shortcut)
+
+
+def _layers(stage: EncoderStage) -> list[nn.Module]:
+    """The residual blocks of a stage and its down-sampler."""
+    layers: list[nn.Module] = [ResidualBlock(b.channels_in, b.channels) for b in stage.blocks]
+    if stage.down is not None:
+        layers.append(Downsample(stage.down.channels, stage.down.temporal))
+    return layers
 
 
 class Encoder(nn.Module):
@@ -51,35 +76,92 @@ class Encoder(nn.Module):
     def __init__(self, config: WanVAEConfig):
         super().__init__()
         self.config = config
-        widths = [config.dim * m for m in (1, *config.dim_mult)]
-        temporal_down = (*config.temporal_downsample, False)
-        self.conv1 = CausalConv3d(config.image_channels, widths[0])
-        layers: list[nn.Module] = []
-        for i, (width, out) in enumerate(pairwise(widths)):
-            down = i < len(config.dim_mult) - 1
-            if config.residual_shortcuts:
-                blocks = config.num_res_blocks
-                layers.append(DownStage(width, out, blocks, down, temporal_down[i]))
-                continue
-            for _ in range(config.num_res_blocks):
-                layers.append(ResidualBlock(width, out))
-                width = out
-            if down:
-                layers.append(Downsample(out, temporal_down[i]))
-        self.downsamples = nn.ModuleList(layers)
-        top = widths[-1]
+        described = encoder_stages(config)
+        self.conv1 = CausalConv3d(config.image_channels, described[0].channels_in)
+        modules: list[list[nn.Module]] = [
+            [DownStage(stage)] if stage.shortcut else _layers(stage) for stage in described
+        ]
+        self.downsamples = nn.ModuleList([module for layers in modules for module in layers])
+        # As in the decoder: the layers of stage i are those from [i] to [i + 1].
+        self._stage_starts = tuple(accumulate((len(layers) for layers in modules), initial=0))
+        top = middle_blocks(config, "encoder")[0].channels
         self.middle = nn.ModuleList(
             [ResidualBlock(top, top), Attention(top), ResidualBlock(top, top)]
         )
         self.head = nn.ModuleDict({"0": RMSNorm(top), "2": CausalConv3d(top, 2 * config.z_dim)})
         name_slots(self, "encoder.")
 
-    def forward(self, pixels: torch.Tensor, step: Step) -> torch.Tensor:
-        """Pixels [B, 3, T, H, W] -> moments [B, 2z, t, h, w] before conv1 of the VAE."""
-        x = self.conv1(patchify(pixels, self.config.patch_size), step)
-        for layer in (*self.downsamples, *self.middle):
+    def trunk(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """Result of the stages [B, C, t, h, w] -> moments [B, 2z, t, h, w], of the whole picture.
+
+        Frees `x` if the caller holds it no more.
+        """
+        for layer in (*self.downsamples[self._stage_starts[-2] :], *self.middle):
             x = layer(x, step)
         return head(self.head, x, step)
+
+    def stages(
+        self, pixels: PixelSource, frames: int, step: Step, strip: Strip | None = None
+    ) -> Generator[None, None, torch.Tensor]:
+        """All stages but the last: pixels of `frames` frames -> features [B, C, t, h, w].
+
+        A generator: it yields after each pass through the first stage, so that a run can stop, and
+        returns the features. With a `strip`, `pixels` gives the rows of the strip with the halo of
+        the first stage (`geometry.encoder_halos`), and the result is the strip's own latent rows.
+        At an inner edge each convolution makes one more row wrong; these are cropped on the way.
+        """
+        last = len(self._stage_starts) - 3
+        return (yield from self._through(last, pixels, Pass(0, frames, step.chunk), step, strip))
+
+    def _through(
+        self, i: int, pixels: PixelSource, part: Pass, step: Step, strip: Strip | None
+    ) -> Generator[None, None, torch.Tensor]:
+        """The result of stages 0 to `i` for the frames of `part`."""
+        passes = part.split(i, step.pass_frames, self.config)
+        if len(passes) > 1:
+            return (yield from self._joined(i, pixels, part, passes, step, strip))
+        step = replace(step, chunk=part.chunk)
+        if i:
+            x = yield from self._through(i - 1, pixels, part, step, strip)
+        else:
+            x = patchify(pixels(part.first, part.last), self.config.patch_size)
+            x = self.conv1(x, step)
+        for layer in self.downsamples[self._stage_starts[i] : self._stage_starts[i + 1]]:
+            x = layer(x, step)
+        if not i:
+            yield
+        # A copy is dense for the layers that follow, and it frees the cropped rows.
+        return x if strip is None else self._crop(x, strip, i).clone()
+
+    def _joined(
+        self,
+        i: int,
+        pixels: PixelSource,
+        part: Pass,
+        passes: list[Pass],
+        step: Step,
+        strip: Strip | None,
+    ) -> Generator[None, None, torch.Tensor]:
+        """`_through` of each pass, in one tensor."""
+        whole: torch.Tensor | None = None
+        done = 0
+        for one in passes:
+            y = yield from self._through(i, pixels, one, step, strip)
+            if whole is None:
+                shape = list(y.shape)
+                shape[2] = part.at_stage(i + 1, self.config)
+                whole = layout.empty_like_format(y, tuple(shape))
+            whole[:, :, done : done + y.shape[2]] = y
+            done += y.shape[2]
+            del y  # before the next pass
+        assert whole is not None and done == whole.shape[2]
+        return whole
+
+    def _crop(self, x: torch.Tensor, strip: Strip, stage: int) -> torch.Tensor:
+        """Drop the rows of `x`, the result of `stage`, that the next stage does not need."""
+        halos, scale = encoder_halos(self.config), 1 << (len(self._stage_starts) - 2 - stage)
+        after = halos[stage + 1] if stage + 1 < len(halos) else 0
+        return strip.crop(x, scale, halos[stage], scale // 2, after)
 
 
 def patchify(x: torch.Tensor, patch: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ It is one nn.Module, so that a ComfyUI ModelPatcher can own it. Its state dict i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from ..geometry import Strip
 from ..ops.opset import OpSet
 from .blocks import CausalConv3d, Step
 from .decoder import Decoder, join_passes
-from .encoder import Encoder
+from .encoder import Encoder, PixelSource
+
+NO_ENCODER = "this checkpoint has no encoder: load a full VAE file to encode"
 
 
 class WanVAEModel(nn.Module):
@@ -77,12 +79,39 @@ class WanVAEModel(nn.Module):
         """Like `decode_chunk`, but yields the frames of each pass."""
         yield from self.finish_passes(self.trunk(z, step), step)
 
+    def encode_stages(
+        self, pixels: PixelSource, frames: int, step: Step, strip: Strip | None = None
+    ) -> Generator[None, None, torch.Tensor]:
+        """Pixels -> features at the latent's resolution; see `Encoder.stages`."""
+        if self.encoder is None:
+            raise CheckpointError(NO_ENCODER)
+        return self.encoder.stages(pixels, frames, step, strip)
+
+    def moments(self, features: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """Result of `encode_stages` -> mean and log-variance [B, z, t, h, w] of the posterior."""
+        if self.encoder is None or self.conv1 is None:
+            raise CheckpointError(NO_ENCODER)
+        moments = self.encoder.trunk(features, step)
+        del features
+        mean, log_variance = self.conv1(moments, step).chunk(2, dim=1)
+        return mean, log_variance
+
     def encode_chunk(self, pixels: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixel chunk [B, 3, T, H, W] -> mean and log-variance [B, z, t, h, w] of the posterior."""
-        if self.encoder is None or self.conv1 is None:
-            raise CheckpointError("this checkpoint has no encoder: load a full VAE file to encode")
-        mean, log_variance = self.conv1(self.encoder(pixels, step), step).chunk(2, dim=1)
-        return mean, log_variance
+        stages = self.encode_stages(
+            lambda first, last: pixels[:, :, first:last], pixels.shape[2], step
+        )
+        return self.moments(result_of(stages), step)
+
+
+def result_of(stages: Generator[None, None, torch.Tensor]) -> torch.Tensor:
+    """Run `stages` to the end, and return what it returns."""
+    while True:
+        try:
+            next(stages)
+        except StopIteration as stop:
+            result: torch.Tensor = stop.value
+            return result
 
 
 def expected_shapes(config: WanVAEConfig) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""How a decode goes in the memory that is free: chunks, passes and strips.
+"""How a decode or encode goes in the memory that is free: chunks, passes and strips.
 
 Chosen before the first chunk, from predicted peaks (`peak.py`), the faster ways first.
 """
@@ -17,6 +17,8 @@ from ..config import WanVAEConfig
 from ..network.architecture import residual_convolutions
 from ..ops.eager.forms import EagerForms
 from ..ops.opset import Prepared
+from ..options import PARTS, Operation
+from .encode_peak import EncodeMemory
 from .peak import DecodeMemory, WeightFormat
 
 # Of the free bytes, those that a plan may use: for whole pictures, for strips of our kernels and
@@ -48,19 +50,20 @@ _NO_KERNELS: Mapping[str, Prepared] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """A decode of latent [B, z, T, H, W] that is to be planned.
+    """A decode of a latent [B, z, T, H, W], or an encode to one, that is to be planned.
 
-    dtype: of the decode. memory_format: of the weights. layers: what kernels run, by native layer
-    name (`OpSet.layers`); every other layer runs eager. free_bytes: see `device.free_bytes`; None
-    plans as if everything fitted. whole_frames: the sink needs them, so that strips are taken in
-    each chunk and the history of all of them stays.
+    dtype: of the computation. memory_format: of the weights. layers: what kernels run, by native
+    layer name (`OpSet.layers`); every other layer runs eager. free_bytes: see
+    `device.free_bytes`; None plans as if everything fitted. whole_frames: the sink needs them, so
+    that strips are taken in each chunk and the history of all of them stays.
 
     chunk_frames, strips: what the caller asked for. The choice uses them as given, with one
     exception: if one latent frame a chunk does not fit and `strips` is None, strips are planned.
 
     shards: `latent_shape` is the part of one rank. A rank takes neither passes nor strips.
 
-    forms: how layers without a kernel are computed (`OpSet.forms`).
+    forms: how layers without a kernel are computed (`OpSet.forms`). staged: the pixels of an encode
+    come from the host, pass by pass.
     """
 
     config: WanVAEConfig
@@ -74,11 +77,13 @@ class PlanRequest:
     strips: int | None = None
     shards: bool = False
     forms: EagerForms = field(default_factory=EagerForms)
+    operation: Operation = "decode"
+    staged: bool = False
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a decode goes, and what it takes.
+    """How a decode or encode goes, and what it takes.
 
     lengths: latent frames of every chunk. pass_elements: numbers that the features of a pass may
     hold (see `pass_frames`); None takes each chunk as a whole. strips: 1 is the whole picture.
@@ -119,16 +124,10 @@ class _Chooser:
 
     def __init__(self, request: PlanRequest):
         self.request = request
-        self.memory = DecodeMemory(
-            request.config,
-            tuple(request.latent_shape),
-            request.dtype,
-            request.memory_format,
-            request.layers,
-            request.forms,
-        )
-        # A decode counts as eager as long as one of the layers that do most of the work is.
-        self.is_eager = not all(n in request.layers for n in residual_convolutions(request.config))
+        self.memory = _memory_of(request)
+        # A run counts as eager as long as one of the layers that do most of the work is.
+        large = residual_convolutions(request.config, PARTS[request.operation])
+        self.is_eager = not all(name in request.layers for name in large)
         self.wide = max(1, request.dtype.itemsize // _USUAL_ITEMSIZE) if self.is_eager else 1
         self.passes: Sequence[int] = PASSES
         if self.wide > 1:
@@ -212,6 +211,14 @@ class _Chooser:
         config, (b, _, t, h, w) = self.request.config, self.request.latent_shape
         pixels = b * config.temporal_factor * h * w * config.spatial_factor**2
         return max(1, min(t, _FULL_CHUNK_PIXELS // (pixels * self.wide)))
+
+
+def _memory_of(request: PlanRequest) -> DecodeMemory | EncodeMemory:
+    """What predicts the peaks of `request`."""
+    size = (request.config, tuple(request.latent_shape), request.dtype, request.memory_format)
+    if request.operation == "encode":
+        return EncodeMemory(*size, request.layers, request.forms, request.staged)
+    return DecodeMemory(*size, request.layers, request.forms)
 
 
 def _ways(frames: int, passes: Sequence[int]) -> list[tuple[int, int]]:

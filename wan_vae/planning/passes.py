@@ -1,12 +1,13 @@
-"""How many frames of features go through each stage of the decoder at a time.
+"""How many frames of features go through each stage of decoder and encoder at a time.
 
-A latent frame is small at the latent's resolution and takes gigabytes in the last stage. A chunk
-therefore passes the trunk as a whole and the stages in passes of fewer frames.
+A latent frame is small at the latent's resolution and takes gigabytes at that of the pixels. A
+chunk therefore passes the trunk as a whole and the stages in passes of fewer frames.
 """
 
 from __future__ import annotations
 
 from ..config import WanVAEConfig
+from ..geometry import Halo, Strip, encoder_halos
 from ..network import architecture
 
 
@@ -32,3 +33,36 @@ def pass_frames(
         found.append(max(1, frames) if per_latent == 1 else max(2, frames - frames % 2))
         pixels, per_latent = pixels * 4, per_latent * factor
     return tuple(found)
+
+
+def encoder_pass_frames(
+    config: WanVAEConfig, latent_shape: tuple[int, ...], elements: int
+) -> tuple[int, ...]:
+    """Pixel frames or frames of features that enter each stage of the encoder but the last.
+
+    As in `pass_frames`, and always an even number, because down-samplers halve it. latent_shape:
+    [B, z, T, rows, W] of the picture, or of the rows that a strip reads.
+    """
+    b, _, _, h, w = latent_shape
+    stages = architecture.encoder_stages(config)[:-1]
+    pixels = b * h * w * 4 ** len(stages)
+    found: list[int] = []
+    for stage in stages:
+        frames = elements // (max(stage.channels_in, stage.channels) * pixels)
+        found.append(max(2, frames - frames % 2))
+        pixels //= 4
+    return tuple(found)
+
+
+def encoder_rows(config: WanVAEConfig, strip: Strip) -> list[int]:
+    """Rows that enter each stage of the encoder for `strip`; those of the last are its own."""
+    halos = (*encoder_halos(config), Halo(0, 0))
+    scales = (1 << i for i in reversed(range(len(halos))))
+    bounds = (strip.bounds(scale, halo) for scale, halo in zip(scales, halos, strict=True))
+    return [bottom - top for top, bottom in bounds]
+
+
+def encoder_latent_rows(config: WanVAEConfig, strip: Strip) -> int:
+    """Latent rows that hold what `strip` reads: for `encoder_pass_frames`."""
+    rows = encoder_rows(config, strip)
+    return -(-rows[0] // (1 << (len(rows) - 1)))

@@ -58,7 +58,7 @@ class StripsPeak(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Peak:
+class Peak:
     """What one walk over a part of the decoder takes, in bytes above what was there before it.
 
     history: what its layers keep from chunk to chunk. result: what it returns. pixel_frames: the
@@ -73,8 +73,8 @@ class _Peak:
 
 
 @dataclass(frozen=True)
-class DecodeMemory:
-    """Predicts the memory of decodes of latents of one shape [B, z, T, H, W].
+class Memory:
+    """What a walk needs to know of runs on latents of one shape [B, z, T, H, W].
 
     dtype: that of the computation. memory_format: that of the weights. layers: the layers that
     kernels run, by native name (`OpSet.layers`). forms: how the others are computed
@@ -88,6 +88,11 @@ class DecodeMemory:
     layers: Mapping[str, Prepared]
     forms: EagerForms = field(default_factory=EagerForms)
 
+
+@dataclass(frozen=True)
+class DecodeMemory(Memory):
+    """Predicts the memory of decodes."""
+
     def of_picture(self, chunks: Sequence[Chunk], elements: int | None) -> int:
         """Peak of the whole picture, chunk after chunk.
 
@@ -95,8 +100,8 @@ class DecodeMemory:
         numbers a pass may hold (see `pass_frames`); None takes each chunk as a whole.
         """
         height, peak = self.shape[3], 0
-        for chunk in _heaviest(chunks):
-            p = _Walk(self, chunk, height, elements).peak_of_picture()
+        for chunk in heaviest_chunks(chunks):
+            p = DecoderWalk(self, chunk, height, elements).peak_of_picture()
             is_only_pass = chunk.is_first and p.pixel_frames == self._frames(chunk)
             before = 0 if is_only_pass else self._pixel_bytes(p.pixel_frames, height)
             peak = max(peak, p.peak + before)
@@ -112,9 +117,9 @@ class DecodeMemory:
         count.
         """
         t, height = self.shape[2:4]
-        heaviest = _heaviest(chunks)
+        heaviest = heaviest_chunks(chunks)
         strips = geometry.strips(height, count, self.config)
-        trunks = [_Walk(self, c, height, elements).peak_of_trunk() for c in heaviest]
+        trunks = [DecoderWalk(self, c, height, elements).peak_of_trunk() for c in heaviest]
         trunk_history = 0 if len(chunks) == 1 else max(p.history for p in trunks)
         peak = history = work = 0
         # Strips of one size and place (top, inner, bottom) are alike.
@@ -127,7 +132,7 @@ class DecodeMemory:
         longest = max(c.frames for c in chunks)
         frames = self._pixel_bytes(max(self._frames(c) for c in chunks), height)
         for (rows, own_rows), group in alike.items():
-            walks = [_Walk(self, c, rows, elements).peak_of_strip(group[0]) for c in heaviest]
+            walks = [DecoderWalk(self, c, rows, elements).peak_of_strip(group[0]) for c in heaviest]
             pixel_frames = max(p.pixel_frames for p in walks)
             before = self._pixel_bytes(pixel_frames, own_rows) if count * t > 1 else 0
             for chunk, p in zip(heaviest, walks, strict=True):
@@ -152,7 +157,7 @@ class DecodeMemory:
             trunk = max(p.peak for p in trunks) + (t - longest) * features
             peak = max(trunk, t * features + peak)
         whole = Strip(0, height, height, 0)
-        uncut = _Walk(self, heaviest[0], height, elements).peak_of_strip(whole).work
+        uncut = DecoderWalk(self, heaviest[0], height, elements).peak_of_strip(whole).work
         return StripsPeak(peak, (work - uncut) / (trunks[0].work + uncut))
 
     def _frames(self, chunk: Chunk) -> int:
@@ -165,8 +170,8 @@ class DecodeMemory:
         return _rounded(b * 3 * frames * rows * w * self.config.spatial_factor**2 * 4)
 
 
-class _Walk:
-    """One chunk on its way through the decoder: the bytes that are alive, layer by layer.
+class Walk:
+    """One chunk on its way through a network: the bytes that are alive, layer by layer.
 
     When the method of a layer is called, the layer's input is alive and the caller owns it. The
     method leaves the layer's result alive and returns its bytes. `live` starts at 0: what was alive
@@ -174,11 +179,10 @@ class _Walk:
     its size is unknown until the walk is over; `found` adds it.
     """
 
-    def __init__(self, memory: DecodeMemory, chunk: Chunk, rows: int, elements: int | None):
-        """rows: latent rows that go through the stages. elements: see `pass_frames`."""
+    def __init__(self, memory: Memory, chunk: Chunk, frames: int, scale: int):
+        """frames: of the features that enter. scale: their columns for each latent column."""
         self.config, self.itemsize = memory.config, memory.dtype.itemsize
-        self.layers, self.stages = memory.layers, architecture.stages(memory.config)
-        self.forms = memory.forms
+        self.layers, self.forms = memory.layers, memory.forms
         self.batch, _, _, self.height, self.width = memory.shape
         # Kernels read and write NDHWC. The eager code works in the format of the weights: it
         # converts its input, if need be, and its result has this format. `ndhwc` is of the
@@ -188,136 +192,13 @@ class _Walk:
         self.last = chunk.is_last
         self.only_frame = chunk.is_only_frame
         self.resumes = False  # a later pass of this chunk
-        # Temporal up-samplers that the video's first frame has passed alone.
-        self.skipped: set[str] = set()
-        self.t = chunk.frames
-        self.pass_frames: tuple[int, ...] | None = None
-        if elements is not None:
-            shape = (*memory.shape[:3], rows, self.width)
-            self.pass_frames = pass_frames(self.config, shape, elements)
-        self.scale = 1  # columns for each latent column
+        self.t = frames
+        self.scale = scale
         self.live = self.peak = self.history = self.pixel_frames = self.work = 0
 
-    # -- the parts that a run calls ----------------------------------------------------------------
-
-    def peak_of_picture(self) -> _Peak:
-        """Latent chunk -> float32 pixels of the whole picture."""
-        features = self.trunk(self.height)
-        self.passes(0, features, [self.height * 2**i for i in range(len(self.stages))], None)
-        return self.found(0)
-
-    def peak_of_trunk(self) -> _Peak:
-        """Latent chunk -> features."""
-        return self.found(self.trunk(self.height))
-
-    def peak_of_strip(self, strip: Strip) -> _Peak:
-        """Features (not counted) -> float32 pixels of a strip."""
-        halos = geometry.strip_halos(self.config)
-        rows = [
-            bottom - top
-            for top, bottom in (strip.bounds(2**i, halo) for i, halo in enumerate(halos))
-        ]
-        if architecture.middle_blocks(self.config)[1].conv2 in self.layers:
-            self.ndhwc = True
-        self.passes(0, 0, rows, (strip.stop - strip.start) * 2 ** (len(halos) - 1))
-        return self.found(0)
-
-    def found(self, result: int) -> _Peak:
+    def found(self, result: int) -> Peak:
         old = 0 if self.chunk_is_first else self.history
-        return _Peak(self.peak + old, self.history, result, self.pixel_frames, self.work)
-
-    def trunk(self, h: int) -> int:
-        before, after = architecture.middle_blocks(self.config)
-        z_dim, c = self.config.z_dim, before.channels
-        z = self.conv(architecture.LATENT_CONV, z_dim, z_dim, h, (1, 1, 1))
-        x = self.conv(architecture.FIRST_CONV, z_dim, c, h)
-        self.drop(z)
-        y = self.block(before, h)
-        self.drop(x)
-        x = self.attention(c, h)
-        self.drop(y)
-        y = self.block(after, h)
-        self.drop(x)
-        return y
-
-    def passes(self, i: int, x: int, rows: list[int], cropped: int | None) -> None:
-        """Stage `i` and all later stages, in passes over the features `x` (bytes).
-
-        The first pass frees `x`, because the frames that wait for later passes are copied.
-
-        rows: of the input of each stage. cropped: rows of the result.
-        """
-        missing, last = self.t, self.last
-        place = self.scale, self.ndhwc
-        while missing:
-            frames = missing
-            if self.pass_frames is not None and frames > self.pass_frames[i]:
-                frames = 1 if self.first else self.pass_frames[i]
-            missing -= frames
-            stage = self.stages[i]
-            self.t, self.last = frames, last and not missing
-            self.scale, self.ndhwc = place
-            waiting = self.size(stage.channels_in, rows[i], missing)
-            self.hold(waiting)
-            y = self.stage(stage, rows[i], x)
-            x = waiting
-            if stage.up is not None:
-                if cropped is not None:
-                    needed = self.size(stage.up.channels, rows[i + 1])
-                    self.hold(needed)
-                    self.drop(y)
-                    y = needed
-                self.passes(i + 1, y, rows, cropped)
-            else:
-                self.head(y, rows[-1], cropped)
-            self.first, self.resumes = False, True
-
-    def stage(self, stage: Stage, h: int, x: int) -> int:
-        """A stage, which frees `x` bytes of its input."""
-        # With a shortcut around stages the input stays until the stage is done.
-        keeps_input, frames = self.config.residual_shortcuts, self.t
-        y = 0
-        for n, block in enumerate(stage.blocks):
-            y, read = self.block(block, h), y
-            self.drop(read if n else 0 if keeps_input else x)
-        if stage.up is not None:
-            y, read = self.upsampler(stage.up, h), y
-            self.drop(read)
-        if stage.shortcut:
-            shortcut = self.size(stage.channels, 2 * h, frames * (2 if stage.temporal else 1))
-            self.hold(shortcut)
-            self.drop(shortcut)
-        self.drop(x if keeps_input else 0)
-        return y
-
-    def head(self, x: int, h: int, cropped: int | None) -> None:
-        """Norm, convolution, float32 pixels; frees `x`."""
-        c, colours = self.stages[-1].channels, self.config.image_channels
-        self.pixel_frames = max(self.pixel_frames, self.t)
-        h_out = h if cropped is None else cropped
-        prepared = self.layers.get(architecture.HEAD)
-        if prepared is not None:
-            # Its result is float32.
-            operand, workspace = self.operand(prepared, c, h)
-            pixels = self.elements(colours, h) * 4
-            self.count_work(9, c, colours, h)
-            self.hold(pixels)
-            self.hidden(workspace.hidden_bytes)
-            self.drop(operand + x)
-            folded = self.elements(colours, h_out) * 4
-            copies = folded if self.config.patch_size > 1 else 0
-            self.hold(copies)
-            self.drop(copies + pixels)
-            return
-        y = self.normed(architecture.HEAD, c, colours, h)
-        self.drop(x)
-        folded = self.size(colours, h_out)
-        copies = folded if self.config.patch_size > 1 else 0
-        if self.itemsize < 4:
-            copies += folded * 4 // self.itemsize
-        self.hold(copies)
-        self.drop(copies)
-        self.drop(y)
+        return Peak(self.peak + old, self.history, result, self.pixel_frames, self.work)
 
     # -- layers, as in blocks.py -------------------------------------------------------------------
 
@@ -431,10 +312,10 @@ class _Walk:
         self.drop(operand + converted)
         return y
 
-    def attention(self, c: int, h: int) -> int:
+    def attention(self, c: int, h: int, name: str = architecture.ATTENTION) -> int:
         x = normed = self.size(c, h)
         converted = 0 if self.ndhwc else x
-        prepared = self.layers.get(architecture.ATTENTION)
+        prepared = self.layers.get(name)
         if prepared is not None:
             # The norm's result, and what follows up to the projection, has the operand's dtype.
             workspace = self.workspace(prepared, h)
@@ -463,6 +344,199 @@ class _Walk:
         self.ndhwc = True
         self.work += (4 * c * c + 2 * c * h * self.width) * self.elements(1, h)
         return x
+
+    def unfolded(
+        self,
+        form: ConvForm,
+        cin: int,
+        out: int,
+        h: int,
+        t: int,
+        kernel: tuple[int, int, int],
+        stride: tuple[int, int, int] = (1, 1, 1),
+        around: tuple[int, int, int, int] | None = None,
+    ) -> int | None:
+        """What a convolution of `t` frames takes where no library computes it; else None.
+
+        around: zeros above, below, left and right; as wide as the kernel needs if None.
+        """
+        if form == "library" or form == "cudnn":
+            return None
+        kt, kh, kw = kernel
+        size = ConvSize(
+            (self.batch, cin, t, h, self.width * self.scale),
+            (out, cin, kt, kh, kw),
+            stride,
+            around or (kh // 2, kh // 2, kw // 2, kw // 2),
+        )
+        return unfolded.hidden_bytes(form, size, self.itemsize, self.weights_ndhwc)
+
+    # -- bytes and multiplications -----------------------------------------------------------------
+
+    def workspace(self, prepared: Prepared, h: int) -> Workspace:
+        """What the layer says of a call on features of `h` rows."""
+        cols = self.width * self.scale
+        return prepared.workspace(CallSize(self.batch, self.t, h, cols, self.only_frame))
+
+    def count_work(self, taps: int, cin: int, out: int, h: int, frames: int = 3) -> None:
+        """The multiplications of a convolution over `taps` pixels of `frames` frames."""
+        self.work += (1 if self.only_frame else frames) * taps * cin * self.elements(out, h)
+
+    def elements(self, c: int, h: int, t: int | None = None) -> int:
+        return self.batch * c * (self.t if t is None else t) * h * self.width * self.scale
+
+    def size(self, c: int, h: int, t: int | None = None) -> int:
+        return _rounded(self.elements(c, h, t) * self.itemsize)
+
+    @staticmethod
+    def rounded(n: int) -> int:
+        """Bytes that the allocator takes for `n`."""
+        return _rounded(n)
+
+    def hold(self, n: int) -> None:
+        self.live += n
+        self.peak = max(self.peak, self.live)
+
+    def drop(self, n: int) -> None:
+        self.live -= n
+
+    def hidden(self, n: int) -> None:
+        """Count `n` bytes that a call takes and gives back itself, outside of our tensors."""
+        self.peak = max(self.peak, self.live + n)
+
+
+class DecoderWalk(Walk):
+    """A chunk on its way through the decoder."""
+
+    def __init__(self, memory: DecodeMemory, chunk: Chunk, rows: int, elements: int | None):
+        """rows: latent rows that go through the stages. elements: see `pass_frames`."""
+        super().__init__(memory, chunk, chunk.frames, 1)
+        self.stages = architecture.stages(memory.config)
+        # Temporal up-samplers that the video's first frame has passed alone.
+        self.skipped: set[str] = set()
+        self.pass_frames: tuple[int, ...] | None = None
+        if elements is not None:
+            shape = (*memory.shape[:3], rows, self.width)
+            self.pass_frames = pass_frames(self.config, shape, elements)
+
+    # -- the parts that a run calls ----------------------------------------------------------------
+
+    def peak_of_picture(self) -> Peak:
+        """Latent chunk -> float32 pixels of the whole picture."""
+        features = self.trunk(self.height)
+        self.passes(0, features, [self.height * 2**i for i in range(len(self.stages))], None)
+        return self.found(0)
+
+    def peak_of_trunk(self) -> Peak:
+        """Latent chunk -> features."""
+        return self.found(self.trunk(self.height))
+
+    def peak_of_strip(self, strip: Strip) -> Peak:
+        """Features (not counted) -> float32 pixels of a strip."""
+        halos = geometry.strip_halos(self.config)
+        rows = [
+            bottom - top
+            for top, bottom in (strip.bounds(2**i, halo) for i, halo in enumerate(halos))
+        ]
+        if architecture.middle_blocks(self.config)[1].conv2 in self.layers:
+            self.ndhwc = True
+        self.passes(0, 0, rows, (strip.stop - strip.start) * 2 ** (len(halos) - 1))
+        return self.found(0)
+
+    # -- the way through, as in decoder.py ---------------------------------------------------------
+
+    def trunk(self, h: int) -> int:
+        before, after = architecture.middle_blocks(self.config)
+        z_dim, c = self.config.z_dim, before.channels
+        z = self.conv(architecture.LATENT_CONV, z_dim, z_dim, h, (1, 1, 1))
+        x = self.conv(architecture.FIRST_CONV, z_dim, c, h)
+        self.drop(z)
+        y = self.block(before, h)
+        self.drop(x)
+        x = self.attention(c, h)
+        self.drop(y)
+        y = self.block(after, h)
+        self.drop(x)
+        return y
+
+    def passes(self, i: int, x: int, rows: list[int], cropped: int | None) -> None:
+        """Stage `i` and all later stages, in passes over the features `x` (bytes).
+
+        The first pass frees `x`, because the frames that wait for later passes are copied.
+
+        rows: of the input of each stage. cropped: rows of the result.
+        """
+        missing, last = self.t, self.last
+        place = self.scale, self.ndhwc
+        while missing:
+            frames = missing
+            if self.pass_frames is not None and frames > self.pass_frames[i]:
+                frames = 1 if self.first else self.pass_frames[i]
+            missing -= frames
+            stage = self.stages[i]
+            self.t, self.last = frames, last and not missing
+            self.scale, self.ndhwc = place
+            waiting = self.size(stage.channels_in, rows[i], missing)
+            self.hold(waiting)
+            y = self.stage(stage, rows[i], x)
+            x = waiting
+            if stage.up is not None:
+                if cropped is not None:
+                    needed = self.size(stage.up.channels, rows[i + 1])
+                    self.hold(needed)
+                    self.drop(y)
+                    y = needed
+                self.passes(i + 1, y, rows, cropped)
+            else:
+                self.head(y, rows[-1], cropped)
+            self.first, self.resumes = False, True
+
+    def stage(self, stage: Stage, h: int, x: int) -> int:
+        """A stage, which frees `x` bytes of its input."""
+        # With a shortcut around stages the input stays until the stage is done.
+        keeps_input, frames = self.config.residual_shortcuts, self.t
+        y = 0
+        for n, block in enumerate(stage.blocks):
+            y, read = self.block(block, h), y
+            self.drop(read if n else 0 if keeps_input else x)
+        if stage.up is not None:
+            y, read = self.upsampler(stage.up, h), y
+            self.drop(read)
+        if stage.shortcut:
+            shortcut = self.size(stage.channels, 2 * h, frames * (2 if stage.temporal else 1))
+            self.hold(shortcut)
+            self.drop(shortcut)
+        self.drop(x if keeps_input else 0)
+        return y
+
+    def head(self, x: int, h: int, cropped: int | None) -> None:
+        """Norm, convolution, float32 pixels; frees `x`."""
+        c, colours = self.stages[-1].channels, self.config.image_channels
+        self.pixel_frames = max(self.pixel_frames, self.t)
+        h_out = h if cropped is None else cropped
+        prepared = self.layers.get(architecture.HEAD)
+        if prepared is not None:
+            # Its result is float32.
+            operand, workspace = self.operand(prepared, c, h)
+            pixels = self.elements(colours, h) * 4
+            self.count_work(9, c, colours, h)
+            self.hold(pixels)
+            self.hidden(workspace.hidden_bytes)
+            self.drop(operand + x)
+            folded = self.elements(colours, h_out) * 4
+            copies = folded if self.config.patch_size > 1 else 0
+            self.hold(copies)
+            self.drop(copies + pixels)
+            return
+        y = self.normed(architecture.HEAD, c, colours, h)
+        self.drop(x)
+        folded = self.size(colours, h_out)
+        copies = folded if self.config.patch_size > 1 else 0
+        if self.itemsize < 4:
+            copies += folded * 4 // self.itemsize
+        self.hold(copies)
+        self.drop(copies)
+        self.drop(y)
 
     def upsampler(self, up: Upsampler, h: int) -> int:
         if up.time_conv is None:
@@ -521,50 +595,8 @@ class _Walk:
         self.ndhwc = self.weights_ndhwc
         return y
 
-    def unfolded(
-        self, form: ConvForm, cin: int, out: int, h: int, t: int, kernel: tuple[int, int, int]
-    ) -> int | None:
-        """What a convolution of `t` frames takes where no library computes it; else None."""
-        if form == "library" or form == "cudnn":
-            return None
-        kt, kh, kw = kernel
-        size = ConvSize(
-            (self.batch, cin, t, h, self.width * self.scale),
-            (out, cin, kt, kh, kw),
-            around=(kh // 2, kh // 2, kw // 2, kw // 2),
-        )
-        return unfolded.hidden_bytes(form, size, self.itemsize, self.weights_ndhwc)
 
-    # -- bytes and multiplications -----------------------------------------------------------------
-
-    def workspace(self, prepared: Prepared, h: int) -> Workspace:
-        """What the layer says of a call on features of `h` rows."""
-        cols = self.width * self.scale
-        return prepared.workspace(CallSize(self.batch, self.t, h, cols, self.only_frame))
-
-    def count_work(self, taps: int, cin: int, out: int, h: int, frames: int = 3) -> None:
-        """The multiplications of a convolution over `taps` pixels of `frames` frames."""
-        self.work += (1 if self.only_frame else frames) * taps * cin * self.elements(out, h)
-
-    def elements(self, c: int, h: int, t: int | None = None) -> int:
-        return self.batch * c * (self.t if t is None else t) * h * self.width * self.scale
-
-    def size(self, c: int, h: int, t: int | None = None) -> int:
-        return _rounded(self.elements(c, h, t) * self.itemsize)
-
-    def hold(self, n: int) -> None:
-        self.live += n
-        self.peak = max(self.peak, self.live)
-
-    def drop(self, n: int) -> None:
-        self.live -= n
-
-    def hidden(self, n: int) -> None:
-        """Count `n` bytes that a call takes and gives back itself, outside of our tensors."""
-        self.peak = max(self.peak, self.live + n)
-
-
-def _heaviest(chunks: Iterable[Chunk]) -> list[Chunk]:
+def heaviest_chunks(chunks: Iterable[Chunk]) -> list[Chunk]:
     """One chunk of each kind (frames, first, last) that can reach the peak.
 
     A first or last chunk is left out if a chunk between them is at least as long.

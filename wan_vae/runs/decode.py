@@ -18,12 +18,13 @@ from ..io.latents import as_batch, check_latent_shape, check_latent_values
 from ..io.sink import NullSink, Sink, TensorSink, check_out, sink_bytes
 from ..network.cache import FeatureCache
 from ..options import Gather, RunOptions
+from ..planning.passes import pass_frames
 from ..planning.plan import Plan
 from ..sharding.context import SINGLE, ShardContext
 from ..sharding.plan import ShardPlan, plan_shards
 from .engine import Engine, Setup, SetupRequest, latent_statistics, options_of
 from .ranks import Ranks
-from .run import Piece, Run, in_memory
+from .run import Piece, Run, in_memory, latent_frames_of
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class DecodeRun(Run):
                 if self.ranks.has_rows
                 else iter([self._no_rows(chunk)])
             )
-            for part in self._passes(chunk, passes, _latents(chunk)):
+            for part in self._passes(chunk, passes, latent_frames_of(chunk)):
                 factor = self.config.spatial_factor
                 pixels = self.ranks.gather(part, factor, "pixels")
                 start, frame = frame, frame + part.shape[2]
@@ -209,7 +210,10 @@ class DecodeRun(Run):
         """The features [B, C, T, H, W] of every chunk."""
         for chunk, step in self.chunks(1):
             z = self.z[:, :, chunk.start : chunk.stop]
-            yield chunk, self.timed(chunk, _latents(chunk), partial(self.model.trunk, z, step))
+            yield (
+                chunk,
+                self.timed(chunk, latent_frames_of(chunk), partial(self.model.trunk, z, step)),
+            )
 
     def _strip_passes(
         self, features: torch.Tensor, strip: Strip, cache: FeatureCache, chunk: Chunk
@@ -237,19 +241,8 @@ class DecodeRun(Run):
             missing -= pixels.shape[2]
             yield pixels
 
-    def _strip_counts(self) -> list[int]:
-        planned = self.plan.strips
-        if planned is not None and self.plan.options.strips is not None:
-            return [planned]
-        # Planned strips or none: more of them where memory runs out all the same, doubling, up to
-        # strips of one row.
-        rows, counts, n = self.z.shape[3], [], 2
-        while n < rows:
-            counts.append(n)
-            n *= 2
-        counts.append(rows)
-        first = [] if planned is None else [planned]
-        return first + [n for n in counts if n > (planned or 0)]
+    def _pass_frames(self, shape: tuple[int, ...], elements: int) -> tuple[int, ...]:
+        return pass_frames(self.config, shape, elements)
 
     def _does_not_fit(self, tried: str, reason: str) -> DecodeMemoryError:
         error = self.ranks.out_of_memory(reason)
@@ -263,11 +256,11 @@ class DecodeRun(Run):
     def _is_finite(self) -> bool:
         return bool(self._finite)
 
-    def _overflow_warning(self) -> str:
+    def _is_not_finite(self) -> None:
         advice = "decode with precision='fp32'"
         if self.builder.dtype == torch.float32:
             advice = "look at the latent's largest values, and for a damaged checkpoint"
-        return (
+        self.builder.warnings.append(
             f"the decoded pixels hold NaN or inf (computed in {self.builder.dtype}): weights "
             f"or latent overflow this precision; {advice}"
         )
@@ -316,7 +309,3 @@ def shards_of(context: ShardContext, latent_shape: tuple[int, ...]) -> ShardPlan
         return None
     height, width = latent_shape[3:]
     return plan_shards(height, width, context.world_size, context.axis)
-
-
-def _latents(chunk: Chunk) -> str:
-    return f"chunk of {chunk.frames} latent frame{'s' if chunk.frames > 1 else ''}"

@@ -1,25 +1,31 @@
-"""An encode: pixels to the mean of the posterior, chunk by chunk."""
+"""An encode: pixels to the posterior's mean, chunk by chunk, in strips where memory is short."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite, nan
 
 import torch
 
 from .. import geometry, layout
 from ..chunking import Chunk
-from ..errors import CheckpointError, DecodeMemoryError
+from ..errors import DecodeMemoryError
+from ..geometry import Strip
 from ..hooks import Hooks
-from ..io.latents import as_batch, check_pixels, range_warning
+from ..io.latents import as_batch, check_pixels, not_finite, range_warning
+from ..io.pixels import PixelSource
 from ..network.blocks import Step
+from ..network.cache import FeatureCache
+from ..network.model import result_of
 from ..options import Gather, RunOptions
+from ..planning.passes import encoder_latent_rows, encoder_pass_frames
 from ..planning.plan import Plan
 from ..sharding.context import SINGLE, ShardContext
 from .decode import join_ranks, shards_of
 from .engine import Engine, SetupRequest, latent_statistics, options_of
-from .run import Piece, Run
+from .run import Piece, Run, in_memory, latent_frames_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class EncodeRequest:
     plan: Plan | None = None
     context: ShardContext = SINGLE
     gather: Gather = "all"
+    unit_range: bool = False
 
 
 class EncodeRun(Run):
@@ -47,22 +54,23 @@ class EncodeRun(Run):
         pixels = as_batch(request.pixels, "video")
         check_pixels(pixels, engine.config)
         shape = geometry.latent_shape(tuple(pixels.shape), engine.config)
-        if engine.model.encoder is None:
-            raise CheckpointError("this checkpoint has no encoder: load a full VAE file to encode")
         shards = shards_of(request.context, shape)
         options = options_of(request.plan, request.options)
         setup = engine.setup(SetupRequest("encode", shape, options, shards))
-        pixel_format, warning = layout.detect(pixels), range_warning(pixels)
+        pixel_format = layout.detect(pixels)
         pixels = geometry.crop_for_encode(pixels, engine.config)
         setup, ranks = join_ranks(engine, setup, pixels, request.context, request.gather)
         super().__init__(engine, setup, request.hooks, ranks)
         self.request, self.latent_shape = request, shape
-        self.pixels = self.ranks.own_part(pixels, self.config.spatial_factor)
-        self._size = tuple(pixels.shape)
+        self._pixels, self._size = pixels, tuple(pixels.shape)
+        self.source = PixelSource(
+            self.ranks.own_part(pixels, self.config.spatial_factor),
+            self.device,
+            self.ops.pixels or setup.dtype,
+            unit_range=request.unit_range,
+        )
         self.builder.layout["latent_format"] = pixel_format
         self.builder.pixel_shape = self._size
-        if warning:
-            self.builder.warnings.append(warning)
 
     def encode(self) -> torch.Tensor | None:
         """The latent of this rank's result, None where it gets none; sets `report`."""
@@ -83,6 +91,7 @@ class EncodeRun(Run):
 
         def close() -> None:
             nonlocal result
+            self.source.release()
             result = self.ranks.gather(latent, 1, "latent")
 
         self.execute(put, close)
@@ -91,38 +100,119 @@ class EncodeRun(Run):
             result = (result - mean) / std
         return result
 
+    # -- the way through -----------------------------------------------------------------------
+
     def _whole(self) -> Iterator[Piece]:
-        for chunk, step in self.chunks(self.pixels.shape[3]):
+        for chunk, step in self.chunks(self.source.pixels.shape[3] // self.config.spatial_factor):
+            what = latent_frames_of(chunk)
+            if self.ranks.exchange is None:
+                features = self._features(chunk, step, what)
+                mean = self.timed(chunk, what, partial(self._mean, features, step))
+                del features
+            else:
+                mean = self.timed(chunk, what, partial(self._mean_of_shard, chunk, step))
             _, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
-            mean = self.timed(
-                chunk,
-                f"{self.frames_of(chunk)} frames",
-                partial(self._mean_of, chunk, step),
-            )
-            self.done_frames = last
+            self.done_frames = max(self.done_frames, last)
             yield Piece(mean, chunk.start, 0)
 
-    def _mean_of(self, chunk: Chunk, step: Step) -> torch.Tensor:
-        """The mean of the posterior of `chunk`; no values on an idle rank."""
-        first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
-        x = self.pixels[:, :, first:last]
+    def _mean_of_shard(self, chunk: Chunk, step: Step) -> torch.Tensor:
+        """This rank's part of `chunk` in one go, as ranks agree to go on once a chunk; no values
+        on an idle rank."""
         if not self.ranks.has_rows:
             return torch.empty(0, device=self.device)
-        x = x.to(device=self.device, dtype=self.ops.pixels or self.setup.dtype)
-        if self.ranks.exchange is not None:
-            x = layout.to_format(x, "contiguous")
-        mean, _ = self.model.encode_chunk(x, step)
-        return mean
+        source, frames = self._source_of(chunk, None), self.frames_of(chunk)
+        return self._mean(result_of(self.model.encode_stages(source, frames, step)), step)
 
     def _in_strips(self, count: int) -> Iterator[Piece]:
-        raise NotImplementedError("an encode plans no strips")
+        """Each strip through all chunks before the next; then the trunk, which sees all of them.
 
-    def _strip_counts(self) -> list[int]:
-        return []
+        The features of all frames, at the latent's resolution, wait for it on the device: they are
+        small. History shrinks by `count`.
+        """
+        self.done_frames = 0
+        height = self.plan.latent_shape[3]
+        collected: dict[Chunk, torch.Tensor] = {}
+        nothing = torch.empty(0, device=self.device)
+        for i, strip in enumerate(geometry.strips(height, count, self.config)):
+            cache, rows = FeatureCache(), encoder_latent_rows(self.config, strip)
+            for chunk, _ in self.chunks(rows):
+                step = self.step(cache, chunk, rows)
+                part = self._features(chunk, step, f"strip of {rows} latent rows", strip)
+                if chunk not in collected:
+                    size = (*part.shape[:3], height, part.shape[4])
+                    collected[chunk] = in_memory(
+                        f"features of {part.shape[2]} frames",
+                        partial(layout.empty_like_format, part, size),
+                    )
+                collected[chunk][:, :, :, strip.start : strip.stop] = part
+                del part
+                _, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
+                # As in a decode, each strip counts as its share of the frames.
+                self.done_frames = (i * self.total_frames + last) // count
+                yield Piece(nothing, chunk.start, 0)
+        for chunk, step in self.chunks(height):
+            features = collected.pop(chunk)
+            mean = self.timed(chunk, latent_frames_of(chunk), partial(self._mean, features, step))
+            del features
+            yield Piece(mean, chunk.start, 0)
 
-    @property
-    def may_start_over(self) -> bool:
-        return False
+    def _features(
+        self, chunk: Chunk, step: Step, what: str, strip: Strip | None = None
+    ) -> torch.Tensor:
+        """The result of the stages for `chunk`, of the whole picture or of `strip`.
+
+        Between passes a run can be stopped. Raises DecodeCancelled, DecodeMemoryError.
+        """
+        stages = self.model.encode_stages(
+            self._source_of(chunk, strip), self.frames_of(chunk), step, strip
+        )
+        while True:
+            done, features = self.timed(chunk, what, partial(_next_pass, stages))
+            if done:
+                assert features is not None
+                return features
+
+    def _source_of(self, chunk: Chunk, strip: Strip | None) -> Callable[[int, int], torch.Tensor]:
+        """What gives the pixels of `chunk` and of the rows of `strip`; see `PixelSource`."""
+        start, _ = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
+        rows = slice(None)
+        if strip is not None:
+            patch, halo = self.config.patch_size, geometry.encoder_halos(self.config)[0]
+            top, bottom = strip.bounds(self.config.spatial_factor // patch, halo)
+            rows = slice(top * patch, bottom * patch)
+
+        def pixels(first: int, last: int) -> torch.Tensor:
+            x = self.source.fetch(start + first, start + last, rows)
+            return x if self.ranks.exchange is None else layout.to_format(x, "contiguous")
+
+        return pixels
+
+    def _mean(self, features: torch.Tensor, step: Step) -> torch.Tensor:
+        mean, _ = self.model.moments(features, step)
+        return mean
+
+    def _pass_frames(self, shape: tuple[int, ...], elements: int) -> tuple[int, ...]:
+        return encoder_pass_frames(self.config, shape, elements)
+
+    def _fall_back(self, text: str) -> None:
+        self.source.release()  # cut for larger passes
+        super()._fall_back(text)
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def _is_finite(self) -> bool:
+        extremes = self.source.extremes()
+        if extremes is None:
+            return True  # an idle rank
+        if not all(map(isfinite, extremes)):
+            return False
+        if warning := range_warning(max(map(abs, extremes))):
+            self.builder.warnings.append(warning)
+        return True
+
+    def _is_not_finite(self) -> None:
+        if error := not_finite((nan,), self._pixels, "video", "nothing can be encoded from it"):
+            raise error
 
     def _out_of_memory(self, reason: str) -> DecodeMemoryError | None:
         return self._does_not_fit("", reason)
@@ -130,7 +220,20 @@ class EncodeRun(Run):
     def _does_not_fit(self, tried: str, reason: str) -> DecodeMemoryError:
         _, _, _, height, width = self._size
         error = self.ranks.out_of_memory(reason)
+        tried = f", {tried}" if tried else ""
         return error or DecodeMemoryError(
             f"out of memory on {self.device} while encoding {self.total_frames} frames of "
-            f"{height}x{width}: {reason}; encode a smaller video, or encode on the CPU"
+            f"{height}x{width}{tried}: {reason}; free device memory, encode a "
+            "smaller video, or encode on the CPU"
         )
+
+
+def _next_pass(
+    stages: Generator[None, None, torch.Tensor],
+) -> tuple[bool, torch.Tensor | None]:
+    """Run one pass of `stages`: whether it was the last, and then the features."""
+    try:
+        next(stages)
+    except StopIteration as stop:
+        return True, stop.value
+    return False, None

@@ -26,17 +26,15 @@ from ..kernels.proof.formats import must_prove_formats, wrong_formats
 from ..kernels.proof.timing import device_timer
 from ..layout import LayoutDecision
 from ..libraries import Libraries
-from ..network.model import WanVAEModel, tensor_version
+from ..network.model import NO_ENCODER, WanVAEModel, tensor_version
 from ..ops.eager.forms import EagerForms, choose_forms
 from ..ops.opset import LayerChoice, OpSet, eager_ops
-from ..options import Operation, Part, RunOptions
-from ..planning.choose import Choice, PlanRequest, choose, planned_bytes
+from ..options import PARTS, Operation, Part, RunOptions
+from ..planning.choose import Choice, PlanRequest, choose
 from ..planning.plan import LayerChoices, Plan
 from ..report import LayerRecord
 from ..sharding.plan import ShardPlan
 from .kernel_choice import OpsRequest, may_prove, select_ops
-
-_PARTS: dict[Operation, Part] = {"decode": "decoder", "encode": "encoder"}
 
 
 @dataclass(frozen=True)
@@ -114,9 +112,9 @@ class Engine:
         Raises BackendError, LayoutError, GeometryError; CheckpointError without an encoder.
         """
         request = replace(request, options=checked_options(request.options))
-        options, part = request.options, _PARTS[request.operation]
+        options, part = request.options, PARTS[request.operation]
         if request.operation == "encode" and self.model.encoder is None:
-            raise CheckpointError("this checkpoint has no encoder: load a full VAE file to encode")
+            raise CheckpointError(NO_ENCODER)
         libraries = Libraries.of(self.device)
         model, decision, forms = self._in_precision(options, part, libraries)
         ops = select_ops(
@@ -127,8 +125,6 @@ class Engine:
         if options.chunk_frames is not None:
             chunk_lengths(frames, options.chunk_frames)
         if options.strips is not None:
-            if request.operation == "encode":
-                raise GeometryError("strips are for a decode: an encode has none")
             if request.shards is not None:
                 raise GeometryError("strips divide one device's picture: not possible with a shard")
             geometry.strips(rows, options.strips, self.config)
@@ -152,7 +148,7 @@ class Engine:
         request, options = setup.request, setup.request.options
         free = self._free_bytes(options.free_bytes)
         choice = self._choose(setup, free, whole_frames, lengths)
-        part = _PARTS[request.operation]
+        part = PARTS[request.operation]
         # Strips that were asked for are taken even if there is only one.
         strips = choice.strips if choice.strips > 1 or options.strips else None
         return Plan(
@@ -182,7 +178,7 @@ class Engine:
 
     def describe(self, plan: Plan) -> dict[str, object]:
         """The layout of `plan` as a report has it: `LayoutRecord` without what a run counts."""
-        part = _PARTS[plan.operation]
+        part = PARTS[plan.operation]
         return self.layout_facts(plan.layout, (part,), plan.choices.layers)
 
     def layout_facts(
@@ -267,11 +263,6 @@ class Engine:
     ) -> Choice:
         request, options = setup.request, setup.request.options
         asked = lengths if lengths is not None else options.chunk_frames
-        if request.operation == "encode":
-            # The encoder mirrors the decoder, which is as wide or wider: its walk covers both.
-            bound = planned_bytes(PlanRequest(self.config, setup.part_shape, setup.dtype))
-            frames = chunk_lengths(request.latent_shape[2], 1 if asked is None else asked)
-            return Choice(frames, None, 1, bound)
         return choose(
             PlanRequest(
                 config=self.config,
@@ -285,6 +276,9 @@ class Engine:
                 chunk_frames=asked,
                 strips=options.strips,
                 shards=request.shards is not None,
+                operation=request.operation,
+                # Device memory is worth a copy for each pass only where it is another memory.
+                staged=setup.device.type != "cpu",
             )
         )
 
@@ -294,7 +288,7 @@ def _ops_request(request: SetupRequest, model: WanVAEModel, forms: EagerForms) -
         request.options.backend,
         model,
         only_frame=request.latent_shape[2] == 1,
-        part=_PARTS[request.operation],
+        part=PARTS[request.operation],
         axis=None if request.shards is None else request.shards.axis,
         forms=forms,
     )

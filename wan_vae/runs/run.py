@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -26,13 +27,14 @@ from ..network.cache import FeatureCache
 from ..network.model import WanVAEModel
 from ..ops.opset import OpSet
 from ..options import Operation
-from ..planning import passes
 from ..planning.plan import Plan
 from ..report import BackendOff, DecodeReport, ReportBuilder
 from ..sharding.plan import ShardPlan
 from .clock import RunClock
 from .engine import Engine, Setup
 from .ranks import Ranks, WholePicture
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,27 @@ class Run(ABC):
         """Every piece of the result, in `count` strips of rows one after another."""
 
     @abstractmethod
-    def _strip_counts(self) -> list[int]:
-        """The numbers of strips to try, one after another; empty if strips are not possible."""
+    def _pass_frames(self, shape: tuple[int, ...], elements: int) -> tuple[int, ...]:
+        """`Step.pass_frames` for [B, z, T, rows, W] of what goes through the stages at once."""
 
     @abstractmethod
     def _does_not_fit(self, tried: str, reason: str) -> DecodeMemoryError:
         """The error to raise when nothing smaller is left; `tried` names the smallest attempt."""
+
+    def _strip_counts(self) -> list[int]:
+        """The numbers of strips to try, one after another."""
+        planned = self.plan.strips
+        if planned is not None and self.plan.options.strips is not None:
+            return [planned]
+        # Planned strips or none: more of them where memory runs out all the same, doubling, up to
+        # strips of one row.
+        rows, counts, n = self.plan.latent_shape[3], [], 2
+        while n < rows:
+            counts.append(n)
+            n *= 2
+        counts.append(rows)
+        first = [] if planned is None else [planned]
+        return first + [n for n in counts if n > (planned or 0)]
 
     @property
     def may_start_over(self) -> bool:
@@ -240,7 +257,7 @@ class Run(ABC):
         elements = self.plan.pass_elements
         if elements is not None:
             b, z, t, _, width = self.plan.latent_shape
-            frames = passes.pass_frames(self.config, (b, z, t, rows, width), elements)
+            frames = self._pass_frames((b, z, t, rows, width), elements)
         return Step(
             cache,
             chunk,
@@ -255,7 +272,7 @@ class Run(ABC):
         first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
         return last - first
 
-    def timed(self, chunk: Chunk, what: str, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def timed(self, chunk: Chunk, what: str, work: Callable[[], T]) -> T:
         """Return `work()`, which computes a part of `chunk`, and measure its time.
 
         Raises DecodeCancelled if the caller or a rank wants to stop, and DecodeMemoryError, which
@@ -313,7 +330,7 @@ class Run(ABC):
             finite = self.ranks.complete(self.builder, self.counter, self._is_finite())
         self._fill(wait=True)
         if not finite:
-            self.builder.warnings.append(self._overflow_warning())
+            self._is_not_finite()
         self.report = self.builder.build("done")
 
     def fail(self, error: BaseException) -> None:
@@ -324,12 +341,13 @@ class Run(ABC):
         self._fill(wait=False)
         self.report = self.builder.build("cancelled" if stopped else "failed", str(error) or None)
 
+    @abstractmethod
     def _is_finite(self) -> bool:
-        """Whether the result holds neither NaN nor inf; waits for the device."""
-        return True
+        """Whether this rank met neither NaN nor inf; waits for the device."""
 
-    def _overflow_warning(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _is_not_finite(self) -> None:
+        """Say that a rank met NaN or inf: in a warning or in an error."""
 
     def _fill(self, wait: bool) -> None:
         self.builder.layout["conversions"] = self.counter.conversions
@@ -339,7 +357,7 @@ class Run(ABC):
         self.builder.memory["peak_bytes"] = self.clock.peak_bytes()
 
 
-def in_memory(what: str, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+def in_memory(what: str, work: Callable[[], T]) -> T:
     """Return `work()`. Raises DecodeMemoryError, which says that `what` did not fit."""
     try:
         return work()
@@ -349,6 +367,11 @@ def in_memory(what: str, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         failure = first_line(error)
     # Outside of the except block, so that no traceback holds the tensors of the failed attempt.
     raise DecodeMemoryError(f"{what}: {failure}")
+
+
+def latent_frames_of(chunk: Chunk) -> str:
+    """A chunk in words."""
+    return f"chunk of {chunk.frames} latent frame{'s' if chunk.frames > 1 else ''}"
 
 
 def _what(operation: Operation, latent_shape: tuple[int, ...], shards: ShardPlan | None) -> str:

@@ -27,7 +27,7 @@ from ..device import dtype_name
 from ..errors import CheckpointError, DecodeCancelled, GeometryError, ShardingError
 from ..hooks import Hooks, OnProgress, ShouldStop
 from ..io.latents import as_batch, check_latent, check_pixels
-from ..network.model import WanVAEModel, tensor_version
+from ..network.model import NO_ENCODER, WanVAEModel, tensor_version
 from ..options import (
     COLLECTS,
     AxisRequest,
@@ -298,7 +298,7 @@ class WorkerPool:
         pixels = as_batch(pixels, "video")
         check_pixels(pixels, vae.config)
         if vae.encoder is None:
-            raise CheckpointError("this checkpoint has no encoder: load a full VAE file to encode")
+            raise CheckpointError(NO_ENCODER)
         options = RunOptions(chunk_frames, memory_format, precision, backend=backend)
         return self._run(
             _Job(

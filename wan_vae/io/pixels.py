@@ -1,0 +1,117 @@
+"""Pixels on their way to the device: pass by pass, never the whole clip.
+
+A clip that lies in host memory stays there. Each pass fetches its frames, of a strip only its rows,
+as they lie in memory; scaling and rounding happen on the device, where they take no time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .. import layout
+
+# One is filled while the device still reads the other. `planning.encode_peak` counts them.
+_BUFFERS = 2
+
+
+@dataclass
+class _Buffer:
+    """Device memory for the pixels of one pass, and when the device has read them."""
+
+    memory: torch.Tensor
+    is_read: torch.cuda.Event
+
+
+class PixelSource:
+    """The pixels of a clip, frames at a time, on `device` in `dtype` and in [-1, 1].
+
+    pixels: [B, 3, T, H, W] in [-1, 1], or with `unit_range` in [0, 1], on any device, with any
+    strides. From host memory to CUDA the copy of a pass runs beside the computation of the one
+    before, on a stream of its own.
+    """
+
+    def __init__(
+        self,
+        pixels: torch.Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        unit_range: bool = False,
+    ):
+        self.pixels, self.device, self.dtype = pixels.detach(), device, dtype
+        self.unit_range = unit_range
+        self._lowest: torch.Tensor | None = None
+        self._highest: torch.Tensor | None = None
+        self._is_staged = device.type == "cuda" and pixels.device.type == "cpu"
+        self._stream = torch.cuda.Stream(device) if self._is_staged else None
+        self._buffers: list[_Buffer] = []
+
+    def fetch(self, first: int, last: int, rows: slice = slice(None)) -> torch.Tensor:
+        """Frames [first, last) and `rows` of every video, [B, 3, t, h, W]."""
+        part = self.pixels[:, :, first:last, rows]
+        buffer: _Buffer | None = None
+        if self._is_staged:
+            buffer, x = self._stage(part)
+        else:
+            x = part.to(self.device)
+        self._look_at(x)
+        if self.unit_range:
+            # As ComfyUI does it: in float32, doubled and then moved, both exact but for the end.
+            x = x.float().mul(2.0).sub_(1.0)
+        x = x.to(self.dtype, copy=buffer is not None and not self.unit_range)
+        if buffer is not None:
+            buffer.is_read.record(torch.cuda.current_stream(self.device))
+        return x
+
+    def release(self) -> None:
+        """Give back the device memory of the buffers, after the last `fetch`."""
+        self._buffers.clear()
+
+    def extremes(self) -> tuple[float, float] | None:
+        """The smallest and the largest value that was fetched, NaN if there was one, in [-1, 1]
+        where they are as expected; None before the first `fetch`. Waits for the device."""
+        if self._lowest is None or self._highest is None:
+            return None
+        lowest, highest = torch.stack((self._lowest, self._highest)).tolist()
+        return (2 * lowest - 1, 2 * highest - 1) if self.unit_range else (lowest, highest)
+
+    def _look_at(self, x: torch.Tensor) -> None:
+        """Keep the extremes of all values, on the device; NaN stays NaN."""
+        low, high = (extreme.float() for extreme in x.aminmax())
+        if self._lowest is not None and self._highest is not None:
+            low = torch.minimum(low, self._lowest)
+            high = torch.maximum(high, self._highest)
+        self._lowest, self._highest = low, high
+
+    def _stage(self, part: torch.Tensor) -> tuple[_Buffer, torch.Tensor]:
+        """`part` in a buffer on the device, and the view of it that has the shape of `part`."""
+        assert self._stream is not None
+        order = layout.memory_order(part)
+        # Dense memory and one dtype: the copy moves bytes, and all else happens on the device.
+        dense = part.permute(order)
+        current = torch.cuda.current_stream(self.device)
+        buffer = self._free_buffer(part, current)
+        memory = buffer.memory[: part.numel()].view(dense.shape)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(buffer.is_read)
+            # The host goes on as soon as it has read `part`: the next one is fetched while the
+            # device computes.
+            memory.copy_(dense, non_blocking=True)
+        current.wait_stream(self._stream)
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return buffer, memory.permute(back)
+
+    def _free_buffer(self, part: torch.Tensor, current: torch.cuda.Stream) -> _Buffer:
+        """The buffer that was used longest ago, or a new one that is large enough."""
+        assert self._stream is not None
+        buffer = self._buffers.pop(0) if len(self._buffers) == _BUFFERS else None
+        if buffer is None or buffer.memory.numel() < part.numel():
+            buffer = None  # freed before the larger one is made
+            memory = torch.empty(part.numel(), dtype=part.dtype, device=self.device)
+            buffer = _Buffer(memory, torch.cuda.Event())
+            # What had this memory before may not be done with it.
+            buffer.is_read.record(current)
+        self._buffers.append(buffer)
+        return buffer
