@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import card_predictions, chunk_profile, emulated_scaling, host_memory
+from benchmarks import card_predictions, chunk_profile, emulated_scaling, encode, host_memory
 from benchmarks.suite import compare
 from benchmarks.suite.parts import OTHER_PARTS
 from benchmarks.suite.ranks import command as ranks
@@ -40,6 +40,7 @@ def _own_process(script: str) -> Callable[[Sequence[str]], int]:
 
 _RUN: dict[str, Callable[[Sequence[str]], int]] = {
     "ranks": ranks.main,
+    "encode": encode.main,
     "scaling": emulated_scaling.main,
     "predictions": card_predictions.main,
     "profile": chunk_profile.main,
