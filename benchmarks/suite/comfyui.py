@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,7 +83,9 @@ class ComfyUICore:
             return None
         return str(importlib.import_module("comfyui_version").__version__)
 
-    def build(self, weights: Weights, device: torch.device, dtype: torch.dtype) -> Built:
+    def load(self, weights: Weights, dtype: torch.dtype) -> tuple[Any, Callable[[], None]]:
+        """ComfyUI's VAE of `weights` on its device, and what gives it back. Its switches of PyTorch
+        hold until then."""
         if self._flags is None:
             raise RuntimeError("ComfyUI was not imported: ask for unavailable_reason first")
         management = importlib.import_module("comfy.model_management")
@@ -96,6 +100,15 @@ class ComfyUICore:
             before.apply()
             raise
 
+        def close() -> None:
+            management.unload_all_models()
+            before.apply()
+
+        return vae, close
+
+    def build(self, weights: Weights, device: torch.device, dtype: torch.dtype) -> Built:
+        vae, close = self.load(weights, dtype)
+
         def decode(z: torch.Tensor) -> torch.Tensor:
             pixels: torch.Tensor = vae.first_stage_model.decode(z.to(vae.vae_dtype))
             return pixels
@@ -103,10 +116,6 @@ class ComfyUICore:
         def image(z: torch.Tensor) -> torch.Tensor:
             frames: torch.Tensor = vae.decode(z)
             return frames
-
-        def close() -> None:
-            management.unload_all_models()
-            before.apply()
 
         return Built(decode, image, close=close)
 

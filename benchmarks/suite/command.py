@@ -12,6 +12,7 @@ from benchmarks import (
     chunk_profile,
     conv_forms,
     emulated_scaling,
+    encode,
     host_memory,
 )
 from benchmarks.suite import compare
@@ -46,6 +47,7 @@ def _own_process(script: str) -> Callable[[Sequence[str]], int]:
 
 _RUN: dict[str, Callable[[Sequence[str]], int]] = {
     "ranks": ranks.main,
+    "encode": encode.main,
     "scaling": emulated_scaling.main,
     "predictions": card_predictions.main,
     "profile": chunk_profile.main,

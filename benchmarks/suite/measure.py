@@ -224,7 +224,7 @@ def measure_route(
         z = z.to(device)
     try:
         with torch.inference_mode():
-            pixels, peak = _with_peak(lambda: run(z), device)
+            pixels, peak = with_peak(lambda: run(z), device)
             drift = relative_error(_as_pixels(pixels, route), reference, device)
             del pixels
             gate = FLOAT_GATE if dtype == torch.float32 else HALF_GATE
@@ -257,7 +257,7 @@ def _as_pixels(result: torch.Tensor, route: Route) -> torch.Tensor:
     return frames_to_pixels(frames)
 
 
-def _with_peak(
+def with_peak(
     work: Callable[[], torch.Tensor], device: torch.device
 ) -> tuple[torch.Tensor, int | None]:
     """The result of `work`, and the device memory it took at most besides the result itself."""

@@ -110,7 +110,7 @@ def test_every_part_is_in_the_help_and_runs(capsys):
     assert all(f"| `{part}`" in readme for part in (*compare.PARTS, *OTHER_PARTS))
 
 
-@pytest.mark.parametrize("part", ["ranks", "scaling", "predictions", "profile", "host"])
+@pytest.mark.parametrize("part", ["ranks", "encode", "scaling", "predictions", "profile", "host"])
 def test_each_part_has_a_help_of_its_own(part, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli(["bench", part, "--help"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import get_args
 import pytest
 import torch
 
+from benchmarks import encode
 from benchmarks.every_kernel import once, trials
 from wan_vae.kernels.device import CARDS
 from wan_vae.kernels.registry import kernels_of
@@ -36,6 +38,31 @@ def test_a_chunk_is_profiled_whole_and_as_a_shard():
     assert [lines[i].split(",")[0] for i in heads] == ["rank 0 of 1", "rank 0 of 2"]
     assert all(float(lines[i + 1].split()[0]) > 0 for i in heads)
     assert any("convolution" in line for line in lines)
+
+
+def test_the_encoder_is_held_against_others_before_it_is_timed(tmp_path, monkeypatch):
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    file = tmp_path / "rows.json"
+    options = ["--backend", "eager", "--repeats", "1", "--layers", "--output", str(file)]
+    lines = run("encode.py", "--device", "cpu", *options)
+    found = json.loads(file.read_text())
+    rows = {(row["decoder"], row["route"]): row for row in found["rows"]}
+    for route in ("device", "image"):
+        assert rows["wan_vae (eager)", route]["error"] < 1e-5
+        assert rows["wan_vae (eager)", route]["median_ms"] > 0
+        assert rows["comfyui core", route]["reason"] == "COMFYUI_PATH is not set"
+    (layers,) = found["layers"].values()
+    assert layers[0][0] == "conv1" and layers[-1][0] == "all"
+    assert sum(ms for _, ms in layers[:-1]) == pytest.approx(layers[-1][1])
+    assert len({line for line in lines if line.startswith("| wan2.1-narrow")}) == len(rows)
+
+
+def test_an_encoder_that_gives_something_else_gets_no_time():
+    case, device = encode.CASES["wan2.1-narrow"], torch.device("cpu")
+    other = encode.Encoder(lambda pixels: torch.ones(case.latent), lambda frames: torch.ones(1))
+    wrong = encode.Candidate("wrong", lambda *_: None, lambda *_: other)
+    rows = list(encode.measure(case, [wrong], device, torch.float32, 1))
+    assert [row.kind for row in rows] == ["refused", "refused"]
 
 
 def test_host_memory_is_timed():

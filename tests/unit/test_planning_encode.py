@@ -21,6 +21,8 @@ from wan_vae.network import architecture
 from wan_vae.network.blocks import Step
 from wan_vae.network.cache import FeatureCache
 from wan_vae.network.model import WanVAEModel
+from wan_vae.ops.eager.forms import EagerForms
+from wan_vae.ops.opset import eager_ops
 from wan_vae.planning import choose as choosing
 from wan_vae.planning.choose import PlanRequest, choose
 from wan_vae.planning.encode_peak import EncodeMemory
@@ -137,26 +139,47 @@ def test_kernels_for_some_layers_take_what_was_planned(family, covered, memory_f
         shape = (batch, config.z_dim, *size)
         layers = fake_encoder_layers(config, next(kernels), torch.bfloat16, COVERS[covered])
         elements = None if first is None else elements_for(config, shape, first, size[1])
-        limits = () if elements is None else encoder_pass_frames(config, shape, elements)
-        assert first is None or limits[0] == first
-        ops, cache = fake_ops(model, layers), FeatureCache()
-        factor = config.spatial_factor
-        height, width = size[1] * factor, size[2] * factor
-        chunks = schedule(size[0], frames)
-        with torch.inference_mode(), TensorCounter() as counter:
-            for chunk in chunks:
-                step = Step(cache, chunk, ops=ops, pass_frames=limits)
-                start, stop = chunk_frames_slice(chunk.start, chunk.stop, config)
-
-                def pixels(a, b, batch=batch, height=height, width=width):
-                    size = (batch, b - a, height, width, 3)
-                    return torch.empty(size, dtype=torch.bfloat16, device="meta").movedim(-1, 1)
-
-                features = run_to_the_end(model.encode_stages(pixels, stop - start, step))
-                mean, _ = model.moments(features, step)
-                assert mean.device.type == "meta"  # held until the next chunk is done
+        chunks, ops = schedule(size[0], frames), fake_ops(model, layers)
+        peak = counted_peak(model, ops, shape, chunks, elements, first)
         memory = EncodeMemory(config, shape, torch.bfloat16, memory_format, layers)
-        within(memory.of_picture(chunks, elements), counter.peak, 0.08)
+        within(memory.of_picture(chunks, elements), peak, 0.08)
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last_3d"])
+@pytest.mark.parametrize("family", ["wan2.1", "wan2.2"])
+def test_an_encode_without_a_library_takes_what_was_planned(family, memory_format):
+    config = SMALL_CONFIGS[family]
+    model = model_without_data(config, memory_format)
+    forms = EagerForms("columns", "columns", joined_norm=True)
+    for (batch, *size), frames, first in COVERED[:3]:
+        shape = (batch, config.z_dim, *size)
+        elements = None if first is None else elements_for(config, shape, first, size[1])
+        chunks = schedule(size[0], frames)
+        peak = counted_peak(model, eager_ops(forms), shape, chunks, elements, first)
+        memory = EncodeMemory(config, shape, torch.bfloat16, memory_format, {}, forms)
+        within(memory.of_picture(chunks, elements), peak, 0.08)
+
+
+def counted_peak(model, ops, shape, chunks, elements, first) -> int:
+    """Bytes at the peak of an encode of `chunks` without data, by the tensors that there are."""
+    (batch, _, _, *size), config = shape, model.config
+    limits = () if elements is None else encoder_pass_frames(config, shape, elements)
+    assert first is None or limits[0] == first
+    height, width = (n * config.spatial_factor for n in size)
+    cache = FeatureCache()
+
+    def pixels(a, b):
+        size = (batch, b - a, height, width, 3)
+        return torch.empty(size, dtype=torch.bfloat16, device="meta").movedim(-1, 1)
+
+    with torch.inference_mode(), TensorCounter() as counter:
+        for chunk in chunks:
+            step = Step(cache, chunk, ops=ops, pass_frames=limits)
+            start, stop = chunk_frames_slice(chunk.start, chunk.stop, config)
+            features = run_to_the_end(model.encode_stages(pixels, stop - start, step))
+            mean, _ = model.moments(features, step)
+            assert mean.device.type == "meta"  # held until the next chunk is done
+    return counter.peak
 
 
 def run_to_the_end(stages) -> torch.Tensor:
