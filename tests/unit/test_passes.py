@@ -23,8 +23,9 @@ from wan_vae.io.sink import TensorSink
 from wan_vae.network.blocks import ResidualBlock, Step, Upsample, _interleave
 from wan_vae.network.cache import FeatureCache
 from wan_vae.network.decoder import UpStage
-from wan_vae.planning import choose, passes
+from wan_vae.planning import choose
 from wan_vae.planning.passes import pass_frames
+from wan_vae.runs import decode
 
 # Of float32 on the CPU, where a convolution may choose another blocking for another size.
 BOUND = 1e-5
@@ -39,7 +40,7 @@ def latent_of(vae, frames, height=3, width=2, batch=1):
 
 def limit_passes(patch: pytest.MonkeyPatch, limits: tuple[int, ...]) -> None:
     """Let decodes take at most so many frames at once in each stage."""
-    patch.setattr(passes, "pass_frames", lambda config, latent_shape, elements: limits)
+    patch.setattr(decode, "pass_frames", lambda config, latent_shape, elements: limits)
 
 
 def passes_of(patch: pytest.MonkeyPatch, vae: WanVAE, frames: int, size: tuple[int, ...]) -> None:

@@ -31,6 +31,7 @@ def run_encode(request: EncodeRequest) -> int:
             chunk_frames=options.chunk_frames,
             memory_format=options.memory_format,
             precision=options.precision,
+            strips=options.strips,
             backend=options.backend,
             on_progress=bar,
             should_stop=bar.show,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def _add_strips(options: Options) -> argparse.Action:
         "--strips",
         type=int,
         metavar="N",
-        help="decode the picture in N strips of rows to save memory, with the same result "
+        help="go through the picture in N strips of rows to save memory, with the same result "
         "(default: planned)",
     )
 
@@ -188,13 +189,7 @@ def _add_decode(sub: argparse.ArgumentParser) -> None:
 def _decode(args: argparse.Namespace) -> int:
     from .decode import run_decode
 
-    options = RunOptions(
-        chunk_frames=args.chunk_frames,
-        memory_format=args.memory_format,
-        precision=args.precision,
-        strips=args.strips,
-        backend=args.backend,
-    )
+    options = replace(_options(args), strips=args.strips)
     return run_decode(
         DecodeRequest(
             latents=tuple(args.latents),
@@ -214,6 +209,7 @@ def _add_encode(sub: argparse.ArgumentParser) -> None:
     _add_output(sub, ".latent or .safetensors file")
     _add_vae(sub)
     _add_model_options(sub)
+    _add_strips(sub)
     sub.set_defaults(run=_encode)
 
 
@@ -226,7 +222,7 @@ def _encode(args: argparse.Namespace) -> int:
             vae=args.vae,
             output=args.output,
             device=args.device,
-            options=_options(args),
+            options=replace(_options(args), strips=args.strips),
             overwrite=args.force,
         )
     )
