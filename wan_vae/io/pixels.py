@@ -12,8 +12,8 @@ import torch
 
 from .. import layout
 
-# One is filled while the device still reads the other. `planning.encode_peak` counts them.
-_BUFFERS = 2
+# Device memory for so many passes of pixels: one is filled while the other is read.
+STAGING_BUFFERS = 2
 
 
 @dataclass
@@ -106,7 +106,7 @@ class PixelSource:
     def _free_buffer(self, part: torch.Tensor, current: torch.cuda.Stream) -> _Buffer:
         """The buffer that was used longest ago, or a new one that is large enough."""
         assert self._stream is not None
-        buffer = self._buffers.pop(0) if len(self._buffers) == _BUFFERS else None
+        buffer = self._buffers.pop(0) if len(self._buffers) == STAGING_BUFFERS else None
         if buffer is None or buffer.memory.numel() < part.numel():
             buffer = None  # freed before the larger one is made
             memory = torch.empty(part.numel(), dtype=part.dtype, device=self.device)

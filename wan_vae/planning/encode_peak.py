@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from .. import geometry
 from ..chunking import Chunk, Pass
 from ..geometry import Strip
+from ..io.pixels import STAGING_BUFFERS
 from ..network import architecture
 from ..network.architecture import Downsampler, EncoderStage
 from .passes import encoder_latent_rows, encoder_pass_frames, encoder_rows
 from .peak import Memory, Peak, StripsPeak, Walk, heaviest_chunks
 
-# Copies of the pixels of a pass, as they come from the host, that lie on the device: one is filled
-# while the other is read.
-STAGING_BUFFERS = 2
 _FLOAT_BYTES = 4
 # Zeros above, below, left and right of a frame that is to be halved.
 _BEHIND = (0, 1, 0, 1)
