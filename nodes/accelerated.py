@@ -114,31 +114,32 @@ class AcceleratedVAE(comfy.sd.VAE):
     def _encode(self, pixels: torch.Tensor, tile: Tile | None) -> torch.Tensor:
         options = self.wan_vae
         with self._session("encode") as run:
-            video = self._processed(inputs.videos(self._cropped(pixels), self.not_video))
+            video = inputs.videos(self._cropped(pixels), self.not_video)
+            unit_range = _agree(self.process_input(_SAMPLE), _SAMPLE * 2 - 1)
+            if not unit_range:  # another pack has replaced how pixels are scaled
+                video = self.process_input(video)
             shape = geometry.latent_shape(tuple(video.shape), run.wan.config)
             if options.sharding is not None:
                 latent = shards.encode(
-                    run, video, shape, options.sharding, memory_format=options.memory_layout
+                    run,
+                    video,
+                    shape,
+                    options.sharding,
+                    memory_format=options.memory_layout,
+                    unit_range=unit_range,
                 )
             else:
                 bound = None if tile is None else _tile_shape(shape, tile)
                 plan = run.plan(
                     shape, operation="encode", memory_format=options.memory_layout, tile=bound
                 )
-                latent = run.encode(video, plan)
+                latent = run.encode(video, plan, unit_range)
             finish = getattr(self, "format_encoded", None)
             return latent if finish is None else finish(latent)
 
     def _cropped(self, pixels: torch.Tensor) -> torch.Tensor:
         cropped: torch.Tensor = self.vae_encode_crop_pixels(pixels)
         return cropped
-
-    def _processed(self, video: torch.Tensor) -> torch.Tensor:
-        """`video` in [-1, 1] as `process_input` gives it, which other packs may have replaced."""
-        if _agree(self.process_input(_SAMPLE), _SAMPLE * 2 - 1):
-            return video
-        made: torch.Tensor = self.process_input((video + 1) / 2)
-        return made
 
     def _as_processed(self, image: torch.Tensor) -> torch.Tensor:
         """`image` in [0, 1] as `process_output` gives it, which other packs may have replaced."""

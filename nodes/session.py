@@ -135,10 +135,13 @@ class Session:
         self.wan.decode(latent, sink=sink, plan=plan, free_bytes=self.free_bytes(), **self.hooks)
         return sink.image
 
-    def encode(self, video: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """The latent of `video` [B, 3, T, H, W] in [0, 1] by `plan`, where ComfyUI wants it."""
+    def encode(self, video: torch.Tensor, plan: Plan, unit_range: bool = True) -> torch.Tensor:
+        """The latent of `video` [B, 3, T, H, W] by `plan`, where ComfyUI wants it.
+
+        unit_range: `video` is in [0, 1], as an IMAGE, and not in [-1, 1].
+        """
         latent = self.wan.encode(
-            video, plan=plan, unit_range=True, free_bytes=self.free_bytes(), **self.hooks
+            video, plan=plan, unit_range=unit_range, free_bytes=self.free_bytes(), **self.hooks
         )
         assert latent is not None  # one process always gets the result
         return self.as_output(latent)

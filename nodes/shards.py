@@ -129,18 +129,24 @@ def encode(
     sharding: Sharding,
     *,
     memory_format: MemoryFormat = "auto",
+    unit_range: bool = True,
 ) -> torch.Tensor:
-    """The latent of `video` [B, 3, T, H, W], where ComfyUI wants it."""
+    """The latent of `video` [B, 3, T, H, W], where ComfyUI wants it. unit_range: see `Session`."""
     try:
         pool, _ = _ready(run, latent_shape, sharding, "encode", memory_format, 0)
         latent = pool.encode(
-            run.wan, video, axis=sharding.axis, memory_format=memory_format, **run.hooks
+            run.wan,
+            video,
+            axis=sharding.axis,
+            unit_range=unit_range,
+            memory_format=memory_format,
+            **run.hooks,
         )
         return run.as_output(latent)
     except ShardingError as error:
         _fall_back(run, sharding, error)
     plan = run.plan(latent_shape, operation="encode", memory_format=memory_format)
-    return run.encode(video, plan)
+    return run.encode(video, plan, unit_range)
 
 
 def _ready(

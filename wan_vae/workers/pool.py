@@ -284,6 +284,7 @@ class WorkerPool:
         *,
         axis: AxisRequest = "auto",
         normalized: bool = False,
+        unit_range: bool = False,
         chunk_frames: int | Sequence[int] | None = None,
         memory_format: MemoryFormat = "auto",
         precision: Precision = "auto",
@@ -307,7 +308,12 @@ class WorkerPool:
                 tensor=geometry.crop_for_encode(pixels, vae.config),
                 shape=geometry.latent_shape(tuple(pixels.shape), vae.config),
                 hooks=Hooks(on_progress, should_stop),
-                arguments={"axis": axis, "normalized": normalized, "options": asdict(options)},
+                arguments={
+                    "axis": axis,
+                    "normalized": normalized,
+                    "unit_range": unit_range,
+                    "options": asdict(options),
+                },
             )
         )
 

@@ -305,7 +305,7 @@ class _Worker:
             )
         return self._report()
 
-    def on_encode(self, **arguments: Any) -> dict[str, object]:
+    def on_encode(self, unit_range: bool, **arguments: Any) -> dict[str, object]:
         """Encode the pixels in shared memory; rank 0 writes the latent there."""
         job = EncodeJob(**arguments)
         buffer = SharedBuffer.open(job.path, job.size)
@@ -316,6 +316,7 @@ class _Worker:
                 EncodeRequest(
                     pixels=view(raw, *job.input, torch.float32),
                     normalized=job.normalized,
+                    unit_range=unit_range,
                     options=RunOptions(**job.options),
                     hooks=self._hooks(raw),
                     context=self._context(job.axis, job.wait_s),
