@@ -14,6 +14,7 @@ pytestmark = pytest.mark.comfy
 
 # Two float32 implementations that sum in different orders, beside numbers of the size of `spread`.
 TOLERANCE = 1e-4
+HALF_TOLERANCE = 5e-4
 SIZES = {"width": 64, "height": 48, "length": 9, "batch_size": 1}
 
 
@@ -27,7 +28,9 @@ def assert_same(found: list[dict]) -> None:
     for one in found:
         assert one["core"] == one["ours"], one
         if "difference" in one:
-            assert one["difference"] <= TOLERANCE * max(1.0, one["spread"]), one
+            # ComfyUI scales pixels in the dtype that they have, we in float32.
+            tolerance = HALF_TOLERANCE if "float16" in one["name"] else TOLERANCE
+            assert one["difference"] <= tolerance * max(1.0, one["spread"]), one
 
 
 def frames(count=9, height=48, width=64, channels=3, seed=0) -> dict:
