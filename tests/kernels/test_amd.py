@@ -34,12 +34,18 @@ from wan_vae.kernels.triton.conv3d import ConvOperands, conv3d
 from wan_vae.kernels.triton.kernels import BUILD_FAILURES
 from wan_vae.kernels.triton.launch import launch_kernel
 from wan_vae.ops.problem import NormConvProblem, Operation, UpsampleProblem
+from wan_vae.report import BackendOff, DecodeReport
 
 CUDA = torch.cuda.is_available()
 HOST = torch.device("cpu")
 LAST = torch.channels_last_3d
 ARCHITECTURES = {"gfx942": "MI300X", "gfx1100": "RX 7900 XTX", "gfx1201": "RX 9070 XT"}
 on_the_cpu = pytest.mark.skipif(CUDA, reason="in the interpreter; the GPU's tests are below")
+
+
+def kernels_off(report: DecodeReport) -> list[BackendOff]:
+    """What was refused, but for the optional package that stands behind Triton."""
+    return [off for off in report.backends_off if off.backend != "kitchen"]
 
 
 def tiles() -> Iterator[str]:
@@ -124,7 +130,7 @@ def test_decode_and_encode_ask_no_library_for_a_convolution(
     for run, source, expected in ((vae.decode, z, exact), (vae.encode, pixels, latent)):
         got = run(source)
         report = vae.last_report
-        assert report is not None and not report.backends_off
+        assert report is not None and not kernels_off(report)
         assert {layer.backend for layer in report.layers} == {"triton"}
         assert all("pointer" in layer.kernel or "narrow" in layer.kernel for layer in report.layers)
         assert report.device_name.endswith(f"as {architecture} (WAN_VAE_CAPABILITY)")
@@ -257,7 +263,7 @@ def test_an_encode_in_amds_configurations(config, architecture, monkeypatch):
             patch.setenv(IMITATE, architecture)
             whole = vae.encode(pixels, chunk_frames=(frames + 3) // 4)
             report = vae.last_report
-            assert report is not None and not report.backends_off
+            assert report is not None and not kernels_off(report)
             assert {layer.backend for layer in report.layers} == {"triton"}
             for chunks in (1, 2, 3):
                 assert torch.equal(vae.encode(pixels, chunk_frames=chunks), whole)

@@ -135,7 +135,8 @@ def product(dtype: torch.dtype, rows: int = 16, machine_code: str = "sm_80", **d
     """What the kernel says, and a @ b."""
     macros = {"TRANSPOSED": 0, "HALF_SUMS": 0, "BF16": int(dtype == torch.bfloat16), **defines}
     program = written(PRODUCT, "product", 32, 768, machine_code, **macros)
-    a, b = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(16, n, generator=generator).to(dtype) for n in (16, 8))
     columns = b if macros["TRANSPOSED"] else b.t().contiguous()
     out = torch.full((16, 8), torch.nan)
     pointers = [c_void_p(x.data_ptr()) for x in (a, columns, out)]

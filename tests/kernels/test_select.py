@@ -92,6 +92,7 @@ class FakeKernel:
     name: str = "fake"
     operation: Operation = "conv3d"
     build_failures: tuple[type[Exception], ...] = (BuildError,)
+    sums_error: float = 0.0
     reach: Mapping[str, float] = field(default_factory=dict)
     ran: list[str] = field(default_factory=list)
     built: list[tuple[str, str, int]] = field(default_factory=list)
@@ -164,6 +165,7 @@ def chosen(
         return (k for k in kernels if k.operation == operation and k.family in families)
 
     monkeypatch.setattr(registry, "kernels_of", kernels_of)
+    monkeypatch.setattr(registry, "is_timed_beside", lambda name: name == "beside")
     families = tuple(dict.fromkeys(k.family for k in kernels))
     request = SelectRequest(sites, families, CPU, HOST, proofs, axis, timer, prescribed)
     return select_kernels(request)
@@ -340,6 +342,19 @@ def test_the_fastest_right_kernel_runs_a_layer_and_its_gain_is_known(monkeypatch
     # What is wrong is still said, what is slower is no fault.
     (refusal,) = ops.refusals
     assert ": b: relative error" in refusal.reason and refusal.family == "one"
+
+
+@pytest.mark.parametrize("last", ["other", "beside"])
+def test_a_family_may_be_timed_beside_those_that_are_enough(monkeypatch, proofs, last):
+    """One configuration of it, the first that is right."""
+    kernels = [
+        FakeKernel("one", {"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0}),
+        FakeKernel(last, {"wrong": 2.0, "e": 1.0, "f": 1.0}),
+    ]
+    times = {"one a": 4.0, "one b": 4.0, "one c": 4.0, "beside e": 1.0, EAGER: 9.0}
+    ops, timed = raced(monkeypatch, kernels, times, proofs)
+    assert set(timed) == (set(times) if last == "beside" else set(times) - {"beside e"})
+    assert ops.choices["x"].text == ("beside fake e" if last == "beside" else "one fake a")
 
 
 def test_a_choice_is_kept_for_the_next_process_and_for_other_layers(monkeypatch, proofs, tmp_path):

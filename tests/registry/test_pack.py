@@ -38,7 +38,7 @@ def test_registry_metadata():
 
 def test_every_example_workflow_has_a_small_thumbnail():
     workflows = sorted((REPOSITORY / "example_workflows").glob("*.json"))
-    assert len(workflows) == 4
+    assert len(workflows) == 5
     for workflow in workflows:
         picture = workflow.with_suffix(".jpg")
         assert picture.stat().st_size < 60_000

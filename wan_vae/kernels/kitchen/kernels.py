@@ -109,7 +109,7 @@ def make_family() -> Family:
         ),
         KitchenKernel(
             "wmma",
-            _requires(vendors=frozenset({"amd"}), features=frozenset({"wmma"})),
+            _requires(vendors=frozenset({"amd"}), amd_features=frozenset({"wmma"})),
             release,
         ),
     )
