@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,21 +27,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.suite.cases import CASES, Case
 from benchmarks.suite.comfyui import ComfyUICore
 from benchmarks.suite.measure import (
-    FLOAT_GATE,
-    HALF_GATE,
     NoNumber,
     Result,
     Route,
     Row,
+    Setting,
     failures,
     free_memory,
+    gated,
     one_line,
-    times_ms,
-    with_peak,
 )
 from benchmarks.suite.weights import Weights, diffusers_model, random_vae
 from wan_vae.clock import Mark
-from wan_vae.device import dtype_name, pick_device
+from wan_vae.device import pick_device
 from wan_vae.io.image import frames_view
 from wan_vae.network.blocks import (
     Attention,
@@ -231,32 +228,12 @@ def _measure_route(
     run, source = built.image, frames
     if route == "device":
         run, source = built.encode, (frames_view(frames.to(device)) * 2 - 1).contiguous()
-    try:
-        with torch.inference_mode():
-            run(source)  # compiles, proves
-            latent, peak = with_peak(lambda: run(source), device)
-            drift = relative_error(latent, reference)
-            del latent
-            gate = FLOAT_GATE if dtype == torch.float32 else HALF_GATE
-            if not drift < gate:
-                reason = f"relative error {drift:.2e} is above the gate {gate:.0e}"
-                return NoNumber(case.name, name, route, "refused", reason)
-            times = times_ms(lambda: run(source), device, repeats)
-    except failures() as error:
-        return NoNumber(case.name, name, route, "failed", one_line(error))
-    return Result(
-        case=case.name,
-        decoder=name,
-        route=route,
-        dtype=dtype_name(dtype),
-        median_ms=statistics.median(times),
-        min_ms=min(times),
-        max_ms=max(times),
-        repeats=repeats,
-        peak_bytes=peak,
-        error=drift,
-        note=built.note(),
-    )
+    setting = Setting(device, dtype, repeats)
+
+    def drift(latent: torch.Tensor) -> float:
+        return relative_error(latent, reference)
+
+    return gated(case, name, route, lambda: run(source), drift, built.note, setting, warm_up=True)
 
 
 def layer_times(case: Case, device: torch.device, backend: Backend) -> list[tuple[str, float]]:

@@ -217,21 +217,44 @@ def measure_route(
     case: Case, name: str, route: Route, built: Built, reference: torch.Tensor, setting: Setting
 ) -> Row:
     """Decode once for the gate and the memory, then `setting.repeats` times for the clock."""
-    device, dtype = setting.device, setting.dtype
     z = case.random_latent()
     run = built.image if route == "image" else built.decode
     if route == "device":
-        z = z.to(device)
+        z = z.to(setting.device)
+
+    def drift(pixels: torch.Tensor) -> float:
+        return relative_error(_as_pixels(pixels, route), reference, setting.device)
+
+    return gated(case, name, route, lambda: run(z), drift, built.note, setting)
+
+
+def gated(
+    case: Case,
+    name: str,
+    route: Route,
+    work: Callable[[], torch.Tensor],
+    drift_of: Callable[[torch.Tensor], float],
+    note: Callable[[], str],
+    setting: Setting,
+    warm_up: bool = False,
+) -> Row:
+    """Run `work` once for the gate and the memory, then `setting.repeats` times for the clock.
+
+    drift_of: the relative error of its result. warm_up: run it once before, for what compiles.
+    """
+    device, dtype = setting.device, setting.dtype
     try:
         with torch.inference_mode():
-            pixels, peak = with_peak(lambda: run(z), device)
-            drift = relative_error(_as_pixels(pixels, route), reference, device)
-            del pixels
+            if warm_up:
+                work()
+            result, peak = with_peak(work, device)
+            drift = drift_of(result)
+            del result
             gate = FLOAT_GATE if dtype == torch.float32 else HALF_GATE
             if not drift < gate:
                 reason = f"relative error {drift:.2e} is above the gate {gate:.0e}"
                 return NoNumber(case.name, name, route, "refused", reason)
-            times = times_ms(lambda: run(z), device, setting.repeats)
+            times = times_ms(work, device, setting.repeats)
     except failures() as error:
         return NoNumber(case.name, name, route, "failed", one_line(error))
     return Result(
@@ -245,7 +268,7 @@ def measure_route(
         repeats=setting.repeats,
         peak_bytes=peak,
         error=drift,
-        note=built.note(),
+        note=note(),
     )
 
 

@@ -146,7 +146,7 @@ class Device:
         return self.vendor == "nvidia" and self.capability not in _FULL_RATE
 
     @property
-    def library_searches(self) -> bool:
+    def tunes_by_search(self) -> bool:
         """Whether the library of convolutions, if it is switched on, tries its algorithms at each
         new shape, for seconds to minutes: AMD's MIOpen does."""
         return self.vendor == "amd" and torch.backends.cudnn.enabled

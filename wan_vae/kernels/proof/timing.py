@@ -94,7 +94,7 @@ def time_kernels(
     for kernel, config in contenders:
         checks = checks_of(kernel, problem, config, device, inputs)
         runs.append(_in_turn([check.kernel for check in checks]))
-    if not device.library_searches:
+    if not device.tunes_by_search:
         runs.append(_in_turn([check.eager for check in checks]))
     best: list[float | str] = [float("inf")] * len(runs)
     for _ in range(_ROUNDS):
@@ -109,7 +109,7 @@ def time_kernels(
                 raise
             except failures as failure:
                 best[i] = f"{type(failure).__name__}: {first_line(failure)}"
-    eager = None if device.library_searches else best.pop()
+    eager = None if device.tunes_by_search else best.pop()
     assert not isinstance(eager, str)
     return Times(tuple(best), eager)
 
