@@ -66,8 +66,19 @@ class Packed:
             [self.patcher], memory_required=memory_bytes, force_full_load=True
         )
         # A partial unload may have left some modules behind, which a patcher that thinks itself
-        # loaded does not bring back.
-        self.wan.model.to(self.device)
+        # loaded does not bring back. Only then: moving a model drops its prepared kernels.
+        if not self._is_on_device:
+            self.wan.model.to(self.device)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all weights are on the device and ComfyUI counts them there."""
+        return self.is_loaded and self._is_on_device
+
+    @property
+    def _is_on_device(self) -> bool:
+        device = torch.empty(0, device=self.device).device  # "cuda" is the current one
+        return all(weight.device == device for weight in self.wan.model.parameters())
 
     def free_bytes(self) -> float:
         """Bytes that ComfyUI leaves free; infinity where it does not know."""

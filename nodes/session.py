@@ -104,7 +104,8 @@ class Session:
         # Weights first: the device that holds them decides which kernels run.
         request = SetupRequest(operation, tuple(latent_shape), RunOptions())
         proves = self.wan.engine.may_prove(request, self.packed.device)
-        self.packed.load(PROOF_BYTES if proves else 0)
+        if proves or not self.packed.is_ready:
+            self.packed.load(PROOF_BYTES if proves else 0)
 
         def planned(shape: Sequence[int], frames: int | None, free_bytes: float = math.inf) -> Plan:
             return self.wan.plan(

@@ -43,6 +43,15 @@ SIZES: dict[Scale, tuple[tuple[int, int, int], ...]] = {
 # The folder of KJNodes among the packs of the measured ComfyUI.
 KJNODES = "ComfyUI-KJNodes"
 PATCH_TRITON = "PatchTritonVAE"
+# The values that its node has by itself. ComfyUI's API asks for each of them.
+_PATCH_INPUTS: Mapping[str, Mapping[str, object]] = {
+    PATCH_TRITON: {
+        "fuse_norm_silu": True,
+        "channels_last": True,
+        "int8_conv": False,
+        "autotune": False,
+    }
+}
 
 
 @dataclass(frozen=True)
@@ -109,10 +118,10 @@ class NodeCase:
         inputs[name] = [_SOURCE, 0]
         patch = {}
         if self.before is not None:
-            patch[_BEFORE] = _node(self.before, vae=[_VAE, 0])
+            patch[_BEFORE] = _patch(self.before, _VAE)
         if self.patch is not None:
             loaded = _VAE if self.before is None else _BEFORE
-            patch[_PATCH] = _node(self.patch, vae=[loaded, 0])
+            patch[_PATCH] = _patch(self.patch, loaded)
         return {
             _VAE: _node("VAELoader", vae_name=VAE_FILE),
             **patch,
@@ -130,6 +139,11 @@ class NodeCase:
         prompt[_CORE] = _node(self.node, **core)
         prompt[_COMPARED] = _node("ProbeCompare", core=[_CORE, 0], ours=[_MEASURED, 0])
         return prompt
+
+
+def _patch(class_type: str, loaded: str) -> dict[str, Any]:
+    """A node that changes the VAE of the node `loaded`, with the values that it has by itself."""
+    return _node(class_type, vae=[loaded, 0], **_PATCH_INPUTS.get(class_type, {}))
 
 
 def _node(class_type: str, **inputs: object) -> dict[str, Any]:
@@ -151,17 +165,20 @@ def cases(on_cpu: bool) -> tuple[NodeCase, ...]:
 
 
 def peer_cases(on_cpu: bool, kjnodes: bool) -> tuple[NodeCase, ...]:
-    """Our nodes and what they stand for, one after the other: decode, encode, one image."""
+    """Our nodes and what they stand for, one after the other: decode, encode, one image.
+
+    KJNodes comes last: it changes the memory format of the weights that ComfyUI's own VAE uses.
+    """
     video, image = ((81, 720, 1280), (1, 1024, 1024)) if not on_cpu else ((5, 64, 64), (1, 64, 64))
     patched = NodeCase("VAE Decode behind KJNodes' Patch Triton VAE", "VAEDecode", *video, warm=3)
     return (
         NodeCase("Wan VAE Decode", "WanVAEDecode", *video, warm=5),
-        *((replace(patched, patch=PATCH_TRITON),) if kjnodes else ()),
         NodeCase("VAE Decode (ComfyUI's own)", "VAEDecode", *video, warm=3),
         NodeCase("Wan VAE Encode", "WanVAEEncode", *video, warm=3),
         NodeCase("VAE Encode (ComfyUI's own)", "VAEEncode", *video, warm=3),
         NodeCase("Wan VAE Decode", "WanVAEDecode", *image, warm=9),
         NodeCase("VAE Decode (ComfyUI's own)", "VAEDecode", *image, warm=9),
+        *((replace(patched, patch=PATCH_TRITON),) if kjnodes else ()),
     )
 
 
@@ -169,7 +186,8 @@ def everywhere_cases(scale: Scale, kjnodes: bool = False) -> tuple[NodeCase, ...
     """Core's image to video and VAE Decode with our VAE, and with ComfyUI's own.
 
     kjnodes: also with our VAE made of one that KJNodes' Patch Triton VAE has patched. Ours comes
-    first: after ComfyUI's own has run out of memory, that is not free for some time.
+    first: after ComfyUI's own has run out of memory, that is not free for some time. KJNodes comes
+    last: it changes the memory format of the weights that ComfyUI's own VAE uses.
     """
     sizes = SIZES[scale]
     ours = [
@@ -184,7 +202,7 @@ def everywhere_cases(scale: Scale, kjnodes: bool = False) -> tuple[NodeCase, ...
         for case in ours[:: len(sizes)]
         if kjnodes
     ]
-    return (*ours, alone, *behind, *map(own, ours))
+    return (*ours, alone, *map(own, ours), *behind)
 
 
 def own(case: NodeCase) -> NodeCase:

@@ -5,6 +5,7 @@ Copied into the server's custom_nodes as a pack of its own; not part of the pack
 
 import copy
 import gc
+import itertools
 import sys
 
 import comfy.nested_tensor
@@ -390,7 +391,13 @@ class ProbeExpand:
 
 
 class ProbeCopies(_Probe):
-    """Our packed copies of weights: [identity, dtype, a VAE is alive, loaded] of each."""
+    """Our packed copies of weights: [identity, dtype, a VAE is alive, loaded] of each.
+
+    marks: the number that this node left among the kernels prepared for each, when it first saw
+    them; a new number where they have been dropped since.
+    """
+
+    numbers = itertools.count()
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -403,7 +410,9 @@ class ProbeCopies(_Probe):
             [id(copy.wan), str(key.dtype), copy.is_wanted, copy.is_loaded]
             for key, copy in module.COPIES._copies.items()
         ]
-        return {"ui": {"copies": found}}
+        prepared = [copy.wan.model.prepared for copy in module.COPIES._copies.values()]
+        marks = [kernels.setdefault("probe", next(self.numbers)) for kernels in prepared]
+        return {"ui": {"copies": found, "marks": marks}}
 
 
 NODE_CLASS_MAPPINGS = {

@@ -11,12 +11,17 @@ from tests.comfy.server import Comfy
 pytestmark = pytest.mark.comfy
 
 
-def copies(comfy, keep: dict | None = None) -> list[tuple]:
-    """(identity, dtype, a VAE is alive, loaded) of each copy; `keep`: nodes whose results stay."""
+def looked_at(comfy, keep: dict | None = None) -> dict:
+    """What ProbeCopies found; `keep`: nodes whose results stay."""
     prompt = {"99": node("ProbeCopies", salt=uuid.uuid4().int % 2**30), **(keep or {})}
     run = comfy.run(prompt)
     assert run.error is None, run.error
-    return [tuple(one) for one in run.outputs["99"].get("copies", [])]
+    return run.outputs["99"]
+
+
+def copies(comfy, keep: dict | None = None) -> list[tuple]:
+    """(identity, dtype, a VAE is alive, loaded) of each copy."""
+    return [tuple(one) for one in looked_at(comfy, keep).get("copies", [])]
 
 
 def forget(comfy) -> None:
@@ -52,6 +57,20 @@ def test_two_loaders_of_one_file_and_all_our_nodes_share_a_copy(comfy):
     run_right(comfy, prompt)
     (one,) = copies(comfy, keep={"1": prompt["1"], "5": node("ProbeSink", value=["1", 0])})
     assert one[1:] == ("torch.float32", True, True)
+
+
+def test_what_is_prepared_stays_until_the_weights_move(comfy):
+    forget(comfy)
+    run_right(comfy, decode(latent(frames=1, seed=440)))
+    before = looked_at(comfy, held(VAES[0]))["marks"]
+    run_right(comfy, decode(latent(frames=1, seed=441)))
+    assert looked_at(comfy, held(VAES[0]))["marks"] == before
+    # Unloaded in the middle of the prompt.
+    run_right(
+        comfy, {**decode(latent(frames=1, seed=442)), "6": node("ProbeUnload", image=["3", 0])}
+    )
+    run_right(comfy, decode(latent(frames=1, seed=443)))
+    assert looked_at(comfy, held(VAES[0]))["marks"] != before
 
 
 def test_copies_are_bounded_and_the_oldest_leaves(comfy):
