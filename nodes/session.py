@@ -23,17 +23,11 @@ from ..wan_vae.errors import first_line
 from ..wan_vae.io.image import ImageSink
 from ..wan_vae.options import MemoryFormat, Operation, RunOptions
 from ..wan_vae.report import SCHEMA
-from ..wan_vae.runs.engine import SetupRequest
+from ..wan_vae.runs.engine import PROOF_BYTES, SetupRequest
 from . import inputs
 from .packed import COPIES, Packed
 from .reports import NodeId, Reporter
 from .weights import ignored
-
-# Device memory for proving and timing kernels, which comes before anybody knows what the run will
-# take. Proofs took 1.27 GiB for Wan 2.2 and 0.20 GiB for Wan 2.1 on an NVIDIA H200, with a first
-# small decode. Timed layers have 4 x 512 x 512 x 96 numbers on such a card, of which operand, eager
-# intermediates and results are about ten: counted, not measured.
-PROOF_BYTES = 5 << 29
 
 
 class Session:

@@ -99,7 +99,8 @@ class LayoutRecord:
 
 @dataclass(frozen=True)
 class MemoryRecord:
-    """Bytes: free before the start, planned, peak above the start, output, weights.
+    """Bytes: free before the start, planned, peak above the start, output, weights; and what waits
+    in host memory while strips are decoded.
 
     `peak_bytes` and `free_bytes` are None if the device does not count them (the CPU).
     """
@@ -109,6 +110,7 @@ class MemoryRecord:
     peak_bytes: int | None = None
     output_bytes: int | None = None
     weights_bytes: int | None = None
+    host_bytes: int | None = None
 
 
 @dataclass(frozen=True)

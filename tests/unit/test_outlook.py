@@ -16,7 +16,7 @@ from wan_vae.commands.outlook import PICTURES, PREDICTED_S
 from wan_vae.device import pick_device
 from wan_vae.errors import BackendError
 from wan_vae.kernels.device import CARDS, Device
-from wan_vae.runs import engine
+from wan_vae import hooks
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -31,7 +31,7 @@ def vae() -> WanVAE:
 def told(vae: WanVAE, monkeypatch, card: str, free: int | None) -> list[str]:
     """The outlook as on `card` with so much free."""
     monkeypatch.setattr(Device, "of", lambda device: CARDS[card])
-    monkeypatch.setattr(engine, "device_free_bytes", lambda device: free)
+    monkeypatch.setattr(hooks, "device_free_bytes", lambda device: free)
     monkeypatch.setattr(outlook, "device_name", lambda device: card)
     return outlook.outlook(vae)
 
