@@ -133,6 +133,8 @@ class DecodeReport:
     backends_off: tuple[BackendOff, ...] = ()
     chunks: tuple[ChunkRecord, ...] = ()
     strips: int = 1
+    # How often memory ran out and the run started over; `fallbacks` say why.
+    restarts: int = 0
     fallbacks: tuple[str, ...] = ()
     memory: MemoryRecord = field(default_factory=MemoryRecord)
     shards: tuple[ShardRecord, ...] = ()
@@ -198,6 +200,7 @@ class ReportBuilder:
         # What the device behaves as, in words, if not as itself.
         self.imitation: str | None = None
         self.strips = 1
+        self.restarts = 0
         self.plan: dict[str, object] | None = None
         self.layout: dict[str, Any] = {}
         self.memory: dict[str, int | None] = {}
@@ -242,5 +245,6 @@ class ReportBuilder:
             pixel_shape=self.pixel_shape,
             precision_requested=self.precision_requested,
             strips=self.strips,
+            restarts=self.restarts,
             plan=self.plan,
         )

@@ -234,9 +234,13 @@ class NodeRow:
             found.append(f"{self.node}: the plan of the run is not the one of its memory")
         # Where ComfyUI could not free as much as it was asked for, the run took a smaller plan.
         again = any(note.startswith("planned again") for note in self.report["plan"]["notes"])
-        if self.asked_bytes and self.asked_bytes[-1] != planned and not again:
+        # Results from before reports had needed_bytes asked for the planned bytes.
+        needed = self.report["plan"].get("needed_bytes", planned)
+        if self.asked_bytes and self.asked_bytes[-1] != needed and not again:
             asked = self.asked_bytes[-1]
-            found.append(f"{self.node}: planned {planned} bytes, ComfyUI was asked for {asked}")
+            found.append(f"{self.node}: {needed} bytes are needed, ComfyUI was asked for {asked}")
+        if self.report.get("restarts", 0):
+            found.append(f"{self.node}: memory ran out, {self.report['fallbacks']}")
         return found
 
     def as_dict(self) -> dict[str, object]:

@@ -116,7 +116,8 @@ class DecodeRun(Run):
             abort(sink, error)
             raise
         try:
-            self.execute(self._put_into(sink), sink.close)
+            # A sink that takes whole frames in order may have taken a part of those that failed.
+            self.execute(self._put_into(sink), sink.close, not sink.needs_whole_frames)
         except BaseException as error:
             abort(sink, error)
             raise
@@ -265,7 +266,7 @@ class DecodeRun(Run):
                 yield Piece(values, start, 0)
                 del values
                 self._given_frames = stop
-        if not histories.is_locked:
+        if self.device.type == "cuda" and not histories.is_locked:
             self.builder.fallbacks.append(
                 "history waited in pageable host memory, which is slower: no more could be locked"
             )

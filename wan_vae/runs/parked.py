@@ -10,6 +10,7 @@ chunk follows, `StripHistories` moves the history of the strip out and that of t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
@@ -109,11 +110,13 @@ class _Place:
 class _Parked:
     """One layer's history of one strip: its form, and its bytes on the host from `start` on."""
 
-    start: int
     form: layout.DenseForm
+    memory: HostMemory
+    start: int
 
-    def on_host(self, memory: HostMemory) -> torch.Tensor:
-        return memory.bytes[self.start : self.start + self.form.nbytes]
+    @property
+    def bytes(self) -> torch.Tensor:
+        return self.memory.bytes[self.start : self.start + self.form.nbytes]
 
 
 @dataclass
@@ -121,7 +124,7 @@ class _Strip:
     """What is kept of one strip between chunks: its layers in the order of their use."""
 
     slots: dict[str, _Parked] = field(default_factory=dict)
-    host: HostMemory | None = None
+    memories: list[HostMemory] = field(default_factory=list)
 
 
 class StripHistories:
@@ -143,7 +146,7 @@ class StripHistories:
     @property
     def is_locked(self) -> bool:
         """Whether all host memory that was taken so far is page-locked."""
-        return all(strip.host is None or strip.host.is_locked for strip in self._strips)
+        return all(memory.is_locked for strip in self._strips for memory in strip.memories)
 
     def first(self) -> FeatureCache:
         """The cache of the first strip, for its first chunk."""
@@ -156,19 +159,14 @@ class StripHistories:
         following = self._strips[(done + 1) % len(self._strips)]
         # In the last chunk layers leave no history: nothing goes out.
         left = [name for name, _ in cache.items()]
-        if strip.host is None:
-            self._learn(strip, cache)
+        self._learn(strip, cache)
         if self._streams is not None:
             # The device gets here when the strip no longer reads its history.
             self._streams[0].wait_stream(torch.cuda.current_stream(self._device))
         slots: dict[str, torch.Tensor] = {}
         for name, place in self._places.items():
             kept = following.slots.get(name)
-            self._move(
-                place,
-                _side(strip, name) if name in left else None,
-                _side(following, name),
-            )
+            self._move(place, strip.slots[name] if name in left else None, kept)
             if kept is not None:
                 slots[name] = kept.form.view(place.memory)
         return _PlacedCache(self, slots)
@@ -195,20 +193,28 @@ class StripHistories:
         for stream in self._streams or ():
             stream.synchronize()
         for strip in self._strips:
-            if strip.host is not None:
-                strip.host.close()
-                strip.host = None
+            for memory in strip.memories:
+                memory.close()
+            strip.memories.clear()
+            strip.slots.clear()
         self._places.clear()
 
     def _learn(self, strip: _Strip, cache: FeatureCache) -> None:
-        """Take host memory for the history of `strip`, which it leaves for the first time."""
-        start = 0
-        for name, history in cache.items():
-            strip.slots[name] = _Parked(start, layout.DenseForm.of(history))
-            start += -(-history.nbytes // _ALIGNED) * _ALIGNED
-        strip.host = HostMemory(start, self._device)
+        """Take host memory for what `strip` leaves for the first time.
 
-    def _move(self, place: _Place, out: _Side | None, into: _Side | None) -> None:
+        That is in its first chunk, and in its second for layers that skip the video's first frame.
+        """
+        new = {n: layout.DenseForm.of(x) for n, x in cache.items() if n not in strip.slots}
+        if not new:
+            return
+        sizes = [-(-form.nbytes // _ALIGNED) * _ALIGNED for form in new.values()]
+        memory = HostMemory(sum(sizes), self._device)
+        strip.memories.append(memory)
+        starts = accumulate(sizes, initial=0)
+        for (name, form), start in zip(new.items(), starts, strict=False):
+            strip.slots[name] = _Parked(form, memory, start)
+
+    def _move(self, place: _Place, out: _Parked | None, into: _Parked | None) -> None:
         """Queue the copies of one layer: out of `place` to a host's side, and then into it."""
         if self._streams is None:
             _copy(place, out, is_out=True)
@@ -229,24 +235,13 @@ def _bytes_on(device: torch.device, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-# One end of a copy: a layer's history of a strip, and the strip's memory on the host.
-_Side = tuple[_Parked, HostMemory]
-
-
-def _side(strip: _Strip, name: str) -> _Side | None:
-    """Where layer `name` of `strip` waits; None if it has no history yet."""
-    kept = strip.slots.get(name)
-    return None if kept is None or strip.host is None else (kept, strip.host)
-
-
-def _copy(place: _Place, side: _Side | None, *, is_out: bool) -> None:
+def _copy(place: _Place, kept: _Parked | None, *, is_out: bool) -> None:
     """Copy between `place` and the host, beside the computation where the memory allows that."""
-    if side is None:
+    if kept is None:
         return
-    kept, memory = side
-    ends = kept.on_host(memory), place.memory[: kept.form.nbytes]
+    ends = kept.bytes, place.memory[: kept.form.nbytes]
     target, source = ends if is_out else reversed(ends)
-    target.copy_(source, non_blocking=memory.is_locked)
+    target.copy_(source, non_blocking=kept.memory.is_locked)
 
 
 class _PlacedCache(FeatureCache):

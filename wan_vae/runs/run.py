@@ -255,6 +255,7 @@ class Run(ABC):
         self.builder.memory.update(
             planned_bytes=self.plan.planned_bytes, host_bytes=self.plan.host_bytes
         )
+        self.builder.restarts += 1
         self.builder.fallbacks.append(text)
 
     def _may_try_again(self) -> bool:
@@ -347,9 +348,12 @@ class Run(ABC):
 
     # -- executing and ending --------------------------------------------------------------------
 
-    def execute(self, put: Callable[[Piece], None], close: Callable[[], None]) -> None:
+    def execute(
+        self, put: Callable[[Piece], None], close: Callable[[], None], puts_again: bool = True
+    ) -> None:
         """Compute every piece, `put` it and report progress; then `close`. Sets `report`.
 
+        puts_again: whether a piece may be put twice, where memory ran out in the first `put`.
         Every error is raised again, after `report` was set.
         """
         try:
@@ -358,7 +362,7 @@ class Run(ABC):
                 with closing(self.pieces()) as pieces:
                     piece = next(pieces, None)
                     while piece is not None:
-                        refused = self._attempt_to(put, piece)
+                        refused = self._attempt_to(put, piece, puts_again)
                         if refused is None:
                             self._tell_progress()
                             piece = next(pieces, None)
@@ -375,16 +379,20 @@ class Run(ABC):
                 raise
             raise failure from None
 
-    def _attempt_to(self, put: Callable[[Piece], None], piece: Piece) -> DecodeMemoryError | None:
-        """`put` the piece; the error if the device has no memory for that."""
+    def _attempt_to(
+        self, put: Callable[[Piece], None], piece: Piece, puts_again: bool
+    ) -> DecodeMemoryError | None:
+        """`put` the piece; the error if there is no memory for that. Raises it if the piece cannot
+        be put again."""
         try:
             in_memory("output", partial(put, piece))
+            return None
         except DecodeMemoryError as error:
-            if not self.may_start_over:
-                raise
             release_frames(error)
-            return error.with_traceback(None)
-        return None
+            refused = error.with_traceback(None)
+        if puts_again and self.may_start_over:
+            return refused
+        raise self._does_not_fit("while its output was written", str(refused))
 
     def _tell_progress(self) -> None:
         on_progress = self.hooks.on_progress
