@@ -13,7 +13,7 @@ import torch
 from .. import geometry, layout
 from ..arithmetic import own_arithmetic
 from ..chunking import Chunk
-from ..errors import DecodeCancelled, DecodeMemoryError, OutputError
+from ..errors import DecodeMemoryError, OutputError
 from ..geometry import Strip
 from ..hooks import Hooks, OwnMemory
 from ..io.latents import as_batch, check_latent_shape, check_latent_values
@@ -27,7 +27,7 @@ from ..sharding.plan import ShardPlan, plan_shards
 from .engine import Engine, Setup, SetupRequest, latent_statistics, options_of
 from .parked import HostFrames, StripHistories
 from .ranks import Ranks
-from .run import Piece, Run, granted, in_memory, latent_frames_of, ready, release_frames
+from .run import Piece, Run, forget_failure, granted, in_memory, latent_frames_of, ready
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,9 @@ class DecodeRun(Run):
             self.execute(self._put_into(sink), sink.close, not sink.needs_whole_frames)
         except BaseException as error:
             abort(sink, error)
+            # Whoever keeps the error does not keep the output.
+            forget_failure(error)
+            del out, sink
             raise
         return out
 
@@ -152,8 +155,7 @@ class DecodeRun(Run):
             self.complete()
         except BaseException as error:
             self.fail(error)
-            if isinstance(error, (DecodeCancelled, DecodeMemoryError)):
-                release_frames(error)
+            forget_failure(error)
             raise
 
     # -- the way through -----------------------------------------------------------------------

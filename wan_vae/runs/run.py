@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 from typing import TypeVar
 
 import torch
@@ -78,8 +79,9 @@ class Run(ABC):
         self.done_frames = 0
         self.report: DecodeReport | None = None
         self._plan: Plan | None = None
-        # Those that ran out of memory and were tried once more.
-        self._tried_again: list[Plan] = []
+        self._least_failed: float = inf  # planned bytes
+        # Once a run: a plan that fails a second time knows too little of what is free.
+        self._may_try_again = True
 
     # -- the plan ------------------------------------------------------------------------------
 
@@ -225,6 +227,7 @@ class Run(ABC):
         Raises DecodeMemoryError when nothing smaller is left.
         """
         failed = self.plan
+        self._least_failed = min(self._least_failed, failed.planned_bytes)
         self.clock.restart()
         self._release()
         self.memory.give_back(failed.needed_bytes)
@@ -232,15 +235,15 @@ class Run(ABC):
         free = self.memory.free_bytes()
         now = None if free is None else self._plan_now(failed.whole_frames)
         text = failure if failed.strips is None else f"{failed.strips} strips: {failure}"
-        if now is not None and _is_less(now, failed):
-            assert free is not None
+        # Less than all that failed: more strips can take more, and a plan must not come twice.
+        is_less = now is not None and now.planned_bytes < self._least_failed
+        if now is not None and free is not None and is_less and _may_follow(now, failed):
             self._plan = now
             text += f"; planned again for {free / 2**30:.2f} GiB that are free now"
             if now.strips is not None and now.strips != failed.strips:
                 text += f": {now.strips} strips"
-        elif (
-            now is not None and now.planned_bytes >= failed.planned_bytes and self._may_try_again()
-        ):
+        elif now is not None and _fits(now, failed) and self._may_try_again:
+            self._may_try_again = False
             text += "; tried once more with the memory that was given back"
         else:
             smaller = self._smaller(failed)
@@ -257,13 +260,6 @@ class Run(ABC):
         )
         self.builder.restarts += 1
         self.builder.fallbacks.append(text)
-
-    def _may_try_again(self) -> bool:
-        """Whether the plan of now was not tried twice yet; notes that it is."""
-        if self.plan in self._tried_again:
-            return False
-        self._tried_again.append(self.plan)
-        return True
 
     def _smaller(self, plan: Plan) -> Plan | None:
         """A plan that takes less at a time than `plan`; None if there is none.
@@ -373,8 +369,7 @@ class Run(ABC):
         except BaseException as error:
             failure = self._translated(error)
             self.fail(failure)
-            if isinstance(failure, (DecodeCancelled, DecodeMemoryError)):
-                release_frames(error)
+            forget_failure(error)
             if failure is error:
                 raise
             raise failure from None
@@ -493,12 +488,22 @@ def release_frames(error: BaseException) -> None:
     traceback.clear_frames(error.__traceback__)
 
 
-def _is_less(plan: Plan, failed: Plan) -> bool:
-    """Whether `plan` takes less than `failed`, and can follow it: a sink may hold rows of strips
-    already, which whole frames would not write again."""
-    if failed.strips is not None and plan.strips is None:
-        return False
-    return plan.planned_bytes < failed.planned_bytes
+def forget_failure(error: BaseException) -> None:
+    """`release_frames` for errors whose cause is known: memory that ran out, and a cancel. Those of
+    others keep their variables, for whoever looks for the cause."""
+    if isinstance(error, DecodeCancelled | DecodeMemoryError) or is_out_of_memory(error):
+        release_frames(error)
+
+
+def _may_follow(plan: Plan, failed: Plan) -> bool:
+    """Whether `plan` can follow `failed`: a sink may hold rows of strips already, which whole
+    frames would not write again."""
+    return failed.strips is None or plan.strips is not None
+
+
+def _fits(now: Plan, failed: Plan) -> bool:
+    """Whether `failed` should fit into what is free now, for which `now` was planned."""
+    return now.planned_bytes >= failed.planned_bytes
 
 
 def latent_frames_of(chunk: Chunk) -> str:
