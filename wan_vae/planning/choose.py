@@ -38,7 +38,8 @@ PASSES = (4 * 720 * 1280 * 96, 2 * 720 * 1280 * 96)
 _SHARD_CHUNKS = 2
 # At most, of eager float32: half for the bytes of a number, and half because there cuDNN takes
 # operand and result of a convolution once more, in its own format (`peak.py`). Its chunks are half
-# as long. 480p x 17 on an H200: 11.0 GiB with full passes, where ComfyUI's core took 6.0.
+# as long. 480p x 17 on an H200: 11.0 GiB with full passes and two frames a chunk (the walk: 10.98),
+# where ComfyUI's core took 6.0 with one frame.
 _FLOAT32_PASSES = tuple(n // 4 for n in PASSES)
 _USUAL_ITEMSIZE = 2
 # Latent frames of a chunk whose strips go one after another and whose frames are put together in
@@ -176,9 +177,7 @@ class _Chooser:
         chunks = self._schedule(self.request.chunk_frames)
         if strips is None:
             return self._with_bounds(self._whole(chunks, elements))
-        assert (
-            elements is not None
-        )  # only ranks take chunks without passes, and they take no strips
+        assert elements is not None  # only ranks go without passes, and they take no strips
         make = self._parked if parked else self._in_strips
         return self._with_bounds(make(strips, chunks, elements))
 
@@ -203,6 +202,15 @@ class _Chooser:
         wide = self._full_chunk() * (1 if self.is_eager else _WIDE_CHUNKS)
         ways = _ways(min(request.latent_shape[2], wide), self.passes)
         wanted = 0
+        if asked is None and self.wide > 1:
+            # What a frame at a time takes, as ComfyUI's core does it, and so no more than core: a
+            # user of --fp32-vae must not run out of memory for having installed us.
+            most = self._whole(self._schedule(1), None).planned_bytes
+            ways = [
+                way
+                for way in ways
+                if self._whole(self._schedule(way[0]), way[1]).planned_bytes <= most
+            ] or ways[-1:]
         for frames, elements in ways if asked is None else [(asked, e) for e in self.passes]:
             choice = self._whole(self._schedule(frames), elements)
             wanted = max(wanted, choice.planned_bytes)
