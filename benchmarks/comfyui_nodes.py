@@ -13,6 +13,10 @@ ComfyUI-KJNodes) its Patch Triton VAE too.
 compares their results; --flags does that under each flag for the VAE in turn, in a ComfyUI of its
 own; --ballast GIB leaves so much device memory free, as a small card has it (all of this needs
 --everywhere). What ComfyUI's own VAE cannot do then is a row with its error.
+
+--faults lets things go wrong before our nodes run in 5 GB (or --ballast): another node runs out of
+memory and its traceback is kept, a sampler's model is loaded, another process takes memory between
+plan and run. Results must have the bits of a server with all memory.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +36,7 @@ from safetensors.torch import save_file
 
 from benchmarks.suite.ballast import Ballast
 from benchmarks.suite.facts import Facts, repeatable
+from benchmarks.suite.node_faults import fault_lines, rows_after_faults, rows_without_faults
 from benchmarks.suite.node_runs import (
     ACCELERATE,
     FLAGS,
@@ -55,6 +60,8 @@ from tests.comfy.server import Comfy
 from wan_vae.config import wan21
 
 SCHEMA = "wan_vae.bench.nodes/1"
+# Free in a server to which faults happen: 5 GB.
+_FAULTS_GIB = 5e9 / 2**30
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,25 @@ class Setting:
 
 def run(setting: Setting, wanted: Sequence[NodeCase]) -> tuple[list[NodeRow], str]:
     """The rows of the `wanted` cases, and ComfyUI's version."""
+
+    def measured(server: Comfy) -> list[NodeRow]:
+        return [_measured(server, setting, case, 100 * n) for n, case in enumerate(wanted)]
+
+    return in_server(setting, measured)
+
+
+def run_faults(setting: Setting) -> tuple[list[NodeRow], str]:
+    """Our nodes after each fault with little free memory, and before them with all of it."""
+    plain, _ = in_server(replace(setting, ballast_gib=None), lambda s: [*rows_without_faults(s)])
+    digests = {row.node: row.digest for row in plain}
+    rows, version = in_server(setting, lambda server: [*rows_after_faults(server, digests)])
+    return [*plain, *rows], version
+
+
+def in_server(
+    setting: Setting, work: Callable[[Comfy], list[NodeRow]]
+) -> tuple[list[NodeRow], str]:
+    """`work` in a ComfyUI of its own, and ComfyUI's version."""
     with (
         tempfile.TemporaryDirectory(prefix="wan_vae_bench_") as folder,
         Ballast(setting.ballast_gib),
@@ -98,9 +124,7 @@ def run(setting: Setting, wanted: Sequence[NodeCase]) -> tuple[list[NodeRow], st
         save_file(random_state(config), server.base / "models" / "vae" / VAE_FILE)
         with server:
             version = str(server.get("/system_stats")["system"]["comfyui_version"])
-            rows = [
-                _measured(server, setting, case, 100 * number) for number, case in enumerate(wanted)
-            ]
+            rows = work(server)
     return rows, version
 
 
@@ -209,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=FLAGS,
         help="under each of these flags, or under all of them; `default` is none",
     )
+    parser.add_argument("--faults", action="store_true", help="our nodes after things went wrong")
     parser.add_argument("--ballast", type=float, metavar="GIB", help="leave so much memory free")
     parser.add_argument("--output", type=Path, help="folder for nodes.md and nodes.json")
     args = parser.parse_args(argv)
@@ -219,7 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--kjnodes must name a folder")
     if args.kjnodes is not None and not (args.peers or args.everywhere):
         parser.error("--kjnodes needs --peers or --everywhere")
-    if (args.flags is not None or args.ballast is not None) and not args.everywhere:
+    if (args.flags is not None or args.ballast is not None) and not (
+        args.everywhere or (args.faults and args.flags is None)
+    ):
         parser.error("--flags and --ballast need --everywhere")
     setting = Setting(
         Path(path),
@@ -230,6 +257,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_trial=args.everywhere,
     )
     rows, version = [], ""
+    if args.faults:
+        ballast = _FAULTS_GIB if args.ballast is None else args.ballast
+        rows, version = run_faults(replace(setting, ballast_gib=ballast))
+        facts = facts_of(rows, version, argv)
+        lines = ["# Our nodes after things went wrong", "", *facts.lines(), "", *fault_lines(rows)]
+        return finish(rows, facts, "\n".join(lines) + "\n", args.output, "faults")
     for name in ["default"] if args.flags is None else args.flags or FLAGS:
         if args.everywhere:
             scale = _scale(args.cpu, args.flags, args.ballast, name)
@@ -242,14 +275,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         more, version = run(replace(setting, flags=flags), wanted)
         rows += more
     facts = facts_of(rows, version, argv)
-    text = nodes_markdown(rows, facts)
+    return finish(rows, facts, nodes_markdown(rows, facts), args.output, "nodes")
+
+
+def finish(rows: Sequence[NodeRow], facts: Facts, text: str, output: Path | None, name: str) -> int:
+    """Print and write the results; 1 if a node of ours did not do what it planned."""
     print(text)
-    if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "nodes.md").write_text(text, encoding="utf-8")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / f"{name}.md").write_text(text, encoding="utf-8")
         data = {**facts.as_dict(), "rows": [row.as_dict() for row in rows]}
-        text = json.dumps(data, indent=1) + "\n"
-        (args.output / "nodes.json").write_text(text, encoding="utf-8")
+        (output / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     faults = [fault for row in rows for fault in row.faults()]
     for fault in faults:
         print(f"nodes: {fault}", file=sys.stderr)

@@ -89,7 +89,7 @@ class WanVAEDecodeToVideo(io.ComfyNode):
                     latent,
                     sink=VideoFileSink(file.path, shape[3], shape[4], fps),
                     plan=plan,
-                    free_bytes=run.free_bytes(),
+                    memory=run.memory,
                     **run.hooks,
                 )
                 files.append(file)

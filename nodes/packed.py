@@ -30,8 +30,8 @@ from ..wan_vae import BackendError, NotAWanVAEError, WanVAE
 from ..wan_vae.device import DTYPES
 from ..wan_vae.options import PRECISIONS
 from ..wan_vae.runs.engine import count_weight_formats
+from .device_memory import ComfyMemory, loaded
 from .fingerprint import fingerprint
-from .free_memory import believed_free_bytes
 from .weights import state_of
 
 # A workflow may use both generations of Wan, or one of them in two precisions. A copy of Wan 2.1 in
@@ -80,9 +80,10 @@ class Packed:
         device = torch.empty(0, device=self.device).device  # "cuda" is the current one
         return all(weight.device == device for weight in self.wan.model.parameters())
 
-    def free_bytes(self) -> float:
-        """Bytes that ComfyUI leaves free; infinity where it does not know."""
-        return believed_free_bytes(self.device, model_management.get_free_memory(self.device))
+    @property
+    def memory(self) -> ComfyMemory:
+        """Who says what is free beside the weights, and gives memory back."""
+        return ComfyMemory(self.device, self.patcher)
 
     @property
     def is_wanted(self) -> bool:
@@ -90,9 +91,9 @@ class Packed:
         return any(True for _ in self.models)
 
     @property
-    def is_loaded(self) -> bool:
+    def isloaded(self) -> bool:
         """Whether ComfyUI counts it among its loaded models."""
-        return bool(_loaded(self.patcher))
+        return bool(loaded(self.patcher))
 
 
 class PackedCopies:
@@ -173,13 +174,8 @@ class PackedCopies:
         if not packed.is_wanted:
             del self._copies[key]
             # ComfyUI names the model that it has unloaded: it must live until it is off the list.
-            for loaded in _loaded(patcher):
-                weakref.finalize(loaded, _let_go, packed).atexit = False
-
-
-def _loaded(patcher: Any) -> list[Any]:
-    """The entry of `patcher` among ComfyUI's loaded models, if it is there."""
-    return [entry for entry in model_management.current_loaded_models if entry.model is patcher]
+            for entry in loaded(patcher):
+                weakref.finalize(entry, _let_go, packed).atexit = False
 
 
 def _let_go(_packed: Packed) -> None:

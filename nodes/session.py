@@ -23,17 +23,12 @@ from ..wan_vae.errors import first_line
 from ..wan_vae.io.image import ImageSink
 from ..wan_vae.options import MemoryFormat, Operation, RunOptions
 from ..wan_vae.report import SCHEMA
-from ..wan_vae.runs.engine import SetupRequest
+from ..wan_vae.runs.engine import PROOF_BYTES, SetupRequest
 from . import inputs
+from .device_memory import ComfyMemory
 from .packed import COPIES, Packed
 from .reports import NodeId, Reporter
 from .weights import ignored
-
-# Device memory for proving and timing kernels, which comes before anybody knows what the run will
-# take. Proofs took 1.27 GiB for Wan 2.2 and 0.20 GiB for Wan 2.1 on an NVIDIA H200, with a first
-# small decode. Timed layers have 4 x 512 x 512 x 96 numbers on such a card, of which operand, eager
-# intermediates and results are about ten: counted, not measured.
-PROOF_BYTES = 5 << 29
 
 
 class Session:
@@ -80,9 +75,10 @@ class Session:
         """What the node shows: the report, for the panel."""
         return {"wan_vae": [self.report]}
 
-    def free_bytes(self) -> float:
-        """Bytes that ComfyUI leaves free on the device; infinity where nobody knows."""
-        return self.packed.free_bytes()
+    @property
+    def memory(self) -> ComfyMemory:
+        """The device's memory, which ComfyUI manages; for the library."""
+        return self.packed.memory
 
     def plan(
         self,
@@ -94,7 +90,7 @@ class Session:
         whole_frames: bool = False,
         tile: Sequence[int] | None = None,
     ) -> Plan:
-        """Make the plan of a run, and ask ComfyUI to free exactly the planned memory.
+        """Make the plan of a run, and ask ComfyUI to free exactly what must be free for it.
 
         chunk_frames: 0 lets the plan decide. tile: shape of a latent; the run takes no more memory
         at a time than that one would, as long as this does not need strips. The weights are on the
@@ -124,7 +120,7 @@ class Session:
                 smaller = planned(latent_shape, None, bound)
                 # Strips compute rows twice: they are for memory that is not there.
                 plan = planned(latent_shape, 1) if smaller.strips else smaller
-        self.packed.load(plan.planned_bytes)
+        self.packed.load(plan.needed_bytes)
         return plan
 
     def decode(self, latent: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -133,7 +129,7 @@ class Session:
         sink = ImageSink.allocate(
             plan.latent_shape, self.wan.config, vae.output_device, inputs.output_dtype(vae)
         )
-        self.wan.decode(latent, sink=sink, plan=plan, free_bytes=self.free_bytes(), **self.hooks)
+        self.wan.decode(latent, sink=sink, plan=plan, memory=self.memory, **self.hooks)
         return sink.image
 
     def encode(self, video: torch.Tensor, plan: Plan, unit_range: bool = True) -> torch.Tensor:
@@ -142,7 +138,7 @@ class Session:
         unit_range: `video` is in [0, 1], as an IMAGE, and not in [-1, 1].
         """
         latent = self.wan.encode(
-            video, plan=plan, unit_range=unit_range, free_bytes=self.free_bytes(), **self.hooks
+            video, plan=plan, unit_range=unit_range, memory=self.memory, **self.hooks
         )
         assert latent is not None  # one process always gets the result
         return self.as_output(latent)

@@ -172,7 +172,7 @@ def _ready(
         memory_format=memory_format,
     )
     own = [plan for plan in plans if plan.device == str(device)]
-    POOLS.count(device, weights, sum(plan.planned_bytes for plan in own))
+    POOLS.count(device, weights, sum(plan.needed_bytes for plan in own))
     return pool, plans
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         ShardingError,
         WanVAEError,
     )
-    from .hooks import OnProgress, ShouldStop
+    from .hooks import DeviceMemory, OnProgress, ShouldStop
     from .io.image import ImageSink
     from .io.latents import load_latent, save_latent
     from .io.sink import CallbackSink, NullSink, Sink, TensorSink
@@ -54,6 +54,7 @@ __all__ = [
     "DecodeCancelled",
     "DecodeMemoryError",
     "DecodeReport",
+    "DeviceMemory",
     "Gather",
     "GeometryError",
     "ImageSink",
@@ -89,6 +90,7 @@ _HOMES = {
     "Backend": "options",
     "CallbackSink": "io.sink",
     "DecodeReport": "report",
+    "DeviceMemory": "hooks",
     "Gather": "options",
     "ImageSink": "io.image",
     "MemoryFormat": "options",

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
+import os
 import platform
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 
@@ -129,9 +135,9 @@ def free_bytes(device: torch.device) -> int | None:
     """Bytes that a run may still allocate on `device`; None where nobody can say (the CPU,
     DirectML, Intel cards and Macs whose PyTorch or driver does not tell).
 
-    On CUDA: what the driver reports, plus what PyTorch's allocator holds and does not use, within
-    the memory fraction of the process if one was set. On a Mac: what Metal recommends as the most,
-    less what this process has. On Intel's cards: as on CUDA.
+    On CUDA: what the driver reports, plus what PyTorch's allocator holds and can hand out again,
+    within the memory fraction of the process if one was set. On a Mac: what Metal recommends as the
+    most, less what this process has. On Intel's cards: as on CUDA.
     """
     if device.type == "mps":
         most = getattr(torch.mps, "recommended_max_memory", None)  # PyTorch 2.5
@@ -141,13 +147,109 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
-    allocated = torch.cuda.memory_allocated(device)
-    free += torch.cuda.memory_reserved(device) - allocated
+    taken = torch.cuda.memory_allocated(device) + _unusable_bytes(device)
+    free += torch.cuda.memory_reserved(device) - taken
     # PyTorch before 2.8 does not say what was set.
     fraction_of = getattr(torch.cuda, "get_per_process_memory_fraction", None)
     if fraction_of is not None:
-        free = min(free, int(fraction_of(device) * total) - allocated)
+        free = min(free, int(fraction_of(device) * total) - taken)
     return max(0, free)
+
+
+# Who hands out device memory: PyTorch's caching allocator, the same with segments that grow (its
+# option expandable_segments), or CUDA's own pool, which ComfyUI switches to by default.
+Allocator = Literal["caching", "expandable_segments", "cudaMallocAsync"]
+
+
+def allocator_of(device: torch.device) -> Allocator:
+    """The allocator of `device` in this process; "caching" for all that is no CUDA device."""
+    if device.type == "cuda" and torch.cuda.get_allocator_backend() == "cudaMallocAsync":
+        return "cudaMallocAsync"
+    return allocator_named(os.environ) if device.type == "cuda" else "caching"
+
+
+def allocator_named(environment: Mapping[str, str]) -> Allocator:
+    """The allocator that PyTorch's variables in `environment` name; the newer one counts first."""
+    settings = environment.get("PYTORCH_ALLOC_CONF") or environment.get("PYTORCH_CUDA_ALLOC_CONF")
+    words = (settings or "").replace(" ", "").lower().split(",")
+    if "backend:cudamallocasync" in words:
+        return "cudaMallocAsync"
+    return "expandable_segments" if "expandable_segments:true" in words else "caching"
+
+
+def _unusable_bytes(device: torch.device) -> int:
+    """What the caching allocator holds in pieces between tensors that are alive.
+
+    It cannot give them back, and a large tensor does not fit into them. Segments that grow give
+    back single pages, and CUDA's own pool counts no pieces.
+    """
+    if allocator_of(device) != "caching":
+        return 0
+    return int(torch.cuda.memory_stats(device).get("inactive_split_bytes.all.current", 0))
+
+
+@dataclass(frozen=True)
+class Holders:
+    """Who holds the memory of a device, in bytes.
+
+    free: as the driver says. tensors: of this process, by PyTorch. cached: what PyTorch holds
+    beside them. others: all the rest: other processes, and what CUDA itself has in this one.
+    """
+
+    total: int
+    free: int
+    tensors: int
+    cached: int
+
+    @property
+    def others(self) -> int:
+        return max(0, self.total - self.free - self.tensors - self.cached)
+
+
+def holders(device: torch.device) -> Holders | None:
+    """Who holds the memory of `device` now; None where nobody can say."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    tensors = torch.cuda.memory_allocated(device)
+    return Holders(total, free, tensors, torch.cuda.memory_reserved(device) - tensors)
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Whether `device` has memory of its own, to which data of the host is copied."""
+    return device.type not in ("cpu", "mps", "meta")
+
+
+def host_free_bytes() -> int | None:
+    """Bytes of host memory that are free, with what the system can give up at once; None where
+    nobody can say."""
+    if sys.platform == "win32":
+        return _windows_free_bytes()
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # no Linux
+        return None
+    found = (line.split() for line in lines if line.startswith("MemAvailable:"))
+    return next((int(words[1]) * 1024 for words in found), None)
+
+
+if sys.platform == "win32":
+
+    class _MemoryStatus(ctypes.Structure):
+        """MEMORYSTATUSEX of the Windows API."""
+
+        _fields_ = (
+            ("length", ctypes.c_uint32),
+            ("load", ctypes.c_uint32),
+            *((name, ctypes.c_uint64) for name in ("total", "free", "pages", "free_pages")),
+            *((name, ctypes.c_uint64) for name in ("virtual", "free_virtual", "extended")),
+        )
+
+    def _windows_free_bytes() -> int | None:
+        status = _MemoryStatus()
+        status.length = ctypes.sizeof(status)
+        known = ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+        return int(status.free) if known else None
 
 
 def _xpu_free_bytes(device: torch.device) -> int | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
@@ -183,6 +184,30 @@ def memory_order(x: torch.Tensor) -> tuple[int, ...]:
     """The dimensions of `x` in the order in which they lie in memory, outermost first."""
     strides = x.stride()
     return tuple(sorted(range(x.ndim), key=lambda dim: (-strides[dim], dim)))
+
+
+@dataclass(frozen=True)
+class DenseForm:
+    """How a dense tensor lies in memory, whatever its format: for a copy of its bytes."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> DenseForm:
+        """The form of `x`. Raises LayoutError for a tensor with gaps."""
+        if not _dense_in_order(x, list(memory_order(x))):
+            raise LayoutError(f"a tensor of {tuple(x.shape)} with strides {x.stride()} has gaps")
+        return cls(tuple(x.shape), x.stride(), x.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def view(self, memory: torch.Tensor) -> torch.Tensor:
+        """A tensor of this form in the first of the bytes `memory`."""
+        return memory[: self.nbytes].view(self.dtype).as_strided(self.shape, self.strides)
 
 
 class LayoutCounter:

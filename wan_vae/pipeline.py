@@ -16,7 +16,7 @@ from .chunking import whole_number
 from .config import WanVAEConfig, detect_config
 from .device import pick_device, pick_dtype
 from .errors import CheckpointError, GeometryError
-from .hooks import Hooks, OnProgress, ShouldStop
+from .hooks import DeviceMemory, Hooks, OnProgress, OwnMemory, ShouldStop
 from .io.checkpoint import canonical_state_dict, load_checkpoint
 from .io.latents import check_channels
 from .io.sink import Sink
@@ -43,6 +43,7 @@ from .runs.engine import (
     layer_records,
     weights_bytes,
 )
+from .runs.run import ready
 from .sharding.context import SINGLE, ShardContext
 
 
@@ -159,7 +160,8 @@ class WanVAE:
         )
         shape = checked_shape(latent_shape, operation, axis, self.config)
         shards = shards_of(ShardContext(0, whole_number(ranks, "ranks"), axis), shape)
-        setup = self.engine.setup(SetupRequest(operation, shape, options, shards))
+        request = SetupRequest(operation, shape, options, shards)
+        setup = ready(self.engine, request, OwnMemory(self.device))
         return self.engine.plan(setup, whole_frames=whole_frames)
 
     def decode(
@@ -178,6 +180,7 @@ class WanVAE:
         backend: Backend = "auto",
         free_bytes: float | None = None,
         plan: Plan | None = None,
+        memory: DeviceMemory | None = None,
         shard: ShardContext = SINGLE,
         gather: Gather = "all",
     ) -> torch.Tensor | None:
@@ -198,6 +201,8 @@ class WanVAE:
         them where not even one latent frame a chunk fits.
         backend: "auto", "eager" (plain PyTorch), "triton", "cuda" or "kitchen".
         free_bytes: device memory that the plan may count on, where less than is free.
+        memory: who manages the device's memory, where that is another program (`DeviceMemory`);
+        None is this process. It is asked to give memory back before a decode takes less at a time.
         plan: a result of `plan`, which holds its options; only free_bytes may be given beside it.
         It is executed as it is; if it needs more memory than is free now, a new one is made.
         shard: this process's place among the ranks of a picture. The call is then a collective:
@@ -214,7 +219,7 @@ class WanVAE:
                 latent=latent,
                 normalized=normalized,
                 options=options,
-                hooks=Hooks(on_progress, should_stop),
+                hooks=Hooks(on_progress, should_stop, memory),
                 plan=plan,
                 out=out,
                 sink=sink,
@@ -248,6 +253,7 @@ class WanVAE:
         strips: int | None = None,
         backend: Backend = "auto",
         free_bytes: float | None = None,
+        memory: DeviceMemory | None = None,
     ) -> Iterator[torch.Tensor]:
         """Yield pixels [B, 3, t, H', W'] float32 in [-1, 1] as soon as frames are final, in order.
 
@@ -258,7 +264,9 @@ class WanVAE:
         options = RunOptions(chunk_frames, memory_format, precision, strips, backend, free_bytes)
         run = DecodeRun(
             self.engine,
-            DecodeRequest(latent, normalized, options, Hooks(should_stop=should_stop)),
+            DecodeRequest(
+                latent, normalized, options, Hooks(should_stop=should_stop, memory=memory)
+            ),
         )
         run.begin(whole_frames=True)
         return self._stream(run)
@@ -284,6 +292,7 @@ class WanVAE:
         free_bytes: float | None = None,
         unit_range: bool = False,
         plan: Plan | None = None,
+        memory: DeviceMemory | None = None,
         shard: ShardContext = SINGLE,
         gather: Gather = "all",
     ) -> torch.Tensor | None:
@@ -308,7 +317,7 @@ class WanVAE:
             pixels=pixels,
             normalized=normalized,
             options=options,
-            hooks=Hooks(on_progress, should_stop),
+            hooks=Hooks(on_progress, should_stop, memory),
             plan=plan,
             context=shard,
             gather=gather,

@@ -99,7 +99,8 @@ class LayoutRecord:
 
 @dataclass(frozen=True)
 class MemoryRecord:
-    """Bytes: free before the start, planned, peak above the start, output, weights.
+    """Bytes: free before the start, planned, peak above the start, output, weights; and what waits
+    in host memory while strips are decoded.
 
     `peak_bytes` and `free_bytes` are None if the device does not count them (the CPU).
     """
@@ -109,6 +110,7 @@ class MemoryRecord:
     peak_bytes: int | None = None
     output_bytes: int | None = None
     weights_bytes: int | None = None
+    host_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ class DecodeReport:
     backends_off: tuple[BackendOff, ...] = ()
     chunks: tuple[ChunkRecord, ...] = ()
     strips: int = 1
+    # How often memory ran out and the run started over; `fallbacks` say why.
+    restarts: int = 0
     fallbacks: tuple[str, ...] = ()
     memory: MemoryRecord = field(default_factory=MemoryRecord)
     shards: tuple[ShardRecord, ...] = ()
@@ -196,6 +200,7 @@ class ReportBuilder:
         # What the device behaves as, in words, if not as itself.
         self.imitation: str | None = None
         self.strips = 1
+        self.restarts = 0
         self.plan: dict[str, object] | None = None
         self.layout: dict[str, Any] = {}
         self.memory: dict[str, int | None] = {}
@@ -240,5 +245,6 @@ class ReportBuilder:
             pixel_shape=self.pixel_shape,
             precision_requested=self.precision_requested,
             strips=self.strips,
+            restarts=self.restarts,
             plan=self.plan,
         )

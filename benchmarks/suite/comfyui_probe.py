@@ -5,18 +5,23 @@ Copied into the server's custom_nodes as a pack of its own: it imports nothing o
 
 from __future__ import annotations
 
+import gc
 import inspect
+import subprocess
 import sys
+import zlib
 from types import CodeType
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.model_management as model_management
+import comfy.model_patcher
 import torch
 
 # `memory_required` of each call of load_models_gpu since the last look.
 ASKED: list[int] = []
 # A tool that nobody else uses: 0 to 2 are for debuggers, coverage and profilers.
 _TOOL = 4
+_TAKER_TOOL = 3
 
 
 # Python 3.11 cannot tell of calls: there the list stays empty.
@@ -40,8 +45,9 @@ if sys.version_info >= (3, 12):
 class WanVAEBenchMemory:
     """Wants a value, so that the node before it runs, and says how it used memory.
 
-    `asked`: bytes that ComfyUI was asked to free, call by call. `start` and `peak`: bytes that
-    PyTorch's allocator held, at the look before and at most since then.
+    `digest`: of the bytes of an image or a latent. `asked`: bytes that ComfyUI was asked to free,
+    call by call. `start` and `peak`: bytes that PyTorch's allocator held, at the look before and at
+    most since then.
     """
 
     RETURN_TYPES = ()
@@ -66,6 +72,10 @@ class WanVAEBenchMemory:
             "start": [WanVAEBenchMemory.start],
             "peak": [None],
         }
+        if isinstance(value, dict) and isinstance(value.get("samples"), torch.Tensor):
+            value = value["samples"]
+        if isinstance(value, torch.Tensor):
+            found["digest"] = [zlib.crc32(value.contiguous().cpu().float().numpy().data)]
         if torch.cuda.is_available():
             found["peak"] = [torch.cuda.max_memory_allocated()]
             torch.cuda.reset_peak_memory_stats()
@@ -73,4 +83,116 @@ class WanVAEBenchMemory:
         return {"ui": found}
 
 
-NODE_CLASS_MAPPINGS = {"WanVAEBenchMemory": WanVAEBenchMemory}
+class _Fault:
+    """A node that leaves ComfyUI in a state from which others have to work.
+
+    `salt` is new each time, so that the cache does not answer.
+    """
+
+    RETURN_TYPES = ()
+    FUNCTION = "fail"
+    OUTPUT_NODE = True
+    CATEGORY = "bench"
+
+    # What a fault keeps, until `WanVAEBenchRelease`.
+    kept: ClassVar[list[Any]] = []
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        gib = ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1000.0})
+        return {"required": {"gib": gib, "salt": ("INT", {"default": 0, "max": 1 << 30})}}
+
+
+class WanVAEBenchRunOut(_Fault):
+    """Takes `gib` GiB, runs out of memory, and has somebody keep the error and its traceback."""
+
+    def fail(self, gib: float, salt: int) -> dict[str, Any]:
+        held = torch.empty(int(gib * 2**30), dtype=torch.uint8, device="cuda")
+        try:
+            more = torch.empty(1 << 46, dtype=torch.uint8, device="cuda")
+        except torch.OutOfMemoryError as error:
+            _Fault.kept.append(error)
+            raise
+        return {"ui": {"held": [held.numel() + more.numel()]}}
+
+
+class WanVAEBenchModel(_Fault):
+    """Loads a stand-in of a sampler's model of `gib` GiB through ComfyUI's model management."""
+
+    def fail(self, gib: float, salt: int) -> dict[str, Any]:
+        device, offload = model_management.get_torch_device(), torch.device("cpu")
+        model = torch.nn.Module()
+        # In parts, as a model is: ComfyUI moves them one by one.
+        for i in range(16):
+            part = torch.zeros(int(gib * 2**30) // 32, dtype=torch.bfloat16)
+            layer = torch.nn.Module()
+            layer.weight = torch.nn.Parameter(part, requires_grad=False)
+            model.add_module(f"part{i}", layer)
+        patcher = comfy.model_patcher.ModelPatcher(model, device, offload)
+        _Fault.kept.append(patcher)
+        model_management.load_models_gpu([patcher], force_full_load=True)
+        return {"ui": {"loaded": [patcher.loaded_size()]}}
+
+
+class WanVAEBenchTaker(_Fault):
+    """Another process takes all but `gib` GiB as soon as the next run of ours has made its plan.
+
+    It starts when `Run.begin` returns, of which Python tells; nothing of ours changes.
+    """
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        types = super().INPUT_TYPES()
+        return {"required": {**types["required"], "script": ("STRING", {})}}
+
+    def fail(self, gib: float, salt: int, script: str) -> dict[str, Any]:
+        begin = next(
+            module.Run.begin.__code__
+            for name, module in list(sys.modules.items())
+            if name.endswith(".wan_vae.runs.run")
+        )
+        events = sys.monitoring
+
+        def planned(code: CodeType, _offset: int, _result: object) -> object:
+            events.set_local_events(_TAKER_TOOL, begin, 0)
+            events.free_tool_id(_TAKER_TOOL)
+            process = subprocess.Popen(
+                [sys.executable, script, str(gib)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert process.stdout is not None
+            process.stdout.readline()  # it holds what it should
+            _Fault.kept.append(process)
+            return None
+
+        events.use_tool_id(_TAKER_TOOL, "wan_vae_bench_taker")
+        events.register_callback(_TAKER_TOOL, events.events.PY_RETURN, planned)
+        events.set_local_events(_TAKER_TOOL, begin, events.events.PY_RETURN)
+        return {"ui": {"armed": [1]}}
+
+
+class WanVAEBenchRelease(_Fault):
+    """Ends what the faults keep."""
+
+    def fail(self, gib: float, salt: int) -> dict[str, Any]:
+        for kept in _Fault.kept:
+            if isinstance(kept, subprocess.Popen):
+                kept.communicate()
+        _Fault.kept.clear()
+        gc.collect()
+        model_management.soft_empty_cache()
+        return {"ui": {"released": [1]}}
+
+
+NODE_CLASS_MAPPINGS = {
+    node.__name__: node
+    for node in (
+        WanVAEBenchMemory,
+        WanVAEBenchRunOut,
+        WanVAEBenchModel,
+        WanVAEBenchTaker,
+        WanVAEBenchRelease,
+    )
+}

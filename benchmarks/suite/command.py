@@ -14,6 +14,7 @@ from benchmarks import (
     emulated_scaling,
     encode,
     host_memory,
+    small_cards,
 )
 from benchmarks.suite import compare
 from benchmarks.suite.parts import OTHER_PARTS
@@ -54,6 +55,7 @@ _RUN: dict[str, Callable[[Sequence[str]], int]] = {
     "kernels": _own_process("kernels.py"),
     "resources": _own_process("kernel_resources.py"),
     "nodes": _own_process("comfyui_nodes.py"),
+    "small": small_cards.main,
     "host": host_memory.main,
     "forms": conv_forms.main,
 }

@@ -236,6 +236,10 @@ class NodeRow:
     flags: str = ""
     difference: float | None = None
     error: str = ""
+    # Of the first result: a run with the same numbers must have the same bits. None for a file.
+    digest: int | None = None
+    # What had happened before, on purpose; the run may then have started over.
+    after: str = ""
 
     def faults(self) -> list[str]:
         """What is wrong with a node of ours: a run that is not done, memory not as planned."""
@@ -252,9 +256,13 @@ class NodeRow:
             found.append(f"{self.node}: the plan of the run is not the one of its memory")
         # Where ComfyUI could not free as much as it was asked for, the run took a smaller plan.
         again = any(note.startswith("planned again") for note in self.report["plan"]["notes"])
-        if self.asked_bytes and self.asked_bytes[-1] != planned and not again:
+        # Results from before reports had needed_bytes asked for the planned bytes.
+        needed = self.report["plan"].get("needed_bytes", planned)
+        if self.asked_bytes and self.asked_bytes[-1] != needed and not again:
             asked = self.asked_bytes[-1]
-            found.append(f"{self.node}: planned {planned} bytes, ComfyUI was asked for {asked}")
+            found.append(f"{self.node}: {needed} bytes are needed, ComfyUI was asked for {asked}")
+        if self.report.get("restarts", 0) and not self.after:
+            found.append(f"{self.node}: memory ran out, {self.report['fallbacks']}")
         return found
 
     def as_dict(self) -> dict[str, object]:
@@ -291,14 +299,15 @@ class NodeClock:
 
 def measure(server: Comfy, case: NodeCase, seed: int) -> NodeRow:
     """Run `case` with `seed` and the numbers after it. Raises RuntimeError if a node fails."""
-    times = []
+    times, digests = [], []
     for number in range(1 + case.warm):
         clock = NodeClock(_MEASURED)
         run = server.run(case.prompt(seed + number), on_message=clock.hear)
         if run.error is not None:
             raise RuntimeError(f"{case.title}: {run.error['exception_message']}")
         times.append(clock.ms)
-    return _row(server, case, times, run)
+        digests += run.outputs[_PROBE].get("digest", [])
+    return replace(_row(server, case, times, run), digest=digests[0] if digests else None)
 
 
 def failed(case: NodeCase, error: RuntimeError) -> NodeRow:
@@ -327,7 +336,7 @@ def _row(server: Comfy, case: NodeCase, times: list[float], run: Run) -> NodeRow
         video=case.video,
         first_ms=times[0],
         warm_ms=tuple(times[1:]),
-        median_ms=statistics.median(times[1:]),
+        median_ms=statistics.median(times[1:] or times),
         asked_bytes=tuple(memory["asked"]),
         peak_bytes=None if peak is None or start is None else peak - start,
         report=_report(server, case),

@@ -12,6 +12,7 @@ OTHER_PARTS = {
     "forms": "convolutions without cuDNN, by form, next to the library's (a GPU)",
     "resources": "registers and shared memory of the Triton kernels (no GPU)",
     "nodes": "our nodes in a running ComfyUI (COMFYUI_PATH): time and memory",
+    "small": "IMAGE and a stream of frames on a card with little memory (a GPU)",
     "host": "what fresh host memory costs a copy from the GPU",
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import comfyui_nodes
+from benchmarks.suite import node_faults
 from benchmarks.suite.facts import Facts
 from benchmarks.suite.node_runs import (
     SIZES,
@@ -129,6 +130,56 @@ def test_a_run_on_a_gpu_asked_comfyui_for_what_was_planned(rows):
     ours = [row for row in rows if row.report is not None]
     assert len(ours) == 4
     assert all(row.asked_bytes[-1] == row.report["memory"]["planned_bytes"] for row in ours)
+
+
+class FaultyServer:
+    """What `node_faults` asks of a server: what was run, and a result that may be another one."""
+
+    def __init__(self):
+        self.prompts, self.freed = [], 0
+
+    def run(self, prompt, on_message=None):
+        self.prompts.append(prompt)
+        (first, *_) = prompt.values()
+        raises = first["class_type"] == "WanVAEBenchRunOut"
+        return type("Run", (), {"error": {"exception_message": "out"} if raises else None})
+
+    def post(self, *_):
+        self.freed += 1
+
+
+def test_a_fault_happens_before_each_node_and_results_are_compared(rows, monkeypatch):
+    titles = [case.title for case in node_faults.fault_cases()]
+    other = rows[0].node == titles[0] and titles[1]
+    monkeypatch.setattr(
+        node_faults,
+        "measure",
+        lambda server, case, seed: replace(rows[0], node=case.title, digest=7),
+    )
+    server, digests = FaultyServer(), {title: 7 for title in titles} | {other: 8}
+    found = list(node_faults.rows_after_faults(server, digests))
+    assert len(found) == 9 == server.freed and {row.node for row in found} == set(titles)
+    wrong = [row for row in found if row.error]
+    assert {(row.node, row.error) for row in wrong} == {
+        (titles[1], "other bits than with all memory")
+    }
+    happened = [prompt["1"]["class_type"] for prompt in server.prompts]
+    assert happened[:2] == ["WanVAEBenchRelease", "WanVAEBenchRunOut"]
+    assert happened[-1] == "WanVAEBenchRelease" and len(happened) == 19
+    lines = node_faults.fault_lines(found)
+    assert len(lines) == 11 and sum("other bits" in line for line in lines) == 3
+
+
+def test_a_fault_that_does_not_happen_is_an_error():
+    fault = replace(node_faults.FAULTS[1], raises=True)
+    with pytest.raises(RuntimeError, match="sampler"):
+        fault.happen(FaultyServer(), 1)
+
+
+def test_a_run_that_started_over_is_a_fault_unless_it_came_after_one(rows):
+    report = {**rows[0].report, "restarts": 1, "fallbacks": ["chunk: out of memory"]}
+    assert "memory ran out" in replace(rows[0], report=report).faults()[0]
+    assert replace(rows[0], report=report, after="a fault").faults() == []
 
 
 def test_faults_are_named(rows):

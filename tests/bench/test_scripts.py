@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 
-from benchmarks import encode
+from benchmarks import encode, small_cards
 from benchmarks.every_kernel import once, trials
 from wan_vae.kernels.device import CARDS
 from wan_vae.kernels.registry import kernels_of
@@ -63,6 +64,25 @@ def test_an_encoder_that_gives_something_else_gets_no_time():
     wrong = encode.Candidate("wrong", lambda *_: None, lambda *_: other)
     rows = list(encode.measure(case, [wrong], device, torch.float32, 1))
     assert [row.kind for row in rows] == ["refused", "refused"]
+
+
+def test_an_image_and_a_stream_are_measured_side_by_side(tmp_path):
+    words = ("--device", "cpu", "--case", "wan2.1-narrow", "--cap", "0", "--repeats", "1")
+    lines = run("small_cards.py", *words, "--output", str(tmp_path))
+    rows = [line.split(" | ") for line in lines if line.startswith("| wan2.1-narrow")]
+    assert [row[1] for row in rows] == ["IMAGE", "stream"]
+    assert all(row[-1] == "equal |" for row in rows)
+    (image, stream) = json.loads((tmp_path / "small.json").read_text())["rows"]
+    assert image["planned_bytes"] > 0 and stream["restarts"] == 0
+
+
+def test_what_is_wrong_on_a_small_card_is_named():
+    row = small_cards.SmallRow(
+        "720p", "stream", 6, "caching", 2, 1, 2, 21, 5, 100, 116, 7, 1, False
+    )
+    found = row.faults()
+    assert len(found) == 3 and "memory ran out 1 times" in found[0] and "took" in found[1]
+    assert replace(row, peak_bytes=114, restarts=0, equal=True).faults() == []
 
 
 def test_host_memory_is_timed():

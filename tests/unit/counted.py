@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from math import inf
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,10 +22,13 @@ class TensorCounter(TorchDispatchMode):
     data it takes, for as long as it runs, what was measured for cuDNN (`peak._IMAGE_COLUMNS`).
 
     Convolutions give zeros: computing them would be most of the time, and no size depends on it.
+    Unless `computes` says so: then they are computed, and take no memory besides. limit: bytes
+    above which memory has run out, as on a device of that size.
     """
 
-    def __init__(self):
+    def __init__(self, computes: bool = False, limit: float = inf):
         super().__init__()
+        self.computes, self.limit = computes, limit
         self.live = self.peak = 0
         self._seen: set[int] = set()
 
@@ -32,7 +36,7 @@ class TensorCounter(TorchDispatchMode):
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, torch.Tensor):  # what was there before, such as weights
                 self._seen.add(tensor.untyped_storage()._cdata)
-        if func.overloadpacket.__name__ not in CONVOLUTIONS:
+        if self.computes or func.overloadpacket.__name__ not in CONVOLUTIONS:
             result = func(*args, **(kwargs or {}))
         else:
             x, weight = args[:2]
@@ -55,6 +59,8 @@ class TensorCounter(TorchDispatchMode):
         key = storage._cdata
         if key not in self._seen:
             n = -(-storage.nbytes() // 512) * 512
+            if self.live + n > self.limit:
+                raise torch.OutOfMemoryError(f"CUDA out of memory: {n} bytes (planted)")
             self._seen.add(key)
             self.live += n
             self.peak = max(self.peak, self.live)

@@ -9,14 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from wan_vae import WanVAE
+from wan_vae import WanVAE, hooks
 from wan_vae.commands import doctor, outlook, parser
 from wan_vae.commands.cli import main
 from wan_vae.commands.outlook import PICTURES, PREDICTED_S
 from wan_vae.device import pick_device
 from wan_vae.errors import BackendError
 from wan_vae.kernels.device import CARDS, Device
-from wan_vae.runs import engine
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -31,7 +30,7 @@ def vae() -> WanVAE:
 def told(vae: WanVAE, monkeypatch, card: str, free: int | None) -> list[str]:
     """The outlook as on `card` with so much free."""
     monkeypatch.setattr(Device, "of", lambda device: CARDS[card])
-    monkeypatch.setattr(engine, "device_free_bytes", lambda device: free)
+    monkeypatch.setattr(hooks, "device_free_bytes", lambda device: free)
     monkeypatch.setattr(outlook, "device_name", lambda device: card)
     return outlook.outlook(vae)
 

@@ -21,6 +21,7 @@ from wan_vae.network import architecture
 from wan_vae.network.blocks import Step
 from wan_vae.network.cache import FeatureCache
 from wan_vae.network.model import WanVAEModel
+from wan_vae.ops.eager.forms import EagerForms
 from wan_vae.planning import choose
 from wan_vae.planning.choose import PlanRequest
 from wan_vae.planning.passes import pass_frames
@@ -124,10 +125,10 @@ def test_the_plan_counts_in_the_dtype_of_the_decode(family, precision):
     within(vae.last_report.memory.planned_bytes, counter.peak)
 
 
-def model_without_data(config, memory_format: str) -> WanVAEModel:
-    """In bfloat16 on the meta device, where tensors have sizes only."""
+def model_without_data(config, memory_format: str, dtype=torch.bfloat16) -> WanVAEModel:
+    """On the meta device, where tensors have sizes only."""
     with torch.device("meta"):
-        model = WanVAEModel(config).to(torch.bfloat16).requires_grad_(False)
+        model = WanVAEModel(config).to(dtype).requires_grad_(False)
         pack_weights(model.decoder, memory_format)
     return model
 
@@ -277,3 +278,56 @@ def test_full_size_plans_stay_below_what_was_measured_before(
     plan = choose.choose(PlanRequest(config, latent, torch.bfloat16, memory_format))
     assert plan.strips == 1
     assert 0.5 * measured < plan.planned_bytes / 2**30 < measured
+
+
+def counted_as_core_decodes(config, latent, counter: TensorCounter) -> int:
+    """Peak bytes of a decode in float32 in the order of ComfyUI's core, above weights and output.
+
+    Core takes one latent frame at a time in NCDHW, all of it through each layer, and keeps the last
+    two frames of each convolution. A norm's result is a tensor of its own.
+    """
+    model, cache = model_without_data(config, "contiguous", torch.float32), FeatureCache()
+    frame = torch.empty(*latent[:2], 1, *latent[3:], device="meta")
+    with torch.inference_mode(), counter:
+        for i in range(2):
+            model.decode_chunk(frame, Step(cache, Chunk(i, i + 1, i == 0, False)))
+    return counter.peak
+
+
+def planned_in_float32(config, latent, memory_format: str) -> int:
+    forms = EagerForms(joined_norm=True)
+    wanted = PlanRequest(config, latent, torch.float32, memory_format, forms=forms, staged=True)
+    return choose.choose(wanted).planned_bytes
+
+
+@pytest.mark.parametrize(
+    "config, latent",
+    [
+        (wan21(), (1, 16, 5, 60, 104)),
+        (wan21(), (1, 16, 21, 90, 160)),
+        (wan22(), (1, 48, 31, 44, 80)),
+    ],
+)
+def test_float32_takes_no_more_than_comfyui_core(config, latent):
+    """With what cuDNN takes besides for NCDHW data, for both."""
+    core = counted_as_core_decodes(config, latent, TensorCounter())
+    for memory_format in FORMATS:
+        assert planned_in_float32(config, latent, memory_format) < 0.85 * core
+
+
+def test_float32_takes_no_more_than_what_was_measured_for_comfyui_core():
+    """6.0 GiB for 480p x 17, on an H200 with ComfyUI 0.33: in TF32, for which cuDNN takes nothing
+    besides. The plan counts what it may take for us."""
+    latent, measured = (1, 16, 5, 60, 104), round(6.0 * 2**30)
+    within(counted_as_core_decodes(wan21(), latent, TensorCounter(computes=True)), measured, 0.1)
+    assert planned_in_float32(wan21(), latent, "contiguous") < measured
+
+
+def test_small_videos_in_float32_take_no_more_than_a_frame_at_a_time():
+    """They would have longer chunks otherwise, as in half precision."""
+    latent, forms = (1, 16, 5, 30, 52), EagerForms(joined_norm=True)
+    wanted = PlanRequest(wan21(), latent, torch.float32, "contiguous", forms=forms)
+    memory = DecodeMemory(wan21(), latent, torch.float32, "contiguous", {}, forms)
+    frame_by_frame = memory.of_picture(schedule(latent[2], 1), None)
+    assert choose.choose(wanted).planned_bytes <= frame_by_frame
+    assert memory.of_picture(schedule(latent[2], 4), choose.PASSES[0]) > 1.5 * frame_by_frame

@@ -71,7 +71,12 @@ class ImageSink:
     ) -> ImageSink:
         """Make a sink with memory for a decode of `latent_shape`. Raises GeometryError."""
         b, c, t, h, w = geometry.pixel_shape(latent_shape, config)
-        return cls(_empty((b, t, h, w, c), device, dtype), is_new=True)
+        shape = (b, t, h, w, c)
+        on_host = device.type == "cpu"
+        image = (
+            host_empty(shape, dtype) if on_host else torch.empty(shape, device=device, dtype=dtype)
+        )
+        return cls(image, is_new=True)
 
     def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
         """Take pixels [B, 3, t, rows, W'] float32 in [-1, 1]; see `sink.Sink`."""
@@ -192,14 +197,12 @@ class HostCopier:
             raise self._failure
 
 
-def _empty(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """`torch.empty`; on the CPU in memory that NumPy allocates, which asks Linux for huge pages.
+def host_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """`torch.empty` on the CPU, in memory that NumPy allocates, which asks Linux for huge pages.
 
     The first write into 388 MB, by a copy from a GPU, takes 120 ms there and 250 ms in memory of
     PyTorch (the host of an NVIDIA H100, transparent huge pages by `madvise`, Linux's default).
     """
-    if device.type != "cpu":
-        return torch.empty(shape, device=device, dtype=dtype)
     raw = np.empty(prod(shape) * dtype.itemsize, np.uint8)
     return torch.from_numpy(raw).view(dtype).view(shape)
 

@@ -7,6 +7,8 @@ with a fresh cache, so nothing is left over from the run before.
 
 from __future__ import annotations
 
+from collections.abc import ItemsView
+
 import torch
 
 
@@ -46,6 +48,10 @@ class FeatureCache:
     def store(self, slot: str, history: torch.Tensor) -> None:
         """Keep `history` for the next chunk. It must own its memory (no view of a chunk)."""
         self._slots[slot] = history
+
+    def items(self) -> ItemsView[str, torch.Tensor]:
+        """What is stored, in the order in which it was stored last."""
+        return self._slots.items()
 
     def clear(self) -> None:
         """Remove all history and free its memory."""

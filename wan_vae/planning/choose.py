@@ -8,24 +8,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from math import ceil, inf
 from types import MappingProxyType
 
 import torch
 
 from ..chunking import Chunk, schedule
 from ..config import WanVAEConfig
+from ..device import Allocator
 from ..network.architecture import residual_convolutions
 from ..ops.eager.forms import EagerForms
 from ..ops.opset import Prepared
 from ..options import PARTS, Operation
 from .encode_peak import EncodeMemory
+from .margins import MARGINS
 from .peak import DecodeMemory, WeightFormat
 
-# Of the free bytes, those that a plan may use: for whole pictures, for strips of our kernels and
-# for strips of the eager backend. The rest is what the allocator cannot hand out because it lies in
-# pieces. NVIDIA H100, allocator capped to 8 GB, 1080p in three strips: our kernels ran out at 0.82;
-# capped to 6 GB, 720p in two, the eager backend did at 0.73. More strips cost it little.
-_USABLE, _USABLE_STRIPS, _USABLE_EAGER_STRIPS = 0.85, 0.75, 0.6
 # A chunk of about one 720p latent frame keeps an H200 busy; smaller pictures take more frames a
 # chunk so that launches do not dominate.
 _FULL_CHUNK_PIXELS = 4 * 720 * 1280
@@ -40,9 +38,20 @@ PASSES = (4 * 720 * 1280 * 96, 2 * 720 * 1280 * 96)
 _SHARD_CHUNKS = 2
 # At most, of eager float32: half for the bytes of a number, and half because there cuDNN takes
 # operand and result of a convolution once more, in its own format (`peak.py`). Its chunks are half
-# as long. 480p x 17 on an H200: 11.0 GiB with full passes, where ComfyUI's core took 6.0.
+# as long. 480p x 17 on an H200: 11.0 GiB with full passes and two frames a chunk (the walk: 10.98),
+# where ComfyUI's core took 6.0 with one frame.
 _FLOAT32_PASSES = tuple(n // 4 for n in PASSES)
 _USUAL_ITEMSIZE = 2
+# Latent frames of a chunk whose strips go one after another and whose frames are put together in
+# host memory, the better ones first. A clip of 81 frames is one chunk, which keeps no history. Of a
+# longer one, the history of all strips goes to the host and back with each chunk (1080p: 8.8 GiB
+# each way, 0.4 s over PCIe 4), so that long chunks hide it; short ones need less memory.
+_PARKED_CHUNKS = (24, 12, 6, 3, 1)
+# The time of those copies, in latent frames of computing. NVIDIA H100, 1080p: 0.4 s (counted, from
+# 25 GB/s) beside 0.2 s a frame (9.7 s for 21 in ten strips, 4.1 in four); slower cards less.
+_COPIED_FRAMES = 1.5
+# Of the host memory that is free, what a plan may take of it: other programs use it too.
+_USABLE_HOST = 0.6
 _STRIP_COUNTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 
 _NO_KERNELS: Mapping[str, Prepared] = MappingProxyType({})
@@ -62,8 +71,10 @@ class PlanRequest:
 
     shards: `latent_shape` is the part of one rank. A rank takes neither passes nor strips.
 
-    forms: how layers without a kernel are computed (`OpSet.forms`). staged: the pixels of an encode
-    come from the host, pass by pass.
+    forms: how layers without a kernel are computed (`OpSet.forms`). staged: the device has memory
+    of its own: pixels come from the host and go there pass by pass, and what is not at work can
+    wait there. allocator: who hands out the device's memory. host_free_bytes: free host memory;
+    None where nobody can say.
     """
 
     config: WanVAEConfig
@@ -79,6 +90,13 @@ class PlanRequest:
     forms: EagerForms = field(default_factory=EagerForms)
     operation: Operation = "decode"
     staged: bool = False
+    allocator: Allocator = "caching"
+    host_free_bytes: float | None = None
+
+    @property
+    def may_park(self) -> bool:
+        """Whether whole frames of strips can be put together on the host; see `runs.parked`."""
+        return self.operation == "decode" and self.whole_frames and self.staged
 
 
 @dataclass(frozen=True)
@@ -89,7 +107,9 @@ class Choice:
     hold (see `pass_frames`); None takes each chunk as a whole. strips: 1 is the whole picture.
     planned_bytes: the predicted peak of allocated device memory above weights, latent and output.
     extra_work: the share of the convolutions' multiplications that strips do twice. note: says why
-    strips were planned; None if they were not.
+    strips were planned; None if they were not. parked: strips leave their frames and their history
+    on the host, where they take host_bytes. needed_bytes: what must be free for this to be chosen.
+    wanted_bytes: what the fastest way would take, without regard to what is free.
     """
 
     lengths: tuple[int, ...]
@@ -98,6 +118,10 @@ class Choice:
     planned_bytes: int
     extra_work: float = 0.0
     note: str | None = None
+    parked: bool = False
+    host_bytes: int = 0
+    needed_bytes: int = 0
+    wanted_bytes: int = 0
 
     @property
     def chunk_frames(self) -> int:
@@ -119,6 +143,15 @@ def planned_bytes(request: PlanRequest) -> int:
     return choose(replace(request, chunk_frames=frames, strips=None, shards=True)).planned_bytes
 
 
+def choice_of(
+    request: PlanRequest, strips: int | None, elements: int | None, parked: bool
+) -> Choice:
+    """What these strips (None: the whole picture) take; `chunk_frames` of the request says of which
+    chunks. For a plan that was changed because memory ran out."""
+    assert request.chunk_frames is not None
+    return _Chooser(request).priced(strips, elements, parked)
+
+
 class _Chooser:
     """The choice for one request."""
 
@@ -127,6 +160,7 @@ class _Chooser:
         self.memory = _memory_of(request)
         # A run counts as eager as long as one of the layers that do most of the work is.
         large = residual_convolutions(request.config, PARTS[request.operation])
+        self.margin = MARGINS[request.allocator]
         self.is_eager = not all(name in request.layers for name in large)
         self.wide = max(1, request.dtype.itemsize // _USUAL_ITEMSIZE) if self.is_eager else 1
         self.passes: Sequence[int] = PASSES
@@ -135,42 +169,69 @@ class _Chooser:
             self.passes = tuple(min(n, most) for n, most in limits)
 
     def choose(self) -> Choice:
+        return self._with_bounds(self._choice())
+
+    def priced(self, strips: int | None, elements: int | None, parked: bool) -> Choice:
+        """See `choice_of`."""
+        assert self.request.chunk_frames is not None
+        chunks = self._schedule(self.request.chunk_frames)
+        if strips is None:
+            return self._with_bounds(self._whole(chunks, elements))
+        assert elements is not None  # only ranks go without passes, and they take no strips
+        make = self._parked if parked else self._in_strips
+        return self._with_bounds(make(strips, chunks, elements))
+
+    def _with_bounds(self, choice: Choice) -> Choice:
+        share = self.margin.of(choice.strips, self.is_eager)
+        return replace(
+            choice,
+            needed_bytes=ceil(choice.planned_bytes / share),
+            wanted_bytes=max(choice.wanted_bytes, choice.planned_bytes),
+        )
+
+    def _choice(self) -> Choice:
         request = self.request
         if request.shards:
             return self._of_shard()
         asked, free = request.chunk_frames, request.free_bytes
         if request.strips is not None:
+            if request.may_park:
+                return self._parked(request.strips, self._parked_ways()[0], self.passes[0])
             chunks = self._schedule(1 if asked is None else asked)
             return self._in_strips(request.strips, chunks, self.passes[0])
         wide = self._full_chunk() * (1 if self.is_eager else _WIDE_CHUNKS)
         ways = _ways(min(request.latent_shape[2], wide), self.passes)
+        wanted = 0
+        if asked is None and self.wide > 1:
+            # What a frame at a time takes, as ComfyUI's core does it, and so no more than core: a
+            # user of --fp32-vae must not run out of memory for having installed us.
+            most = self._whole(self._schedule(1), None).planned_bytes
+            ways = [
+                way
+                for way in ways
+                if self._whole(self._schedule(way[0]), way[1]).planned_bytes <= most
+            ] or ways[-1:]
         for frames, elements in ways if asked is None else [(asked, e) for e in self.passes]:
             choice = self._whole(self._schedule(frames), elements)
-            if free is None or choice.planned_bytes <= int(_USABLE * free):
-                return choice
+            wanted = max(wanted, choice.planned_bytes)
+            if free is None or choice.planned_bytes <= int(self.margin.whole * free):
+                return replace(choice, wanted_bytes=wanted)
         assert free is not None
         smallest = self._whole(self._schedule(1), self.passes[-1])
-        if smallest.planned_bytes <= int(_USABLE * free):
-            return choice  # as asked for; chunks become shorter if memory does run out
-        return self._fitting_strips(free, ways, smallest)
+        if smallest.planned_bytes > int(self.margin.whole * free):
+            choice = self._fitting_strips(free, ways, smallest)
+        # Else as asked for; chunks become shorter if memory does run out.
+        return replace(choice, wanted_bytes=wanted)
 
     def _fitting_strips(self, free: float, ways: list[tuple[int, int]], smallest: Choice) -> Choice:
         """The fewest strips that fit, or those that take least if none do.
 
         smallest: what the decode takes at least without strips.
         """
-        height = self.request.latent_shape[3]
-        counts = [*(n for n in _STRIP_COUNTS if n < height), *([height] if height > 1 else [])]
-        usable = int(_USABLE_STRIPS * free)
-        if self.is_eager:
-            usable, ways = int(_USABLE_EAGER_STRIPS * free), [(1, self.passes[0])]
-        best: Choice | None = None
-        for count, (frames, elements) in product(counts, ways):
-            choice = self._in_strips(count, self._schedule(frames), elements)
-            if best is None or choice.planned_bytes < best.planned_bytes:
-                best = choice
-            if choice.planned_bytes <= usable:
-                break
+        usable = int(self.margin.of(2, self.is_eager) * free)
+        best = self._fitting_parked_strips(usable) if self.request.may_park else None
+        if best is None:
+            best = self._fitting_strips_on_the_device(usable, ways)
         if best is None or best.planned_bytes >= smallest.planned_bytes:
             return smallest
         note = (
@@ -178,9 +239,64 @@ class _Chooser:
             f"{_gib(free)} free; they need {_gib(best.planned_bytes)}, and {best.extra_work:.0%} "
             "of the work is done twice"
         )
+        if best.parked:
+            what = "frames" if len(best.lengths) == 1 else "frames and history"
+            note += f"; {what} of strips wait in {_gib(best.host_bytes)} GiB of host memory"
         if best.planned_bytes > usable:
             note += "; no number of strips is sure to fit"
         return replace(best, note=note)
+
+    def _strip_counts(self) -> list[int]:
+        height = self.request.latent_shape[3]
+        return [*(n for n in _STRIP_COUNTS if n < height), *([height] if height > 1 else [])]
+
+    def _fitting_strips_on_the_device(
+        self, usable: int, ways: list[tuple[int, int]]
+    ) -> Choice | None:
+        """The fewest strips that take `usable` bytes, or the smallest; all that they keep stays on
+        the device."""
+        if self.is_eager:
+            ways = [(1, self.passes[0])]
+        best: Choice | None = None
+        for count, (frames, elements) in product(self._strip_counts(), ways):
+            choice = self._in_strips(count, self._schedule(frames), elements)
+            if best is None or choice.planned_bytes < best.planned_bytes:
+                best = choice
+            if choice.planned_bytes <= usable:
+                break
+        return best
+
+    def _fitting_parked_strips(self, usable: int) -> Choice | None:
+        """Of parked strips that take `usable` bytes those that cost least time, or the smallest.
+        None where the host has no room for what waits there."""
+        passes = self.passes[:1] if self.is_eager else self.passes
+        host = self.request.host_free_bytes
+        smallest: Choice | None = None
+        best: Choice | None = None
+        least = inf
+        for chunks in self._parked_ways():
+            copies = 0.0 if len(chunks) == 1 else _COPIED_FRAMES / chunks[0].frames
+            for count, elements in product(self._strip_counts(), passes):
+                if copies >= least:
+                    break  # more strips only add to it
+                choice = self._parked(count, chunks, elements)
+                if host is not None and choice.host_bytes > _USABLE_HOST * host:
+                    break
+                if smallest is None or choice.planned_bytes < smallest.planned_bytes:
+                    smallest = choice
+                if choice.planned_bytes <= usable:
+                    if choice.extra_work + copies < least:
+                        best, least = choice, choice.extra_work + copies
+                    break
+        return smallest if best is None else best
+
+    def _parked_ways(self) -> list[list[Chunk]]:
+        """Chunks of strips that leave their frames on the host: as even as possible."""
+        frames, asked = self.request.latent_shape[2], self.request.chunk_frames
+        if asked is not None:
+            return [self._schedule(asked)]
+        counts = sorted({ceil(frames / longest) for longest in _PARKED_CHUNKS})
+        return [self._schedule(ceil(frames / count)) for count in counts]
 
     def _of_shard(self) -> Choice:
         """The longest chunks that fit."""
@@ -188,10 +304,13 @@ class _Chooser:
         if request.chunk_frames is not None:
             return self._whole(self._schedule(request.chunk_frames), None)
         frames = min(request.latent_shape[2], _SHARD_CHUNKS * self._full_chunk())
+        wanted = 0
         while True:
             choice = self._whole(self._schedule(frames), None)
-            if free is None or frames == 1 or choice.planned_bytes <= _USABLE * free:
-                return choice
+            wanted = max(wanted, choice.planned_bytes)
+            fits = free is None or choice.planned_bytes <= self.margin.whole * free
+            if fits or frames == 1:
+                return replace(choice, wanted_bytes=wanted)
             frames -= 1
 
     def _whole(self, chunks: list[Chunk], elements: int | None) -> Choice:
@@ -202,6 +321,19 @@ class _Chooser:
         peak = self.memory.of_strips(count, self.request.whole_frames, chunks, elements)
         lengths = tuple(c.frames for c in chunks)
         return Choice(lengths, elements, count, peak.bytes, peak.extra_work)
+
+    def _parked(self, count: int, chunks: list[Chunk], elements: int) -> Choice:
+        assert isinstance(self.memory, DecodeMemory)  # `may_park`
+        peak = self.memory.of_parked_strips(count, chunks, elements)
+        return Choice(
+            tuple(c.frames for c in chunks),
+            elements,
+            count,
+            peak.bytes,
+            peak.extra_work,
+            parked=True,
+            host_bytes=peak.host_bytes,
+        )
 
     def _schedule(self, chunk_frames: int | Sequence[int]) -> list[Chunk]:
         return schedule(self.request.latent_shape[2], chunk_frames)
@@ -218,7 +350,7 @@ def _memory_of(request: PlanRequest) -> DecodeMemory | EncodeMemory:
     size = (request.config, tuple(request.latent_shape), request.dtype, request.memory_format)
     if request.operation == "encode":
         return EncodeMemory(*size, request.layers, request.forms, request.staged)
-    return DecodeMemory(*size, request.layers, request.forms)
+    return DecodeMemory(*size, request.layers, request.forms, request.staged)
 
 
 def _ways(frames: int, passes: Sequence[int]) -> list[tuple[int, int]]:

@@ -47,26 +47,34 @@ _BLOCK_BYTES = 512
 _IMAGE_COLUMNS = 9
 
 
+# Tensors of a pass's pixels that are on their way to the host while the next pass runs: as many as
+# `io.image.HostCopier` has buffers.
+_BLOCKS_UNDER_WAY = 2
+
+
 class StripsPeak(NamedTuple):
     """Peak bytes of a decode in strips, and its extra work.
 
     extra_work: the multiplications that strips do twice, as a share of those without strips.
+    host_bytes: what waits in host memory.
     """
 
     bytes: int
     extra_work: float
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Peak:
     """What one walk over a part of the decoder takes, in bytes above what was there before it.
 
-    history: what its layers keep from chunk to chunk. result: what it returns. pixel_frames: the
-    frames of pixels of its largest pass. work: multiplications.
+    history: what its layers keep from chunk to chunk. slot: what one of them keeps at most. result:
+    what it returns. pixel_frames: the frames of pixels of its largest pass. work: multiplications.
     """
 
     peak: int
     history: int
+    slot: int
     result: int
     pixel_frames: int
     work: int
@@ -91,7 +99,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class DecodeMemory(Memory):
-    """Predicts the memory of decodes."""
+    """Predicts the memory of decodes.
+
+    staged: the pixels go to the host, pass by pass.
+    """
+
+    staged: bool = False
 
     def of_picture(self, chunks: Sequence[Chunk], elements: int | None) -> int:
         """Peak of the whole picture, chunk after chunk.
@@ -103,7 +116,7 @@ class DecodeMemory(Memory):
         for chunk in heaviest_chunks(chunks):
             p = DecoderWalk(self, chunk, height, elements).peak_of_picture()
             is_only_pass = chunk.is_first and p.pixel_frames == self._frames(chunk)
-            before = 0 if is_only_pass else self._pixel_bytes(p.pixel_frames, height)
+            before = 0 if is_only_pass else self._held_pixels(p.pixel_frames, height)
             peak = max(peak, p.peak + before)
         return peak
 
@@ -118,23 +131,18 @@ class DecodeMemory(Memory):
         """
         t, height = self.shape[2:4]
         heaviest = heaviest_chunks(chunks)
-        strips = geometry.strips(height, count, self.config)
-        trunks = [DecoderWalk(self, c, height, elements).peak_of_trunk() for c in heaviest]
+        trunks = self._trunks(heaviest, elements)
         trunk_history = 0 if len(chunks) == 1 else max(p.history for p in trunks)
         peak = history = work = 0
-        # Strips of one size and place (top, inner, bottom) are alike.
-        alike: dict[tuple[int, int], list[Strip]] = {}
-        for strip in strips:
-            size = strip.halo_stop - strip.halo_start, strip.stop - strip.start
-            alike.setdefault(size, []).append(strip)
         keeps_history = len(chunks) > 1
         features = trunks[0].result // heaviest[0].frames  # of a latent frame
         longest = max(c.frames for c in chunks)
         frames = self._pixel_bytes(max(self._frames(c) for c in chunks), height)
-        for (rows, own_rows), group in alike.items():
-            walks = [DecoderWalk(self, c, rows, elements).peak_of_strip(group[0]) for c in heaviest]
+        for group, walks in self._strip_walks(count, heaviest, elements):
+            own_rows = group[0].stop - group[0].start
             pixel_frames = max(p.pixel_frames for p in walks)
-            before = self._pixel_bytes(pixel_frames, own_rows) if count * t > 1 else 0
+            held = self._pixel_bytes if whole_frames else self._held_pixels
+            before = held(pixel_frames, own_rows) if count * t > 1 else 0
             for chunk, p in zip(heaviest, walks, strict=True):
                 top = p.peak + before
                 if whole_frames:
@@ -156,13 +164,78 @@ class DecodeMemory(Memory):
             # The trunk of all frames first; its features stay until the last strip is done.
             trunk = max(p.peak for p in trunks) + (t - longest) * features
             peak = max(trunk, t * features + peak)
+        return StripsPeak(peak, self._extra_work(heaviest[0], elements, trunks[0].work, work))
+
+    def of_parked_strips(self, count: int, chunks: Sequence[Chunk], elements: int) -> StripsPeak:
+        """Peak of the same decode where each strip goes through a chunk before the next, the
+        frames of the chunk are put together in host memory, and the history of the strips that are
+        not at work waits there; see `runs.parked`. Raises GeometryError for an impossible count.
+        """
+        height = self.shape[3]
+        heaviest = heaviest_chunks(chunks)
+        trunks = self._trunks(heaviest, elements)
+        features = trunks[0].result // heaviest[0].frames
+        groups = self._strip_walks(count, heaviest, elements)
+        bank = slot = trunk_history = history = peak = work = 0
+        if len(chunks) > 1:
+            # One bank of history, as large as that of the largest strip. In the first chunk a layer
+            # makes a history, which is then copied to its place there.
+            bank = max(p.history for _, walks in groups for p in walks)
+            slot = max(p.slot for _, walks in groups for p in walks)
+            trunk_history = max(p.history for p in trunks)
+        # Frames are handed out so many at a time: a copy puts them in order, and the reader may
+        # still hold those before.
+        handed = self._pixel_bytes(self.config.temporal_factor, height)
+        for group, walks in groups:
+            before = self._held_pixels(
+                max(p.pixel_frames for p in walks), group[0].stop - group[0].start
+            )
+            for chunk, p in zip(heaviest, walks, strict=True):
+                others = bank - p.history if bank else 0
+                others += slot if chunk.is_first else handed
+                peak = max(peak, p.peak + before + chunk.frames * features + others)
+            work += len(group) * walks[0].work
+            history += len(group) * (walks[0].history if bank else 0)
+        longest = max(c.frames for c in chunks)
+        peak = max(peak, longest * features + bank + 3 * handed) + trunk_history
+        for chunk, p in zip(heaviest, trunks, strict=True):
+            peak = max(peak, p.peak + (0 if chunk.is_first else bank + handed))
+        frames = self._pixel_bytes(max(self._frames(c) for c in chunks), height)
+        extra = self._extra_work(heaviest[0], elements, trunks[0].work, work)
+        return StripsPeak(peak, extra, history + frames)
+
+    def _trunks(self, chunks: Sequence[Chunk], elements: int) -> list[Peak]:
+        """The trunk of each of `chunks`, which takes the whole picture."""
+        return [DecoderWalk(self, c, self.shape[3], elements).peak_of_trunk() for c in chunks]
+
+    def _strip_walks(
+        self, count: int, chunks: Sequence[Chunk], elements: int
+    ) -> list[tuple[list[Strip], list[Peak]]]:
+        """Strips of one size and place (top, inner, bottom), which are alike, and the walks of one
+        of them through each of `chunks`. Raises GeometryError for an impossible count."""
+        alike: dict[tuple[int, int], list[Strip]] = {}
+        for strip in geometry.strips(self.shape[3], count, self.config):
+            size = strip.halo_stop - strip.halo_start, strip.stop - strip.start
+            alike.setdefault(size, []).append(strip)
+        return [
+            (group, [DecoderWalk(self, c, rows, elements).peak_of_strip(group[0]) for c in chunks])
+            for (rows, _), group in alike.items()
+        ]
+
+    def _extra_work(self, chunk: Chunk, elements: int, trunk: int, strips: int) -> float:
+        """The share of the multiplications of `strips` that a decode without strips does not do."""
+        height = self.shape[3]
         whole = Strip(0, height, height, 0)
-        uncut = DecoderWalk(self, heaviest[0], height, elements).peak_of_strip(whole).work
-        return StripsPeak(peak, (work - uncut) / (trunks[0].work + uncut))
+        uncut = DecoderWalk(self, chunk, height, elements).peak_of_strip(whole).work
+        return (strips - uncut) / (trunk + uncut)
 
     def _frames(self, chunk: Chunk) -> int:
         first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
         return last - first
+
+    def _held_pixels(self, frames: int, rows: int) -> int:
+        """float32 pixels of a pass, which stay while the next one runs, and copies of them."""
+        return self._pixel_bytes(frames, rows) * (1 + (_BLOCKS_UNDER_WAY if self.staged else 0))
 
     def _pixel_bytes(self, frames: int, rows: int) -> int:
         """float32 pixels of `frames` frames of `rows` latent rows."""
@@ -194,11 +267,16 @@ class Walk:
         self.resumes = False  # a later pass of this chunk
         self.t = frames
         self.scale = scale
-        self.live = self.peak = self.history = self.pixel_frames = self.work = 0
+        self.live = self.peak = self.history = self.slot = self.pixel_frames = self.work = 0
 
     def found(self, result: int) -> Peak:
         old = 0 if self.chunk_is_first else self.history
-        return Peak(self.peak + old, self.history, result, self.pixel_frames, self.work)
+        return Peak(self.peak + old, self.history, self.slot, result, self.pixel_frames, self.work)
+
+    def keep(self, slot: int) -> None:
+        """Count the history of a layer, `slot` bytes."""
+        self.history += slot
+        self.slot = max(self.slot, slot)
 
     # -- layers, as in blocks.py -------------------------------------------------------------------
 
@@ -254,7 +332,7 @@ class Walk:
         if self.first and not self.last:
             self.hold(slot)
         self.drop(converted)
-        self.history += 0 if self.resumes else slot
+        self.keep(0 if self.resumes else slot)
         return operand, workspace
 
     def conv(
@@ -283,7 +361,7 @@ class Walk:
             self.hold(operand)
             self.hidden(norm)
             self.drop(slot if self.last else 0)
-            self.history += 0 if self.resumes and not is_new else slot
+            self.keep(0 if self.resumes and not is_new else slot)
             self.drop(owned + read)
             self.ndhwc = self.weights_ndhwc  # joining converts
         whole = self.size(cin, h, self.t + past)

@@ -40,7 +40,9 @@ class Plan:
     complete. shards: the rows of each rank; None on one device. free_bytes: device memory that the
     plan could count on; None where nobody can say. planned_bytes: predicted peak above weights,
     latent and output, of one rank. extra_work: share of the multiplications that strips do twice.
-    notes: sentences for the report, such as why strips were planned.
+    notes: sentences for the report, such as why strips were planned. parked: strips of whole frames
+    leave frames and history on the host, where they take host_bytes. needed_bytes: what must be
+    free for this plan to be made. wanted_bytes: what the fastest way takes, however little is free.
     """
 
     operation: Operation
@@ -61,6 +63,10 @@ class Plan:
     weights_bytes: int
     extra_work: float = 0.0
     notes: tuple[str, ...] = ()
+    parked: bool = False
+    host_bytes: int = 0
+    needed_bytes: int = 0
+    wanted_bytes: int = 0
 
     @property
     def chunk_frames(self) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 
 import torch
 
@@ -13,7 +15,7 @@ from ..arithmetic import own_arithmetic
 from ..chunking import Chunk
 from ..errors import DecodeMemoryError, OutputError
 from ..geometry import Strip
-from ..hooks import Hooks
+from ..hooks import Hooks, OwnMemory
 from ..io.latents import as_batch, check_latent_shape, check_latent_values
 from ..io.sink import NullSink, Sink, TensorSink, check_out, sink_bytes
 from ..network.cache import FeatureCache
@@ -23,8 +25,9 @@ from ..planning.plan import Plan
 from ..sharding.context import SINGLE, ShardContext
 from ..sharding.plan import ShardPlan, plan_shards
 from .engine import Engine, Setup, SetupRequest, latent_statistics, options_of
+from .parked import HostFrames, StripHistories
 from .ranks import Ranks
-from .run import Piece, Run, in_memory, latent_frames_of
+from .run import Piece, Run, forget_failure, granted, in_memory, latent_frames_of, ready
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,18 @@ class DecodeRun(Run):
         shape = tuple(latent.shape)
         shards = shards_of(request.context, shape)
         options = options_of(request.plan, request.options)
-        setup = engine.setup(SetupRequest("decode", shape, options, shards))
+        memory = request.hooks.memory or OwnMemory(engine.device)
+        setup = ready(engine, SetupRequest("decode", shape, options, shards), memory)
         latent_format = layout.detect(latent)
 
         # A copy: a stream reads it long after the call, when the caller's may have changed.
-        z = latent.to(device=engine.device, dtype=torch.float32, copy=True)
+        z = granted(
+            engine.device,
+            memory,
+            latent.numel() * 4,
+            "latent",
+            partial(latent.to, device=engine.device, dtype=torch.float32, copy=True),
+        )
         check_latent_values(z)  # here, on the device, it takes no time
         if request.normalized:
             mean, std = latent_statistics(engine.config, z)
@@ -84,6 +94,8 @@ class DecodeRun(Run):
         if self.ranks.exchange is not None:
             self.z = self.z.contiguous()
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
+        # Frames that were yielded and taken, which a new start does not yield again.
+        self._given_frames = 0
 
     def decode(self) -> torch.Tensor | None:
         """Decode to `out`, to the sink, or to a new tensor, which is returned; sets `report`."""
@@ -92,7 +104,8 @@ class DecodeRun(Run):
             if sink is None and self.ranks.receives:
                 shape = self.ranks.result_shape(self.pixel_shape, self.config.spatial_factor)
                 if out is None:
-                    out = torch.empty(shape, dtype=torch.float32, device=self.device)
+                    make = partial(torch.empty, shape, dtype=torch.float32, device=self.device)
+                    out = granted(self.device, self.memory, prod(shape) * 4, "output", make)
                 check_out(out, shape)
                 sink = TensorSink(out)
             sink = NullSink() if sink is None else sink
@@ -103,9 +116,13 @@ class DecodeRun(Run):
             abort(sink, error)
             raise
         try:
-            self.execute(self._put_into(sink), sink.close)
+            # A sink that takes whole frames in order may have taken a part of those that failed.
+            self.execute(self._put_into(sink), sink.close, not sink.needs_whole_frames)
         except BaseException as error:
             abort(sink, error)
+            # Whoever keeps the error does not keep the output.
+            forget_failure(error)
+            del out, sink
             raise
         return out
 
@@ -121,25 +138,30 @@ class DecodeRun(Run):
 
         `begin` must have been called.
         """
-        pieces = self.pieces()
         try:
-            while True:
-                # Entered for each pass: a context left open across a yield would leak into the
-                # caller's code.
-                with own_arithmetic(self.device):
-                    piece = next(pieces, None)
-                if piece is None:
-                    break
-                yield piece.values
+            with closing(self.pieces()) as pieces:
+                while True:
+                    # Entered for each pass: a context left open across a yield would leak into the
+                    # caller's code.
+                    with own_arithmetic(self.device):
+                        piece = next(pieces, None)
+                    if piece is None:
+                        break
+                    values = piece.values
+                    del piece
+                    if values.numel():  # none where a strip is done, which is no frame yet
+                        yield values
+                    del values
             self.complete()
         except BaseException as error:
             self.fail(error)
+            forget_failure(error)
             raise
 
     # -- the way through -----------------------------------------------------------------------
 
     def _whole(self) -> Iterator[Piece]:
-        done_before = self.done_frames
+        done_before = self._given_frames
         for chunk, step in self.chunks(self.z.shape[3]):
             z = self.z[:, :, chunk.start : chunk.stop]
             frame, _ = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
@@ -158,6 +180,7 @@ class DecodeRun(Run):
                     if pixels is None:
                         pixels = part[:, :, :, :0]
                     yield Piece(pixels[:, :, new - start :], new, 0)
+                    self._given_frames = frame
 
     def _no_rows(self, chunk: Chunk) -> torch.Tensor:
         """The pixels of an idle rank: frames without rows."""
@@ -166,14 +189,15 @@ class DecodeRun(Run):
 
     def _in_strips(self, count: int) -> Iterator[Piece]:
         if self.plan.whole_frames:
-            return self._strips_in_each_chunk(count)
+            way = self._parked_strips if self.plan.parked else self._strips_in_each_chunk
+            return way(count)
         return self._strips_one_after_another(count)
 
     def _strips_in_each_chunk(self, count: int) -> Iterator[Piece]:
         """Strips inside each chunk: whole frames in order; history of all strips is kept."""
         strips = geometry.strips(self.z.shape[3], count, self.config)
         caches = [FeatureCache() for _ in strips]
-        done_before = self.done_frames
+        done_before = self._given_frames
         b, _, _, height, width = self.pixel_shape
         for chunk, features in self._trunk():
             first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
@@ -191,6 +215,63 @@ class DecodeRun(Run):
                 new = max(first, done_before)
                 self.done_frames = last
                 yield Piece(frame[:, :, new - first :], new, 0)
+                self._given_frames = last
+
+    def _parked_strips(self, count: int) -> Iterator[Piece]:
+        """Each strip through a chunk before the next; frames are put together on the host, where
+        the history of the other strips waits too. Whole frames in order; see `parked`."""
+        strips = geometry.strips(self.z.shape[3], count, self.config)
+        longest = max(self.frames_of(chunk) for chunk in self._schedule())
+        b, _, _, height, width = self.pixel_shape
+        frames = in_memory(
+            f"{longest} frames in host memory",
+            partial(HostFrames, (b, 3, longest, height, width), self.device),
+        )
+        histories = StripHistories(count, self.device)
+        try:
+            yield from self._parked_chunks(strips, frames, histories)
+        finally:
+            histories.close()
+            frames.close()
+
+    def _parked_chunks(
+        self, strips: list[Strip], frames: HostFrames, histories: StripHistories
+    ) -> Iterator[Piece]:
+        """See `_parked_strips`."""
+        done_before, step = self._given_frames, self.config.temporal_factor
+        is_only_chunk = len(self.plan.lengths) == 1
+        nothing = torch.empty(0, device=self.device)
+        cache = histories.first()
+        for chunk, features in self._trunk():
+            first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
+            for i, strip in enumerate(strips):
+                if is_only_chunk:
+                    cache = FeatureCache()
+                top, at = strip.start * self.config.spatial_factor, 0
+                for rows in self._strip_passes(features, strip, cache, chunk):
+                    frames.write(rows, at, top)
+                    at += rows.shape[2]
+                    # Progress counts frames: each strip contributes its share of them.
+                    share = (i * (last - first) + at) // len(strips)
+                    self.done_frames = max(self.done_frames, min(first + share, last - 1))
+                    yield Piece(nothing, first, top)
+                if not is_only_chunk:
+                    cache = in_memory("history in host memory", partial(histories.after, i, cache))
+            del features
+            for start in range(max(first, done_before), last, step):
+                stop = min(start + step, last)
+                values = in_memory(
+                    f"{stop - start} whole frames",
+                    partial(frames.read, start - first, stop - first),
+                )
+                self.done_frames = stop
+                yield Piece(values, start, 0)
+                del values
+                self._given_frames = stop
+        if self.device.type == "cuda" and not histories.is_locked:
+            self.builder.fallbacks.append(
+                "history waited in pageable host memory, which is slower: no more could be locked"
+            )
 
     def _strips_one_after_another(self, count: int) -> Iterator[Piece]:
         """Each strip through all chunks before the next: history shrinks by `count` too."""
@@ -241,14 +322,17 @@ class DecodeRun(Run):
             missing -= pixels.shape[2]
             yield pixels
 
+    def _release(self) -> None:
+        """Nothing: what a failed attempt holds ends with its generators."""
+
     def _pass_frames(self, shape: tuple[int, ...], elements: int) -> tuple[int, ...]:
         return pass_frames(self.config, shape, elements)
 
     def _does_not_fit(self, tried: str, reason: str) -> DecodeMemoryError:
         error = self.ranks.out_of_memory(reason)
         return error or DecodeMemoryError(
-            f"out of memory on {self.device} {tried}: {reason}; free device memory, or decode on "
-            "the CPU"
+            f"out of memory on {self.device} {tried}: {reason}; {self.shortage()}free device "
+            "memory, or decode on the CPU"
         )
 
     # -- the end ---------------------------------------------------------------------------------

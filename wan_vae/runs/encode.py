@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from math import isfinite, nan
+from math import isfinite, nan, prod
 
 import torch
 
@@ -13,7 +13,7 @@ from .. import geometry, layout
 from ..chunking import Chunk
 from ..errors import DecodeMemoryError
 from ..geometry import Strip
-from ..hooks import Hooks
+from ..hooks import Hooks, OwnMemory
 from ..io.latents import as_batch, check_pixels, not_finite, range_warning
 from ..io.pixels import PixelSource
 from ..network.blocks import Step
@@ -25,7 +25,7 @@ from ..planning.plan import Plan
 from ..sharding.context import SINGLE, ShardContext
 from .decode import join_ranks, shards_of
 from .engine import Engine, SetupRequest, latent_statistics, options_of
-from .run import Piece, Run, in_memory, latent_frames_of
+from .run import Piece, Run, granted, in_memory, latent_frames_of, ready
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class EncodeRun(Run):
         shape = geometry.latent_shape(tuple(pixels.shape), engine.config)
         shards = shards_of(request.context, shape)
         options = options_of(request.plan, request.options)
-        setup = engine.setup(SetupRequest("encode", shape, options, shards))
+        memory = request.hooks.memory or OwnMemory(engine.device)
+        setup = ready(engine, SetupRequest("encode", shape, options, shards), memory)
         pixel_format = layout.detect(pixels)
         pixels = geometry.crop_for_encode(pixels, engine.config)
         setup, ranks = join_ranks(engine, setup, pixels, request.context, request.gather)
@@ -77,7 +78,8 @@ class EncodeRun(Run):
         own = self.ranks.part_shape(self.latent_shape)
         result: torch.Tensor | None = None
         try:
-            latent = torch.empty(own, dtype=torch.float32, device=self.device)
+            make = partial(torch.empty, own, dtype=torch.float32, device=self.device)
+            latent = granted(self.device, self.memory, prod(own) * 4, "latent", make)
             self.builder.memory["output_bytes"] = latent.numel() * latent.element_size()
             self.begin(plan=self.request.plan)
         except BaseException as error:
@@ -194,9 +196,8 @@ class EncodeRun(Run):
     def _pass_frames(self, shape: tuple[int, ...], elements: int) -> tuple[int, ...]:
         return encoder_pass_frames(self.config, shape, elements)
 
-    def _fall_back(self, text: str) -> None:
-        self.source.release()  # cut for larger passes
-        super()._fall_back(text)
+    def _release(self) -> None:
+        self.source.release()
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -223,7 +224,7 @@ class EncodeRun(Run):
         tried = f", {tried}" if tried else ""
         return error or DecodeMemoryError(
             f"out of memory on {self.device} while encoding {self.total_frames} frames of "
-            f"{height}x{width}{tried}: {reason}; free device memory, encode a "
+            f"{height}x{width}{tried}: {reason}; {self.shortage()}free device memory, encode a "
             "smaller video, or encode on the CPU"
         )
 

@@ -17,9 +17,9 @@ import torch
 from .. import geometry, layout
 from ..chunking import chunk_lengths, whole_number
 from ..config import WanVAEConfig
-from ..device import DTYPES, dtype_name
-from ..device import free_bytes as device_free_bytes
+from ..device import DTYPES, allocator_of, dtype_name, has_own_memory, host_free_bytes
 from ..errors import BackendError, CheckpointError, GeometryError, LatentError
+from ..hooks import DeviceMemory, OwnMemory
 from ..kernels.cache_folder import cache_folder
 from ..kernels.proof.cache import ProofCache, environment
 from ..kernels.proof.formats import must_prove_formats, wrong_formats
@@ -30,11 +30,17 @@ from ..network.model import NO_ENCODER, WanVAEModel, tensor_version
 from ..ops.eager.forms import EagerForms, choose_forms
 from ..ops.opset import LayerChoice, OpSet, eager_ops
 from ..options import PARTS, Operation, Part, RunOptions
-from ..planning.choose import Choice, PlanRequest, choose
+from ..planning.choose import PlanRequest, choice_of, choose
 from ..planning.plan import LayerChoices, Plan
 from ..report import LayerRecord
 from ..sharding.plan import ShardPlan
 from .kernel_choice import OpsRequest, may_prove, select_ops
+
+# Device memory for proving and timing kernels, which comes before anybody knows what the run will
+# take. Proofs took 1.27 GiB for Wan 2.2 and 0.20 GiB for Wan 2.1 on an NVIDIA H200, with a first
+# small decode. Timed layers have 4 x 512 x 512 x 96 numbers on such a card, of which operand, eager
+# intermediates and results are about ten: counted, not measured.
+PROOF_BYTES = 5 << 29
 
 
 @dataclass(frozen=True)
@@ -138,16 +144,22 @@ class Engine:
         return may_prove(_ops_request(request, self.model, EagerForms()), device)
 
     def plan(
-        self, setup: Setup, *, whole_frames: bool = False, lengths: tuple[int, ...] | None = None
+        self,
+        setup: Setup,
+        *,
+        whole_frames: bool = False,
+        lengths: tuple[int, ...] | None = None,
+        memory: DeviceMemory | None = None,
     ) -> Plan:
         """Decide chunks, passes and strips in the memory that is free now. Allocates nothing.
 
         whole_frames: the pixels are wanted as whole frames in order, also where strips are needed.
-        lengths: latent frames of each chunk, where ranks have agreed on them.
+        lengths: latent frames of each chunk, where ranks have agreed on them. memory: who says how
+        much is free; None is the process itself.
         """
         request, options = setup.request, setup.request.options
-        free = self._free_bytes(options.free_bytes)
-        choice = self._choose(setup, free, whole_frames, lengths)
+        free = self._free_bytes(options.free_bytes, memory or OwnMemory(self.device))
+        choice = choose(self._plan_request(setup, free, whole_frames, lengths))
         part = PARTS[request.operation]
         # Strips that were asked for are taken even if there is only one.
         strips = choice.strips if choice.strips > 1 or options.strips else None
@@ -174,7 +186,34 @@ class Engine:
             weights_bytes=weights_bytes(setup.model, (part,)),
             extra_work=choice.extra_work,
             notes=() if choice.note is None else (choice.note,),
+            parked=choice.parked,
+            host_bytes=choice.host_bytes,
+            needed_bytes=choice.needed_bytes,
+            wanted_bytes=choice.wanted_bytes,
         )
+
+    def least_bytes(self, setup: Setup, whole_frames: bool) -> int:
+        """What the smallest way through takes, by the plan: for the message that even this failed.
+
+        What the caller asked for (chunks, strips) is kept.
+        """
+        return choose(self._plan_request(setup, 0, whole_frames, None)).planned_bytes
+
+    def counted(self, setup: Setup, plan: Plan) -> Plan:
+        """`plan`, whose chunks, passes or strips were changed, with the bytes that it takes now."""
+        request = self._plan_request(setup, None, plan.whole_frames, plan.lengths)
+        choice = choice_of(request, plan.strips, plan.pass_elements, plan.parked)
+        return replace(
+            plan,
+            planned_bytes=choice.planned_bytes,
+            needed_bytes=choice.needed_bytes,
+            host_bytes=choice.host_bytes,
+            extra_work=choice.extra_work,
+        )
+
+    def may_park(self, setup: Setup, whole_frames: bool) -> bool:
+        """Whether strips of this run may leave frames and history on the host."""
+        return self._plan_request(setup, None, whole_frames, None).may_park
 
     def describe(self, plan: Plan) -> dict[str, object]:
         """The layout of `plan` as a report has it: `LayoutRecord` without what a run counts."""
@@ -246,40 +285,40 @@ class Engine:
             self._proofs = ProofCache(wanted, cache_folder())
         return self._proofs
 
-    def _free_bytes(self, asked: float | None) -> int | None:
+    def _free_bytes(self, asked: float | None, memory: DeviceMemory) -> int | None:
         """Bytes that a plan may count on: what is free, at most `asked`. None: nobody can say."""
         if asked == inf:
             return None  # as if all of it fitted
-        counts = (device_free_bytes(self.device), asked)
+        counts = (memory.free_bytes(), asked)
         free = min((n for n in counts if n is not None), default=None)
         return None if free is None else int(free)
 
-    def _choose(
+    def _plan_request(
         self,
         setup: Setup,
         free: int | None,
         whole_frames: bool,
         lengths: tuple[int, ...] | None,
-    ) -> Choice:
+    ) -> PlanRequest:
         request, options = setup.request, setup.request.options
         asked = lengths if lengths is not None else options.chunk_frames
-        return choose(
-            PlanRequest(
-                config=self.config,
-                latent_shape=setup.part_shape,
-                dtype=setup.dtype,
-                memory_format=setup.layout.chosen,
-                layers=setup.ops.layers,
-                forms=setup.ops.forms,
-                free_bytes=free,
-                whole_frames=whole_frames,
-                chunk_frames=asked,
-                strips=options.strips,
-                shards=request.shards is not None,
-                operation=request.operation,
-                # Device memory is worth a copy for each pass only where it is another memory.
-                staged=setup.device.type != "cpu",
-            )
+        return PlanRequest(
+            config=self.config,
+            latent_shape=setup.part_shape,
+            dtype=setup.dtype,
+            memory_format=setup.layout.chosen,
+            layers=setup.ops.layers,
+            forms=setup.ops.forms,
+            free_bytes=free,
+            whole_frames=whole_frames,
+            chunk_frames=asked,
+            strips=options.strips,
+            shards=request.shards is not None,
+            operation=request.operation,
+            # Device memory is worth a copy for each pass only where it is another memory.
+            staged=has_own_memory(setup.device),
+            allocator=allocator_of(setup.device),
+            host_free_bytes=host_free_bytes(),
         )
 
 

@@ -7,9 +7,13 @@ if several ranks share the picture.
 
 from __future__ import annotations
 
+import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
+from math import inf
 from typing import TypeVar
 
 import torch
@@ -17,9 +21,9 @@ import torch
 from .. import geometry
 from ..arithmetic import own_arithmetic
 from ..chunking import Chunk, schedule
-from ..device import empty_cache, is_out_of_memory
+from ..device import is_out_of_memory
 from ..errors import DecodeCancelled, DecodeMemoryError, GeometryError, first_line
-from ..hooks import Hooks
+from ..hooks import DeviceMemory, Hooks, OwnMemory
 from ..kernels.device import Device
 from ..layout import LayoutCounter
 from ..network.blocks import Step
@@ -31,7 +35,8 @@ from ..planning.plan import Plan
 from ..report import BackendOff, DecodeReport, ReportBuilder
 from ..sharding.plan import ShardPlan
 from .clock import RunClock
-from .engine import Engine, Setup
+from .engine import PROOF_BYTES, Engine, Setup, SetupRequest
+from .holders import who_holds
 from .ranks import Ranks, WholePicture
 
 T = TypeVar("T")
@@ -62,6 +67,7 @@ class Run(ABC):
         self.model: WanVAEModel = setup.model
         self.ops: OpSet = setup.ops
         self.device = setup.device
+        self.memory: DeviceMemory = hooks.memory or OwnMemory(setup.device)
         self.counter = LayoutCounter()
         self.clock = RunClock(self.device)
         self.builder = ReportBuilder(setup.request.operation, self.config, self.device, setup.dtype)
@@ -73,6 +79,9 @@ class Run(ABC):
         self.done_frames = 0
         self.report: DecodeReport | None = None
         self._plan: Plan | None = None
+        self._least_failed: float = inf  # planned bytes
+        # Once a run: a plan that fails a second time knows too little of what is free.
+        self._may_try_again = True
 
     # -- the plan ------------------------------------------------------------------------------
 
@@ -91,7 +100,12 @@ class Run(ABC):
         rank calls it.
         """
         notes: tuple[str, ...] = ()
-        now = self.engine.plan(self.setup, whole_frames=whole_frames)
+        now = self._plan_now(whole_frames)
+        wanted = now.wanted_bytes if plan is None else plan.planned_bytes
+        if now.free_bytes is not None and now.planned_bytes < wanted:
+            # Less at a time than in a device with memory to spare: first what nobody uses goes.
+            self.memory.give_back(now.wanted_bytes if plan is None else plan.needed_bytes)
+            now = self._plan_now(whole_frames)
         if plan is None:
             plan = now
         elif reason := self._outdated(plan, now):
@@ -102,10 +116,16 @@ class Run(ABC):
             plan = replace(plan, free_bytes=now.free_bytes, whole_frames=whole)
         lengths = self.ranks.agree_on(plan)
         if lengths != plan.lengths:
-            plan = self.engine.plan(self.setup, whole_frames=whole_frames, lengths=lengths)
+            plan = self._plan_now(whole_frames, lengths)
         self._report_plan(plan, notes)
         self._plan = plan
         self.clock = RunClock(self.device)  # its peak is above what is allocated now
+
+    def _plan_now(self, whole_frames: bool, lengths: tuple[int, ...] | None = None) -> Plan:
+        """A plan for what is free now."""
+        return self.engine.plan(
+            self.setup, whole_frames=whole_frames, lengths=lengths, memory=self.memory
+        )
 
     def _outdated(self, plan: Plan, now: Plan) -> str | None:
         """Why `plan`, made before, cannot be executed now; None if it can. now: a plan of now.
@@ -142,6 +162,7 @@ class Run(ABC):
         builder.strips = plan.strips or 1
         builder.plan = replace(plan, notes=(*notes, *plan.notes)).summary()
         builder.fallbacks.extend(plan.notes)
+        builder.memory["host_bytes"] = plan.host_bytes
 
     # -- the pieces of the result --------------------------------------------------------------
 
@@ -164,83 +185,107 @@ class Run(ABC):
     def _does_not_fit(self, tried: str, reason: str) -> DecodeMemoryError:
         """The error to raise when nothing smaller is left; `tried` names the smallest attempt."""
 
-    def _strip_counts(self) -> list[int]:
-        """The numbers of strips to try, one after another."""
-        planned = self.plan.strips
-        if planned is not None and self.plan.options.strips is not None:
-            return [planned]
-        # Planned strips or none: more of them where memory runs out all the same, doubling, up to
-        # strips of one row.
-        rows, counts, n = self.plan.latent_shape[3], [], 2
-        while n < rows:
-            counts.append(n)
-            n *= 2
-        counts.append(rows)
-        first = [] if planned is None else [planned]
-        return first + [n for n in counts if n > (planned or 0)]
-
     @property
     def may_start_over(self) -> bool:
         """Whether a run that is out of memory may start over with less at a time."""
         return self.ranks.exchange is None
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Generator[Piece, None, None]:
         """Every piece of the result: in whole chunks, or in strips where memory is short.
 
-        If memory runs out, the run starts over from the first frame with half as much at a time. It
-        cannot go on from the failed chunk, because each chunk overwrites the history of the one
-        before. Frames that were yielded already are computed again, but not yielded again; only
-        strips that go one after another yield all rows again, and the sink writes over them.
+        If memory runs out, what nobody uses is given back, a plan for what is free then is made,
+        and the run starts over from the first frame (see `_start_over`). It cannot go on from the
+        failed chunk, because each chunk overwrites the history of the one before. Frames that were
+        yielded already are computed again, but not yielded again; only strips that go one after
+        another yield all rows again, and the sink writes over them.
+        A caller that had no memory for a piece throws a DecodeMemoryError into the generator: the
+        piece is then made and yielded again.
         Raises DecodeMemoryError when nothing smaller is left.
         """
-        counts = self._strip_counts()
-        if self.plan.strips is None:
-            while True:
-                try:
-                    yield from self._whole()
-                    return
-                except DecodeMemoryError as error:
-                    failure = str(error)
-                # Outside of the except block, so that no traceback holds the tensors.
-                if not self.may_start_over:
-                    raise self._does_not_fit("", failure)
-                if not self._halve():
-                    self._fall_back(failure)
-                    break
-                self._fall_back(f"{failure}; started again with {self.plan.chunk_frames}")
-        tried = 1
-        while counts:
-            tried = counts[0]
-            self._use_strips(tried)
+        while True:
             try:
-                yield from self._in_strips(tried)
+                yield from self._attempt()
                 return
             except DecodeMemoryError as error:
                 failure = str(error)
-            text = f"{tried} strips: {failure}"
-            if self._halve() and len(counts) == 1:
-                text += f"; started again with {self.plan.chunk_frames}"
-            else:
-                del counts[0]
-            self._fall_back(text)
-        raise self._does_not_fit(
-            f"even with one latent frame a chunk and {tried} strip(s)", failure
-        )
+                release_frames(error)
+            # Outside of the except block, so that no traceback holds the tensors.
+            if not self.may_start_over:
+                raise self._does_not_fit("", failure)
+            self._start_over(failure)
 
-    def _halve(self) -> bool:
-        """Take half as much at a time from here on; False if chunks have one frame already."""
-        before = self.plan
-        self._plan = before.halved()
-        return self._plan.lengths != before.lengths
+    def _attempt(self) -> Iterator[Piece]:
+        """Every piece, by the plan of now."""
+        strips = self.plan.strips
+        return self._whole() if strips is None else self._in_strips(strips)
 
-    def _use_strips(self, count: int) -> None:
-        self._plan = replace(self.plan, strips=count)
-        self.builder.strips = count
+    def _start_over(self, failure: str) -> None:
+        """Choose what is tried next, after the plan has run out of memory.
 
-    def _fall_back(self, text: str) -> None:
-        self.builder.fallbacks.append(text)
+        In this order: a plan for what is free once nobody's memory was given back, if it takes less
+        than the failed one; the same plan once more, if it should fit now; half as much at a time.
+        Raises DecodeMemoryError when nothing smaller is left.
+        """
+        failed = self.plan
+        self._least_failed = min(self._least_failed, failed.planned_bytes)
         self.clock.restart()
-        empty_cache(self.device)  # blocks cut for the larger chunk are of no use to a smaller
+        self._release()
+        self.memory.give_back(failed.needed_bytes)
+        # The caller's number of free bytes is no measurement.
+        free = self.memory.free_bytes()
+        now = None if free is None else self._plan_now(failed.whole_frames)
+        text = failure if failed.strips is None else f"{failed.strips} strips: {failure}"
+        # Less than all that failed: more strips can take more, and a plan must not come twice.
+        is_less = now is not None and now.planned_bytes < self._least_failed
+        if now is not None and free is not None and is_less and _may_follow(now, failed):
+            self._plan = now
+            text += f"; planned again for {free / 2**30:.2f} GiB that are free now"
+            if now.strips is not None and now.strips != failed.strips:
+                text += f": {now.strips} strips"
+        elif now is not None and _fits(now, failed) and self._may_try_again:
+            self._may_try_again = False
+            text += "; tried once more with the memory that was given back"
+        else:
+            smaller = self._smaller(failed)
+            if smaller is None:
+                tried = f"even with one latent frame a chunk and {failed.strips or 1} strip(s)"
+                self.builder.fallbacks.append(text)
+                raise self._does_not_fit(tried, failure)
+            if smaller.lengths != failed.lengths and smaller.strips == failed.strips:
+                text += f"; started again with {smaller.chunk_frames}"
+            self._plan = self.engine.counted(self.setup, smaller)
+        self.builder.strips = self.plan.strips or 1
+        self.builder.memory.update(
+            planned_bytes=self.plan.planned_bytes, host_bytes=self.plan.host_bytes
+        )
+        self.builder.restarts += 1
+        self.builder.fallbacks.append(text)
+
+    def _smaller(self, plan: Plan) -> Plan | None:
+        """A plan that takes less at a time than `plan`; None if there is none.
+
+        First chunks are halved. Then the picture goes in strips, twice as many each time, up to
+        strips of one row; a number of strips that was asked for stays.
+        """
+        halved = plan.halved()
+        is_shorter = halved.lengths != plan.lengths
+        if plan.strips is None and is_shorter:
+            return halved
+        counts: list[int] = []
+        if plan.options.strips is None:
+            rows, n = plan.latent_shape[3], 2
+            while n < rows:
+                counts.append(n)
+                n *= 2
+            counts = [n for n in (*counts, rows) if n > (plan.strips or 0)]
+        if counts:
+            parked = plan.parked or self.engine.may_park(self.setup, plan.whole_frames)
+            return replace(halved, strips=counts[0], parked=parked)
+        return halved if is_shorter else None
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Let go of device memory that was cut for the failed plan."""
 
     def chunks(self, rows: int) -> Iterator[tuple[Chunk, Step]]:
         """The chunks of the plan in turn, with a fresh history, each with its step.
@@ -248,8 +293,12 @@ class Run(ABC):
         rows: latent rows of the features that go through the stages, which decide their passes.
         """
         cache = FeatureCache()
-        for chunk in schedule(self.plan.latent_shape[2], self.plan.lengths):
+        for chunk in self._schedule():
             yield chunk, self.step(cache, chunk, rows)
+
+    def _schedule(self) -> list[Chunk]:
+        """The chunks of the plan."""
+        return schedule(self.plan.latent_shape[2], self.plan.lengths)
 
     def step(self, cache: FeatureCache, chunk: Chunk, rows: int) -> Step:
         """The `Step` for `chunk`, with the history in `cache`. rows: see `chunks`."""
@@ -287,26 +336,58 @@ class Run(ABC):
         with self.clock.measure(chunk, self.frames_of(chunk)):
             return in_memory(what, work)
 
+    def shortage(self) -> str:
+        """How much memory is missing and who holds the rest, for the message of a final failure:
+        sentences that end in a semicolon, or nothing where nobody can say."""
+        least = self.engine.least_bytes(self.setup, self.plan.whole_frames)
+        return who_holds(self.device, self.memory, least)
+
     # -- executing and ending --------------------------------------------------------------------
 
-    def execute(self, put: Callable[[Piece], None], close: Callable[[], None]) -> None:
+    def execute(
+        self, put: Callable[[Piece], None], close: Callable[[], None], puts_again: bool = True
+    ) -> None:
         """Compute every piece, `put` it and report progress; then `close`. Sets `report`.
 
+        puts_again: whether a piece may be put twice, where memory ran out in the first `put`.
         Every error is raised again, after `report` was set.
         """
         try:
             with own_arithmetic(self.device):
-                for piece in self.pieces():
-                    put(piece)
-                    self._tell_progress()
+                # Closed also where an error keeps this frame: a generator holds device memory.
+                with closing(self.pieces()) as pieces:
+                    piece = next(pieces, None)
+                    while piece is not None:
+                        refused = self._attempt_to(put, piece, puts_again)
+                        if refused is None:
+                            self._tell_progress()
+                            piece = next(pieces, None)
+                        else:
+                            piece = pieces.throw(refused)
                 close()
             self.complete()
         except BaseException as error:
             failure = self._translated(error)
             self.fail(failure)
+            forget_failure(error)
             if failure is error:
                 raise
             raise failure from None
+
+    def _attempt_to(
+        self, put: Callable[[Piece], None], piece: Piece, puts_again: bool
+    ) -> DecodeMemoryError | None:
+        """`put` the piece; the error if there is no memory for that. Raises it if the piece cannot
+        be put again."""
+        try:
+            in_memory("output", partial(put, piece))
+            return None
+        except DecodeMemoryError as error:
+            release_frames(error)
+            refused = error.with_traceback(None)
+        if puts_again and self.may_start_over:
+            return refused
+        raise self._does_not_fit("while its output was written", str(refused))
 
     def _tell_progress(self) -> None:
         on_progress = self.hooks.on_progress
@@ -337,6 +418,7 @@ class Run(ABC):
         """Set the report of a run that ended early. It does not wait for the device, which may be
         broken.
         """
+        self._release()
         stopped = isinstance(error, (DecodeCancelled, GeneratorExit, KeyboardInterrupt))
         self._fill(wait=False)
         self.report = self.builder.build("cancelled" if stopped else "failed", str(error) or None)
@@ -365,8 +447,63 @@ def in_memory(what: str, work: Callable[[], T]) -> T:
         if not is_out_of_memory(error):
             raise
         failure = first_line(error)
+        release_frames(error)
     # Outside of the except block, so that no traceback holds the tensors of the failed attempt.
     raise DecodeMemoryError(f"{what}: {failure}")
+
+
+def granted(
+    device: torch.device,
+    memory: DeviceMemory,
+    wanted_bytes: int,
+    what: str,
+    work: Callable[[], T],
+) -> T:
+    """Return `work()`, which allocates `wanted_bytes` before there is a plan; where they are not
+    free, what nobody uses is given back first. Raises DecodeMemoryError, which names `what`."""
+    try:
+        return in_memory(what, work)
+    except DecodeMemoryError as error:
+        release_frames(error)
+    memory.give_back(wanted_bytes)
+    try:
+        return in_memory(what, work)
+    except DecodeMemoryError as error:
+        failure = str(error)
+    raise DecodeMemoryError(
+        f"out of memory on {device}: {failure}; {who_holds(device, memory, wanted_bytes)}free "
+        "device memory, or run on the CPU"
+    )
+
+
+def ready(engine: Engine, request: SetupRequest, memory: DeviceMemory) -> Setup:
+    """`engine.setup(request)`, which proves kernels in device memory before there is a plan."""
+    work = partial(engine.setup, request)
+    return granted(engine.device, memory, PROOF_BYTES, "proofs of kernels", work)
+
+
+def release_frames(error: BaseException) -> None:
+    """Let go of the variables in the frames that `error` has left, also if somebody keeps it: a
+    debugger, a logger, or a program that shows the error later."""
+    traceback.clear_frames(error.__traceback__)
+
+
+def forget_failure(error: BaseException) -> None:
+    """`release_frames` for errors whose cause is known: memory that ran out, and a cancel. Those of
+    others keep their variables, for whoever looks for the cause."""
+    if isinstance(error, DecodeCancelled | DecodeMemoryError) or is_out_of_memory(error):
+        release_frames(error)
+
+
+def _may_follow(plan: Plan, failed: Plan) -> bool:
+    """Whether `plan` can follow `failed`: a sink may hold rows of strips already, which whole
+    frames would not write again."""
+    return failed.strips is None or plan.strips is not None
+
+
+def _fits(now: Plan, failed: Plan) -> bool:
+    """Whether `failed` should fit into what is free now, for which `now` was planned."""
+    return now.planned_bytes >= failed.planned_bytes
 
 
 def latent_frames_of(chunk: Chunk) -> str:

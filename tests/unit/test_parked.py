@@ -1,0 +1,264 @@
+"""Strips of whole frames whose frames and history wait on the host."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.conftest import pass_elements
+from tests.unit.counted import TensorCounter
+from tests.unit.decodes import relative_error, vae_of
+from tests.unit.fake_layers import fake_layers
+from wan_vae import CallbackSink, DecodeCancelled, geometry
+from wan_vae.chunking import chunk_lengths
+from wan_vae.config import wan21
+from wan_vae.planning.choose import PlanRequest, choose
+from wan_vae.runs import decode as decoding
+from wan_vae.runs import engine
+from wan_vae.runs.parked import HostFrames, StripHistories
+
+GIB = 2**30
+
+
+class Frames:
+    """A sink that collects whole frames, each of them once and in order."""
+
+    needs_whole_frames = True
+
+    def __init__(self):
+        self.parts = []
+
+    def write(self, pixels, start_frame, first_row):
+        assert (start_frame, first_row) == (sum(p.shape[2] for p in self.parts), 0)
+        self.parts.append(pixels.clone())
+
+    def close(self):
+        pass
+
+    abort = close
+
+    @property
+    def pixels(self):
+        return torch.cat(self.parts, 2)
+
+
+def plan_of(vae, z, strips, chunk_frames, last=None, parked=True):
+    """A plan for whole frames in strips; `last`: frames of a pass in the last stage."""
+    plan = vae.plan(z.shape, whole_frames=True, strips=strips, chunk_frames=chunk_frames)
+    if last is not None:
+        strip = geometry.strips(z.shape[3], strips, vae.config)[0]
+        shape = (*z.shape[:3], strip.halo_stop, z.shape[4])
+        plan = replace(plan, pass_elements=pass_elements(vae.config, shape, last))
+    return replace(plan, parked=parked)
+
+
+def planned(plan):
+    """`plan` as if nobody had asked for its strips: a new start may take more of them."""
+    return replace(plan, options=replace(plan.options, strips=None, chunk_frames=None))
+
+
+# latent (B, T, H, W), strips, chunk_frames, frames of a pass in the last stage
+CASES = [
+    ((1, 3, 30, 3), 2, 3, None),
+    ((1, 5, 31, 2), 3, 2, None),
+    ((1, 5, 29, 1), 4, [1, 3, 1], 2),
+    ((2, 3, 30, 2), 2, 1, None),
+    ((1, 6, 29, 1), 3, [3, 3], 4),
+    ((1, 1, 31, 3), 3, 1, None),
+    ((1, 2, 7, 3), 7, 1, None),
+]
+
+
+FAMILIES = ("wan2.1", "wan2.2")
+
+
+@pytest.mark.parametrize(
+    "family, size, strips, chunk_frames, last",
+    [(FAMILIES[i % 2], *case) for i, case in enumerate(CASES)],
+)
+def test_the_bits_are_those_of_strips_that_stay_on_the_device(
+    family, size, strips, chunk_frames, last
+):
+    vae = vae_of(family)
+    z = torch.randn(size[0], vae.config.z_dim, *size[1:])
+    got, expected = Frames(), Frames()
+    vae.decode(z, plan=plan_of(vae, z, strips, chunk_frames, last, parked=False), sink=expected)
+    vae.decode(z, plan=plan_of(vae, z, strips, chunk_frames, last), sink=got)
+    report = vae.last_report
+    assert torch.equal(got.pixels, expected.pixels)
+    assert relative_error(got.pixels, vae.decode(z)) < 1e-5
+    assert (report.strips, report.plan["parked"], report.restarts) == (strips, True, 0)
+    assert report.done_frames == report.total_frames == got.pixels.shape[2]
+    # Handed out a few at a time, not a chunk at a time.
+    assert max(part.shape[2] for part in got.parts) <= vae.config.temporal_factor
+
+
+def test_an_ordinary_caller_may_leave_inference_mode_between_frames():
+    vae = vae_of("wan2.1")
+    z = torch.randn(1, vae.config.z_dim, 5, 30, 2)
+    run = decoding.DecodeRun(vae.engine, decoding.DecodeRequest(z, plan=plan_of(vae, z, 2, 2)))
+    run.begin(True, plan_of(vae, z, 2, 2))
+    with torch.inference_mode():
+        stream = run.stream()
+        first = next(stream)
+    rest = list(stream)
+    assert relative_error(torch.cat([first, *rest], 2), vae.decode(z)) < 1e-5
+
+
+class Watched:
+    """Keeps weak references to all that waits on the host."""
+
+    def __init__(self, monkeypatch):
+        self.histories, self.frames = [], []
+
+        def watching(kind, found):
+            def make(*arguments):
+                made = kind(*arguments)
+                found.append(weakref.ref(made))
+                return made
+
+            return make
+
+        monkeypatch.setattr(decoding, "StripHistories", watching(StripHistories, self.histories))
+        monkeypatch.setattr(decoding, "HostFrames", watching(HostFrames, self.frames))
+
+    @property
+    def alive(self):
+        return [ref() for ref in (*self.histories, *self.frames) if ref() is not None]
+
+
+@pytest.mark.parametrize("questions", [1, 4, 6, 8])
+def test_a_cancel_frees_what_waits_on_the_host_although_somebody_keeps_the_error(
+    questions, monkeypatch
+):
+    vae, watched = vae_of("wan2.1"), Watched(monkeypatch)
+    z = torch.randn(1, vae.config.z_dim, 5, 30, 2)
+    answers = iter([False] * questions)
+    gc.disable()
+    try:
+        with pytest.raises(DecodeCancelled) as kept:
+            vae.decode(
+                z,
+                plan=plan_of(vae, z, 2, 2),
+                sink=Frames(),
+                should_stop=lambda: next(answers, True),
+            )
+        assert kept.value.__traceback__ is not None
+        assert watched.histories and watched.alive == []
+    finally:
+        gc.enable()
+    assert vae.last_report.status == "cancelled"
+
+
+def test_a_stream_that_is_left_frees_what_waits_on_the_host(monkeypatch):
+    vae, watched = vae_of("wan2.1"), Watched(monkeypatch)
+    z = torch.randn(1, vae.config.z_dim, 5, 30, 2)
+    monkeypatch.setattr(engine, "has_own_memory", lambda device: True)
+    stream = vae.decode_stream(z, strips=2, chunk_frames=2)
+    next(stream)
+    (histories,) = [ref() for ref in watched.histories]
+    assert histories is not None and histories._places
+    stream.close()
+    assert not histories._places and not any(strip.memories for strip in histories._strips)
+    assert vae.last_report.plan["parked"] and vae.last_report.status == "cancelled"
+
+
+def test_memory_that_runs_out_on_the_way_gives_each_frame_once(monkeypatch):
+    """In the second strip of the second chunk, when the frames of the first were taken."""
+    vae = vae_of("wan2.1")
+    z = torch.randn(1, vae.config.z_dim, 6, 30, 2)
+    expected, sink = vae.decode(z), Frames()
+    real, calls = vae.model.decoder.passes, []
+
+    def passes(x, step, strip=None):
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+        return real(x, step, strip)
+
+    monkeypatch.setattr(vae.model.decoder, "passes", passes)
+    vae.decode(z, plan=planned(plan_of(vae, z, 2, 3)), sink=sink)
+    report = vae.last_report
+    assert relative_error(sink.pixels, expected) < 1e-5
+    assert report.restarts == 1 and report.strips == 4 and "planted" in report.fallbacks[-1]
+    assert report.plan["parked"]
+
+
+# -- what is planned -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family, size, strips, chunk_frames, last",
+    [(FAMILIES[(i + 1) % 2], *case) for i, case in enumerate(CASES[:5])],
+)
+def test_the_plan_is_within_15_percent_of_the_counted_peak(
+    family, size, strips, chunk_frames, last
+):
+    """Memory of the host is NumPy's here: what is counted is the device's."""
+    vae = vae_of(family)
+    z = torch.randn(size[0], vae.config.z_dim, *size[1:])
+    plan = plan_of(vae, z, strips, chunk_frames, last)
+    setup = vae.engine.setup(engine.SetupRequest("decode", tuple(z.shape), plan.options))
+    plan = vae.engine.counted(setup, plan)
+    with TensorCounter() as counter:
+        vae.decode(z, plan=plan, sink=CallbackSink(lambda *piece: None))
+    assert abs(plan.planned_bytes / counter.peak - 1) < 0.15, (plan.planned_bytes, counter.peak)
+
+
+def request(frames=21, height=90, width=160, **changes):
+    layers = fake_layers(wan21(), "cuda", torch.bfloat16)
+    latent = (1, 16, frames, height, width)
+    wanted = PlanRequest(wan21(), latent, torch.bfloat16, "channels_last_3d", layers)
+    return replace(wanted, whole_frames=True, staged=True, **changes)
+
+
+@pytest.mark.parametrize(
+    "card_gb, height, width", [(6, 90, 160), (8, 135, 240)], ids=["6GB-720p", "8GB-1080p"]
+)
+def test_a_video_file_fits_where_an_image_does_with_as_many_strips(card_gb, height, width):
+    """81 frames are one chunk: no history waits, and what is done twice is the same."""
+    free = (card_gb - 0.9) * 10**9
+    video = choose(request(height=height, width=width, free_bytes=free))
+    wanted = request(height=height, width=width, free_bytes=free)
+    image = choose(replace(wanted, whole_frames=False))
+    assert video.parked and video.lengths == (21,)
+    assert video.planned_bytes <= 0.75 * free
+    assert (video.strips, video.extra_work) == (
+        image.strips,
+        pytest.approx(image.extra_work, rel=0.02),
+    )
+    frames = 81 * 8 * height * 8 * width * 3 * 4
+    assert video.host_bytes == pytest.approx(frames, rel=0.01)
+    assert f"wait in {video.host_bytes / GIB:.1f} GiB of host memory" in video.note
+
+
+def test_a_long_video_takes_long_chunks_whose_history_waits():
+    choice = choose(request(frames=81, height=135, width=240, free_bytes=7 * GIB))
+    assert choice.parked and sum(choice.lengths) == 81 and 6 <= max(choice.lengths) <= 24
+    assert max(choice.lengths) - min(choice.lengths) <= 3
+    history = 8.5 * GIB  # of 1080p, as docs say
+    assert choice.host_bytes > history
+    assert "frames and history of strips wait" in choice.note
+
+
+def test_a_host_without_room_keeps_it_all_on_the_device():
+    needed = choose(request(free_bytes=5 * GIB)).host_bytes
+    tight = choose(request(free_bytes=5 * GIB, host_free_bytes=needed))
+    assert not tight.parked and "no number of strips is sure to fit" in tight.note
+    assert choose(request(free_bytes=5 * GIB, host_free_bytes=2 * needed)).parked
+
+
+def test_chunks_that_were_asked_for_are_kept():
+    choice = choose(request(free_bytes=5 * GIB, chunk_frames=4))
+    assert choice.parked and choice.lengths == chunk_lengths(21, 4)
+    assert choose(request(strips=3)).strips == 3
+    assert choose(request(strips=3)).parked
+
+
+def test_devices_without_memory_of_their_own_do_not_park():
+    assert not choose(replace(request(free_bytes=5 * GIB), staged=False)).parked
+    assert not choose(replace(request(free_bytes=5 * GIB), whole_frames=False)).parked

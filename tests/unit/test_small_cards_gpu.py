@@ -1,0 +1,82 @@
+"""A card with little memory under each allocator: the plan holds, and a stream is as fast."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.suite.cases import CASES
+from benchmarks.suite.weights import random_vae
+from tests.unit.test_planning_gpu import CONTEXT_BYTES, limit  # noqa: F401
+from wan_vae import DecodeCancelled
+from wan_vae.config import wan21
+
+pytestmark = pytest.mark.gpu
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "small_cards.py"
+
+
+@pytest.mark.parametrize(
+    "settings", ["", "backend:cudaMallocAsync", "expandable_segments:True"], ids=lambda s: s or "-"
+)
+@pytest.mark.parametrize(
+    "cap, case", [("6", "wan2.1-720p-81"), ("8", "wan2.1-1080p-81")], ids=["6GB-720p", "8GB-1080p"]
+)
+def test_the_plan_holds_and_a_stream_takes_a_quarter_longer_at_most(settings, cap, case, tmp_path):
+    """Another process holds the rest of the card. The script fails if memory ran out on the way, if
+    a peak is more than 15% above the plan, or if the frames have other bits than the IMAGE."""
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--cap", cap, "--case", case, "--output", tmp_path],
+        env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": settings},
+        capture_output=True,
+        text=True,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    image, stream = json.loads((tmp_path / "small.json").read_text(encoding="utf-8"))["rows"]
+    assert image["strips"] > 1 and stream["strips"] > 1 and stream["host_bytes"] > 0
+    assert stream["ms"] < 1.25 * image["ms"]
+
+
+@pytest.mark.parametrize("frames, chunk_frames", [(21, None), (21, 8), (31, None)])
+def test_frames_and_history_that_wait_on_the_host_change_no_bit(limit, frames, chunk_frames):  # noqa: F811
+    device = torch.device("cuda", torch.cuda.current_device())
+    vae = random_vae(wan21(), device)
+    z = torch.randn(1, 16, frames, 90, 160, generator=torch.Generator().manual_seed(1))
+    expected = torch.empty(1, 3, 4 * frames - 3, 720, 1280)
+    vae.decode(z, out=expected)
+    if "cuda" not in vae.last_report.backends_used.values():
+        pytest.skip("without our kernels the bits depend on strips")
+    limit(6 * 10**9 - CONTEXT_BYTES)
+    start = 0
+    for pixels in vae.decode_stream(z, chunk_frames=chunk_frames):
+        stop = start + pixels.shape[2]
+        assert torch.equal(pixels.cpu(), expected[:, :, start:stop]), f"frames {start} to {stop}"
+        start = stop
+    report = vae.last_report
+    assert start == expected.shape[2] and report.strips > 1 and report.plan["parked"]
+    assert report.restarts == 0, report.fallbacks
+    assert abs(report.memory.planned_bytes / report.memory.peak_bytes - 1) < 0.15
+
+
+def test_a_cancel_gives_device_and_host_memory_back(limit):  # noqa: F811
+    device = torch.device("cuda", torch.cuda.current_device())
+    vae = random_vae(wan21(), device)
+    case = CASES["wan2.1-720p-81"]
+    z = case.random_latent()
+    limit(6 * 10**9 - CONTEXT_BYTES)
+    list(vae.decode_stream(z[:, :, :2], strips=3, chunk_frames=1))
+    before = torch.cuda.memory_allocated(device)
+    answers = iter([False] * 40)
+    stream = vae.decode_stream(z, strips=3, chunk_frames=4, should_stop=lambda: next(answers, True))
+    with pytest.raises(DecodeCancelled) as kept:
+        list(stream)
+    assert kept.value.__traceback__ is not None
+    del stream
+    # The latent stays with the run, which the error's traceback keeps.
+    assert torch.cuda.memory_allocated(device) - before < 64 * 2**20

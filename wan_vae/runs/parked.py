@@ -1,0 +1,264 @@
+"""Strips that leave what they do not need now in host memory: frames, and history.
+
+A video file wants whole frames, so that strips of rows must be put together. On a small card
+neither the frames of a long chunk nor the history of all strips fit beside the strip at work. So
+each strip goes through a chunk before the next one starts; its pixels are copied to `HostFrames`
+while it goes on, and come back a few frames at a time when the last strip is done. Where another
+chunk follows, `StripHistories` moves the history of the strip out and that of the next one in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+
+from .. import layout
+from ..io.image import HostCopier, host_empty
+from ..network.cache import FeatureCache
+
+
+class HostFrames:
+    """The frames [B, 3, t, H, W] float32 of one chunk, in host memory, put together of strips.
+
+    Copies from CUDA run beside the computation of the next pass. Close it in every case.
+    """
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        """shape: of the longest chunk."""
+        self._device = device
+        # Frames first, so that a few of them are one piece of memory.
+        b, c, t, h, w = shape
+        with torch.inference_mode(False):  # see `_bytes_on`
+            self._memory = host_empty((t, b, c, h, w), torch.float32)
+        self._copier: HostCopier | None = None
+        self._is_new = True
+
+    def write(self, pixels: torch.Tensor, start: int, first_row: int) -> None:
+        """Take pixels [B, 3, t, rows, W]: of frames from `start` on, rows from `first_row` on."""
+        stop, rows = start + pixels.shape[2], slice(first_row, first_row + pixels.shape[3])
+        frames = self._memory[:, :, :, rows].permute(1, 2, 0, 3, 4)
+        target = frames[:, :, start:stop]
+        if not pixels.is_cuda:
+            target.copy_(pixels)
+            return
+        if self._copier is None:
+            self._copier = HostCopier(pixels.device, None, self._is_new)
+        ahead = frames[:, :, stop : stop + pixels.shape[2]]
+        self._copier.copy(pixels.contiguous(), target, ahead)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Frames [start, stop) on the device, [B, 3, t, H, W]. Raises the first error of a copy."""
+        if self._copier is not None:
+            copier, self._copier = self._copier, None
+            copier.finish()
+        self._is_new = False
+        # A copy, also on the CPU: the next chunk overwrites the memory.
+        part = self._memory[start:stop].to(self._device, copy=True)
+        return part.permute(1, 2, 0, 3, 4).contiguous()
+
+    def close(self) -> None:
+        """Stop the copies and let go of the memory."""
+        if self._copier is not None:
+            copier, self._copier = self._copier, None
+            copier.stop()
+        self._memory = torch.empty(0)
+
+
+# Where the bytes of a history may begin on the host, so that they are numbers of any dtype.
+_ALIGNED = 256
+
+
+class HostMemory:
+    """`size` bytes of host memory, page-locked where that is possible, so that CUDA copies to and
+    from it while it computes.
+
+    PyTorch's own page-locked memory comes in powers of two, and is never given back: it is not used
+    for gigabytes.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        with torch.inference_mode(False):  # see `_bytes_on`
+            self.bytes = host_empty((size,), torch.uint8)
+        self.is_locked = False
+        if device.type == "cuda" and size:
+            # The memory is visible to all devices of the process (cudaHostRegisterPortable).
+            status = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 1)
+            self.is_locked = int(status) == 0
+
+    def close(self) -> None:
+        """Give the memory back. No copy may be under way."""
+        if self.is_locked:
+            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+            self.is_locked = False
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+
+@dataclass
+class _Place:
+    """Device memory for one layer's history of any strip, and when it may be used.
+
+    moved: the copies out and in that were queued last; None before the first.
+    """
+
+    memory: torch.Tensor
+    moved: torch.cuda.Event | None = None
+
+
+@dataclass(frozen=True)
+class _Parked:
+    """One layer's history of one strip: its form, and its bytes on the host from `start` on."""
+
+    form: layout.DenseForm
+    memory: HostMemory
+    start: int
+
+    @property
+    def bytes(self) -> torch.Tensor:
+        return self.memory.bytes[self.start : self.start + self.form.nbytes]
+
+
+@dataclass
+class _Strip:
+    """What is kept of one strip between chunks: its layers in the order of their use."""
+
+    slots: dict[str, _Parked] = field(default_factory=dict)
+    memories: list[HostMemory] = field(default_factory=list)
+
+
+class StripHistories:
+    """The histories of all strips: that of the strip at work on the device, the others on the host.
+
+    The device holds one place a layer. When a strip is done with a chunk, the history of each layer
+    goes out and that of the next strip comes into the same place, layer after layer, on streams of
+    their own: the next strip starts as soon as its first layers are there. Close it in every case.
+    """
+
+    def __init__(self, strips: int, device: torch.device) -> None:
+        self._device = device
+        self._strips = [_Strip() for _ in range(strips)]
+        self._places: dict[str, _Place] = {}
+        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        if device.type == "cuda":
+            self._streams = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether all host memory that was taken so far is page-locked."""
+        return all(memory.is_locked for strip in self._strips for memory in strip.memories)
+
+    def first(self) -> FeatureCache:
+        """The cache of the first strip, for its first chunk."""
+        return _PlacedCache(self, {})
+
+    def after(self, done: int, cache: FeatureCache) -> FeatureCache:
+        """Strip `done` has gone through a chunk with `cache`: the cache of the strip after it, or
+        of the first strip for the next chunk."""
+        strip = self._strips[done]
+        following = self._strips[(done + 1) % len(self._strips)]
+        # In the last chunk layers leave no history: nothing goes out.
+        left = [name for name, _ in cache.items()]
+        self._learn(strip, cache)
+        if self._streams is not None:
+            # The device gets here when the strip no longer reads its history.
+            self._streams[0].wait_stream(torch.cuda.current_stream(self._device))
+        slots: dict[str, torch.Tensor] = {}
+        for name, place in self._places.items():
+            kept = following.slots.get(name)
+            self._move(place, strip.slots[name] if name in left else None, kept)
+            if kept is not None:
+                slots[name] = kept.form.view(place.memory)
+        return _PlacedCache(self, slots)
+
+    def put(self, slot: str, history: torch.Tensor) -> torch.Tensor:
+        """`history`, which a layer has stored, in its place on the device; copied if need be."""
+        self.wait(slot)
+        place = self._places.get(slot)
+        if place is not None and history.data_ptr() == place.memory.data_ptr():
+            return history
+        if place is None or place.memory.numel() < history.nbytes:
+            self._places[slot] = _Place(torch.empty(0))  # the smaller one is freed first
+            place = self._places[slot] = _Place(_bytes_on(self._device, history.nbytes))
+        return layout.DenseForm.of(history).view(place.memory).copy_(history)
+
+    def wait(self, slot: str) -> None:
+        """What follows on the device comes after the copies out of and into the place of `slot`."""
+        place = self._places.get(slot)
+        if place is not None and place.moved is not None:
+            torch.cuda.current_stream(self._device).wait_event(place.moved)
+
+    def close(self) -> None:
+        """Give device and host memory back, after all copies."""
+        for stream in self._streams or ():
+            stream.synchronize()
+        for strip in self._strips:
+            for memory in strip.memories:
+                memory.close()
+            strip.memories.clear()
+            strip.slots.clear()
+        self._places.clear()
+
+    def _learn(self, strip: _Strip, cache: FeatureCache) -> None:
+        """Take host memory for what `strip` leaves for the first time.
+
+        That is in its first chunk, and in its second for layers that skip the video's first frame.
+        """
+        new = {n: layout.DenseForm.of(x) for n, x in cache.items() if n not in strip.slots}
+        if not new:
+            return
+        sizes = [-(-form.nbytes // _ALIGNED) * _ALIGNED for form in new.values()]
+        memory = HostMemory(sum(sizes), self._device)
+        strip.memories.append(memory)
+        starts = accumulate(sizes, initial=0)
+        for (name, form), start in zip(new.items(), starts, strict=False):
+            strip.slots[name] = _Parked(form, memory, start)
+
+    def _move(self, place: _Place, out: _Parked | None, into: _Parked | None) -> None:
+        """Queue the copies of one layer: out of `place` to a host's side, and then into it."""
+        if self._streams is None:
+            _copy(place, out, is_out=True)
+            _copy(place, into, is_out=False)
+            return
+        leaving, coming = self._streams
+        with torch.cuda.stream(leaving):
+            _copy(place, out, is_out=True)
+        coming.wait_event(leaving.record_event())
+        with torch.cuda.stream(coming):
+            _copy(place, into, is_out=False)
+            place.moved = coming.record_event()
+
+
+def _bytes_on(device: torch.device, size: int) -> torch.Tensor:
+    # Also within inference mode an ordinary tensor: a caller may leave that mode between frames.
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def _copy(place: _Place, kept: _Parked | None, *, is_out: bool) -> None:
+    """Copy between `place` and the host, beside the computation where the memory allows that."""
+    if kept is None:
+        return
+    ends = kept.bytes, place.memory[: kept.form.nbytes]
+    target, source = ends if is_out else reversed(ends)
+    target.copy_(source, non_blocking=kept.memory.is_locked)
+
+
+class _PlacedCache(FeatureCache):
+    """The history of the strip at work, in the places of a `StripHistories`."""
+
+    def __init__(self, histories: StripHistories, slots: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._histories = histories
+        self._slots = slots
+
+    def take(self, slot: str, x: torch.Tensor, frames: int) -> torch.Tensor:
+        self._histories.wait(slot)
+        return super().take(slot, x, frames)
+
+    def peek(self, slot: str) -> torch.Tensor | None:
+        self._histories.wait(slot)
+        return super().peek(slot)
+
+    def store(self, slot: str, history: torch.Tensor) -> None:
+        super().store(slot, self._histories.put(slot, history))
