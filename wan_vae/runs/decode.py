@@ -15,7 +15,7 @@ from ..errors import DecodeMemoryError, OutputError
 from ..geometry import Strip
 from ..hooks import Hooks
 from ..io.latents import as_batch, check_latent_shape, check_latent_values
-from ..io.sink import NullSink, Sink, TensorSink, check_out, sink_bytes
+from ..io.sink import NullSink, Sink, TensorSink, check_out, sink_bytes, sink_video
 from ..network.cache import FeatureCache
 from ..options import Gather, RunOptions
 from ..planning.passes import pass_frames
@@ -103,7 +103,7 @@ class DecodeRun(Run):
             abort(sink, error)
             raise
         try:
-            self.execute(self._put_into(sink), sink.close)
+            self.execute(self._put_into(sink), partial(self._close, sink))
         except BaseException as error:
             abort(sink, error)
             raise
@@ -115,6 +115,10 @@ class DecodeRun(Run):
                 sink.write(piece.values, piece.start_frame, piece.first_row)
 
         return put
+
+    def _close(self, sink: Sink) -> None:
+        sink.close()
+        self.builder.video = sink_video(sink)
 
     def stream(self) -> Iterator[torch.Tensor]:
         """Pixels [B, 3, t, H', W'] as soon as frames are final; sets `report` at the end.
