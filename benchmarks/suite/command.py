@@ -55,5 +55,6 @@ _RUN: dict[str, Callable[[Sequence[str]], int]] = {
     "resources": _own_process("kernel_resources.py"),
     "nodes": _own_process("comfyui_nodes.py"),
     "host": host_memory.main,
+    "video": _own_process("video.py"),
     "forms": conv_forms.main,
 }

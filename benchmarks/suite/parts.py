@@ -12,6 +12,7 @@ OTHER_PARTS = {
     "forms": "convolutions without cuDNN, by form, next to the library's (a GPU)",
     "resources": "registers and shared memory of the Triton kernels (no GPU)",
     "nodes": "our nodes in a running ComfyUI (COMFYUI_PATH): time and memory",
+    "video": "a latent to an mp4, beside x264 alone and an IMAGE that is saved",
     "host": "what fresh host memory costs a copy from the GPU",
 }
 
