@@ -205,8 +205,9 @@ class _Frames:
 class VideoFileSink(FileSink):
     """A video file, BT.709 in limited range, streamed. Odd sizes gain one repeated row or column.
 
-    H.264 unless `settings` say otherwise. should_stop: asked while the decode waits for the
-    encoder. names: see `FileSink`. `video` tells what ran, and who waited for whom.
+    H.264 unless `settings` say otherwise. container: None takes that of the suffix. should_stop:
+    asked while the decode waits for the encoder. names: see `FileSink`. `video` tells what ran, and
+    who waited for whom.
     """
 
     def __init__(
@@ -217,16 +218,18 @@ class VideoFileSink(FileSink):
         fps: float,
         settings: VideoSettings | None = None,
         *,
+        container: Container | None = None,
         names: Iterable[Path] = (),
         should_stop: ShouldStop | None = None,
     ):
-        container = path.suffix.lower().removeprefix(".")
+        if container is None:
+            container = cast("Container", path.suffix.lower().removeprefix("."))
         size = even(height), even(width)
         super().__init__(path, names=names)
         try:
             encoder = VideoEncoder(
                 self._partial.path,
-                cast("Container", container),
+                container,
                 size,
                 fps,
                 settings or VideoSettings(),
