@@ -31,6 +31,7 @@ def test_the_ends_of_a_clip_are_kept(parts):
     for frames in parts:
         part = pixels[:, :, at : at + frames].clone()
         sink.write(part, at, 0)
+        assert torch.equal(part, pixels[:, :, at : at + frames]), "other sinks get it too"
         part.fill_(float("nan"))  # its memory may be used again
         at += frames
     image = expected(pixels)

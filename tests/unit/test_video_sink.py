@@ -208,6 +208,25 @@ def test_many_writers_of_one_name_lose_no_video(tmp_path):
         assert levels(sink.path).mean() == pytest.approx((i / 4 + 1) * 127.5, abs=2)
 
 
+def test_a_name_is_taken_before_the_video_gets_it(tmp_path, monkeypatch):
+    """Another writer publishes just before the first one's rename: both videos are there."""
+    names = [tmp_path / f"clip_{n}.mp4" for n in range(3)]
+    first, other = (VideoFileSink(names[0], HEIGHT, WIDTH, 16, names=iter(names)) for _ in range(2))
+    for sink, grey in ((first, -0.5), (other, 0.5)):
+        sink.write(torch.full((1, 3, 1, HEIGHT, WIDTH), grey), 0, 0)
+    rename, waiting = Path.replace, [other]
+
+    def replace(path, target):
+        while waiting:
+            waiting.pop().close()
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    first.close()
+    assert [first.path, other.path] == names[:2]
+    assert levels(first.path).mean() < 100 < levels(other.path).mean()
+
+
 def test_a_video_whose_rename_fails_keeps_no_name(tmp_path):
     sink = VideoFileSink(tmp_path / "o.mp4", HEIGHT, WIDTH, 16, names=[tmp_path / "o.mp4"])
     sink.write(clip(1), 0, 0)
