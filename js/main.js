@@ -14,7 +14,7 @@ const LINE_SETTING = "WanVAE.NodeLine";
 const LINE_HEIGHT = 36;
 const LINE_MARGIN = 4;
 // The nodes that get a line. The panel has a card for every node that sends a report.
-const NODES = /^WanVAE(Accelerate|Decode|DecodeSharded|DecodeToVideo|Encode|Inspect)$/;
+const NODES = /^WanVAE(Accelerate|CreateVideo|Decode|DecodeSharded|DecodeToVideo|Encode|Inspect)$/;
 
 const store = new ReportStore();
 let t = translator();
@@ -90,6 +90,16 @@ function addLine(node) {
   };
 }
 
+/** Names of files may hold %date:...% and %Node.widget%, which the page replaces for core's nodes. */
+function replaceTokens(node) {
+  const widget = node.widgets?.find(({ name }) => name === "filename_prefix");
+  if (!widget) return;
+  widget.serializeValue = () => {
+    const replace = window.comfyAPI?.utils?.applyTextReplacements;
+    return replace ? replace(rootGraph(), widget.value) : widget.value;
+  };
+}
+
 function addPanel() {
   let panel = null;
   app.extensionManager.registerSidebarTab({
@@ -149,7 +159,9 @@ app.registerExtension({
     await refresh();
   },
   nodeCreated(node) {
-    if (NODES.test(node.comfyClass ?? "")) addLine(node);
+    if (!NODES.test(node.comfyClass ?? "")) return;
+    replaceTokens(node);
+    addLine(node);
   },
   afterConfigureGraph() {
     store.touch(); // another workflow may be on screen

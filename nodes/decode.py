@@ -10,7 +10,15 @@ from comfy_api.latest import io
 from ..wan_vae.options import MemoryFormat
 from . import inputs
 from .reports import HIDDEN
-from .schema import chunk_input, latent_input, layout_input, precision_input, schema, vae_input
+from .schema import (
+    chunk_input,
+    latent_input,
+    layout_input,
+    normalized_input,
+    precision_input,
+    schema,
+    vae_input,
+)
 from .session import session
 
 
@@ -32,6 +40,7 @@ class WanVAEDecode(io.ComfyNode):
                 layout_input(),
                 precision_input(),
                 chunk_input(),
+                normalized_input(),
             ],
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="The frames, in order.")],
             hidden=list(HIDDEN),
@@ -45,11 +54,13 @@ class WanVAEDecode(io.ComfyNode):
         memory_layout: MemoryFormat = "auto",
         precision: str = "auto",
         chunk_frames: int = 0,
+        normalized: bool = False,
     ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "decode") as run:
             latent = inputs.latent_5d(samples)
+            run.look_at(latent, normalized)
             plan = run.plan(
                 tuple(latent.shape), memory_format=memory_layout, chunk_frames=chunk_frames
             )
-            image = run.decode(latent, plan)
+            image = run.decode(latent, plan, normalized=normalized)
         return io.NodeOutput(image.flatten(0, 1), ui=run.ui)

@@ -15,6 +15,7 @@ from .schema import (
     chunk_input,
     latent_input,
     layout_input,
+    normalized_input,
     precision_input,
     schema,
     vae_input,
@@ -77,6 +78,7 @@ class WanVAEDecodeSharded(io.ComfyNode):
                 layout_input(),
                 precision_input(),
                 chunk_input(),
+                normalized_input(),
             ],
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="The frames, in order.")],
             hidden=list(HIDDEN),
@@ -95,14 +97,18 @@ class WanVAEDecodeSharded(io.ComfyNode):
         memory_layout: MemoryFormat = "auto",
         precision: str = "auto",
         chunk_frames: int = 0,
+        normalized: bool = False,
     ) -> io.NodeOutput:
         sharding = Sharding(devices, axis, gather, allow_fallback, timeout_s)
         with session(cls.hidden, vae, precision, "decode") as run:
+            latent = inputs.latent_5d(samples)
+            run.look_at(latent, normalized)
             image = decode(
                 run,
-                inputs.latent_5d(samples),
+                latent,
                 sharding,
                 memory_format=memory_layout,
                 chunk_frames=chunk_frames,
+                normalized=normalized,
             )
         return io.NodeOutput(image.flatten(0, 1), ui=run.ui)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .accelerate import WanVAEAccelerate
+from .create_video import WanVAECreateVideo
 from .decode import WanVAEDecode
 from .decode_sharded import WanVAEDecodeSharded
 from .decode_to_video import WanVAEDecodeToVideo
@@ -23,6 +24,7 @@ class WanVAEExtension(ComfyExtension):
             WanVAEEncode,
             WanVAEInspect,
             WanVAEDecodeToVideo,
+            WanVAECreateVideo,
             WanVAEAccelerate,
         ]
 

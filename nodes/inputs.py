@@ -9,6 +9,7 @@ import torch
 
 from ..wan_vae import LatentError
 from ..wan_vae.io.image import frames_view
+from ..wan_vae.io.video_encode import Sound
 
 
 def latent_5d(samples: Mapping[str, Any]) -> torch.Tensor:
@@ -67,6 +68,20 @@ def videos(image: torch.Tensor, are_images: bool) -> torch.Tensor:
     if not pixels:
         raise LatentError("the batch of videos to encode is empty: expected one or more")
     return pixels[0] if len(pixels) == 1 else torch.cat(pixels)
+
+
+def sound(audio: Mapping[str, Any] | None, place: int = 0) -> Sound | None:
+    """The sound of the video at `place` of a batch: its own, or the only one; None without audio.
+
+    Raises LatentError for what is no AUDIO.
+    """
+    if audio is None:
+        return None
+    waveform, rate = audio["waveform"], audio["sample_rate"]
+    if not isinstance(waveform, torch.Tensor) or waveform.ndim != 3 or 0 in waveform.shape:
+        what = tuple(waveform.shape) if isinstance(waveform, torch.Tensor) else type(waveform)
+        raise LatentError(f"the audio's waveform is {what}: expected [batch, channels, samples]")
+    return Sound(waveform[min(place, len(waveform) - 1)], int(rate))
 
 
 def output_dtype(vae: Any) -> torch.dtype:

@@ -91,7 +91,7 @@ class Packed:
         return any(True for _ in self.models)
 
     @property
-    def isloaded(self) -> bool:
+    def is_loaded(self) -> bool:
         """Whether ComfyUI counts it among its loaded models."""
         return bool(loaded(self.patcher))
 

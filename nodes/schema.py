@@ -71,3 +71,42 @@ def chunk_input() -> io.Input:
         tooltip="How many latent frames are decoded at a time. 0: planned from the free memory. "
         "Every value gives the same picture. Smaller values need less GPU memory and take longer.",
     )
+
+
+_IS_NORMALIZED = (
+    "The latent is normalised, as diffusers and WanVideoWrapper hold latents. Off for latents of "
+    "ComfyUI's own samplers."
+)
+
+
+def normalized_input(tooltip: str = _IS_NORMALIZED) -> io.Input:
+    return advanced(io.Boolean.Input, "normalized", default=False, tooltip=tooltip)
+
+
+def fps_input() -> io.Input:
+    return io.Float.Input(
+        "fps",
+        default=16.0,
+        min=0.01,
+        max=1000.0,
+        step=0.01,
+        tooltip="Frames per second: 16 for Wan 2.1, 24 for Wan 2.2 5B.",
+    )
+
+
+def audio_input() -> io.Input:
+    return io.Audio.Input(
+        "audio", optional=True, tooltip="Sound for the video. It is cut where the pictures end."
+    )
+
+
+def bit_depth_input() -> io.Input:
+    return advanced(
+        io.Int.Input,
+        "bit_depth",
+        default=8,
+        min=8,
+        max=10,
+        step=2,
+        tooltip="10 bits keep smooth gradients without bands, but some players cannot play them.",
+    )

@@ -21,6 +21,8 @@ import torch
 from ..wan_vae import DecodeCancelled, DecodeReport, Plan, WanVAE, WanVAEError
 from ..wan_vae.errors import first_line
 from ..wan_vae.io.image import ImageSink
+from ..wan_vae.io.latents import statistics_hint
+from ..wan_vae.io.sink import Sink
 from ..wan_vae.options import MemoryFormat, Operation, RunOptions
 from ..wan_vae.report import SCHEMA
 from ..wan_vae.runs.engine import PROOF_BYTES, SetupRequest
@@ -123,22 +125,53 @@ class Session:
         self.packed.load(plan.needed_bytes)
         return plan
 
-    def decode(self, latent: torch.Tensor, plan: Plan) -> torch.Tensor:
+    def look_at(self, latent: torch.Tensor, normalized: bool) -> None:
+        """Say in the report if `latent` looks like the kind that `normalized` does not say."""
+        hint = statistics_hint(latent, self.wan.config, normalized)
+        if hint is not None and hint not in self.warnings:
+            self.warnings.append(hint)
+
+    def decode(self, latent: torch.Tensor, plan: Plan, *, normalized: bool = False) -> torch.Tensor:
         """The frames [B, T, H, W, 3] in [0, 1] of `latent` by `plan`, where ComfyUI wants them."""
         vae = self.vae
         sink = ImageSink.allocate(
             plan.latent_shape, self.wan.config, vae.output_device, inputs.output_dtype(vae)
         )
-        self.wan.decode(latent, sink=sink, plan=plan, memory=self.memory, **self.hooks)
+        self.decode_into(sink, latent, plan, normalized=normalized)
         return sink.image
 
-    def encode(self, video: torch.Tensor, plan: Plan, unit_range: bool = True) -> torch.Tensor:
+    def decode_into(
+        self, sink: Sink, latent: torch.Tensor, plan: Plan, *, normalized: bool = False
+    ) -> None:
+        """Decode `latent` by `plan` into `sink`, which is closed, or aborted after an error."""
+        self.wan.decode(
+            latent,
+            normalized=normalized,
+            sink=sink,
+            plan=plan,
+            memory=self.memory,
+            **self.hooks,
+        )
+
+    def encode(
+        self,
+        video: torch.Tensor,
+        plan: Plan,
+        unit_range: bool = True,
+        *,
+        normalized: bool = False,
+    ) -> torch.Tensor:
         """The latent of `video` [B, 3, T, H, W] by `plan`, where ComfyUI wants it.
 
         unit_range: `video` is in [0, 1], as an IMAGE, and not in [-1, 1].
         """
         latent = self.wan.encode(
-            video, plan=plan, unit_range=unit_range, memory=self.memory, **self.hooks
+            video,
+            plan=plan,
+            unit_range=unit_range,
+            normalized=normalized,
+            memory=self.memory,
+            **self.hooks,
         )
         assert latent is not None  # one process always gets the result
         return self.as_output(latent)

@@ -101,6 +101,7 @@ def decode(
     *,
     memory_format: MemoryFormat = "auto",
     chunk_frames: int = 0,
+    normalized: bool = False,
 ) -> torch.Tensor:
     """The frames [B, T, H, W, 3] in [0, 1] of `latent`, where ComfyUI wants them."""
     shape = tuple(latent.shape)
@@ -113,13 +114,14 @@ def decode(
             gather=sharding.gather,
             form="image",
             plans=plans,
+            normalized=normalized,
             **run.hooks,
         )
         return run.as_output(image)
     except ShardingError as error:
         _fall_back(run, sharding, error)
     plan = run.plan(shape, memory_format=memory_format, chunk_frames=chunk_frames)
-    return run.decode(latent, plan)
+    return run.decode(latent, plan, normalized=normalized)
 
 
 def encode(

@@ -114,6 +114,28 @@ class MemoryRecord:
 
 
 @dataclass(frozen=True)
+class VideoRecord:
+    """A video that was written while it was decoded.
+
+    encoder: FFmpeg's name of the one that ran. waited_for_encoder_ms: how long the decode waited
+    for the encoder to take a frame, and at the end to finish; waited_for_decoder_ms: how long the
+    encoder waited for a frame. flight_bytes: host memory that frames between the two take at most.
+    """
+
+    encoder: str
+    frames: int
+    waited_for_encoder_ms: float
+    waited_for_decoder_ms: float
+    flight_bytes: int
+
+    @property
+    def waited_for(self) -> str:
+        """The slower of the two: "encoder" or "decoder"."""
+        slower = self.waited_for_encoder_ms > self.waited_for_decoder_ms
+        return "encoder" if slower else "decoder"
+
+
+@dataclass(frozen=True)
 class DecodeReport:
     """What one decode, encode or inspection did. `as_dict()` returns values for JSON."""
 
@@ -146,6 +168,8 @@ class DecodeReport:
     versions: dict[str, str | None] = field(default_factory=dict)
     # What was planned, without what stands above: see `Plan.summary`; None if nothing was.
     plan: dict[str, object] | None = None
+    # None if no video was written.
+    video: VideoRecord | None = None
 
     def as_dict(self) -> dict[str, object]:
         """Return the wire format `wan_vae.report/1`: dicts, lists, strings, numbers, bools, None.
@@ -170,6 +194,8 @@ class DecodeReport:
         ]
         values["chunks"] = [ChunkRecord(**v) for v in plain["chunks"]]
         values["shards"] = [ShardRecord(**v) for v in plain["shards"]]
+        if plain.get("video") is not None:
+            values["video"] = VideoRecord(**plain["video"])
         for name, value in values.items():
             if isinstance(value, list):
                 values[name] = tuple(value)
@@ -204,6 +230,7 @@ class ReportBuilder:
         self.plan: dict[str, object] | None = None
         self.layout: dict[str, Any] = {}
         self.memory: dict[str, int | None] = {}
+        self.video: VideoRecord | None = None
         self.layers: list[LayerRecord] = []
         self.backends_used: dict[str, str] = {}
         self.backends_off: list[BackendOff] = []
@@ -247,4 +274,5 @@ class ReportBuilder:
             strips=self.strips,
             restarts=self.restarts,
             plan=self.plan,
+            video=self.video,
         )

@@ -57,5 +57,6 @@ _RUN: dict[str, Callable[[Sequence[str]], int]] = {
     "nodes": _own_process("comfyui_nodes.py"),
     "small": small_cards.main,
     "host": host_memory.main,
+    "video": _own_process("video.py"),
     "forms": conv_forms.main,
 }

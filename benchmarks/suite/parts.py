@@ -13,6 +13,7 @@ OTHER_PARTS = {
     "resources": "registers and shared memory of the Triton kernels (no GPU)",
     "nodes": "our nodes in a running ComfyUI (COMFYUI_PATH): time and memory",
     "small": "IMAGE and a stream of frames on a card with little memory (a GPU)",
+    "video": "a latent to an mp4, beside x264 alone and an IMAGE that is saved",
     "host": "what fresh host memory costs a copy from the GPU",
 }
 

@@ -58,6 +58,16 @@ def test_the_encoder_is_held_against_others_before_it_is_timed(tmp_path, monkeyp
     assert len({line for line in lines if line.startswith("| wan2.1-narrow")}) == len(rows)
 
 
+def test_a_video_is_timed_beside_x264_alone(tmp_path):
+    file = tmp_path / "rows.json"
+    lines = run("video.py", "--device", "cpu", "--repeats", "1", "--output", str(file))
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["case"] == "wan2.1-narrow" and row["file_bytes"] > 0
+    assert all(row[f"{way}_ms"] > 0 for way in ("x264", "decode", "stream", "image", "save"))
+    assert row["waited_for"] in ("encoder", "decoder")
+    assert sum(line.startswith("| wan2.1-narrow |") for line in lines) == 1
+
+
 def test_an_encoder_that_gives_something_else_gets_no_time():
     case, device = encode.CASES["wan2.1-narrow"], torch.device("cpu")
     other = encode.Encoder(lambda pixels: torch.ones(case.latent), lambda frames: torch.ones(1))

@@ -228,7 +228,7 @@ def test_line_is_absent_from_saved_workflows_and_prompts(frontend):
         }"""
     )
     node = next(node for node in saved["nodes"] if node["type"] == "WanVAEDecode")
-    assert node["widgets_values"] == ["auto", "auto", 0]
+    assert node["widgets_values"] == ["auto", "auto", 0, False]
     assert "wan_vae_line" not in json.dumps([saved, prompt])
 
 
@@ -272,6 +272,37 @@ def test_panel_speaks_chinese(frontend):
         frontend.open()
 
 
+def test_tokens_in_the_name_of_a_video_are_replaced_as_in_core(frontend):
+    """In the prompt only; the workflow keeps them for the next run. Core's node beside it."""
+    name = "%date:yyyy-MM-dd%/%Wan VAE Decode to Video.fps%_%width%"
+    ours, core, kept, expected = frontend.page.evaluate(
+        """async (name) => {
+          const { app, LiteGraph } = window;
+          const graph = app.rootGraph ?? app.graph;
+          const added = ["WanVAEDecodeToVideo", "SaveVideo"].map((kind) => {
+            const node = LiteGraph.createNode(kind);
+            graph.add(node);
+            node.widgets.find((widget) => widget.name === "filename_prefix").value = name;
+            return node;
+          });
+          try {
+            const { output, workflow } = await app.graphToPrompt();
+            const kept = workflow.nodes.find((node) => node.id === added[0].id).widgets_values;
+            const now = new Date();
+            const two = (n) => String(n).padStart(2, "0");
+            const day = [now.getFullYear(), two(now.getMonth() + 1), two(now.getDate())].join("-");
+            const made = added.map((node) => output[node.id].inputs.filename_prefix);
+            return [...made, kept, `${day}/16_%width%`];
+          } finally {
+            for (const node of added) graph.remove(node);
+          }
+        }""",
+        name,
+    )
+    assert ours == core == expected
+    assert name in kept
+
+
 def test_help_page_is_served(frontend):
     for name in (
         "WanVAEAccelerate",
@@ -279,6 +310,7 @@ def test_help_page_is_served(frontend):
         "WanVAEEncode",
         "WanVAEInspect",
         "WanVAEDecodeToVideo",
+        "WanVAECreateVideo",
     ):
         path = urllib.parse.quote(f"/extensions/ComfyUI-WanVAE/docs/{name}.md")
         answer = frontend.page.request.get(frontend.server.url + path)

@@ -131,6 +131,44 @@ class ProbeFrames:
         return (torch.rand(frames, height, width, channels, generator=generator),)
 
 
+class ProbeSound:
+    """A tone of `seconds` as AUDIO."""
+
+    RETURN_TYPES = ("AUDIO",)
+    FUNCTION = "make"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seconds": ("FLOAT", {}), "rate": ("INT", {"max": 1 << 20})}}
+
+    def make(self, seconds, rate):
+        time = torch.arange(int(seconds * rate)) / rate
+        return ({"waveform": (time * 2764.6).sin().expand(1, 2, -1) / 2, "sample_rate": rate},)
+
+
+class ProbeVideo(_Probe):
+    """What a VIDEO says of itself, and the size of its stream."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"video": ("VIDEO",)}}
+
+    def probe(self, video):
+        source = video.get_stream_source()
+        return {
+            "ui": {
+                "kind": [type(video).__name__],
+                "dimensions": [list(video.get_dimensions())],
+                "frames": [video.get_frame_count()],
+                "duration": [video.get_duration()],
+                "rate": [float(video.get_frame_rate())],
+                "container": [video.get_container_format()],
+                "bytes": [len(source.getvalue())],
+            }
+        }
+
+
 class ProbeVAEWeights:
     """The same VAE object with its weights changed in place, as other packs leave it.
 
@@ -264,6 +302,8 @@ NODE_CLASS_MAPPINGS = {
         ProbeLatent,
         ProbeChoice,
         ProbeFrames,
+        ProbeSound,
+        ProbeVideo,
         ProbeVAEWeights,
         ProbeBrokenVAE,
         ProbeWan22VAE,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wan_vae.config import wan21
-from wan_vae.io.image import ImageSink, frames_to_pixels
+from wan_vae.io.image import EndFrames, ImageSink, frames_to_pixels
 
 
 def expected(pixels):
@@ -22,6 +22,24 @@ def test_pieces_land_in_their_place(device):
             sink.write(pixels[:, :, start:stop, top:bottom].to(device), start, top)
     sink.close()
     assert torch.equal(sink.image, expected(pixels))
+
+
+@pytest.mark.parametrize("parts", [(1, 4, 4), (9,), (2, 7)])
+def test_the_ends_of_a_clip_are_kept(parts):
+    pixels, at = torch.rand(2, 3, 9, 4, 6) * 2 - 1, 0
+    sink = EndFrames(9, torch.device("cpu"), torch.float16)
+    for frames in parts:
+        part = pixels[:, :, at : at + frames].clone()
+        sink.write(part, at, 0)
+        assert torch.equal(part, pixels[:, :, at : at + frames]), "other sinks get it too"
+        part.fill_(float("nan"))  # its memory may be used again
+        at += frames
+    image = expected(pixels)
+    assert torch.equal(sink.first, image[:, 0].half())
+    assert torch.equal(sink.last, image[:, 8].half())
+    one = EndFrames(1, torch.device("cpu"))
+    one.write(pixels[:, :, :1], 0, 0)
+    assert one.first is one.last
 
 
 @pytest.mark.gpu

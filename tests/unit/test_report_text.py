@@ -17,6 +17,7 @@ from wan_vae.report import (
     LayerRecord,
     LayoutRecord,
     MemoryRecord,
+    VideoRecord,
 )
 from wan_vae.sharding.plan import ShardPlan
 
@@ -72,8 +73,9 @@ def test_layers_say_what_runs_and_what_it_gained():
 
 
 def test_a_report_of_an_older_version_is_read():
-    """It says nothing of kernels and gains."""
+    """It says nothing of kernels, gains and videos."""
     plain = report().as_dict()
+    del plain["video"]
     layers = plain["layers"]
     assert isinstance(layers, list) and all("gain" in layer for layer in layers)
     for layer in layers:
@@ -111,6 +113,15 @@ def test_the_report_of_a_decode():
         "fallback  chunks were halved",
         "warning   pixels are not finite",
     ]
+
+
+def test_a_video_says_who_waited_for_whom():
+    slow = VideoRecord("libx264", 81, 2500.0, 40.0, 1 << 20)
+    lines = report_text(report(video=slow)).splitlines()
+    at = lines.index("video     81 frames by libx264")
+    assert lines[at + 1].split(maxsplit=4)[:4] == ["waited", "for", "the", "encoder:"]
+    assert lines[at + 1].endswith("2.50 s for the encoder, encoder 0.04 s for the decode")
+    assert replace(slow, waited_for_decoder_ms=9999.0).waited_for == "decoder"
 
 
 def test_the_report_of_an_inspection_has_no_run_and_may_list_layers():

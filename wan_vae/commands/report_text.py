@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
 from ..planning.plan import Plan
-from ..report import DecodeReport, LayerRecord
+from ..report import DecodeReport, LayerRecord, VideoRecord
 
 # A line of text: its label and what it says. Lines without a label continue the one above.
 Row = tuple[str, str]
@@ -127,7 +127,21 @@ def _run_rows(report: DecodeReport) -> list[Row]:
     if memory.peak_bytes is not None:
         planned = gibibytes(memory.planned_bytes)
         rows.append(("memory", f"peak {gibibytes(memory.peak_bytes)} (planned: {planned})"))
+    if report.video is not None:
+        rows += _video_rows(report.video)
     return rows
+
+
+def _video_rows(video: VideoRecord) -> list[Row]:
+    on_encoder, on_decoder = video.waited_for_encoder_ms / 1e3, video.waited_for_decoder_ms / 1e3
+    return [
+        ("video", f"{count(video.frames, 'frame')} by {video.encoder}"),
+        (
+            "",
+            f"waited for the {video.waited_for}: decode {on_encoder:.2f} s for the encoder, "
+            f"encoder {on_decoder:.2f} s for the decode",
+        ),
+    ]
 
 
 def _backend_rows(

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from types import ModuleType
@@ -114,6 +114,15 @@ def ffmpeg_name(path: Path) -> str:
     return str(path.absolute())
 
 
+def _reserve(path: Path) -> bool:
+    """Make an empty file of this name; False if there is one. Of several writers, one makes it."""
+    try:
+        path.open("xb").close()
+    except FileExistsError:
+        return False
+    return True
+
+
 class Partial:
     """A temporary file or folder that becomes `target` when it is complete.
 
@@ -145,11 +154,22 @@ class Partial:
             self.discard()
             raise
 
-    def publish(self) -> None:
-        """Rename it to `target`, in place of a file of that name. Raises OutputError."""
+    def publish(self, names: Iterable[Path] = ()) -> Path:
+        """Rename it to `target`, in place of a file of that name; returns its name.
+
+        names: rename it to the first of these in the folder of `target` that nothing has, and take
+        no name from another writer, of this machine or another. Raises OutputError.
+        """
         with writing(self.target):
-            self.path.replace(self.target)
+            reserved = next(filter(_reserve, names), None)
+            try:
+                self.path.replace(reserved or self.target)
+            except OSError:
+                if reserved is not None:
+                    reserved.unlink()
+                raise
         self._created_folders = []
+        return reserved or self.target
 
     def discard(self) -> None:
         """Remove it and the created folders; does nothing after `publish` or a second time."""

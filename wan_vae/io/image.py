@@ -110,6 +110,36 @@ class ImageSink:
             copier.stop()
 
 
+class EndFrames:
+    """A sink that keeps the first and last frame, [B, H, W, 3] in [0, 1], and drops the rest."""
+
+    needs_whole_frames = True
+
+    def __init__(self, total_frames: int, device: torch.device, dtype: torch.dtype = torch.float32):
+        self._total, self._device, self._dtype = total_frames, device, dtype
+        self._kept: dict[int, torch.Tensor] = {}
+
+    @property
+    def first(self) -> torch.Tensor:
+        return self._kept[0]
+
+    @property
+    def last(self) -> torch.Tensor:
+        return self._kept[self._total - 1]
+
+    def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
+        for frame in {0, self._total - 1}:
+            if start_frame <= frame < start_frame + pixels.shape[2]:
+                image = pixels[:, :, frame - start_frame].add(1.0).mul_(0.5).movedim(1, -1)
+                self._kept[frame] = image.to(self._device, self._dtype).contiguous()
+
+    def close(self) -> None:
+        """Nothing to flush."""
+
+    def abort(self) -> None:
+        """Nothing to undo."""
+
+
 @dataclass(frozen=True)
 class _Copy:
     """One copy on its way: `staged`, a view of `staging`, is to go to `target` on `arrived`."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from .. import geometry
 from ..config import WanVAEConfig
 from ..errors import CheckpointError, LatentError, first_line
 from .files import unreadable_reason, writing
@@ -21,6 +22,10 @@ TENSOR_KEYS = ("latent_tensor", "latent", "latents", "samples")
 # multiplied by Stable Diffusion's factor. Source: what ComfyUI's SaveLatent and LoadLatent do.
 VERSION_KEY = "latent_format_version_0"
 OLD_SCALE = 1.0 / 0.18215
+
+# When a latent looks like the other kind (`statistics_hint`). Channels of 30% more or less contrast
+# than usual, which is what single pictures have, move the slope by 0.2 (Wan 2.1, 16 channels).
+_CLEARLY, _NORMALIZED_SLOPE, _RAW_SLOPE = 0.05, 0.1, 0.5
 
 
 def load_latent(path: str | Path) -> torch.Tensor:
@@ -150,6 +155,73 @@ def check_pixels(pixels: torch.Tensor, config: WanVAEConfig) -> None:
         raise LatentError(f"the video is empty: its shape is {tuple(pixels.shape)}")
     if pixels.dtype not in _READABLE:
         raise LatentError(f"the video is of {pixels.dtype}: expected floating values in [-1, 1]")
+
+
+def statistics_hint(
+    latent: torch.Tensor, config: WanVAEConfig, normalized: bool = False
+) -> str | None:
+    """A sentence with numbers if `latent` [B, z, T, H, W] looks like the other kind; None if not.
+
+    The kinds: normalised, each channel with mean 0 and standard deviation 1, as diffusers holds
+    them (`normalized`); or as the VAE makes them, with the statistics in `config`, as ComfyUI does.
+    Two signs must agree: which of the two normal distributions fits better, and whether the
+    deviations of the channels follow those in `config` (slope 1 on a logarithmic scale) or not
+    (slope 0), which does not depend on the contrast of the picture. It is a sign and no proof.
+    """
+    if config.latents_mean is None or config.latents_std is None:
+        return None
+    values = latent.detach().float().transpose(0, 1).flatten(1).cpu()
+    mean, std = values.mean(dim=1), values.std(dim=1, correction=0)
+    if not bool((std > 1e-3).all()):
+        return None  # a channel without contrast says nothing
+    their_mean, their_std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
+    raw = their_std.log() + (std**2 + (mean - their_mean) ** 2) / (2 * their_std**2)
+    closer = float((raw - (std**2 + mean**2) / 2).mean())  # above 0: the normalised kind fits
+    theirs = their_std.log() - their_std.log().mean()
+    slope = float((std.log() * theirs).sum() / (theirs * theirs).sum())
+    looks_normalized = closer > _CLEARLY and slope < _NORMALIZED_SLOPE
+    looks_raw = closer < -_CLEARLY and slope > _RAW_SLOPE
+    if (normalized, looks_normalized, looks_raw) not in ((False, True, False), (True, False, True)):
+        return None
+    widest = int(their_std.argmax())
+    numbers = (
+        f"its channels have standard deviations of {std.min():.2f} to {std.max():.2f}, and those "
+        f"of this VAE {their_std.min():.2f} to {their_std.max():.2f} (channel {widest}: "
+        f"{std[widest]:.2f} and {their_std[widest]:.2f}; slope {slope:.2f}, where 1 means as "
+        "ComfyUI holds latents and 0 normalised)"
+    )
+    if normalized:
+        return f"the latent looks as ComfyUI holds it: {numbers}; should `normalized` be off?"
+    return (
+        "the latent looks normalised, as diffusers and WanVideoWrapper hold latents: "
+        f"{numbers}; should `normalized` be on?"
+    )
+
+
+def encode_notices(pixels: tuple[int, ...], channels: int, config: WanVAEConfig) -> tuple[str, ...]:
+    """What an encode of pixels [B, 3, T, H, W] does not use, in sentences with the numbers.
+
+    channels: of the images, before all but three were dropped. Raises GeometryError.
+    """
+    notices = []
+    _, _, frames, height, width = pixels
+    kept = geometry.pixel_shape(geometry.latent_shape(pixels, config), config)
+    if channels > 3:
+        notices.append(
+            f"the images have {channels} channels: red, green and blue are encoded, and "
+            f"{'alpha is' if channels == 4 else f'{channels - 3} channels are'} ignored"
+        )
+    if kept[2] != frames:
+        notices.append(
+            f"{kept[2]} of {frames} frames are encoded: the last {frames - kept[2]} are past "
+            f"{config.temporal_factor}n + 1"
+        )
+    if kept[3:] != (height, width):
+        notices.append(
+            f"cropped from {width}x{height} to {kept[4]}x{kept[3]}: sizes are multiples of "
+            f"{config.spatial_factor}"
+        )
+    return tuple(notices)
 
 
 def range_warning(largest: float) -> str | None:

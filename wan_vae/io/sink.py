@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from ..errors import OutputError
+from ..report import VideoRecord
 from .tensors import missing_data
 
 # Reserves memory for a part of an output, before that part is written.
@@ -53,6 +54,12 @@ def sink_bytes(sink: Sink) -> int:
     """
     size: int = getattr(sink, "output_bytes", 0)
     return size
+
+
+def sink_video(sink: Sink) -> VideoRecord | None:
+    """What `sink` tells of the video that it writes: its `video`, or None."""
+    record: VideoRecord | None = getattr(sink, "video", None)
+    return record
 
 
 class TensorSink:

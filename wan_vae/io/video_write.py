@@ -1,4 +1,4 @@
-"""Sinks that write files: videos through PyAV, PNG images and folders of them, safetensors.
+"""Sinks that write files: videos (`video_sink`), PNG images and folders of them, safetensors.
 
 The sinks of videos and images stream: they hold one chunk of frames, never the whole clip. A result
 gets its name when it is complete; a failed or cancelled decode leaves nothing behind.
@@ -7,12 +7,9 @@ gets its name when it is complete; a failed or cancelled decode leaves nothing b
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from fractions import Fraction
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,16 +17,14 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import OutputError
-from .files import Partial, check_output, ffmpeg_name, import_package, writing
-from .sink import Sink, sink_bytes
+from ..report import VideoRecord
+from .file_sink import FileSink
+from .files import check_output, import_package, writing
+from .sink import Sink, sink_bytes, sink_video
 from .tensors import save_tensors
-
-if TYPE_CHECKING:
-    from av import VideoFrame
+from .video_sink import VideoFileSink
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
-# Encoders in order of preference; which of them exist depends on how FFmpeg was built.
-_ENCODERS = ("libx264", "libopenh264", "h264", "mpeg4")
 _FRAME_NAME = re.compile(r"frame_\d{6,}\.png")
 
 
@@ -85,118 +80,6 @@ def open_sink(path: Path, shape: tuple[int, ...], fps: float) -> FileSink:
     if suffix == ".safetensors":
         return PixelFileSink(path, shape)
     return FrameFolderSink(path)
-
-
-class FileSink(ABC):
-    """A sink of one file or folder, which gets its name when it is complete.
-
-    `warnings` are for the user: what the file differs in from what was asked for. `output_bytes`:
-    see `sink.sink_bytes`.
-    """
-
-    needs_whole_frames = True
-
-    def __init__(self, path: Path, *, is_folder: bool = False):
-        self.path = Path(path)
-        self.warnings: list[str] = []
-        self.output_bytes = 0
-        self._partial = Partial(self.path, is_folder=is_folder)
-        self._is_finished = False
-
-    @abstractmethod
-    def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
-        """Take a block of pixels; see `sink.Sink`."""
-
-    def finish(self) -> None:
-        """Write all that is still held. An error of a full disk is raised here, not in `close`."""
-        if not self._is_finished:
-            self._finish()
-            self._is_finished = True
-
-    def close(self) -> None:
-        """Finish, and rename the result to its final name."""
-        self.finish()
-        self._partial.publish()
-
-    def abort(self) -> None:
-        """Remove what was written; does nothing after `close` or a second time."""
-        self._partial.discard()
-
-    @abstractmethod
-    def _finish(self) -> None:
-        """Write what the sink still holds."""
-
-
-class VideoFileSink(FileSink):
-    """H.264 video, yuv420p, BT.709, streamed. Odd sizes gain one repeated row or column."""
-
-    def __init__(self, path: Path, height: int, width: int, fps: float):
-        self._av = av = import_package("av", "av", path, OutputError)
-        rate = _frame_rate(path, fps)
-        encoder = next((name for name in _ENCODERS if name in av.codecs_available), None)
-        if encoder is None:
-            raise OutputError(f"{path}: this PyAV has no H.264 encoder: write a folder of frames")
-        super().__init__(path)
-        self._pad = (height % 2, width % 2)
-        if any(self._pad):
-            self.warnings.append(f"{width}x{height} is odd: the last row or column is repeated")
-        if encoder == "mpeg4":
-            self.warnings.append("this PyAV has no H.264 encoder: wrote MPEG-4 part 2")
-        try:
-            with writing(self.path, av.FFmpegError):
-                self._file = av.open(ffmpeg_name(self._partial.path), mode="w")
-        except OutputError:
-            self._partial.discard()
-            raise
-        options = {"crf": "16", "preset": "medium"} if encoder == "libx264" else {}
-        self._stream = self._file.add_stream(encoder, rate=rate, options=options)
-        self._stream.height, self._stream.width = height + self._pad[0], width + self._pad[1]
-        self._stream.pix_fmt = "yuv420p"
-        # BT.709 in FFmpeg's numbering: matrix 1, limited range 1.
-        self._stream.codec_context.colorspace = 1
-        self._stream.codec_context.color_primaries = 1
-        self._stream.codec_context.color_trc = 1
-        self._stream.codec_context.color_range = 1
-
-    def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
-        for picture in to_uint8(pixels[0]):
-            if any(self._pad):
-                picture = np.pad(picture, ((0, self._pad[0]), (0, self._pad[1]), (0, 0)), "edge")
-            frame = self._av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
-            self._put(frame)
-
-    def _finish(self) -> None:
-        self._put(None)
-        with writing(self.path, self._av.FFmpegError):
-            self._file.close()
-
-    def _put(self, frame: VideoFrame | None) -> None:
-        """Encode one frame, or flush the encoder (None), and write the packets."""
-        with writing(self.path, self._av.FFmpegError):
-            for packet in self._stream.encode(frame):
-                self._file.mux(packet)
-
-    def abort(self) -> None:
-        # Writing the trailer of an incomplete file may fail; the file is removed anyway.
-        with suppress(OSError, self._av.FFmpegError):
-            self._file.close()
-        super().abort()
-
-
-def _frame_rate(path: Path, fps: float) -> Fraction:
-    """`fps`, a number of any library, as a fraction with a small denominator.
-
-    Raises OutputError.
-    """
-    try:
-        value = None if isinstance(fps, (str, bytes)) else float(fps)
-    except (TypeError, ValueError):
-        value = None
-    # Containers count time in 32-bit ticks, which bounds the rates that they can store.
-    if value is None or not 0.01 <= value <= 1000:
-        raise OutputError(f"{path}: {fps!r} frames a second: expected a number, 0.01 to 1000")
-    return Fraction(value).limit_denominator(1001)
 
 
 def _old_frames(folder: Path) -> list[Path]:
@@ -285,6 +168,11 @@ class TeeSink:
         self.sinks = sinks
         self.needs_whole_frames = any(s.needs_whole_frames for s in sinks)
         self.output_bytes = sum(sink_bytes(s) for s in sinks)
+
+    @property
+    def video(self) -> VideoRecord | None:
+        """Of the first sink that writes a video."""
+        return next((video for s in self.sinks if (video := sink_video(s))), None)
 
     def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
         for sink in self.sinks:

@@ -17,7 +17,7 @@ from ..errors import DecodeMemoryError, OutputError
 from ..geometry import Strip
 from ..hooks import Hooks, OwnMemory
 from ..io.latents import as_batch, check_latent_shape, check_latent_values
-from ..io.sink import NullSink, Sink, TensorSink, check_out, sink_bytes
+from ..io.sink import NullSink, Sink, TensorSink, check_out, sink_bytes, sink_video
 from ..network.cache import FeatureCache
 from ..options import Gather, RunOptions
 from ..planning.passes import pass_frames
@@ -117,7 +117,8 @@ class DecodeRun(Run):
             raise
         try:
             # A sink that takes whole frames in order may have taken a part of those that failed.
-            self.execute(self._put_into(sink), sink.close, not sink.needs_whole_frames)
+            puts_again = not sink.needs_whole_frames
+            self.execute(self._put_into(sink), partial(self._close, sink), puts_again)
         except BaseException as error:
             abort(sink, error)
             # Whoever keeps the error does not keep the output.
@@ -132,6 +133,10 @@ class DecodeRun(Run):
                 sink.write(piece.values, piece.start_frame, piece.first_row)
 
         return put
+
+    def _close(self, sink: Sink) -> None:
+        sink.close()
+        self.builder.video = sink_video(sink)
 
     def stream(self) -> Iterator[torch.Tensor]:
         """Pixels [B, 3, t, H', W'] as soon as frames are final; sets `report` at the end.

@@ -1,0 +1,192 @@
+"""LazyVideo: ComfyUI's VIDEO of a latent, which is decoded when a node reads it.
+
+Core's Save Video calls `save_to`: frames go to the encoder as they are decoded, and are never
+together. A node that wants an IMAGE calls `get_components`. Sizes and times come from the latent's
+shape. Each reading decodes anew, and nothing is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from io import BytesIO
+from pathlib import Path
+from typing import Any, cast
+
+import comfy.model_management as model_management
+import torch
+from comfy_api.latest import Input, InputImpl, Types
+
+from ..wan_vae import OutputError, geometry
+from ..wan_vae.config import WanVAEConfig
+from ..wan_vae.io.video_encode import Codec, Container, VideoSettings, frame_rate
+from ..wan_vae.io.video_sink import VideoFileSink, VideoStreamSink
+from ..wan_vae.options import MemoryFormat
+from . import inputs
+from .executing import executing_node
+from .session import session
+
+# What FFmpeg, and so other VIDEOs, call the container that `get_stream_source` writes.
+_CONTAINER_NAME = "mov,mp4,m4a,3gp,3g2,mj2"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What is to be decoded and how: the inputs of WanVAECreateVideo, for one latent [1, ...].
+
+    config: of the VAE. node: the id of the node, for the panel.
+    """
+
+    latent: torch.Tensor
+    vae: Any
+    config: WanVAEConfig
+    fps: float
+    bit_depth: int = 8
+    audio: Mapping[str, Any] | None = None
+    place: int = 0
+    memory_layout: MemoryFormat = "auto"
+    precision: str = "auto"
+    chunk_frames: int = 0
+    normalized: bool = False
+    node: str | None = None
+
+    @property
+    def pixel_shape(self) -> tuple[int, ...]:
+        return geometry.pixel_shape(tuple(self.latent.shape), self.config)
+
+
+class LazyVideo(Input.Video):
+    """A VIDEO that decodes while it is read; see the module."""
+
+    def __init__(self, decoding: Decoding):
+        self._decoding = decoding
+
+    # -- what needs no decode ----------------------------------------------------------------------
+
+    def get_dimensions(self) -> tuple[int, int]:
+        """Width and height of a frame."""
+        height, width = self._decoding.pixel_shape[3:]
+        return width, height
+
+    def get_frame_count(self) -> int:
+        return self._decoding.pixel_shape[2]
+
+    def get_frame_rate(self) -> Fraction:
+        return frame_rate(Path("VIDEO"), self._decoding.fps)
+
+    def get_duration(self) -> float:
+        """Seconds."""
+        return float(self.get_frame_count() / self.get_frame_rate())
+
+    def get_bit_depth(self) -> int:
+        return self._decoding.bit_depth
+
+    def get_color_space(self) -> str:
+        return "sRGB"
+
+    def get_container_format(self) -> str:
+        return _CONTAINER_NAME
+
+    # -- what decodes ------------------------------------------------------------------------------
+
+    def get_components(self) -> Any:
+        """All frames as one IMAGE, with the audio and the frame rate."""
+        decoding = self._decoding
+        with self._session() as run:
+            run.look_at(decoding.latent, decoding.normalized)
+            plan = run.plan(
+                tuple(decoding.latent.shape),
+                memory_format=decoding.memory_layout,
+                chunk_frames=decoding.chunk_frames,
+            )
+            image = run.decode(decoding.latent, plan, normalized=decoding.normalized)
+        return Types.VideoComponents(
+            images=image.flatten(0, 1),
+            audio=cast("Any", decoding.audio),
+            frame_rate=self.get_frame_rate(),
+        )
+
+    def save_to(
+        self,
+        path: str | os.PathLike[str] | BytesIO,
+        format: str = "auto",
+        codec: str = "auto",
+        metadata: dict[str, Any] | None = None,
+        bit_depth: int | None = None,
+        crf: float | None = None,
+        color_space: str | None = None,
+    ) -> None:
+        """Write the video to a file of this name, or to an open file, while it is decoded.
+
+        format, codec: words of core's, or its enumerations. crf: None takes the encoder's default.
+        bit_depth: None takes the one that the video was created with. Raises OutputError.
+        """
+        if color_space not in (None, "auto", "sRGB"):
+            raise OutputError(f"a decoded video has the colours sRGB: it cannot be {color_space}")
+        settings = VideoSettings(
+            codec=cast("Codec", _word(codec)),
+            crf=crf,
+            bit_depth=self._decoding.bit_depth if bit_depth is None else bit_depth,
+            metadata={str(key): json.dumps(value) for key, value in (metadata or {}).items()},
+            sound=inputs.sound(self._decoding.audio, self._decoding.place),
+        )
+        decoding = self._decoding
+        shape = decoding.pixel_shape
+        with self._session() as run:
+            run.look_at(decoding.latent, decoding.normalized)
+            plan = run.plan(
+                tuple(decoding.latent.shape),
+                memory_format=decoding.memory_layout,
+                chunk_frames=decoding.chunk_frames,
+                whole_frames=True,
+            )
+            sink = _sink(path, _word(format), shape, decoding.fps, settings)
+            run.decode_into(sink, decoding.latent, plan, normalized=decoding.normalized)
+            run.warnings += sink.warnings
+
+    def as_trimmed(
+        self,
+        start_time: float | None = None,
+        duration: float | None = None,
+        strict_duration: bool = False,
+    ) -> Any:
+        """The part of the video from `start_time` on, `duration` seconds long (0: to the end), as
+        a compressed video in memory; None if there is not that much."""
+        start, wanted = start_time or 0.0, duration or 0.0
+        left = self.get_duration() - start if start >= 0 else min(-start, self.get_duration())
+        if left <= 0 or (strict_duration and left < wanted):
+            return None
+        return InputImpl.VideoFromFile(
+            self.get_stream_source(), start_time=start, duration=min(wanted, left)
+        )
+
+    def _session(self) -> Any:
+        decoding = self._decoding
+        return session(executing_node(), decoding.vae, decoding.precision, "decode", decoding.node)
+
+
+def _word(value: Any) -> str:
+    """What core passes as a string or as a member of an enumeration of strings."""
+    return str(getattr(value, "value", value))
+
+
+def _sink(
+    path: str | os.PathLike[str] | BytesIO,
+    container: str,
+    shape: tuple[int, ...],
+    fps: float,
+    settings: VideoSettings,
+) -> VideoFileSink | VideoStreamSink:
+    height, width = shape[3:]
+    stop = model_management.processing_interrupted
+    wanted = None if container == "auto" else cast("Container", container)
+    if not isinstance(path, (str, os.PathLike)):
+        return VideoStreamSink(
+            path, wanted or "mp4", height, width, fps, settings, should_stop=stop
+        )
+    return VideoFileSink(
+        Path(path), height, width, fps, settings, container=wanted, should_stop=stop
+    )

@@ -1,0 +1,310 @@
+"""Videos out of a running ComfyUI, read back with PyAV: frames, colours, tags, names, sound."""
+
+import json
+import os
+import shutil
+import uuid
+from contextlib import closing
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+import wan_vae
+from tests.comfy.graphs import decode, latent, load_vae, node, write_vaes
+from tests.comfy.server import Comfy, Run
+from tests.comfy.test_mini_vae import EXAMPLES, MINI
+from tests.comfy.test_other_nodes import failed
+from wan_vae.io.latents import load_latent, save_latent
+
+pytestmark = pytest.mark.comfy
+
+SMALL = "small.latent"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sample(comfy) -> torch.Tensor:
+    """The miniature VAE, and a corner of a sample latent; its frames [9, H, W, 3] in levels."""
+    shutil.copyfile(EXAMPLES / MINI, comfy.base / "models" / "vae" / MINI)
+    whole = load_latent(EXAMPLES / "latents" / "shapes_200x136_13f.latent")
+    corner = whole[:, :, :3, 2:9, 4:14].contiguous()
+    save_latent(comfy.base / "input" / SMALL, corner)
+    pixels = wan_vae.load(EXAMPLES / MINI, "cpu").decode(corner)
+    return (pixels[0].permute(1, 2, 3, 0) + 1).mul(127.5).numpy()
+
+
+def prompt(class_type: str = "WanVAEDecodeToVideo", **inputs) -> dict:
+    """A video of the sample (node 3)."""
+    if class_type == "WanVAEDecodeToVideo":
+        inputs = {"filename_prefix": f"video/{uuid.uuid4().hex}", **inputs}
+    return {
+        "1": load_vae(MINI),
+        "2": node("LoadLatent", latent=SMALL),
+        "3": node(class_type, vae=["1", 0], samples=["2", 0], **{"fps": 16.0, **inputs}),
+    }
+
+
+def saved(comfy, run: Run, place: str = "3") -> Path:
+    """The only file that a node says it has saved."""
+    assert run.error is None, run.error
+    (shown,) = run.outputs[place]["images"]
+    return comfy.base / shown["type"] / shown["subfolder"] / shown["filename"]
+
+
+def frames(path: Path) -> np.ndarray:
+    """[t, H, W, 3] in levels, read as ComfyUI reads videos."""
+    with av.open(str(path)) as file:
+        return np.stack([f.to_ndarray(format="gbrpf32le") for f in file.decode(video=0)]) * 255
+
+
+PNGINFO = {"workflow": {"id": "w", "nodes": [{"title": "ä"}]}}
+
+
+def test_the_file_holds_frames_colours_workflow_and_prompt(comfy, sample):
+    made = prompt()
+    run = comfy.run(made, pnginfo=PNGINFO)
+    path = saved(comfy, run)
+    assert np.abs(frames(path) - sample).mean() < 2
+    assert frames(path).shape == sample.shape
+    data = path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat"), "it plays while it loads"
+    with av.open(str(path)) as file:
+        assert json.loads(file.metadata["workflow"]) == PNGINFO["workflow"]
+        assert json.loads(file.metadata["prompt"])["3"]["inputs"] == made["3"]["inputs"]
+        assert file.streams.video[0].codec.name == "h264"
+        assert float(file.duration / av.time_base) == pytest.approx(9 / 16, abs=0.01)
+    video = run.report("3")["video"]
+    assert (video["encoder"], video["frames"]) == ("libx264", 9)
+
+
+@pytest.mark.parametrize(
+    ("options", "suffix", "codec", "pixel_format"),
+    [
+        ({"format": "webm", "crf": 12.0}, ".webm", "av1", "yuv420p"),
+        ({"format": "mkv", "bit_depth": 10, "save_to": "temp"}, ".mkv", "h264", "yuv420p10le"),
+    ],
+)
+def test_the_options_of_save_video(comfy, sample, options, suffix, codec, pixel_format):
+    made = prompt(**options, audio=["4", 0])
+    made["4"] = node("ProbeSound", seconds=9.0, rate=22050)
+    path = saved(comfy, comfy.run(made))
+    assert path.suffix == suffix
+    assert np.abs(frames(path) - sample).mean() < 2
+    with av.open(str(path)) as file:
+        assert file.streams.video[0].codec.canonical_name == codec
+        assert file.streams.video[0].codec_context.pix_fmt == pixel_format
+        sound = file.streams.audio[0]
+        assert sum(f.samples for f in file.decode(sound)) / sound.rate == pytest.approx(
+            9 / 16, abs=0.1
+        )
+
+
+def test_the_first_and_the_last_frame_are_those_of_the_decode(comfy):
+    made = prompt()
+    made["4"] = node("WanVAEDecode", vae=["1", 0], samples=["2", 0])
+    for place, output, first in (("5", 1, 0), ("6", 2, 8)):
+        made[f"{place}b"] = node("ImageFromBatch", image=["4", 0], batch_index=first, length=1)
+        made[place] = node("ProbeCompareImages", a=["3", output], b=[f"{place}b", 0])
+    run = comfy.run(made)
+    assert run.error is None, run.error
+    for place in ("5", "6"):
+        assert run.outputs[place]["a"] == run.outputs[place]["b"]
+        assert run.outputs[place]["difference"] == [0.0]
+
+
+def test_core_saves_our_video_while_it_is_decoded(comfy, sample):
+    made = prompt("WanVAECreateVideo")
+    made["4"] = node(
+        "SaveVideo", video=["3", 0], filename_prefix="video/lazy", format="mp4", codec="h264"
+    )
+    # What core makes of the frames, at its default quality.
+    made["5"] = node("WanVAEDecode", vae=["1", 0], samples=["2", 0])
+    made["6"] = node("CreateVideo", images=["5", 0], fps=16.0)
+    made["7"] = node(
+        "SaveVideo", video=["6", 0], filename_prefix="video/core", format="mp4", codec="h264"
+    )
+    sent = []
+    run = comfy.run(made, on_message=sent.append, pnginfo=PNGINFO)
+    path = saved(comfy, run, "4")
+    theirs = np.abs(frames(saved(comfy, run, "7")) - sample).mean()
+    assert np.abs(frames(path) - sample).mean() < 1.1 * theirs < 5
+    with av.open(str(path)) as file:
+        assert json.loads(file.metadata["workflow"]) == PNGINFO["workflow"]
+        assert "4" in json.loads(file.metadata["prompt"])
+    reports = [m["data"] for m in sent if m["type"] == "wan_vae.report"]
+    reports = [found for found in reports if found["node"] == "4"]
+    assert (reports[-1]["node"], reports[-1]["vae"]) == ("4", "3")
+    assert reports[-1]["report"]["status"] == "done"
+    assert reports[-1]["report"]["video"]["frames"] == 9
+
+
+def test_other_nodes_read_our_video(comfy):
+    """Facts come without a decode; images are those of Wan VAE Decode."""
+    made = prompt("WanVAECreateVideo", fps=24.0)
+    made["4"] = node("GetVideoComponents", video=["3", 0])
+    made["5"] = node("WanVAEDecode", vae=["1", 0], samples=["2", 0])
+    made["6"] = node("ProbeCompareImages", a=["4", 0], b=["5", 0])
+    made["7"] = node("ProbeVideo", video=["3", 0])
+    if "Video Slice" in comfy.get("/object_info"):
+        made["8"] = node(
+            "Video Slice", video=["3", 0], start_time=0.1, duration=0.2, strict_duration=True
+        )
+        made["9"] = node("ProbeVideo", video=["8", 0])
+    run = comfy.run(made)
+    assert run.error is None, run.error
+    assert run.outputs["6"]["difference"] == [0.0]
+    assert run.outputs["6"]["a"] == run.outputs["6"]["b"]
+    found = run.outputs["7"]
+    assert found["kind"] == ["LazyVideo"]
+    assert found["dimensions"] == [[80, 56]]
+    assert found["frames"] == [9] and found["rate"] == [24.0]
+    assert found["duration"][0] == pytest.approx(9 / 24)
+    assert "mp4" in found["container"][0] and found["bytes"][0] > 500
+    if "9" in made:
+        assert run.outputs["9"]["duration"][0] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("prefix", ["", "  ", ".", "video/.."])
+def test_a_prefix_without_a_name_is_refused_in_words(comfy, prefix):
+    kind, message = failed(comfy, prompt(filename_prefix=prefix))
+    assert kind.endswith("OutputError")
+    assert message.startswith(f"filename_prefix is {prefix!r}, which names no file")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"format": "webm", "codec": "h264"}, "webm cannot hold H.264"),
+        ({"crf": 60.0}, "crf is 60: expected 0 to 51"),
+        ({"audio": ["4", 0]}, "1, 2 or 6 channels"),
+    ],
+)
+def test_what_cannot_be_encoded_is_refused_in_words(comfy, options, words):
+    made = prompt(**options)
+    if "audio" in options:
+        made["4"] = node("ProbeSound", seconds=0.5, rate=0)
+        words = "expected [batch, channels, samples]"
+    kind, message = failed(comfy, made)
+    assert kind.endswith("Error") and words in message
+    prefix = made["3"]["inputs"]["filename_prefix"]
+    assert not list((comfy.base / "output").glob(f"{prefix}*"))
+
+
+def test_two_servers_that_write_one_name_lose_no_video(comfy, environment, tmp_path):
+    """Both count before either has published; the other one also runs with --disable-metadata."""
+    output = comfy.base / "output"
+    other = Comfy(
+        environment,
+        tmp_path / "other",
+        "--disable-metadata",
+        "--output-directory",
+        str(output),
+    )
+    write_vaes(other.base / "models" / "vae")
+    other.install_probe()
+    made = {
+        "1": load_vae(),
+        "2": latent(frames=6, height=4, width=6, seed=500),
+        "3": node(
+            "WanVAEDecodeToVideo",
+            vae=["1", 0],
+            samples=["2", 0],
+            fps=16.0,
+            filename_prefix="race/clip",
+            chunk_frames=1,
+        ),
+    }
+    with other:
+        for server in (comfy, other):  # weights are packed, so that both take the same time
+            warm = {**made, "3": {**made["3"], "inputs": {**made["3"]["inputs"]}}}
+            warm["3"]["inputs"]["filename_prefix"] = f"race/warm_{server.port}"
+            assert server.run(warm).error is None
+        streams, runs = [], []
+        for server in (comfy, other):
+            client = uuid.uuid4().hex
+            streams.append(server.listen(client))
+            runs.append(Run(server.queue(made, client, PNGINFO)))
+        for server, stream, run in zip((comfy, other), streams, runs, strict=True):
+            with closing(stream):
+                server.follow(stream, run)
+    paths = [saved(comfy, run) for run in runs]
+    assert len({os.fspath(path) for path in paths}) == 2
+    assert sorted(p.name for p in paths) == ["clip_00001_.mp4", "clip_00002_.mp4"]
+    assert sorted(p.name for p in (output / "race").glob("clip*")) == sorted(p.name for p in paths)
+    tags = []
+    for path in paths:
+        assert len(frames(path)) == 21
+        with av.open(str(path)) as file:
+            tags.append(sorted({"workflow", "prompt"} & set(file.metadata)))
+    assert tags == [["prompt", "workflow"], []]
+
+
+# -- what Encode says, and the two kinds of latents ------------------------------------------------
+
+
+def encode(frames: int, channels: int = 3, size=(64, 96), **options) -> dict:
+    height, width = size
+    return {
+        "1": load_vae(),
+        "2": node(
+            "ProbeFrames", frames=frames, height=height, width=width, channels=channels, seed=frames
+        ),
+        "3": node("WanVAEEncode", vae=["1", 0], pixels=["2", 0], **options),
+    }
+
+
+def test_encode_says_what_it_does_not_use(comfy):
+    made = encode(7, 4, (67, 90))
+    made["5"] = node("ProbeSink", value=["3", 0])
+    run = comfy.run(made)
+    assert run.error is None, run.error
+    assert run.report("3")["warnings"] == [
+        "the images have 4 channels: red, green and blue are encoded, and alpha is ignored",
+        "5 of 7 frames are encoded: the last 2 are past 4n + 1",
+        "cropped from 90x67 to 88x64: sizes are multiples of 8",
+    ]
+    made = encode(5)
+    made["5"] = node("ProbeSink", value=["3", 0])
+    assert comfy.run(made).report("3")["warnings"] == []
+
+
+def test_a_batch_of_images_is_no_video(comfy):
+    """Each has a latent of its own, which is that of the image alone."""
+    made = encode(3, batch=True)
+    made["4"] = node("ImageFromBatch", image=["2", 0], batch_index=2, length=1)
+    made["5"] = node("WanVAEEncode", vae=["1", 0], pixels=["4", 0])
+    made["6"] = node("LatentFromBatch", samples=["3", 0], batch_index=2, length=1)
+    made["7"] = node("ProbeCompareLatents", a=["6", 0], b=["5", 0])
+    run = comfy.run(made)
+    assert run.error is None, run.error
+    assert run.outputs["7"]["difference"][0] < 1e-5
+    assert run.outputs["7"]["a"][0]["shape"] == [1, 16, 1, 8, 12]
+    assert run.report("3")["latent_shape"] == [3, 16, 1, 8, 12]
+    assert run.report("3")["warnings"] == []
+
+
+def test_normalized_latents_there_and_back(comfy):
+    made = encode(5, size=(32, 40), normalized=True)
+    made["4"] = node("WanVAEEncode", vae=["1", 0], pixels=["2", 0])
+    made["5"] = node("WanVAEDecode", vae=["1", 0], samples=["3", 0], normalized=True)
+    made["6"] = node("WanVAEDecode", vae=["1", 0], samples=["4", 0])
+    made["7"] = node("ProbeCompareImages", a=["5", 0], b=["6", 0])
+    made["8"] = node("ProbeCompareLatents", a=["3", 0], b=["4", 0])
+    run = comfy.run(made)
+    assert run.error is None, run.error
+    assert run.outputs["7"]["difference"][0] < 1e-4
+    assert run.outputs["8"]["difference"][0] > 0.1, "the two latents are different"
+
+
+def test_a_latent_that_looks_normalised_gets_a_hint(comfy):
+    """Random numbers of a normal distribution are what a normalised latent looks like."""
+    hints = []
+    for normalized in (False, True):
+        run = comfy.run(decode(latent(frames=2, height=6, seed=77), normalized=normalized))
+        assert run.error is None, run.error
+        hints.append(run.report("3")["warnings"])
+    assert len(hints[0]) == 1 and hints[1] == []
+    assert hints[0][0].startswith("the latent looks normalised")
+    assert "1.13 to 3.27" in hints[0][0] and "channel 8: 1.0" in hints[0][0]
