@@ -10,10 +10,11 @@ import torch
 
 from ..wan_vae import Plan, ShardingError
 from ..wan_vae.options import AxisRequest, Collect, MemoryFormat, Operation
+from ..wan_vae.runs.engine import PROOF_BYTES
 from ..wan_vae.workers.devices import parse_devices
 from ..wan_vae.workers.pool import WorkerPool
 from ..wan_vae.workers.sharded import fallback_note
-from .session import PROOF_BYTES, Session
+from .session import Session
 
 
 @dataclass(frozen=True)

@@ -415,10 +415,36 @@ class ProbeCopies(_Probe):
         return {"ui": {"copies": found, "marks": marks}}
 
 
+class ProbeGiveBack(_Probe):
+    """Gives back `mib` of memory through our `ComfyMemory`, as a run that has too little does.
+
+    The classes of the models that ComfyUI holds before and after, and what `held` names.
+    """
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        number = ("INT", {"min": 0, "max": 1 << 40})
+        return {"required": {"mib": number, "image": ("IMAGE",), "salt": number}}
+
+    def probe(self, mib, image, salt):
+        (module,) = (m for name, m in sys.modules.items() if name.endswith(".nodes.packed"))
+        (copy, *_) = reversed(module.COPIES._copies.values())
+        memory, manager = copy.memory, module.model_management
+
+        def models():
+            return [type(m.model.model).__name__ for m in manager.current_loaded_models]
+
+        before, held, free = models(), memory.held(), memory.free_bytes()
+        memory.give_back(mib << 20)
+        found = {"before": before, "after": models(), "held": [*held], "bytes": [*held.values()]}
+        return {"ui": {**found, "free": [free], "ours": [type(copy.wan.model).__name__]}}
+
+
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
         ProbeCompare,
+        ProbeGiveBack,
         ProbeConditioning,
         ProbeClip,
         ProbeMask,

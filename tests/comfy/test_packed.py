@@ -125,3 +125,27 @@ def test_a_copy_whose_vae_is_gone_stays_until_memory_is_wanted(environment, tmp_
         run_right(comfy, prompt)
         assert copies(comfy) == [], "unloaded first, and then the VAE died"
         assert comfy.log_text().count("Traceback") == errors
+
+
+def test_a_run_that_has_too_little_moves_other_models_away_and_keeps_its_own(comfy):
+    forget(comfy)
+
+    def prompt(mib: int) -> dict:
+        return {
+            "1": load_vae(VAES[0]),
+            "2": latent(frames=1, seed=450 + mib % 2),
+            "3": node("VAEDecode", vae=["1", 0], samples=["2", 0]),  # loads ComfyUI's own
+            "4": node("ProbeSink", value=["3", 0]),
+            "6": node("WanVAEDecode", vae=["1", 0], samples=["2", 0]),
+            "5": node("ProbeGiveBack", mib=mib, image=["6", 0], salt=uuid.uuid4().int % 2**30),
+        }
+
+    enough = run_right(comfy, prompt(0)).outputs["5"]
+    (ours,) = enough["ours"]
+    assert enough["after"] == enough["before"] and set(enough["before"]) > {ours}
+    assert len(enough["held"]) == len(set(enough["before"]) - {ours}) and min(enough["bytes"]) > 0
+    assert all(name.startswith("ComfyUI's ") and ours not in name for name in enough["held"])
+    assert enough["free"][0] > 0
+    # More than there is: all others go.
+    short = run_right(comfy, prompt(1 << 30)).outputs["5"]
+    assert ours in short["before"] and short["after"] == [ours]
