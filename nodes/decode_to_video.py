@@ -71,6 +71,7 @@ class WanVAEDecodeToVideo(io.ComfyNode):
         precision: str = "auto",
         chunk_frames: int = 0,
     ) -> io.NodeOutput:
+        from ..wan_vae.io.sink import with_colours
         from ..wan_vae.io.video_write import VideoFileSink
 
         files: list[SavedFile] = []
@@ -87,7 +88,7 @@ class WanVAEDecodeToVideo(io.ComfyNode):
                 file = SavedFile.new(filename_prefix, width=shape[4], height=shape[3])
                 run.wan.decode(
                     latent,
-                    sink=VideoFileSink(file.path, shape[3], shape[4], fps),
+                    sink=with_colours(VideoFileSink(file.path, shape[3], shape[4], fps), shape[1]),
                     plan=plan,
                     free_bytes=run.free_bytes(),
                     **run.hooks,

@@ -8,7 +8,6 @@ import torch
 from comfy_api.latest import io
 
 from ..wan_vae import geometry
-from ..wan_vae.io.image import frames_view
 from ..wan_vae.options import MemoryFormat
 from . import inputs
 from .reports import HIDDEN
@@ -48,7 +47,7 @@ class WanVAEEncode(io.ComfyNode):
     ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "encode") as run:
             config = run.wan.config
-            video = frames_view(inputs.frames(pixels))
+            video = inputs.videos(inputs.frames(pixels), config.image_only, config.colours)
             shape = geometry.latent_shape(tuple(video.shape), config)
             plan = run.plan(shape, operation="encode", memory_format=memory_layout)
             latent = run.encode(video, plan)

@@ -23,10 +23,13 @@ def latent_frames(frames: int, config: WanVAEConfig) -> int:
 
 
 def pixel_shape(latent_shape: tuple[int, ...], config: WanVAEConfig) -> tuple[int, ...]:
-    """Shape of the pixels of a latent: [B, z, T, H, W] -> [B, 3, 4T-3, 8H, 8W] (2.2: 16H, 16W)."""
+    """Shape of the pixels of a latent: [B, z, T, H, W] -> [B, 3, 4T-3, 8H, 8W] (2.2: 16H, 16W).
+
+    4 channels with alpha, 1 for a grey picture; 16 H, 16 W of a decoder that doubles the picture.
+    """
     b, _, t, h, w = latent_shape
-    s = config.spatial_factor
-    return (b, 3, pixel_frames(t, config), h * s, w * s)
+    s = config.decoded_factor
+    return (b, config.decoder_colours, pixel_frames(t, config), h * s, w * s)
 
 
 def latent_shape(pixels: tuple[int, ...], config: WanVAEConfig) -> tuple[int, ...]:

@@ -13,11 +13,11 @@ import torch
 
 from . import layout
 from .chunking import whole_number
-from .config import WanVAEConfig, detect_config
+from .config import WanVAEConfig
 from .device import pick_device, pick_dtype
 from .errors import CheckpointError, GeometryError
 from .hooks import Hooks, OnProgress, ShouldStop
-from .io.checkpoint import canonical_state_dict, load_checkpoint
+from .io.checkpoint import Checkpoint, canonical_state_dict, load_checkpoint
 from .io.latents import check_channels
 from .io.sink import Sink
 from .network.model import WanVAEModel, build_model
@@ -57,7 +57,7 @@ def load(
     "bf16", "fp16" or a torch dtype; auto is bf16 on CUDA and fp32 elsewhere.
     Raises CheckpointError (NotAWanVAEError for another model).
     """
-    return WanVAE.from_state_dict(load_checkpoint(path).state, device=device, dtype=dtype)
+    return WanVAE.from_checkpoint(load_checkpoint(path), device=device, dtype=dtype)
 
 
 class WanVAE:
@@ -67,12 +67,18 @@ class WanVAE:
     that decode. Not thread-safe: use one WanVAE per thread.
     """
 
-    def __init__(self, model: WanVAEModel, weights_found: dict[str, dict[str, int]] | None = None):
+    def __init__(
+        self,
+        model: WanVAEModel,
+        weights_found: dict[str, dict[str, int]] | None = None,
+        notes: Sequence[str] = (),
+    ):
         """Wrap `model`, whose parameters decide device and dtype.
 
         `weights_found`: counts of memory formats ("decoder" / "encoder" -> `layout.count_formats`)
-        in the checkpoint before it was packed, for the report.
+        in the checkpoint before it was packed, for the report. notes: what of it is not used.
         """
+        self.notes = tuple(notes)
         self.engine = Engine(model, weights_found)
         self.model = model
         self.config: WanVAEConfig = model.config
@@ -90,17 +96,26 @@ class WanVAE:
 
         The tensors are copied, never kept. Raises CheckpointError (NotAWanVAEError).
         """
-        canonical = canonical_state_dict(state).state
+        return cls.from_checkpoint(canonical_state_dict(state), device=device, dtype=dtype)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+    ) -> WanVAE:
+        """Build from a checkpoint that was read, as `from_state_dict` does."""
+        canonical = checkpoint.state
         without_data = [name for name, value in canonical.items() if value.is_meta]
         if without_data:
             raise CheckpointError(
                 f"{without_data[0]} is meta ({len(without_data)} tensors are): expected tensors "
                 "with data"
             )
-        config = detect_config(canonical)
         device = pick_device(device)
-        model = build_model(config, canonical, device, pick_dtype(dtype, device))
-        return cls(model, count_weight_formats(canonical))
+        model = build_model(checkpoint.config, canonical, device, pick_dtype(dtype, device))
+        return cls(model, count_weight_formats(canonical), checkpoint.notes)
 
     @property
     def device(self) -> torch.device:
@@ -332,6 +347,7 @@ class WanVAE:
         decision = layout.decide("auto", self.device, self.dtype, wrong=wrong)
         layers = layer_records(self.model, ("decoder", "encoder"))
         builder.layers = list(layers)
+        builder.warnings += self.notes
         builder.layout = self.engine.layout_facts(decision, ("decoder", "encoder"), layers)
         builder.memory["weights_bytes"] = weights_bytes(self.model, ("decoder", "encoder"))
         self.last_report = builder.build("done")

@@ -12,14 +12,14 @@ from .. import geometry
 from ..errors import OutputError, WanVAEError
 from ..io.latents import check_latent, load_latent
 from ..io.sink import Sink
-from ..io.video_write import TeeSink, check_sink, open_sink
+from ..io.video_write import TeeSink, check_sink
 from ..options import RunOptions
 from ..pipeline import WanVAE
 from ..report import DecodeReport
 from . import torchrun
 from .console import ProgressBar, log
 from .load import last_report, load_vae
-from .outputs import output_of_each, refuse_to_overwrite
+from .outputs import open_output, output_of_each, refuse_to_overwrite
 from .report_text import report_text
 from .requests import DecodeRequest
 
@@ -85,7 +85,7 @@ def decode_to_file(
         check_latent(latent, vae.config)
         shape = geometry.pixel_shape(tuple(latent.shape), vae.config)
         bar = ProgressBar(output.name, total=shape[2])
-        file = open_sink(output, shape, fps)
+        file, warnings = open_output(output, shape, fps)
         sinks.insert(0, file)
         vae.decode(
             latent,
@@ -106,6 +106,6 @@ def decode_to_file(
         if bar is not None:
             bar.close()
     report = last_report(vae)
-    for text in (*file.warnings, *report.warnings):
+    for text in (*warnings, *report.warnings):
         log(f"wan-vae: warning: {text}")
     return report

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import OutputError
+from ..io.sink import Sink, with_colours
+from ..io.video_write import VIDEO_SUFFIXES, open_sink
 
 
 def refuse_to_overwrite(outputs: Sequence[Path]) -> None:
@@ -21,6 +23,23 @@ def refuse_to_overwrite(outputs: Sequence[Path]) -> None:
         raise OutputError(
             f"{existing[0]}{more}: exists: use another name, or overwrite it with --force"
         )
+
+
+def open_output(path: Path, shape: tuple[int, ...], fps: float) -> tuple[Sink, tuple[str, ...]]:
+    """The sink of the file `path` for pixels of `shape` [B, C, T, H, W], and sentences about it.
+
+    Raises OutputError.
+    """
+    file = open_sink(path, shape, fps)
+    suffix, channels, warnings = path.suffix.lower(), shape[1], list(file.warnings)
+    if suffix == ".safetensors":
+        return file, tuple(warnings)
+    if channels == 4 and suffix in VIDEO_SUFFIXES:
+        warnings.append(
+            f"{path}: a video holds no alpha: it is flattened on white; a folder of frames keeps it"
+        )
+    keeps_alpha = suffix not in VIDEO_SUFFIXES
+    return with_colours(file, channels, keeps_alpha=keeps_alpha), tuple(warnings)
 
 
 def output_of_each(latents: Sequence[Path], output: Path) -> list[Path]:

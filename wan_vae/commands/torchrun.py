@@ -23,12 +23,12 @@ from ..device import pick_device
 from ..errors import DecodeCancelled, OutputError, ShardingError, WanVAEError, first_line
 from ..io.latents import check_latent, load_latent
 from ..io.sink import NullSink, Sink
-from ..io.video_write import open_sink
 from ..pipeline import WanVAE
 from ..sharding.context import SINGLE, ShardContext
 from ..sharding.transport import HOST_AND_DEVICE, Wire, group_environment
 from .console import ProgressBar, log
 from .load import load_vae
+from .outputs import open_output
 from .requests import DecodeRequest
 
 TIMEOUT_S = 120.0
@@ -220,7 +220,10 @@ class _NodeRun:
             check_latent(latent, self.vae.config)
             if self.info.rank == 0:
                 shape = geometry.pixel_shape(tuple(latent.shape), self.vae.config)
-                sink = DeferredErrorSink(open_sink(output, shape, self.request.fps))
+                file, warnings = open_output(output, shape, self.request.fps)
+                sink = DeferredErrorSink(file)
+                for text in warnings:
+                    log(f"wan-vae: warning: {text}")
         except WanVAEError as failure:
             error = failure
         if self._on_any_rank(error is not None):

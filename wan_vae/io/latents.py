@@ -126,13 +126,23 @@ def check_latent_shape(latent: torch.Tensor, config: WanVAEConfig) -> None:
             f"the latent is of {latent.dtype}: expected a floating tensor of 16 to 64 bits"
         )
     check_channels(latent.shape[1], config)
+    check_frames(latent.shape[2], config, "latent")
+
+
+def check_frames(frames: int, config: WanVAEConfig, what: str) -> None:
+    """Raise LatentError for several frames of a VAE of images."""
+    if config.image_only and frames > 1:
+        raise LatentError(
+            f"the {what} has {frames} frames: this {config.family} VAE has two-dimensional kernels "
+            "and knows images only; give them as a batch of images"
+        )
 
 
 def check_channels(channels: int, config: WanVAEConfig) -> None:
     """Raise LatentError unless a latent of `channels` is one of this VAE."""
     if channels == config.z_dim:
         return
-    other = {16: "Wan 2.1", 48: "Wan 2.2 (5B)"}.get(channels)
+    other = {16: "Wan 2.1", 48: "Wan 2.2 (5B)", 64: "Qwen-Image 2.1"}.get(channels)
     hint = f"; {other} latents have {channels} channels" if other else ""
     raise LatentError(
         f"the latent has {channels} channels: this {config.family} VAE decodes {config.z_dim}{hint}"
@@ -142,14 +152,19 @@ def check_channels(channels: int, config: WanVAEConfig) -> None:
 def check_pixels(pixels: torch.Tensor, config: WanVAEConfig) -> None:
     """Raise LatentError unless `pixels` is not empty and [B, 3, T, H, W] of floating numbers.
 
+    [B, 4, T, H, W] for a VAE of pictures with alpha.
+
     The values are looked at on their way to the device: see `pixels.PixelSource`.
     """
-    if pixels.ndim != 5 or pixels.shape[1] != 3:
-        raise LatentError(f"the video is {tuple(pixels.shape)}: expected [B, 3, T, H, W]")
+    if pixels.ndim != 5 or pixels.shape[1] != config.colours:
+        raise LatentError(
+            f"the video is {tuple(pixels.shape)}: expected [B, {config.colours}, T, H, W]"
+        )
     if 0 in pixels.shape:
         raise LatentError(f"the video is empty: its shape is {tuple(pixels.shape)}")
     if pixels.dtype not in _READABLE:
         raise LatentError(f"the video is of {pixels.dtype}: expected floating values in [-1, 1]")
+    check_frames(pixels.shape[2], config, "video")
 
 
 def range_warning(largest: float) -> str | None:
