@@ -34,11 +34,12 @@ class WanVAEDecodeToVideo(io.ComfyNode):
                 vae_input(),
                 io.Float.Input(
                     "fps",
-                    default=16.0,
-                    min=0.01,
+                    default=0.0,
+                    min=0.0,
                     max=1000.0,
                     step=0.01,
-                    tooltip="Frames per second: 16 for Wan 2.1, 24 for Wan 2.2 5B.",
+                    tooltip="Frames per second. 0 takes the model's own: 24 for Wan 2.2 5B, 16 for "
+                    "the others.",
                 ),
                 io.String.Input(
                     "filename_prefix",
@@ -77,6 +78,7 @@ class WanVAEDecodeToVideo(io.ComfyNode):
         files: list[SavedFile] = []
         with session(cls.hidden, vae, precision, "decode") as run:
             config = run.wan.config
+            fps = fps or config.default_fps
             for latent in inputs.latent_5d(samples).split(1):
                 plan = run.plan(
                     tuple(latent.shape),

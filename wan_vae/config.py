@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from .errors import CheckpointError, NotAWanVAEError
+from .other_models import identify_other_model
 
 Family = Literal["wan2.1", "wan2.2", "qwen-image-2.1"]
 
@@ -215,45 +216,6 @@ def qwen21(
         latents_mean=QWEN21_MEAN if known else None,
         latents_std=QWEN21_STD if known else None,
     )
-
-
-# One key that identifies each model that users confuse with a Wan VAE, most specific first.
-# Source: the state-dict keys that each project publishes.
-_LOOK_ALIKES: tuple[tuple[str, str], ...] = (
-    (
-        "blocks.0.self_attn.q.weight",
-        "a Wan diffusion transformer (the UNET / diffusion model file)",
-    ),
-    (
-        "blocks.0.cross_attn.k.weight",
-        "a Wan diffusion transformer (the UNET / diffusion model file)",
-    ),
-    ("decoder.up_blocks.0.res_blocks.0.conv1.conv.weight", "an LTX-Video VAE"),
-    ("decoder.last_scale_shift_table", "an LTX-Video VAE"),
-    ("decoder.up.0.block.0.conv1.conv.weight", "a HunyuanVideo VAE"),
-    ("decoder.up_blocks.0.resnets.0.conv1.conv.weight", "a HunyuanVideo or CogVideoX VAE"),
-    ("decoder.mid.block_1.conv1.conv.weight", "a HunyuanVideo VAE"),
-    ("decoder.blocks.0.0.weight", "a Mochi VAE"),
-    ("blocks.2.blocks.3.stack.5.weight", "a Mochi VAE"),
-    ("decoder.unpatcher3d.wavelets", "a Cosmos tokenizer"),
-    ("decoder.unpatcher3d._arange", "a Cosmos tokenizer"),
-    ("taesd_decoder.1.weight", "a TAESD preview decoder"),
-    ("decoder.1.weight", "a TAEHV / TAESD preview decoder"),
-    ("decoder.up_blocks.0.resnets.0.norm1.weight", "a Stable Diffusion / SDXL / Flux image VAE"),
-    ("decoder.up.0.block.0.norm1.weight", "a Stable Diffusion / SDXL / Flux image VAE"),
-    ("decoder.mid.block_1.norm1.weight", "a Stable Diffusion / SDXL / Flux image VAE"),
-    ("vquantizer.codebook.weight", "a Stable Cascade stage A"),
-    ("text_model.embeddings.token_embedding.weight", "a CLIP text encoder"),
-    ("shared.weight", "a T5 text encoder"),
-)
-
-
-def identify_other_model(keys: Mapping[str, object]) -> str | None:
-    """Return the name of the model that has `keys`, or None if it is unknown."""
-    for key, name in _LOOK_ALIKES:
-        if key in keys:
-            return name
-    return None
 
 
 def detect_config(state: Mapping[str, torch.Tensor]) -> WanVAEConfig:

@@ -19,6 +19,7 @@ from .errors import CheckpointError, GeometryError
 from .hooks import Hooks, OnProgress, ShouldStop
 from .io.checkpoint import Checkpoint, canonical_state_dict, load_checkpoint
 from .io.latents import check_channels
+from .io.pixels import FrameReader
 from .io.sink import Sink
 from .network.model import WanVAEModel, build_model
 from .options import (
@@ -286,7 +287,7 @@ class WanVAE:
 
     def encode(
         self,
-        pixels: torch.Tensor,
+        pixels: torch.Tensor | FrameReader,
         *,
         normalized: bool = False,
         chunk_frames: int | Sequence[int] | None = None,
@@ -306,9 +307,10 @@ class WanVAE:
 
         pixels: [B, 3, T, H, W] or [3, T, H, W] in [-1, 1], or with `unit_range` in [0, 1]; any
         strides, such as those of IMAGE frames (`io.image.frames_view`). On another device than
-        the VAE they stay there, and each pass fetches what it needs. Frames past 4n + 1 are
-        dropped; rows and columns past a multiple of the spatial factor are cropped evenly from
-        both sides.
+        the VAE they stay there, and each pass fetches what it needs. Or a `FrameReader`, such as
+        `io.video_read.open_clip` gives it, of which no more than a pass is in memory. Frames past
+        4n + 1 are dropped; rows and columns past a multiple of the spatial factor are cropped
+        evenly from both sides.
         Returns float32 [B, z, (T-1)//4+1, H//8, W//8] (16 for Wan 2.2) on the VAE's device;
         `normalized=True` gives diffusers' normalised latents.
         chunk_frames: latent frames a chunk. Any schedule gives the same latent.

@@ -44,7 +44,7 @@ def run_inspect(request: InspectRequest) -> int:
 def run_plan(request: PlanRequest) -> int:
     """Print how the latent would be decoded; returns the exit code."""
     options = request.options
-    latent = load_latent(request.latent)
+    latent = load_latent(request.latent, request.key)
     vae = load_vae(request.file, request.device, options.precision)
     check_latent_shape(latent, vae.config)
     plan = vae.plan(

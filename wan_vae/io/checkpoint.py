@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
-import struct
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +20,7 @@ from ..config import WanVAEConfig, detect_config
 from ..errors import CheckpointError, NotAWanVAEError, first_line
 from ..network.model import expected_shapes
 from .files import unreadable_reason
-from .tensors import missing_data, read_safetensors
+from .tensors import missing_data, read_tensors
 
 # Prefixes that trainers and bundles put in front of every key.
 PREFIXES = (
@@ -410,60 +407,11 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with path.open("rb") as f:
-            start = f.read(9)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror or error}") from error
-    if not start:
-        raise CheckpointError("the file is empty")
-    # The content decides, because people rename files. A safetensors header begins with a brace, a
-    # pickle with its protocol byte.
-    if start[8:] != b"{" and (
-        zipfile.is_zipfile(path)
-        or start[:1] == b"\x80"
-        or path.suffix in (".pth", ".pt", ".ckpt", ".bin")
-    ):
-        return _read_pth(path)
-    return read_safetensors(path, start[:8])
-
-
-# What torch.load raises for a damaged file depends on where the damage is.
-_DAMAGED_PTH = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,  # and UnicodeDecodeError
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    AssertionError,
-    struct.error,
-    OverflowError,
-    MemoryError,
-    zipfile.BadZipFile,
-)
-
-
-def _read_pth(path: Path) -> dict[str, torch.Tensor]:
-    """Read a PyTorch file of plain tensors; with `weights_only`, a pickle can hold nothing else."""
-    try:
-        # A file object, because torch.load would judge the content by the suffix of a path.
-        with path.open("rb") as f:
-            loaded = torch.load(f, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            "refused: the pickle contains more than tensors and could run code "
-            f"({first_line(error)}); if you trust it, convert it to safetensors"
-        ) from error
-    except _DAMAGED_PTH as error:
-        raise CheckpointError(f"not a readable PyTorch file: {first_line(error)}") from error
-    for _ in range(_NESTED_DEPTH):  # a pickle can hold a dict that holds itself
-        nested = [
-            k for k in _NESTED if isinstance(loaded, Mapping) and isinstance(loaded.get(k), Mapping)
-        ]
-        loaded = loaded[nested[0]] if nested else loaded
+    """The tensors of one file, found where trainers nest them."""
+    loaded = read_tensors(path, "VAE")
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"contains a {type(loaded).__name__}: expected a dict of tensors")
+    for _ in range(_NESTED_DEPTH):  # a pickle can hold a dict that holds itself
+        nested = [loaded[k] for k in _NESTED if isinstance(loaded.get(k), Mapping)]
+        loaded = nested[0] if nested else loaded
     return dict(loaded)

@@ -59,22 +59,24 @@ CHECKPOINTS: dict[str, tuple[str, bytes | Callable[[], bytes], type, str]] = {
     "empty file": ("v.safetensors", b"", CheckpointError, "empty"),
     "four bytes": ("v.safetensors", FILE[:4], CheckpointError, "cut short"),
     "length only": ("v.safetensors", FILE[:8], CheckpointError, "cut short"),
-    "cut in the header": ("v.safetensors", FILE[:100], CheckpointError, "claims"),
+    "cut in the header": ("v.safetensors", FILE[:100], CheckpointError, "inside its header"),
     "cut after the header": (
-        "v.safetensors", FILE[: 8 + HEADER_BYTES], CheckpointError, "not a readable"),
-    "cut in the middle": ("v.safetensors", FILE[: len(FILE) // 2], CheckpointError, "readable"),
-    "last byte missing": ("v.safetensors", FILE[:-1], CheckpointError, "readable"),
-    "bytes too many": ("v.safetensors", FILE + b"more", CheckpointError, "readable"),
+        "v.safetensors", FILE[: 8 + HEADER_BYTES], CheckpointError, "cut short"),
+    "cut in the middle": ("v.safetensors", FILE[: len(FILE) // 2], CheckpointError, "cut short"),
+    "last byte missing": (
+        "v.safetensors", FILE[:-1], CheckpointError,
+        f"cut short: {len(FILE) - 1} of {len(FILE)}"),
+    "bytes too many": ("v.safetensors", FILE + b"more", CheckpointError, "4 bytes longer"),
     "header of 2^63 bytes": (
-        "v.safetensors", safetensors_bytes({}, claimed=2**63), CheckpointError, "claims"),
+        "v.safetensors", safetensors_bytes({}, claimed=2**63), CheckpointError, "begin with"),
     "header of a terabyte": (
-        "v.safetensors", safetensors_bytes({}, claimed=2**40), CheckpointError, "claims"),
+        "v.safetensors", safetensors_bytes({}, claimed=2**40), CheckpointError, "begin with"),
     "header of no bytes": (
-        "v.safetensors", safetensors_bytes(b""), CheckpointError, "not a readable"),
+        "v.safetensors", safetensors_bytes(b""), CheckpointError, "cut short"),
     "header is no JSON": (
         "v.safetensors", safetensors_bytes(b"{]" * 20), CheckpointError, "readable"),
     "header is a list": (
-        "v.safetensors", safetensors_bytes(b"[1, 2]"), CheckpointError, "readable"),
+        "v.safetensors", safetensors_bytes(b"[1, 2]"), CheckpointError, "no safetensors"),
     "header is not UTF-8": (
         "v.safetensors", safetensors_bytes(b'{"\xff\xfe": 1}'), CheckpointError, "readable"),
     "header nested deeply": (
@@ -82,7 +84,7 @@ CHECKPOINTS: dict[str, tuple[str, bytes | Callable[[], bytes], type, str]] = {
     "tensor larger than the file": (
         "v.safetensors",
         safetensors_bytes({"a": {**ENTRY, "shape": [2**40], "data_offsets": [0, 2**42]}}),
-        CheckpointError, "readable"),
+        CheckpointError, "cut short"),
     "size that overflows": (
         "v.safetensors",
         safetensors_bytes({"a": {**ENTRY, "shape": [2**62, 2**62]}}, bytes(16)),
@@ -92,15 +94,13 @@ CHECKPOINTS: dict[str, tuple[str, bytes | Callable[[], bytes], type, str]] = {
         CheckpointError, "readable"),
     "offsets backwards": (
         "v.safetensors", safetensors_bytes({"a": {**ENTRY, "data_offsets": [16, 0]}}, bytes(16)),
-        CheckpointError, "readable"),
+        CheckpointError, "longer than its header"),
     "overlapping tensors": (
         "v.safetensors", safetensors_bytes({"a": ENTRY, "b": ENTRY}, bytes(16)),
         CheckpointError, "readable"),
     "unknown dtype": (
         "v.safetensors", safetensors_bytes({"a": {**ENTRY, "dtype": "Q3"}}, bytes(16)),
         CheckpointError, "readable"),
-    "text": ("v.safetensors", b"Git LFS pointer\n" * 20, CheckpointError, "claims"),
-    "a PNG": ("v.safetensors", b"\x89PNG\r\n\x1a\n" + bytes(99), CheckpointError, "claims"),
     "no tensors": ("v.safetensors", save({}), NotAWanVAEError, "holds no tensors"),
     "one tensor missing": (
         "v.safetensors", lambda: changed(**{MID: None}), CheckpointError, f"missing {WEIGHT}"),
