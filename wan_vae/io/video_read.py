@@ -414,7 +414,8 @@ def _upright(picture: Frame, frame: VideoFrame, path: Path) -> Frame:
         )
     if b or c:
         picture, a, d = picture.swapaxes(0, 1), c, b
-    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    upright: Frame = picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return upright
 
 
 def _turned(picture: Frame, degrees: int, path: Path) -> Frame:

@@ -272,7 +272,9 @@ def abort(sink: Sink | None, error: BaseException) -> None:
         if sink is not None:
             sink.abort()
     except Exception as trouble:
-        error.add_note(f"the output could not be cleaned up either: {trouble}")
+        # A note, as `add_note` of Python 3.11 makes it.
+        notes = vars(error).setdefault("__notes__", [])
+        notes.append(f"the output could not be cleaned up either: {trouble}")
 
 
 def join_ranks(
