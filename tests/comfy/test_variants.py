@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from tests.comfy.graphs import latent, load_vae, node
@@ -23,6 +24,73 @@ VARIANTS = {
     "pruned": (wan21(dim=16, decoder_dim=8), 2, [5, 64, 96, 3]),
     "qwen-image-2.1": (qwen21(dim=8, decoder_dim=8), 1, [1, 128, 192, 4]),
 }
+
+
+GOOD = random_state(SMALL)
+WEIGHT = "decoder.middle.0.residual.2.weight"
+
+
+def without_encoder_channels() -> dict[str, torch.Tensor]:
+    return GOOD | {"encoder.conv1.weight": torch.ones(8, 2, 3, 3, 3)}
+
+
+# Weights that a VAE object may hold, and the error of each of our nodes: its type, and words.
+MALFORMED = {
+    "nothing": ({"encoder.conv1.weight": torch.ones(8, 3)}, "NotAWanVAEError", "not a Wan VAE"),
+    "SeedVR2": (
+        {"decoder.up_blocks.0.upsamplers.0.upscale_conv.weight": torch.ones(2, 2)},
+        "NotAWanVAEError", "this is a SeedVR2 VAE",
+    ),
+    "Flux": (
+        {"decoder.conv_in.weight": torch.ones(8, 16, 3, 3)}, "NotAWanVAEError", "this is a Flux",
+    ),
+    "five outputs": (
+        GOOD | {"decoder.head.2.weight": torch.ones(5, 8, 3, 3, 3)},
+        "NotAWanVAEError", "5 outputs, expected",
+    ),
+    "two inputs": (without_encoder_channels(), "NotAWanVAEError", "2 inputs, expected 3 or 4"),
+    "a weight too few": (
+        {k: v for k, v in GOOD.items() if k != WEIGHT}, "CheckpointError", f"missing {WEIGHT}",
+    ),
+    "a weight of another shape": (
+        GOOD | {WEIGHT: torch.ones(3, 3)}, "CheckpointError", "wrong shape",
+    ),
+    "scales": (
+        GOOD | {"decoder.conv1.scale_weight": torch.ones(1)}, "CheckpointError", "scaled float8",
+    ),
+    "NaN": (
+        GOOD | {WEIGHT: torch.full_like(GOOD[WEIGHT], float("nan"))},
+        "CheckpointError", "NaN or inf",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("consumer", ["WanVAEDecode", "WanVAEEncode", "WanVAEAccelerate"])
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_weights_are_a_typed_error_of_every_node(comfy, name, consumer):
+    state, kind, words = MALFORMED[name]
+    file = comfy.base / f"bad_{list(MALFORMED).index(name)}.safetensors"
+    inputs = {"vae": ["1", 0]}
+    # What makes a VAE object of the file asks for it.
+    save_file(state if "encoder.conv1.weight" in state else state | EXTRA, file)
+    prompt = {
+        "0": load_vae(),
+        "1": node("ProbeFileVAE", vae=["0", 0], file=str(file)),
+        "2": latent(frames=1, seed=5),
+        "7": node("ProbeFrames", frames=1, height=32, width=32, channels=3, seed=1),
+    }
+    inputs |= {"WanVAEDecode": {"samples": ["2", 0]}, "WanVAEEncode": {"pixels": ["7", 0]}}.get(
+        consumer, {}
+    )
+    prompt |= {"3": node(consumer, **inputs), "5": node("ProbeSink", value=["3", 0])}
+    run = comfy.run(prompt)
+    assert run.error is not None
+    assert run.error["exception_type"].endswith(kind)
+    assert words in run.error["exception_message"]
+    assert run.error["exception_message"].strip().count("\n") == 0
+
+
+EXTRA = {"encoder.conv1.weight": torch.ones(8, 3, 3, 3, 3)}
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -371,9 +371,10 @@ class VideoClip(Clip):
             memoryview(plane), np.uint8 if self.white == 255 else np.dtype("<u2")
         )
         rows = numbers.reshape(made.height, -1)[:, : made.width * channels]
-        picture = rows.reshape(made.height, made.width, channels)
+        # A copy: the memory of `made` is used again.
+        picture: Frame = rows.reshape(made.height, made.width, channels).copy()
         if self.white == 255:
-            return picture.copy()
+            return picture
         white = np.full(channels, conversion.white, np.float32)
         white[3:] = conversion.opaque
         scaled: Frame = picture.astype(np.float32) * (self.white / white)
