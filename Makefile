@@ -13,12 +13,13 @@ OUT ?= demo_output
 JOBS ?= 2
 RANKS ?= all
 
-.PHONY: help demo test test-all check provision test-gpu pictures bench bench-multi clean
+.PHONY: help demo test test-all test-video check provision test-gpu pictures bench bench-multi clean
 
 help:
 	@echo "make demo      decode the sample latents to $(OUT)/ (mp4, contact sheet, layout report)"
 	@echo "make test      check, and run the tests without the expensive variants"
 	@echo "make test-all  check, and run every test that this machine can run"
+	@echo "make test-video  read videos with the oldest PyAV that ComfyUI allows"
 	@echo "make check     lint, format, spelling, large files, types (Linux, Windows, macOS)"
 	@echo "make test-gpu  run the tests that need a CUDA device (PYTHON with its own torch: VENV=...)"
 	@echo "make pictures  take the screenshots of README and example workflows anew"
@@ -64,6 +65,14 @@ test: check provision
 
 test-all: check provision
 	$(PYTEST)
+
+# What `make test` reads with the newest PyAV. Beside the environment, not in it.
+OLD_AV = 14.2.0
+$(VENV)/av-$(OLD_AV): $(VENV)/.test
+	$(PIP) --no-deps --target $@ "av==$(OLD_AV)"
+
+test-video: $(VENV)/av-$(OLD_AV)
+	PYTHONPATH=$< $(RUN) pytest -q tests/unit/test_video_read.py
 
 test-gpu:
 	$(PYTHON) -m pytest -m "gpu or nccl"

@@ -15,6 +15,7 @@ import comfy.sd
 import torch
 
 from ..wan_vae import NotAWanVAEError, geometry
+from ..wan_vae.io.image import as_rgb
 from ..wan_vae.options import MemoryFormat
 from . import inputs, shards
 from .executing import executing_node
@@ -114,11 +115,13 @@ class AcceleratedVAE(comfy.sd.VAE):
     def _encode(self, pixels: torch.Tensor, tile: Tile | None) -> torch.Tensor:
         options = self.wan_vae
         with self._session("encode") as run:
-            video = inputs.videos(self._cropped(pixels), self.not_video)
+            config = run.wan.config
+            are_images = self.not_video or config.image_only
+            video = inputs.videos(self._cropped(pixels), are_images, config.colours)
             unit_range = _agree(self.process_input(_SAMPLE), _SAMPLE * 2 - 1)
             if not unit_range:  # another pack has replaced how pixels are scaled
                 video = self.process_input(video)
-            shape = geometry.latent_shape(tuple(video.shape), run.wan.config)
+            shape = geometry.latent_shape(tuple(video.shape), config)
             if options.sharding is not None:
                 latent = shards.encode(
                     run,
@@ -144,7 +147,7 @@ class AcceleratedVAE(comfy.sd.VAE):
     def _as_processed(self, image: torch.Tensor) -> torch.Tensor:
         """`image` in [0, 1] as `process_output` gives it, which other packs may have replaced."""
         if _agree(self.process_output(_SAMPLE * 2 - 1), _SAMPLE):
-            return image
+            return as_rgb(image)
         made: torch.Tensor = self.process_output((image * 2 - 1).movedim(-1, 1)).movedim(1, -1)
         return made
 

@@ -83,7 +83,7 @@ class WanVAECreateVideo(io.ComfyNode):
                     latent=part,
                     vae=vae,
                     config=config,
-                    fps=fps,
+                    fps=fps or config.default_fps,
                     bit_depth=bit_depth,
                     audio=audio,
                     place=place,

@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..wan_vae.io.image import as_rgb
 from ..wan_vae.options import MemoryFormat
 from . import inputs
 from .reports import HIDDEN
@@ -63,4 +64,4 @@ class WanVAEDecode(io.ComfyNode):
                 tuple(latent.shape), memory_format=memory_layout, chunk_frames=chunk_frames
             )
             image = run.decode(latent, plan, normalized=normalized)
-        return io.NodeOutput(image.flatten(0, 1), ui=run.ui)
+        return io.NodeOutput(as_rgb(image.flatten(0, 1)), ui=run.ui)

@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..wan_vae.io.image import as_rgb
 from ..wan_vae.options import AXES, COLLECTS, AxisRequest, Collect, MemoryFormat
 from . import inputs
 from .reports import HIDDEN
@@ -111,4 +112,4 @@ class WanVAEDecodeSharded(io.ComfyNode):
                 chunk_frames=chunk_frames,
                 normalized=normalized,
             )
-        return io.NodeOutput(image.flatten(0, 1), ui=run.ui)
+        return io.NodeOutput(as_rgb(image.flatten(0, 1)), ui=run.ui)

@@ -11,6 +11,7 @@ from comfy_api.latest import InputImpl, io
 
 from ..wan_vae import geometry
 from ..wan_vae.io.image import EndFrames
+from ..wan_vae.io.sink import with_colours
 from ..wan_vae.io.video_encode import CODECS, Codec, VideoSettings
 from ..wan_vae.io.video_sink import VideoFileSink
 from ..wan_vae.io.video_write import TeeSink
@@ -142,6 +143,7 @@ class WanVAEDecodeToVideo(io.ComfyNode):
         first: list[torch.Tensor] = []
         last: list[torch.Tensor] = []
         with session(cls.hidden, vae, precision, "decode") as run:
+            fps = fps or run.wan.config.default_fps
             for place, latent in enumerate(inputs.latent_5d(samples).split(1)):
                 shape = geometry.pixel_shape(tuple(latent.shape), run.wan.config)
                 saved = SavedVideo(filename_prefix, save_to, format, shape[4], shape[3])
@@ -164,7 +166,8 @@ class WanVAEDecodeToVideo(io.ComfyNode):
                     names=saved.names,
                     should_stop=model_management.processing_interrupted,
                 )
-                run.decode_into(TeeSink(file, ends), latent, plan, normalized=normalized)
+                sink = with_colours(TeeSink(file, ends), shape[1])
+                run.decode_into(sink, latent, plan, normalized=normalized)
                 run.warnings += [text for text in file.warnings if text not in run.warnings]
                 videos.append(InputImpl.VideoFromFile(str(file.path)))
                 shown.append(saved.as_ui(file.path))

@@ -68,7 +68,8 @@ class WanVAEEncode(io.ComfyNode):
     ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "encode") as run:
             config = run.wan.config
-            video = inputs.videos(pixels, are_images=batch)
+            images = batch or config.image_only
+            video = inputs.videos(pixels, are_images=images, colours=config.colours)
             shape = geometry.latent_shape(tuple(video.shape), config)
             run.warnings += encode_notices(tuple(video.shape), pixels.shape[-1], config)
             plan = run.plan(shape, operation="encode", memory_format=memory_layout)

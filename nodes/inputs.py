@@ -52,8 +52,10 @@ def frames(image: torch.Tensor) -> torch.Tensor:
     return image
 
 
-def videos(image: torch.Tensor, are_images: bool) -> torch.Tensor:
-    """Pixels [B, 3, T, H, W] in [0, 1] of what nodes give a VAE to encode; one video is a view.
+def videos(image: torch.Tensor, are_images: bool, colours: int = 3) -> torch.Tensor:
+    """Pixels [B, colours, T, H, W] in [0, 1] of what nodes give a VAE to encode.
+
+    One video that has the colours is a view.
 
     image: the frames of one video [T, H, W, C >= 3], or as many images if `are_images`; or a batch
     of videos [B, T, H, W, C]. Raises LatentError for anything else.
@@ -64,7 +66,7 @@ def videos(image: torch.Tensor, are_images: bool) -> torch.Tensor:
         clips = [frame.unsqueeze(0) for frame in frames(image)]
     else:
         clips = [image]
-    pixels = [frames_view(frames(clip)) for clip in clips]
+    pixels = [frames_view(frames(clip), colours) for clip in clips]
     if not pixels:
         raise LatentError("the batch of videos to encode is empty: expected one or more")
     return pixels[0] if len(pixels) == 1 else torch.cat(pixels)

@@ -22,6 +22,8 @@ from comfy_api.latest import Input, InputImpl, Types
 
 from ..wan_vae import OutputError, geometry
 from ..wan_vae.config import WanVAEConfig
+from ..wan_vae.io.image import as_rgb
+from ..wan_vae.io.sink import with_colours
 from ..wan_vae.io.video_encode import Codec, Container, VideoSettings, frame_rate
 from ..wan_vae.io.video_sink import VideoFileSink, VideoStreamSink
 from ..wan_vae.options import MemoryFormat
@@ -104,7 +106,7 @@ class LazyVideo(Input.Video):
             )
             image = run.decode(decoding.latent, plan, normalized=decoding.normalized)
         return Types.VideoComponents(
-            images=image.flatten(0, 1),
+            images=as_rgb(image.flatten(0, 1)),
             audio=cast("Any", decoding.audio),
             frame_rate=self.get_frame_rate(),
         )
@@ -144,7 +146,8 @@ class LazyVideo(Input.Video):
                 whole_frames=True,
             )
             sink = _sink(path, _word(format), shape, decoding.fps, settings)
-            run.decode_into(sink, decoding.latent, plan, normalized=decoding.normalized)
+            target = with_colours(sink, shape[1])
+            run.decode_into(target, decoding.latent, plan, normalized=decoding.normalized)
             run.warnings += sink.warnings
 
     def as_trimmed(

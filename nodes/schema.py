@@ -86,11 +86,11 @@ def normalized_input(tooltip: str = _IS_NORMALIZED) -> io.Input:
 def fps_input() -> io.Input:
     return io.Float.Input(
         "fps",
-        default=16.0,
-        min=0.01,
+        default=0.0,
+        min=0.0,
         max=1000.0,
         step=0.01,
-        tooltip="Frames per second: 16 for Wan 2.1, 24 for Wan 2.2 5B.",
+        tooltip="Frames per second. 0 takes the model's own: 24 for Wan 2.2 5B, 16 for the others.",
     )
 
 

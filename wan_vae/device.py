@@ -278,11 +278,16 @@ OUT_OF_MEMORY_TEXTS = MappingProxyType(
         "invalid buffer size:": "MPS",
         # torch-directml ("There is not enough GPU video memory available!", DirectML #579).
         "not enough gpu video memory available": "DirectML",
+        # Windows' E_OUTOFMEMORY, which its graphics drivers return.
+        "0x8007000e": "DirectML",
         # The runtimes of CUDA and HIP, through c10/cuda/CUDAException.cpp, where no allocator of
         # PyTorch asked; and the allocator of IPEX and of PyTorch before 2.5 ("XPU out of memory").
         "cuda error: out of memory": "CUDA",
         "hip error: out of memory": "HIP",
         "hiperroroutofmemory": "HIP",
+        # The driver, where memory grows in segments (c10/cuda/driver_api.h), and CUDA's own name.
+        "cuda driver error: out of memory": "CUDA",
+        "cudaerrormemoryallocation": "CUDA",
         "hip out of memory": "HIP",
         "cuda out of memory": "CUDA",
         "xpu out of memory": "XPU",
@@ -293,6 +298,7 @@ OUT_OF_MEMORY_TEXTS = MappingProxyType(
         "cudnn_status_internal_error_device_allocation_failed": "cuDNN",
         "cudnn_status_internal_error_host_allocation_failed": "cuDNN",
         "miopenstatusallocfailed": "MIOpen",
+        "rocblas_status_memory_error": "rocBLAS",
         # Level Zero through SYCL: newer and older names ("Native API returns: 39 (...)",
         # torch-xpu-ops #1598, pytorch #177714; "-5 (PI_ERROR_OUT_OF_RESOURCES)", ipex-llm #9467).
         "ur_result_error_out_of_device_memory": "XPU",

@@ -23,10 +23,13 @@ def latent_frames(frames: int, config: WanVAEConfig) -> int:
 
 
 def pixel_shape(latent_shape: tuple[int, ...], config: WanVAEConfig) -> tuple[int, ...]:
-    """Shape of the pixels of a latent: [B, z, T, H, W] -> [B, 3, 4T-3, 8H, 8W] (2.2: 16H, 16W)."""
+    """Shape of the pixels of a latent: [B, z, T, H, W] -> [B, 3, 4T-3, 8H, 8W] (2.2: 16H, 16W).
+
+    4 channels with alpha, 1 for a grey picture; 16 H, 16 W of a decoder that doubles the picture.
+    """
     b, _, t, h, w = latent_shape
-    s = config.spatial_factor
-    return (b, 3, pixel_frames(t, config), h * s, w * s)
+    s = config.decoded_factor
+    return (b, config.decoder_colours, pixel_frames(t, config), h * s, w * s)
 
 
 def latent_shape(pixels: tuple[int, ...], config: WanVAEConfig) -> tuple[int, ...]:
@@ -44,16 +47,30 @@ def latent_shape(pixels: tuple[int, ...], config: WanVAEConfig) -> tuple[int, ..
     return (b, config.z_dim, latent_frames(t, config), h // s, w // s)
 
 
-def crop_for_encode(pixels: torch.Tensor, config: WanVAEConfig) -> torch.Tensor:
-    """The part of `pixels` [B, 3, T, H, W] that has a latent: 4n + 1 frames, whole latent pixels.
+class Window(NamedTuple):
+    """The part of a video that has a latent: frames from the first on, rows and columns."""
 
-    Rows and columns are cropped evenly from both sides (the extra one at the end). A view.
+    frames: int
+    rows: slice
+    columns: slice
+
+
+def encode_window(shape: tuple[int, ...], config: WanVAEConfig) -> Window:
+    """What is encoded of pixels of `shape` [B, 3, T, H, W]: 4n + 1 frames, whole latent pixels.
+
+    Rows and columns are cropped evenly from both sides (the extra one at the end). Raises
+    GeometryError.
     """
-    _, _, t, h, w = latent_shape(tuple(pixels.shape), config)
-    frames = pixel_frames(t, config)
+    _, _, t, h, w = latent_shape(shape, config)
     height, width = h * config.spatial_factor, w * config.spatial_factor
-    top, left = (pixels.shape[3] - height) // 2, (pixels.shape[4] - width) // 2
-    return pixels[:, :, :frames, top : top + height, left : left + width]
+    top, left = (shape[3] - height) // 2, (shape[4] - width) // 2
+    return Window(pixel_frames(t, config), slice(top, top + height), slice(left, left + width))
+
+
+def crop_for_encode(pixels: torch.Tensor, config: WanVAEConfig) -> torch.Tensor:
+    """The `encode_window` of `pixels` [B, 3, T, H, W]; a view."""
+    window = encode_window(tuple(pixels.shape), config)
+    return pixels[:, :, : window.frames, window.rows, window.columns]
 
 
 def chunk_frames_slice(start: int, stop: int, config: WanVAEConfig) -> tuple[int, int]:

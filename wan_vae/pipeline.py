@@ -13,12 +13,13 @@ import torch
 
 from . import layout
 from .chunking import whole_number
-from .config import WanVAEConfig, detect_config
+from .config import WanVAEConfig
 from .device import pick_device, pick_dtype
 from .errors import CheckpointError, GeometryError
 from .hooks import DeviceMemory, Hooks, OnProgress, OwnMemory, ShouldStop
-from .io.checkpoint import canonical_state_dict, load_checkpoint
+from .io.checkpoint import Checkpoint, canonical_state_dict, load_checkpoint
 from .io.latents import check_channels
+from .io.pixels import FrameReader
 from .io.sink import Sink
 from .network.model import WanVAEModel, build_model
 from .options import (
@@ -58,7 +59,7 @@ def load(
     "bf16", "fp16" or a torch dtype; auto is bf16 on CUDA and fp32 elsewhere.
     Raises CheckpointError (NotAWanVAEError for another model).
     """
-    return WanVAE.from_state_dict(load_checkpoint(path).state, device=device, dtype=dtype)
+    return WanVAE.from_checkpoint(load_checkpoint(path), device=device, dtype=dtype)
 
 
 class WanVAE:
@@ -68,12 +69,18 @@ class WanVAE:
     that decode. Not thread-safe: use one WanVAE per thread.
     """
 
-    def __init__(self, model: WanVAEModel, weights_found: dict[str, dict[str, int]] | None = None):
+    def __init__(
+        self,
+        model: WanVAEModel,
+        weights_found: dict[str, dict[str, int]] | None = None,
+        notes: Sequence[str] = (),
+    ):
         """Wrap `model`, whose parameters decide device and dtype.
 
         `weights_found`: counts of memory formats ("decoder" / "encoder" -> `layout.count_formats`)
-        in the checkpoint before it was packed, for the report.
+        in the checkpoint before it was packed, for the report. notes: what of it is not used.
         """
+        self.notes = tuple(notes)
         self.engine = Engine(model, weights_found)
         self.model = model
         self.config: WanVAEConfig = model.config
@@ -91,17 +98,26 @@ class WanVAE:
 
         The tensors are copied, never kept. Raises CheckpointError (NotAWanVAEError).
         """
-        canonical = canonical_state_dict(state).state
+        return cls.from_checkpoint(canonical_state_dict(state), device=device, dtype=dtype)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+    ) -> WanVAE:
+        """Build from a checkpoint that was read, as `from_state_dict` does."""
+        canonical = checkpoint.state
         without_data = [name for name, value in canonical.items() if value.is_meta]
         if without_data:
             raise CheckpointError(
                 f"{without_data[0]} is meta ({len(without_data)} tensors are): expected tensors "
                 "with data"
             )
-        config = detect_config(canonical)
         device = pick_device(device)
-        model = build_model(config, canonical, device, pick_dtype(dtype, device))
-        return cls(model, count_weight_formats(canonical))
+        model = build_model(checkpoint.config, canonical, device, pick_dtype(dtype, device))
+        return cls(model, count_weight_formats(canonical), checkpoint.notes)
 
     @property
     def device(self) -> torch.device:
@@ -279,7 +295,7 @@ class WanVAE:
 
     def encode(
         self,
-        pixels: torch.Tensor,
+        pixels: torch.Tensor | FrameReader,
         *,
         normalized: bool = False,
         chunk_frames: int | Sequence[int] | None = None,
@@ -300,9 +316,10 @@ class WanVAE:
 
         pixels: [B, 3, T, H, W] or [3, T, H, W] in [-1, 1], or with `unit_range` in [0, 1]; any
         strides, such as those of IMAGE frames (`io.image.frames_view`). On another device than
-        the VAE they stay there, and each pass fetches what it needs. Frames past 4n + 1 are
-        dropped; rows and columns past a multiple of the spatial factor are cropped evenly from
-        both sides.
+        the VAE they stay there, and each pass fetches what it needs. Or a `FrameReader`, such as
+        `io.video_read.open_clip` gives it, of which no more than a pass is in memory. Frames past
+        4n + 1 are dropped; rows and columns past a multiple of the spatial factor are cropped
+        evenly from both sides.
         Returns float32 [B, z, (T-1)//4+1, H//8, W//8] (16 for Wan 2.2) on the VAE's device;
         `normalized=True` gives diffusers' normalised latents.
         chunk_frames: latent frames a chunk. Any schedule gives the same latent.
@@ -341,6 +358,7 @@ class WanVAE:
         decision = layout.decide("auto", self.device, self.dtype, wrong=wrong)
         layers = layer_records(self.model, ("decoder", "encoder"))
         builder.layers = list(layers)
+        builder.warnings += self.notes
         builder.layout = self.engine.layout_facts(decision, ("decoder", "encoder"), layers)
         builder.memory["weights_bytes"] = weights_bytes(self.model, ("decoder", "encoder"))
         self.last_report = builder.build("done")

@@ -93,8 +93,8 @@ def _diffusers_options(config: WanVAEConfig) -> dict[str, object]:
         options |= {
             "decoder_base_dim": config.decoder_dim,
             "is_residual": True,
-            "in_channels": config.image_channels,
-            "out_channels": config.image_channels,
+            "in_channels": config.encoder_channels,
+            "out_channels": config.decoder_channels,
             "patch_size": config.patch_size,
             "scale_factor_spatial": config.spatial_factor,
             "latents_mean": [0.0] * config.z_dim,

@@ -23,7 +23,10 @@ class Floor:
 # From the ground up. A module imports modules of its own floor and of lower ones.
 FLOORS = (
     Floor(("wan_vae.errors", "wan_vae.version"), "typed errors"),
-    Floor(("wan_vae.options", "wan_vae.config"), "what a caller may ask for; which VAE it is"),
+    Floor(
+        ("wan_vae.options", "wan_vae.config", "wan_vae.other_models"),
+        "what a caller may ask for; which VAE it is",
+    ),
     Floor(
         (
             "wan_vae.chunking",

@@ -11,6 +11,7 @@ import comfy.model_management as model_management
 import comfy.model_patcher
 import comfy.nested_tensor
 import torch
+from safetensors.torch import load_file
 
 
 def _facts(tensor):
@@ -260,6 +261,36 @@ class ProbeWan22VAE:
         return (made,)
 
 
+class ProbeFileVAE:
+    """A VAE object whose weights are those of a file, of which core's loader may know nothing."""
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"vae": ("VAE",), "file": ("STRING", {"default": ""})}}
+
+    def make(self, vae, file):
+        made = copy.copy(vae)
+        with torch.inference_mode(False), torch.no_grad():
+            model = torch.nn.Module()
+            for key, value in load_file(file).items():
+                *path, name = key.split(".")
+                module = model
+                for part in path:
+                    if part not in dict(module.named_children()):
+                        module.add_module(part, torch.nn.Module())
+                    module = module.get_submodule(part)
+                module.register_parameter(name, torch.nn.Parameter(value))
+        made.first_stage_model = model
+        made.patcher = comfy.model_patcher.ModelPatcher(model, vae.device, torch.device("cpu"))
+        made.output_channels = model.encoder.conv1.weight.shape[1]
+        made.pad_channel_value = 1.0
+        return (made,)
+
+
 class ProbeMemory(_Probe):
     """Bytes of all live tensors, and how many models ComfyUI holds."""
 
@@ -307,6 +338,7 @@ NODE_CLASS_MAPPINGS = {
         ProbeVAEWeights,
         ProbeBrokenVAE,
         ProbeWan22VAE,
+        ProbeFileVAE,
         ProbeMemory,
         ProbeUnload,
     )

@@ -16,16 +16,18 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.conftest import PATIENCE_S
+from tests.conftest import PATIENCE_S, random_state
 from tests.dist import jobs
 from tests.dist.sockets import local_addresses
 from wan_vae import WanVAE
+from wan_vae.config import wan21
 from wan_vae.errors import DecodeCancelled, GeometryError, LatentError, ShardingError
 from wan_vae.hooks import Hooks
 from wan_vae.io.image import ImageSink
@@ -111,6 +113,19 @@ def test_an_image_and_progress(pool, vae, latent, expected):
     image = decode(pool, vae, latent, form="image", on_progress=lambda *a: seen.append(a[:2]))
     assert torch.equal(image, expected.add(1).mul(0.5).movedim(1, -1))
     assert seen == [(1, 9), (5, 9), (9, 9)]
+
+
+@pytest.mark.parametrize("axis", ["height", "width"])
+def test_a_doubled_picture_with_alpha(pool, latent, axis):
+    config = replace(wan21(dim=8), colours=4, decoder_colours=4, decoder_patch_size=2)
+    vae = WanVAE.from_state_dict(random_state(config), device="cpu")
+    expected = vae.decode(latent, chunk_frames=1)
+    assert expected.shape == (1, 4, 9, 96, 256)
+    assert torch.equal(pool.decode(vae, latent, axis=axis, chunk_frames=1), expected)
+    image = pool.decode(vae, latent, axis=axis, form="image", chunk_frames=1)
+    assert torch.equal(image, expected.add(1).mul(0.5).movedim(1, -1))
+    pixels = torch.rand(1, 4, 5, 48, 64) * 2 - 1
+    assert torch.equal(pool.encode(vae, pixels, axis=axis), vae.encode(pixels))
 
 
 def test_workers_stay_warm_and_take_other_weights(pool, vae, latent, expected):

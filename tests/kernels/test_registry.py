@@ -89,16 +89,28 @@ def test_without_triton_the_other_family_stays(forgotten, monkeypatch):
     assert len(list(registry.kernels_of("norm_conv3d", ("cuda", "triton")))) == 2
 
 
-def test_a_triton_that_is_too_old_is_a_reason_and_no_crash(forgotten, monkeypatch):
-    """Before 3.4 it has no tensor descriptors."""
+@pytest.mark.parametrize(
+    "error",
+    [
+        # Before 3.4 Triton has no tensor descriptors.
+        ModuleNotFoundError("No module named 'triton.tools.tensor_descriptor'"),
+        ImportError("DLL load failed while importing libtriton"),
+        AttributeError("module 'triton.language' has no attribute 'make_tensor_descriptor'"),
+        TypeError("jit() got an unexpected keyword argument 'noinline'"),
+        OSError("libcuda.so.1: cannot open shared object file"),
+        RuntimeError("0 active drivers ([]). There should only be one."),
+        SyntaxError("invalid syntax (language.py, line 3)"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_family_that_cannot_be_imported_is_a_reason_and_no_crash(error, forgotten, monkeypatch):
+    def broken(name, package):
+        raise error
 
-    def old(name, package):
-        raise ModuleNotFoundError("No module named 'triton.tools.tensor_descriptor'")
-
-    monkeypatch.setattr(importlib, "import_module", old)
+    monkeypatch.setattr(importlib, "import_module", broken)
     for family in registry.FAMILIES:
         reason = registry.unavailable_reason(family, CARDS["H100"], HALF)
-        assert reason == ("cannot be imported: No module named 'triton.tools.tensor_descriptor'")
+        assert reason == f"cannot be imported: {error}"
 
 
 def test_float32_is_for_the_interpreter(monkeypatch):

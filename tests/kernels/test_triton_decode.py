@@ -6,6 +6,7 @@ Kernels must be proven before they run, and be off, with a reason, where they ar
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed here: pip install 
 
 from tests.conftest import random_state
 from wan_vae import WanVAE
-from wan_vae.config import wan21, wan22
+from wan_vae.config import qwen21, wan21, wan22
 from wan_vae.errors import BackendError
 from wan_vae.kernels.triton import layers as kernel_layers
 
@@ -27,6 +28,12 @@ DTYPE = "bf16" if CUDA else "fp32"
 # operands are float16 in both.
 BOUND = 2e-2 if CUDA else 2e-3
 CONFIGS = {"wan2.1": wan21(dim=16), "wan2.2": wan22(dim=16, decoder_dim=16)}
+VARIANTS = {
+    "grey": replace(wan21(dim=16), decoder_colours=1),
+    "alpha, doubled": replace(wan21(dim=16), colours=4, decoder_colours=4, decoder_patch_size=2),
+    "pruned": wan21(dim=32, decoder_dim=16),
+    "qwen-image-2.1": qwen21(dim=16, decoder_dim=16),
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +59,9 @@ def reference(vae: WanVAE, z: torch.Tensor) -> torch.Tensor:
     return vae.decode(z, backend="eager", precision="fp32").cpu()
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [*CONFIGS, *VARIANTS])
 def test_an_image_matches_the_reference(family):
-    state = random_state(CONFIGS[family])
+    state = random_state({**CONFIGS, **VARIANTS}[family])
     vae = WanVAE.from_state_dict(state, device=DEVICE, dtype=DTYPE)
     z = latent(vae, 1)
     expected = reference(vae, z)

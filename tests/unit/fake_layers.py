@@ -93,7 +93,7 @@ def fake_layers(
             if stage.up.time_conv is not None:
                 found[stage.up.time_conv], pairs = plain, True
     found[architecture.HEAD] = FakeLayer(
-        family, "head", "head", stages[-1].channels, config.image_channels, dtype
+        family, "head", "head", stages[-1].channels, config.decoder_channels, dtype
     )
     return {name: layer for name, layer in found.items() if covers(name)}
 

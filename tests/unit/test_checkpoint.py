@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from safetensors.torch import save_file
 
 import wan_vae
 from tests.conftest import SMALL_CONFIGS, random_state
+from wan_vae.commands.cli import main
+from wan_vae.config import wan21, wan22
 from wan_vae.errors import BackendError, CheckpointError
-from wan_vae.io.checkpoint import load_checkpoint
+from wan_vae.io.checkpoint import CAST_DTYPES, load_checkpoint
 
 FAMILIES = pytest.mark.parametrize("family", SMALL_CONFIGS)
 
@@ -30,6 +33,102 @@ def test_safetensors_of_each_dtype(family, dtype, tmp_path):
     found = load_checkpoint(tmp_path / "v.safetensors")
     assert_same(found, state)
     assert (found.key_layout, found.prefix, found.config.family) == ("native", "", family)
+
+
+@pytest.mark.parametrize("dtype", CAST_DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["v.safetensors", "v.pth"])
+def test_stored_dtypes_are_cast_to_the_compute_dtype(dtype, name, tmp_path):
+    state = {k: v.to(dtype) for k, v in random_state(SMALL_CONFIGS["wan2.1"]).items()}
+    path = tmp_path / name
+    if name == "v.pth":
+        torch.save(state, path)
+    elif "fnuz" in str(dtype):
+        pytest.skip("safetensors has no such dtype")
+    else:
+        save_file(state, str(path))
+    cast = {k: v.to(torch.bfloat16) for k, v in state.items()}
+    ours = wan_vae.load(path, device="cpu", dtype="bf16").model.state_dict()
+    for key, value in cast.items():
+        assert torch.equal(ours[key], value), key
+    z = torch.randn(1, 16, 1, 4, 4)
+    right = wan_vae.WanVAE.from_state_dict(cast, device="cpu", dtype="bf16").decode(z)
+    assert torch.equal(wan_vae.load(path, device="cpu", dtype="bf16").decode(z), right)
+
+
+@pytest.mark.parametrize("nesting", [["gen_model"], ["generator", "module"], ["state_dict", "vae"]])
+def test_a_trainers_file_with_projection_heads(nesting, tmp_path, capfd):
+    """As MG-LightVAE.pth: a pruned decoder, the weights nested, heads of a distillation beside."""
+    state = random_state(wan22(dim=8, decoder_dim=4))
+    heads = {f"dynamic_feature_projection_heads.{i}.weight": torch.ones(4, 8) for i in range(2)}
+    whole = state | heads
+    for name in reversed(nesting):
+        whole = {name: whole, "step": 7}
+    path = tmp_path / "MG-LightVAE.pth"
+    torch.save({**whole, "discriminator": {"weight": torch.ones(3)}}, path)
+    found = load_checkpoint(path)
+    assert_same(found, state)
+    assert found.config == wan22(dim=8, decoder_dim=4)
+    assert "dynamic_feature_projection_heads.0.weight" in found.notes[0]
+    assert wan_vae.load(path, device="cpu").notes == found.notes
+    assert main(["inspect", str(path)]) == 0
+    assert "projection heads" in capfd.readouterr().out
+
+
+def test_a_flat_trainers_file(tmp_path):
+    state = random_state(wan21(dim=8))
+    flat = {f"generator.{k}": v for k, v in state.items()} | {"discriminator.w": torch.ones(2)}
+    save_file(flat, str(tmp_path / "v.safetensors"))
+    assert_same(load_checkpoint(tmp_path / "v.safetensors"), state)
+
+
+def sharded(folder, state, suffix=".safetensors", names=None) -> Path:
+    """A folder as diffusers writes it with a small `max_shard_size`."""
+    keys, files = sorted(state), {}
+    for i, part in enumerate((keys[::2], keys[1::2])):
+        name = f"diffusion_pytorch_model-0000{i + 1}-of-00002{suffix}"
+        write = torch.save if suffix == ".bin" else save_file
+        write({k: state[k] for k in part}, str(folder / name))
+        files |= {k: (names or {}).get(i, name) for k in part}
+    index = folder / f"diffusion_pytorch_model{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return index
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_sharded_checkpoint(suffix, tmp_path):
+    state = random_state(wan21(dim=8))
+    index = sharded(tmp_path, state, suffix)
+    assert_same(load_checkpoint(index), state)
+    assert_same(load_checkpoint(tmp_path), state)
+    with pytest.raises(CheckpointError, match="part 1 of a checkpoint of 2 files: pass diffusion"):
+        load_checkpoint(tmp_path / f"diffusion_pytorch_model-00001-of-00002{suffix}")
+
+
+def test_an_index_is_not_believed(tmp_path):
+    state = random_state(wan21(dim=8))
+    index = sharded(tmp_path, state, names={1: "../secret-00001-of-00002.safetensors"})
+    with pytest.raises(CheckpointError, match="expected files beside it"):
+        load_checkpoint(index)
+    sharded(tmp_path, state)
+    (tmp_path / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"its part .*00002.*: no such file"):
+        load_checkpoint(index)
+    index.write_text("[1]")
+    with pytest.raises(CheckpointError, match=r"without a .weight_map."):
+        load_checkpoint(index)
+    index.write_text('{"weight_map": ' * 100_000)
+    with pytest.raises(CheckpointError, match="JSON"):
+        load_checkpoint(index)
+
+
+@pytest.mark.parametrize(
+    "name", ["diffusion_pytorch_model.bin", "Wan2.1_VAE.pth", "vae/diffusion_pytorch_model.bin"]
+)
+def test_a_folder_with_a_pytorch_file(name, tmp_path):
+    state = random_state(wan21(dim=8))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    torch.save(state, tmp_path / name)
+    assert_same(load_checkpoint(tmp_path), state)
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import wan_vae
 from tests.conftest import random_state
 from wan_vae.commands import console
 from wan_vae.commands.cli import main
-from wan_vae.config import wan21
+from wan_vae.config import wan21, wan22
 from wan_vae.errors import OutputError
 from wan_vae.io import video_read, video_write
 from wan_vae.io.latents import load_latent, save_latent
@@ -119,6 +120,98 @@ def test_normalized_latents_differ_by_the_models_statistics(files, tmp_path):
     assert main([*argv, "-o", str(tmp_path / "o.safetensors"), "--normalized", *CPU]) == 0
     got = load_file(tmp_path / "o.safetensors")["pixels"]
     assert torch.allclose(got, pixels_of(files, "clip"), atol=1e-4)
+
+
+def video_facts(path: Path) -> tuple[float, int]:
+    import av
+
+    with av.open(str(path)) as file:
+        return float(file.streams.video[0].average_rate), sum(1 for _ in file.decode(video=0))
+
+
+@pytest.mark.parametrize(("suffix", "names"), [
+    (".mp4", ["out_000.mp4", "out_001.mp4"]), ("", ["out_000", "out_001"]),
+    (".safetensors", ["out.safetensors"]),
+])  # fmt: skip
+def test_a_batch_gets_an_output_each(suffix, names, files, tmp_path):
+    z = load_latent(files / "clip.latent")
+    save_latent(tmp_path / "two.latent", torch.cat((z, -z)))
+    output = tmp_path / "new" / f"out{suffix}"
+    vae = str(files / "vae.safetensors")
+    argv = ["decode", str(tmp_path / "two.latent"), "--vae", vae, "-o", str(output), *CPU]
+    assert main(argv) == 0
+    assert sorted(p.name for p in output.parent.iterdir()) == names
+    if suffix == ".safetensors":
+        assert load_file(output)["pixels"].shape == (2, 3, 9, 48, 40)
+    elif not suffix:
+        right = video_write.to_uint8(wan_vae.load(vae, device="cpu").decode(-z)[0])
+        shown = np.asarray(Image.open(output.parent / "out_001" / "frame_000008.png"))
+        assert np.array_equal(shown, right[8])
+
+
+@pytest.mark.parametrize(("config", "rate"), [(wan21(dim=8), 16), (wan22(8, 16), 24)])
+def test_the_frame_rate_is_the_models(config, rate, tmp_path, capfd):
+    save_file(random_state(config), str(tmp_path / "vae.safetensors"))
+    save_latent(tmp_path / "z.latent", torch.zeros(1, config.z_dim, 2, 2, 2))
+    argv = ["decode", str(tmp_path / "z.latent"), "--vae", str(tmp_path / "vae.safetensors"), *CPU]
+    assert main([*argv, "-o", str(tmp_path / "o.mp4")]) == 0
+    assert video_facts(tmp_path / "o.mp4") == (rate, 5)
+    assert f"{rate} frames per second, as {config.family} makes them" in capfd.readouterr().out
+    assert main([*argv, "-o", str(tmp_path / "p.mp4"), "--fps", "12"]) == 0
+    assert video_facts(tmp_path / "p.mp4") == (12, 5)
+    assert "makes them" not in capfd.readouterr().out
+
+
+def test_a_cache_of_musubi_tuner_is_denormalised(files, tmp_path, capfd):
+    z = load_latent(files / "clip.latent")
+    config = wan21()
+    mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(config.latents_std).view(1, -1, 1, 1, 1)
+    cached = {
+        "latents_3x6x5_float32": ((z - mean) / std)[0],
+        "latents_image_3x6x5_float32": torch.zeros(16, 3, 6, 5),
+        "clip_float32": torch.zeros(257, 8),
+    }
+    save_file(cached, tmp_path / "a_0000-009_0040x0048_wan.safetensors", {"architecture": "wan"})
+    argv = ["decode", str(tmp_path / "a_0000-009_0040x0048_wan.safetensors")]
+    argv += ["--vae", str(files / "vae.safetensors"), *CPU, "-o"]
+    assert main([*argv, str(tmp_path / "o.safetensors")]) == 0
+    got = load_file(tmp_path / "o.safetensors")["pixels"]
+    assert torch.allclose(got, pixels_of(files, "clip"), atol=1e-4)
+    assert "musubi-tuner cache: a normalised latent" in capfd.readouterr().err
+    key = ["--key", "latents_image_3x6x5_float32"]
+    assert main([*argv, str(tmp_path / "p.safetensors"), *key]) == 0
+    vae = wan_vae.load(files / "vae.safetensors", device="cpu")
+    expected = vae.decode(torch.zeros(1, 16, 3, 6, 5), normalized=True)
+    assert torch.equal(load_file(tmp_path / "p.safetensors")["pixels"], expected)
+    assert main([*argv, str(tmp_path / "q.safetensors"), "--key", "nothing"]) == 1
+    assert "no tensor 'nothing': it holds clip_float32 [257, 8]" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("channels", "kept"), [(1, (3, 3)), (4, (3, 4))])
+def test_grey_pictures_and_alpha_in_files(channels, kept, tmp_path, capfd):
+    """A video is flattened on white, and says so; frames keep their alpha; grey is repeated."""
+    config = replace(wan21(dim=8), decoder_colours=channels)
+    save_file(random_state(config), str(tmp_path / "vae.safetensors"))
+    vae = wan_vae.load(tmp_path / "vae.safetensors", device="cpu")
+    z = torch.randn(1, 16, 1, 4, 4)
+    save_latent(tmp_path / "z.latent", z)
+    argv = ["decode", str(tmp_path / "z.latent"), "--vae", str(tmp_path / "vae.safetensors"), *CPU]
+    for name in ("o.mp4", "o.png", "o.safetensors"):
+        assert main([*argv, "-o", str(tmp_path / name)]) == 0
+    pixels = vae.decode(z)
+    assert torch.equal(load_file(tmp_path / "o.safetensors")["pixels"], pixels)
+    levels = video_write.to_uint8(pixels[0])[0]
+    picture = np.asarray(Image.open(tmp_path / "o.png"))
+    assert picture.shape[2] == kept[1]
+    assert np.array_equal(picture, levels if channels == 4 else np.repeat(levels, 3, axis=2))
+    said = capfd.readouterr().err
+    assert ("flattened on white" in said) == (channels == 4)
+    shown = video_read.read_pixels(tmp_path / "o.mp4")
+    if channels == 4:
+        opacity = (pixels[:, 3:] + 1) / 2
+        pixels = pixels[:, :3] * opacity + 1 - opacity
+    assert (shown.mean() - pixels.mean()).abs() < 0.02
 
 
 def test_encode_writes_a_latent_that_decode_takes(files, tmp_path):
@@ -305,8 +398,8 @@ def test_a_package_that_is_missing_is_one_line_that_says_what_to_install(
     """Before anything is loaded: of the files that these commands name, none is there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
-    for name in ("in.mp4", "in.png"):
-        Path(name).write_bytes(b"never looked at")
+    Path("in.mp4").write_bytes(b"\x00\x00\x00\x20ftypisom")
+    Path("in.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     assert main([*command, *CPU]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("wan-vae: ") and line.endswith(f": pip install {package}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests.unit.decodes import vae_of
 from tests.unit.fake_layers import fake_layers, fake_ops
 from wan_vae import geometry
 from wan_vae.chunking import Chunk, schedule
-from wan_vae.config import wan21, wan22
+from wan_vae.config import qwen21, wan21, wan22
 from wan_vae.io.sink import CallbackSink
 from wan_vae.layout import pack_weights
 from wan_vae.network import architecture
@@ -145,6 +146,10 @@ def model_without_data(config, memory_format: str, dtype=torch.bfloat16) -> WanV
         (wan22(), (1, 48, 31, 44, 80), 1, 1.0),
         (wan22(), (1, 48, 31, 44, 80), 1, 0.5),
         (wan22(), (1, 48, 31, 44, 80), 4, 0.5),
+        (replace(wan21(), decoder_patch_size=2), (1, 16, 21, 60, 104), 1, 1.0),
+        (replace(wan21(), decoder_patch_size=2, decoder_colours=4), (1, 16, 9, 60, 104), 2, 1.0),
+        (replace(wan21(), decoder_colours=1), (1, 16, 21, 60, 104), 1, 1.0),
+        (wan21(decoder_dim=24), (1, 16, 21, 60, 104), 1, 1.0),
     ],
 )
 def test_a_full_size_chunk_without_data_takes_what_was_planned(
@@ -168,6 +173,18 @@ def test_a_full_size_chunk_without_data_takes_what_was_planned(
             step = Step(cache, Chunk(start, stop, i == 0, False), pass_frames=limits)
             for pixels in model.decode_passes(z[:, :, start:stop], step):
                 assert pixels.shape[2] <= limits[-1]
+    within(plan.planned_bytes, counter.peak, 0.05)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_an_image_of_qwen_image_21_takes_what_was_planned(memory_format):
+    config, latent = qwen21(), (1, 64, 1, 64, 64)
+    model = model_without_data(config, memory_format)
+    plan = choose.choose(PlanRequest(config, latent, torch.bfloat16, memory_format))
+    z = torch.empty(latent, dtype=torch.bfloat16, device="meta")
+    with torch.inference_mode(), TensorCounter() as counter:
+        for _ in model.decode_passes(z, Step.whole_clip(1)):
+            pass
     within(plan.planned_bytes, counter.peak, 0.05)
 
 

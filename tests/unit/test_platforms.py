@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from tests.conftest import random_state
 from wan_vae import device as devices
+from wan_vae.commands.cli import main
 from wan_vae.commands.console import is_closed_pipe
 from wan_vae.commands.share import without_folders
+from wan_vae.config import wan21
 from wan_vae.device import free_bytes, is_out_of_memory, triton_version
 from wan_vae.errors import DecodeMemoryError, OutputError
 from wan_vae.io import files
 from wan_vae.io.files import check_output, nearest_folder, too_long_note
+from wan_vae.io.latents import load_latent, save_latent
 from wan_vae.kernels.cache_folder import cache_folder, write_whole
 from wan_vae.kernels.cuda import driver
 from wan_vae.kernels.proof.cache import ProofCache
@@ -46,6 +52,10 @@ SAID = [
     "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
     "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     "miopenStatusAllocFailed",
+    "CUDA driver error: out of memory",
+    "cudaErrorMemoryAllocation: out of memory",
+    "HIPBLAS error: rocblas_status_memory_error when calling rocblas_gemm_ex",
+    "The call failed with 0x8007000E: Not enough memory resources are available",
     "Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
     "Native API failed. Native API returns: -5 (PI_ERROR_OUT_OF_RESOURCES) -5",
 ]
@@ -110,8 +120,8 @@ def test_free_memory_of_an_intel_card(monkeypatch):
         raise RuntimeError("The device does not support querying the available free memory")
 
     xpu = torch.device("xpu", 0)
-    monkeypatch.setattr(torch.xpu, "memory_reserved", lambda device: 5)
-    monkeypatch.setattr(torch.xpu, "memory_allocated", lambda device: 3)
+    monkeypatch.setattr(torch.xpu, "memory_reserved", lambda device: 5, raising=False)
+    monkeypatch.setattr(torch.xpu, "memory_allocated", lambda device: 3, raising=False)
     monkeypatch.setattr(torch.xpu, "mem_get_info", lambda device: (10, 16), raising=False)
     assert free_bytes(xpu) == 12
     monkeypatch.setattr(torch.xpu, "mem_get_info", refuses)
@@ -236,3 +246,37 @@ def test_a_user_without_a_home_folder(monkeypatch):
     monkeypatch.setattr(Path, "home", no_home)
     assert cache_folder() is None
     assert without_folders("/srv/data/vae.safetensors: damaged") == "vae.safetensors: damaged"
+
+
+# -- paths that only other systems have ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "folder", ["with space", "Müller's Bilder", "フォルダ", "a%20b", "semi;colon & more", "c:"]
+)
+def test_every_command_takes_odd_folders(folder, tmp_path, capfd):
+    if sys.platform == "win32" and folder == "c:":
+        pytest.skip("no name on Windows")
+    place = tmp_path / folder
+    place.mkdir()
+    save_file(random_state(wan21(dim=8)), str(place / "vae ü.safetensors"))
+    save_latent(place / "z 1.latent", torch.zeros(1, 16, 1, 2, 2))
+    vae = ["--vae", str(place / "vae ü.safetensors"), "--device", "cpu"]
+    video, again = place / "o ü.mp4", place / "back.latent"
+    assert main(["decode", str(place / "z 1.latent"), *vae, "-o", str(video)]) == 0
+    assert main(["encode", str(video), *vae, "-o", str(again)]) == 0
+    assert load_latent(again).shape == (1, 16, 1, 2, 2)
+    assert main(["inspect", vae[1]]) == 0
+
+
+@pytest.mark.parametrize("command", ["inspect", "decode", "encode"])
+@pytest.mark.parametrize("path", [r"\\server\share\x.safetensors", r"Q:\nowhere\x.safetensors"])
+def test_a_share_or_a_drive_that_is_not_there_is_an_error_of_ours(command, path, tmp_path, capfd):
+    save_file(random_state(wan21(dim=8)), str(tmp_path / "v.safetensors"))
+    argv = [command, path]
+    if command != "inspect":
+        argv += ["--vae", str(tmp_path / "v.safetensors"), "-o", str(tmp_path / "o.latent")]
+        argv[-1] = str(tmp_path / ("o.mp4" if command == "decode" else "o.latent"))
+    assert main(argv) == 1
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith(f"wan-vae: {path}: ") or "no such file" in line

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from .. import geometry
 from ..errors import OutputError, WanVAEError
-from ..io.latents import check_latent, load_latent
+from ..io.latents import LatentFile, check_latent, read_latent
 from ..io.sink import Sink
-from ..io.video_write import TeeSink, check_sink, open_sink
+from ..io.video_write import TeeSink, check_sink
 from ..options import RunOptions
 from ..pipeline import WanVAE
 from ..report import DecodeReport
 from . import torchrun
 from .console import ProgressBar, log
 from .load import last_report, load_vae
-from .outputs import output_of_each, refuse_to_overwrite
+from .outputs import (
+    frame_rate,
+    frame_rate_note,
+    open_output,
+    output_of_each,
+    outputs_of_batch,
+    refuse_to_overwrite,
+)
 from .report_text import report_text
 from .requests import DecodeRequest
 
@@ -37,17 +44,25 @@ def run_decode(request: DecodeRequest) -> int:
     if not request.overwrite:
         refuse_to_overwrite(outputs)
     if len(outputs) == 1:
-        latent = load_latent(request.latents[0])
-        print(report_text(_decode(_load(request), latent, outputs[0], request)))
+        file = read_latent(request.latents[0], request.key)
+        _refuse_parts(file, outputs[0], request)
+        vae = _load(request)
+        for report in _decode(vae, file, request.latents[0], outputs[0], request):
+            print(report_text(report))
+        _print_frame_rate(outputs, request, vae)
         return 0
     vae, failures = _load(request), 0
     for path, output in zip(request.latents, outputs, strict=True):
         try:
-            _decode(vae, load_latent(path), output, request)
+            file = read_latent(path, request.key)
+            _refuse_parts(file, output, request)
+            for _ in _decode(vae, file, path, output, request):
+                pass
         except WanVAEError as error:
             failures += 1
             log(f"wan-vae: {error}")
     print(f"{len(outputs) - failures} of {len(outputs)} latents decoded")
+    _print_frame_rate(outputs, request, vae)
     return 3 if failures else 0
 
 
@@ -55,17 +70,35 @@ def _load(request: DecodeRequest) -> WanVAE:
     return load_vae(request.vae, request.device, request.options.precision)
 
 
+def _refuse_parts(file: LatentFile, output: Path, request: DecodeRequest) -> None:
+    """Refuse outputs of a batch that exist, as it is done for the output of a single latent."""
+    outputs = outputs_of_batch(output, file.latent.shape[0])
+    if outputs != [output] and not request.overwrite:
+        refuse_to_overwrite(outputs)
+
+
 def _decode(
-    vae: WanVAE, latent: torch.Tensor, output: Path, request: DecodeRequest
-) -> DecodeReport:
-    return decode_to_file(
-        vae,
-        latent,
-        output,
-        request.options,
-        normalized=request.normalized,
-        fps=request.fps,
-    )
+    vae: WanVAE, file: LatentFile, path: Path, output: Path, request: DecodeRequest
+) -> Iterator[DecodeReport]:
+    """Decode what a latent file holds, a batch to an output each."""
+    for note in file.notes:
+        log(f"wan-vae: {path}: {note}")
+    outputs = outputs_of_batch(output, file.latent.shape[0])
+    parts = file.latent.split(1) if len(outputs) > 1 else [file.latent]
+    for part, place in zip(parts, outputs, strict=True):
+        yield decode_to_file(
+            vae,
+            part,
+            place,
+            request.options,
+            normalized=request.normalized or file.is_normalized is True,
+            fps=request.fps,
+        )
+
+
+def _print_frame_rate(outputs: Sequence[Path], request: DecodeRequest, vae: WanVAE) -> None:
+    if note := frame_rate_note(outputs, request.fps, vae.config):
+        print(note)
 
 
 def decode_to_file(
@@ -75,7 +108,7 @@ def decode_to_file(
     options: RunOptions,
     *,
     normalized: bool = False,
-    fps: float = 16.0,
+    fps: float | None = None,
     extra: Sequence[Sink] = (),
 ) -> DecodeReport:
     """Decode to `output` and to the sinks of `extra`; an error leaves none of them behind."""
@@ -85,7 +118,7 @@ def decode_to_file(
         check_latent(latent, vae.config)
         shape = geometry.pixel_shape(tuple(latent.shape), vae.config)
         bar = ProgressBar(output.name, total=shape[2])
-        file = open_sink(output, shape, fps)
+        file, warnings = open_output(output, shape, frame_rate(fps, vae.config))
         sinks.insert(0, file)
         vae.decode(
             latent,
@@ -106,6 +139,6 @@ def decode_to_file(
         if bar is not None:
             bar.close()
     report = last_report(vae)
-    for text in (*file.warnings, *report.warnings):
+    for text in (*warnings, *report.warnings):
         log(f"wan-vae: warning: {text}")
     return report

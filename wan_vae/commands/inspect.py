@@ -17,7 +17,7 @@ from .requests import InspectRequest, PlanRequest
 def run_inspect(request: InspectRequest) -> int:
     """Print what the checkpoint is; returns the exit code."""
     checkpoint = load_checkpoint(request.file)
-    report = WanVAE.from_state_dict(checkpoint.state, device="cpu").inspect()
+    report = WanVAE.from_checkpoint(checkpoint, device="cpu").inspect()
     tensors = checkpoint.state.values()
     dtypes = dict(Counter(dtype_name(tensor.dtype) for tensor in tensors).most_common())
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -44,7 +44,7 @@ def run_inspect(request: InspectRequest) -> int:
 def run_plan(request: PlanRequest) -> int:
     """Print how the latent would be decoded; returns the exit code."""
     options = request.options
-    latent = load_latent(request.latent)
+    latent = load_latent(request.latent, request.key)
     vae = load_vae(request.file, request.device, options.precision)
     check_latent_shape(latent, vae.config)
     plan = vae.plan(

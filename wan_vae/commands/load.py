@@ -7,6 +7,7 @@ from pathlib import Path
 from ..options import Precision
 from ..pipeline import WanVAE, load
 from ..report import DecodeReport
+from .console import log
 
 
 def load_vae(file: Path, device: str | None, precision: Precision) -> WanVAE:
@@ -15,7 +16,10 @@ def load_vae(file: Path, device: str | None, precision: Precision) -> WanVAE:
     With fp32 the weights are loaded in float32: a VAE that was loaded in bfloat16 would compute in
     float32 with rounded weights.
     """
-    return load(file, device=device, dtype="fp32" if precision == "fp32" else "auto")
+    vae = load(file, device=device, dtype="fp32" if precision == "fp32" else "auto")
+    for note in vae.notes:
+        log(f"wan-vae: {file}: {note}")
+    return vae
 
 
 def last_report(vae: WanVAE) -> DecodeReport:

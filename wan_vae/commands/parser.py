@@ -147,6 +147,14 @@ def _add_output(sub: argparse.ArgumentParser, text: str) -> None:
     )
 
 
+def _add_key(sub: argparse.ArgumentParser | argparse._ArgumentGroup) -> argparse.Action:
+    return sub.add_argument(
+        "--key",
+        metavar="NAME",
+        help="the tensor in a file of several (default: the one that is named as a latent)",
+    )
+
+
 def _options(args: argparse.Namespace) -> RunOptions:
     return RunOptions(
         chunk_frames=args.chunk_frames,
@@ -161,7 +169,7 @@ def _options(args: argparse.Namespace) -> RunOptions:
 
 def _add_decode(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "latents", nargs="+", type=Path, metavar="LATENT", help=".latent, .safetensors or .npy"
+        "latents", nargs="+", type=Path, metavar="LATENT", help=".latent, .safetensors, .pt, .npy"
     )
     _add_output(
         sub,
@@ -171,10 +179,10 @@ def _add_decode(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--fps",
         type=float,
-        default=16.0,
         metavar="RATE",
-        help="frames per second of a video (default: 16)",
+        help="frames per second of a video (default: the model's: 24 for Wan 2.2 5B, else 16)",
     )
+    _add_key(sub)
     sub.add_argument(
         "--normalized",
         action="store_true",
@@ -200,6 +208,7 @@ def _decode(args: argparse.Namespace) -> int:
             normalized=args.normalized,
             fps=args.fps,
             overwrite=args.force,
+            key=args.key,
         )
     )
 
@@ -242,6 +251,7 @@ def _add_inspect(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("options of the plan")
     options = _add_model_options(group)
     options.append(_add_strips(group))
+    options.append(_add_key(group))
     options.append(
         group.add_argument(
             "--free-bytes",
@@ -282,6 +292,7 @@ def _inspect(
             options=options,
             all_layers=args.layers,
             as_json=args.json,
+            key=args.key,
         )
     )
 

@@ -99,11 +99,17 @@ def _lines(rows: Iterable[Row]) -> str:
 
 
 def _model(config: Mapping[str, object]) -> str:
-    factor = config["spatial_factor"]
+    factor = config["decoded_factor"]
     encoder = "" if config.get("has_encoder", True) else ", no encoder"
+    kinds: dict[object, str] = {1: ", grey pictures", 4: ", pictures with alpha"}
+    kind = kinds.get(config["decoder_colours"], "")
+    if factor != config["spatial_factor"]:
+        kind += ", twice as large as what was encoded"
+    if config["image_only"]:
+        kind += ", images only"
     return (
         f"{config['family']} VAE: {config['z_dim']} latent channels, width {config['dim']} / "
-        f"{config['decoder_dim']}, {factor}x{factor} pixels per latent pixel{encoder}"
+        f"{config['decoder_dim']}, {factor}x{factor} pixels per latent pixel{kind}{encoder}"
     )
 
 

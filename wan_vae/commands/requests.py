@@ -13,7 +13,8 @@ class DecodeRequest:
     """Decode `latents` with the checkpoint `vae`.
 
     output: the file, or for several latents the folder. device: None for the best one. normalized:
-    the latents are normalized, as in diffusers. overwrite: outputs may replace files that exist.
+    the latents are normalized, as in diffusers. fps: None for the model's. key: the tensor in a
+    file of several. overwrite: outputs may replace files that exist.
     """
 
     latents: tuple[Path, ...]
@@ -22,8 +23,9 @@ class DecodeRequest:
     device: str | None
     options: RunOptions
     normalized: bool
-    fps: float
+    fps: float | None
     overwrite: bool
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class PlanRequest:
     options: RunOptions
     all_layers: bool
     as_json: bool
+    key: str | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,14 +21,14 @@ import torch
 from .. import geometry
 from ..device import pick_device
 from ..errors import DecodeCancelled, OutputError, ShardingError, WanVAEError, first_line
-from ..io.latents import check_latent, load_latent
+from ..io.latents import LatentFile, check_latent, read_latent
 from ..io.sink import NullSink, Sink
-from ..io.video_write import open_sink
 from ..pipeline import WanVAE
 from ..sharding.context import SINGLE, ShardContext
 from ..sharding.transport import HOST_AND_DEVICE, Wire, group_environment
 from .console import ProgressBar, log
 from .load import load_vae
+from .outputs import frame_rate, frame_rate_note, open_output, outputs_of_batch
 from .requests import DecodeRequest
 
 TIMEOUT_S = 120.0
@@ -192,6 +192,8 @@ def decode_list(request: DecodeRequest, outputs: Sequence[Path], info: RankInfo)
     node = _NodeRun(request, info, context, vae)
     for path, output in list(zip(request.latents, outputs, strict=True))[info.node :: info.nodes]:
         node.decode(path, output)
+    if info.rank == 0 and (note := frame_rate_note(outputs, request.fps, vae.config)):
+        print(note, flush=True)
     return node.summary.show()
 
 
@@ -205,30 +207,49 @@ class _NodeRun:
         self._wire = None if context.is_single else Wire(context, vae.device)
 
     def decode(self, path: Path, output: Path) -> None:
-        """Decode one latent, and note the result in `summary`."""
+        """Decode what one file holds, a batch to an output each; the results go to `summary`."""
         if self._is_broken:
             self.summary.failed.append(f"{path}: not begun")
             return
+        error: WanVAEError | None = None
+        file: LatentFile | None = None
+        try:
+            file = read_latent(path, self.request.key)
+            check_latent(file.latent, self.vae.config)
+        except WanVAEError as failure:
+            error = failure
+        if self._on_any_rank(error is not None):
+            self.summary.failed.append(f"{path}: {error or 'see the other ranks'}")
+            return
+        assert file is not None  # or there would be an error
+        outputs = outputs_of_batch(output, file.latent.shape[0])
+        parts = file.latent.split(1) if len(outputs) > 1 else [file.latent]
+        for part, place in zip(parts, outputs, strict=True):
+            if not self._is_broken:
+                self._decode_part(path, replace(file, latent=part), place)
+
+    def _decode_part(self, path: Path, file: LatentFile, output: Path) -> None:
+        """Decode one latent of `path`."""
         if self._of_rank_0(os.path.lexists(output)):
             self.summary.skipped.append(str(output))
             return
         error: WanVAEError | None = None
-        latent: torch.Tensor | None = None
         sink = DeferredErrorSink(NullSink())
         try:
-            latent = load_latent(path)
-            check_latent(latent, self.vae.config)
             if self.info.rank == 0:
-                shape = geometry.pixel_shape(tuple(latent.shape), self.vae.config)
-                sink = DeferredErrorSink(open_sink(output, shape, self.request.fps))
+                shape = geometry.pixel_shape(tuple(file.latent.shape), self.vae.config)
+                fps = frame_rate(self.request.fps, self.vae.config)
+                written, warnings = open_output(output, shape, fps)
+                sink = DeferredErrorSink(written)
+                for text in (*file.notes, *warnings):
+                    log(f"wan-vae: {path}: {text}")
         except WanVAEError as failure:
             error = failure
         if self._on_any_rank(error is not None):
             sink.abort()
         else:
-            assert latent is not None  # or there would be an error
             try:
-                error = self._run(latent, sink, output)
+                error = self._run(file, sink, output)
             except WanVAEError as failure:
                 self._is_broken = True
                 self.summary.failed.append(f"{path}: {failure}")
@@ -240,19 +261,17 @@ class _NodeRun:
                 return
         self.summary.failed.append(f"{path}: {error or 'see the other ranks'}")
 
-    def _run(
-        self, latent: torch.Tensor, sink: DeferredErrorSink, output: Path
-    ) -> WanVAEError | None:
+    def _run(self, file: LatentFile, sink: DeferredErrorSink, output: Path) -> WanVAEError | None:
         """Decode; returns the error of the sink, after which the ranks are still in step."""
         request, options = self.request, self.request.options
         bar = ProgressBar(output.name) if self.info.rank == 0 else None
         try:
             self.vae.decode(
-                latent,
+                file.latent,
                 shard=self.context,
                 gather="rank0",
                 sink=sink,
-                normalized=request.normalized,
+                normalized=request.normalized or file.is_normalized is True,
                 chunk_frames=options.chunk_frames,
                 memory_format=options.memory_format,
                 precision=options.precision,

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
-import struct
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,29 +20,67 @@ from ..config import WanVAEConfig, detect_config
 from ..errors import CheckpointError, NotAWanVAEError, first_line
 from ..network.model import expected_shapes
 from .files import unreadable_reason
-from .tensors import missing_data, read_safetensors
+from .tensors import missing_data, read_tensors
 
 # Prefixes that trainers and bundles put in front of every key.
-PREFIXES = ("first_stage_model.", "vae.", "module.", "model.", "_orig_mod.")
+PREFIXES = (
+    "first_stage_model.",
+    "vae.",
+    "module.",
+    "model.",
+    "_orig_mod.",
+    "gen_model.",
+    "generator.",
+)
+# Names under which trainers nest the weights in a PyTorch file, beside their own state.
+_NESTED = ("state_dict", "model_state_dict", "gen_model", "generator", "model", "vae", "module")
+_NESTED_DEPTH = 3
+# Dtypes in which weights are stored. As in ComfyUI, they are cast to the compute dtype.
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DIFFUSERS_FILES = (
+CAST_DTYPES = (
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+)
+# Layers that a distillation trained beside the VAE, and that no decode or encode runs
+# (Matrix-Game 3.0's MG-LightVAE: "dynamic_feature_projection_heads.0.weight").
+_PROJECTION_HEAD = re.compile(r"\w*projection_heads?\.")
+# What ComfyUI's and other tools' scaled float8 files have beside their weights.
+_SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale")
+# What holds a VAE in a folder: diffusers' names, the safe ones first, and Wan's own.
+FOLDER_FILES = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.fp16.safetensors",
     "diffusion_pytorch_model.bf16.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.fp16.bin",
+    "diffusion_pytorch_model.bin.index.json",
+    "Wan2.1_VAE.pth",
+    "Wan2.2_VAE.pth",
 )
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
+# Classes of diffusers whose networks are made of these blocks.
+DIFFUSERS_CLASSES = ("AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLQwenImage21")
 # How many names an error lists; it only counts the others.
 _LISTED = 6
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors under canonical keys, and how the file names them."""
+    """Tensors under canonical keys, and how the file names them.
+
+    notes: sentences about what of the file is not used.
+    """
 
     state: dict[str, torch.Tensor]
     key_layout: Literal["native", "diffusers"]
     prefix: str
     path: Path | None
     config: WanVAEConfig
+    notes: tuple[str, ...] = ()
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -67,7 +102,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 def canonical_state_dict(mapping: Mapping[str, torch.Tensor]) -> Checkpoint:
     """Rename native, diffusers or prefixed keys to canonical ones and check every tensor.
 
-    Returns references, not copies. Tensors on the meta device, which have shapes but no data, are
+    Returns references, except for two-dimensional kernels, which become the last slice of kernels
+    over three frames. Tensors on the meta device, which have shapes but no data, are
     renamed too: no VAE can be made of them, but their keys can be looked up. Raises one
     CheckpointError that lists missing and extra tensors, wrong shapes and dtypes, and tensors with
     NaN or inf; NotAWanVAEError for another model.
@@ -93,9 +129,14 @@ def canonical_state_dict(mapping: Mapping[str, torch.Tensor]) -> Checkpoint:
     if "decoder.mid_block.resnets.0.norm1.gamma" in state:
         key_layout = "diffusers"
         state = _native_keys(state)
+    heads = [key for key in state if _PROJECTION_HEAD.match(key)]
+    notes = (f"{_some(heads)}: ignored, as nothing runs these projection heads",) if heads else ()
+    state = _with_frames({k: v for k, v in state.items() if k not in set(heads)})
     config = detect_config(state)
+    if config.image_only:
+        state = _causal(state, config)
     _check(state, config)
-    return Checkpoint(state, key_layout, prefix, None, config)
+    return Checkpoint(state, key_layout, prefix, None, config, notes)
 
 
 # -- keys -----------------------------------------------------------------------------------------
@@ -182,11 +223,68 @@ def _resnet_part(rest: str) -> str:
     return f"{_RESNET.get(head, head)}{dot}{tail}"
 
 
+# -- kernels of images ----------------------------------------------------------------------------
+
+# The layers that are two-dimensional in every Wan VAE.
+_FLAT_LAYER = re.compile(r"\.(resample\.1|to_qkv|proj|norm)\.")
+
+
+def _with_frames(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give the tensors of a VAE of images, [O, I, 3, 3] and [C, 1, 1], a dimension for frames.
+
+    Views; other tensors are returned as they are.
+    """
+    head = state.get("decoder.head.2.weight")
+    if head is None or head.ndim != 4:
+        return dict(state)
+
+    def with_frames(key: str, value: torch.Tensor) -> torch.Tensor:
+        if _FLAT_LAYER.search(key):
+            return value
+        if key.endswith(".weight") and value.ndim == 4:
+            return value.unsqueeze(2)
+        return value.unsqueeze(1) if key.endswith(".gamma") and value.ndim == 3 else value
+
+    return {key: with_frames(key, value) for key, value in state.items()}
+
+
+def _causal(state: Mapping[str, torch.Tensor], config: WanVAEConfig) -> dict[str, torch.Tensor]:
+    """The kernels of a VAE of images as those over three frames that give the same image.
+
+    Exact: the frames before the first are zero, so what the other slices hold does not matter; they
+    are zero here. The convolutions over time, which no image runs, may be missing.
+    """
+    made = dict(state)
+    for key, shape in expected_shapes(config).items():
+        value = made.get(key)
+        if value is None and ".time_conv." in key:
+            made[key] = made["decoder.head.2.weight"].new_zeros(shape)
+        elif (
+            value is not None
+            and value.ndim == 5
+            and tuple(value.shape)
+            == (
+                *shape[:2],
+                1,
+                *shape[3:],
+            )
+        ):
+            past = value.new_zeros((*shape[:2], shape[2] - 1, *shape[3:]))
+            made[key] = torch.cat((past, value), dim=2)
+    return made
+
+
 # -- checks ---------------------------------------------------------------------------------------
 
 
 def _check(state: Mapping[str, torch.Tensor], config: WanVAEConfig) -> None:
     expected = expected_shapes(config)
+    scales = [k for k in state if k.endswith(_SCALES) or k == "scaled_fp8"]
+    if scales:
+        raise CheckpointError(
+            f"scaled float8 weights ({_some(scales)}): without their scales they give another "
+            "picture; load the VAE in float16, bfloat16 or float32"
+        )
     missing = [k for k in expected if k not in state]
     extra = [k for k in state if k not in expected]
     shapes = [
@@ -205,13 +303,14 @@ def _check(state: Mapping[str, torch.Tensor], config: WanVAEConfig) -> None:
     empty = [f"{k} is {kind}" for k, kind in kinds.items() if kind not in (None, "meta")]
     if empty:
         problems.append(f"{_some(empty)}; expected dense tensors with data")
-    dtypes = [f"{k} is {v.dtype}" for k, v in state.items() if v.dtype not in FLOAT_DTYPES]
+    known = (*FLOAT_DTYPES, *CAST_DTYPES)
+    dtypes = [f"{k} is {v.dtype}" for k, v in state.items() if v.dtype not in known]
     if dtypes:
-        problems.append(f"{_some(dtypes)}; expected float32, float16 or bfloat16")
+        problems.append(f"{_some(dtypes)}; expected floating numbers of 8 to 64 bits")
     if not problems:
         # Reads every byte once; a memory-mapped file is read here instead of during the copy.
         real = {k: v for k, v in state.items() if not v.is_meta}
-        not_finite = [k for k, v in real.items() if not bool(torch.isfinite(v).all())]
+        not_finite = [k for k, v in real.items() if not _is_finite(v)]
         if not_finite:
             problems.append(
                 f"NaN or inf in {_some(not_finite)}: the file is damaged or was badly converted"
@@ -221,6 +320,11 @@ def _check(state: Mapping[str, torch.Tensor], config: WanVAEConfig) -> None:
             f"not a complete {config.family} VAE (z {config.z_dim}, width {config.decoder_dim}): "
             + "; ".join(problems)
         )
+
+
+def _is_finite(x: torch.Tensor) -> bool:
+    # Float8 has no isfinite; float64 is asked what remains of it.
+    return bool(torch.isfinite(x if x.dtype in FLOAT_DTYPES else x.float()).all())
 
 
 def _some(names: list[str]) -> str:
@@ -242,80 +346,72 @@ def _find_file(path: Path) -> Path:
         config = folder / "config.json"
         if os.path.isfile(config):
             _check_diffusers_config(config)
-        for name in DIFFUSERS_FILES:
+        for name in FOLDER_FILES:
             if os.path.isfile(folder / name):
                 return folder / name
     raise CheckpointError(
-        f"a folder without {DIFFUSERS_FILES[0]}: pass a checkpoint file or a diffusers VAE folder"
+        f"a folder without {FOLDER_FILES[0]}: pass a checkpoint file or a diffusers VAE folder"
     )
 
 
-def _check_diffusers_config(path: Path) -> None:
+def _read_json(path: Path) -> dict[str, object]:
+    """The object in a JSON file; an empty one if it holds something else."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path.name} is not readable JSON: {error}") from error
-    name = config.get("_class_name") if isinstance(config, dict) else None
-    if name not in (None, "AutoencoderKLWan", "AutoencoderKLQwenImage"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} is not readable JSON: {first_line(error)}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _check_diffusers_config(path: Path) -> None:
+    name = _read_json(path).get("_class_name")
+    if name not in (None, *DIFFUSERS_CLASSES):
         raise NotAWanVAEError(
-            f"config.json names the class {name}: expected AutoencoderKLWan "
-            "(or AutoencoderKLQwenImage, the same network)"
+            f"config.json names the class {name}: expected {', '.join(DIFFUSERS_CLASSES[:-1])} or "
+            f"{DIFFUSERS_CLASSES[-1]}"
         )
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with path.open("rb") as f:
-            start = f.read(9)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror or error}") from error
-    if not start:
-        raise CheckpointError("the file is empty")
-    # The content decides, because people rename files. A safetensors header begins with a brace, a
-    # pickle with its protocol byte.
-    if start[8:] != b"{" and (
-        zipfile.is_zipfile(path)
-        or start[:1] == b"\x80"
-        or path.suffix in (".pth", ".pt", ".ckpt", ".bin")
-    ):
-        return _read_pth(path)
-    return read_safetensors(path, start[:8])
-
-
-# What torch.load raises for a damaged file depends on where the damage is.
-_DAMAGED_PTH = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,  # and UnicodeDecodeError
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    AssertionError,
-    struct.error,
-    OverflowError,
-    MemoryError,
-    zipfile.BadZipFile,
-)
-
-
-def _read_pth(path: Path) -> dict[str, torch.Tensor]:
-    """Read a PyTorch file of plain tensors; with `weights_only`, a pickle can hold nothing else."""
-    try:
-        # A file object, because torch.load would judge the content by the suffix of a path.
-        with path.open("rb") as f:
-            loaded = torch.load(f, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
+    if shard := _SHARD.fullmatch(path.name):
         raise CheckpointError(
-            "refused: the pickle contains more than tensors and could run code "
-            f"({first_line(error)}); if you trust it, convert it to safetensors"
-        ) from error
-    except _DAMAGED_PTH as error:
-        raise CheckpointError(f"not a readable PyTorch file: {first_line(error)}") from error
-    for key in ("state_dict", "model_state_dict"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
+            f"part {int(shard[2])} of a checkpoint of {int(shard[3])} files: pass "
+            f"{shard[1]}{shard[4]}.index.json, or the folder"
+        )
+    return _read_file(path)
+
+
+def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+    """Read the files that an index names, which are beside it: {"weight_map": {key: file}}."""
+    files = _read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError('an index without a "weight_map" of tensors to files')
+    state: dict[str, torch.Tensor] = {}
+    for name in sorted({str(value) for value in files.values()}):
+        # Only files beside the index, whatever a hostile one says.
+        part = index.with_name(name) if name == os.path.basename(name) else None
+        if part is None or _SHARD.fullmatch(name) is None:
+            raise CheckpointError(f"an index that names {name!r}: expected files beside it")
+        if reason := unreadable_reason(part):
+            raise CheckpointError(f"its part {name}: {reason}")
+        try:
+            state |= _read_file(part)
+        except CheckpointError as error:
+            raise CheckpointError(f"its part {name}: {error}") from error
+    missing = [str(key) for key in files if key not in state]
+    if missing:
+        raise CheckpointError(f"the parts lack {_some(missing)}, which the index names")
+    return state
+
+
+def _read_file(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file, found where trainers nest them."""
+    loaded = read_tensors(path, "VAE")
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"contains a {type(loaded).__name__}: expected a dict of tensors")
+    for _ in range(_NESTED_DEPTH):  # a pickle can hold a dict that holds itself
+        nested = [loaded[k] for k in _NESTED if isinstance(loaded.get(k), Mapping)]
+        loaded = nested[0] if nested else loaded
     return dict(loaded)

@@ -26,12 +26,22 @@ from .sink import Reserve
 _STAGING_BUFFERS = 2
 
 
-def frames_view(image: torch.Tensor) -> torch.Tensor:
-    """Frames [T, H, W, C >= 3] in [0, 1] as pixels [1, 3, T, H, W] in [0, 1]; a view.
+def frames_view(image: torch.Tensor, colours: int = 3) -> torch.Tensor:
+    """Frames [T, H, W, C >= 3] in [0, 1] as pixels [1, colours, T, H, W] in [0, 1]; a view.
 
+    Frames without the alpha that a VAE of four colours encodes are opaque: that is a copy.
     For `WanVAE.encode` with `unit_range`, which scales each pass on the device.
     """
-    return image[..., :3].movedim(-1, 0).unsqueeze(0)
+    if image.shape[-1] < colours:
+        image = torch.cat((image, torch.ones_like(image[..., :1])), dim=-1)
+    return image[..., :colours].movedim(-1, 0).unsqueeze(0)
+
+
+def as_rgb(image: torch.Tensor) -> torch.Tensor:
+    """Frames [..., 1] of a grey picture as [..., 3]; frames with more channels as they are."""
+    if image.shape[-1] != 1:
+        return image
+    return image.expand(*image.shape[:-1], 3).contiguous()
 
 
 def frames_to_pixels(image: torch.Tensor) -> torch.Tensor:

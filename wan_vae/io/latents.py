@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,70 +20,213 @@ from .. import geometry
 from ..config import WanVAEConfig
 from ..errors import CheckpointError, LatentError, first_line
 from .files import unreadable_reason, writing
-from .tensors import missing_data, read_safetensors, save_tensors
+from .kinds import NUMPY_ARCHIVE, PYTORCH, is_safetensors, kind_of, what_is_it
+from .tensors import (
+    missing_data,
+    read_tensors,
+    safetensors_metadata,
+    save_tensors,
+)
 
 # Names that tools give to the tensor, most specific first.
 TENSOR_KEYS = ("latent_tensor", "latent", "latents", "samples")
 # ComfyUI marks files whose latents have the model's own scale; latents of older files were
 # multiplied by Stable Diffusion's factor. Source: what ComfyUI's SaveLatent and LoadLatent do.
-VERSION_KEY = "latent_format_version_0"
+COMFYUI_KEY, VERSION_KEY = TENSOR_KEYS[0], "latent_format_version_0"
 OLD_SCALE = 1.0 / 0.18215
+# The names of musubi-tuner's caches: "latents_21x60x104_float32", and beside it
+# "latents_image_...", "latents_control_0_..."; a tensor holds one video [z, T, H, W], normalised.
+_MUSUBI = re.compile(r"latents_\d+x\d+x\d+_\w+")
+_MUSUBI_MORE = re.compile(r"latents_(\w+_)?(\d+x)?\d+x\d+_\w+")
+# Its names of models whose latents another VAE made.
+_OTHER_ARCHITECTURES = re.compile(r"hunyuan|framepack|flux|z_image|hidream|ideogram|kandinsky|lens")
+# Latent channels of Wan 2.1, Wan 2.2 (5B) and Qwen-Image 2.1.
+_CHANNELS = (16, 48, 64)
 
 # When a latent looks like the other kind (`statistics_hint`). Channels of 30% more or less contrast
 # than usual, which is what single pictures have, move the slope by 0.2 (Wan 2.1, 16 channels).
 _CLEARLY, _NORMALIZED_SLOPE, _RAW_SLOPE = 0.05, 0.1, 0.5
 
 
-def load_latent(path: str | Path) -> torch.Tensor:
-    """Read a latent [B, z, T, H, W] in float32 from `.latent`, `.safetensors` or `.npy`.
+@dataclass(frozen=True)
+class LatentFile:
+    """What a file holds: the latent [B, z, T, H, W] in float32.
 
-    A latent of four dimensions is [z, T, H, W]; in a `.latent` file it is [B, z, H, W], because
-    ComfyUI stores images so. Raises LatentError, one line that contains the path.
+    is_normalized: whether it is normalised as diffusers' are; None where the file does not tell.
+    notes: sentences about how it was read, for the user.
+    """
+
+    latent: torch.Tensor
+    is_normalized: bool | None = None
+    notes: tuple[str, ...] = ()
+
+
+def load_latent(path: str | Path, key: str | None = None) -> torch.Tensor:
+    """Read a latent [B, z, T, H, W] in float32; see `read_latent`. Raises LatentError."""
+    return read_latent(path, key).latent
+
+
+def read_latent(path: str | Path, key: str | None = None) -> LatentFile:
+    """Read a latent as ComfyUI, diffusers and trainers write it, whatever the file is called.
+
+    A safetensors file (ComfyUI's `.latent`, musubi-tuner's caches), a PyTorch file of a tensor or
+    of a dict with one, a NumPy array or an archive of some. key: the tensor to take; None takes the
+    only one, or the one with a name for a latent. Of four dimensions, it is [B, z, H, W] of images
+    in ComfyUI's files, else [z, T, H, W], unless only the second can be the channels; of three
+    dimensions [z, H, W]. Raises LatentError, one line that contains the path.
     """
     path = Path(path)
     if reason := unreadable_reason(path):
         raise LatentError(f"{path}: {reason}")
-    suffix, scale = path.suffix.lower(), 1.0
-    if suffix == ".npy":
-        latent = _load_npy(path)
-    else:
-        try:
-            tensors = read_safetensors(path)
-        except CheckpointError as error:
-            raise LatentError(f"{path}: {error}") from error
-        key = next((k for k in TENSOR_KEYS if k in tensors), None)
-        others = [k for k in tensors if k != VERSION_KEY]
-        if key is None and len(others) == 1:
-            key = others[0]
-        if key is None:
-            raise LatentError(
-                f"{path}: no latent among {len(tensors)} tensors: expected a tensor named "
-                f"{', '.join(TENSOR_KEYS)}, or only one"
-            )
-        latent = tensors[key]
-        if suffix == ".latent" and VERSION_KEY not in tensors:
-            scale = OLD_SCALE
-    if latent.ndim == 4:
-        latent = latent.unsqueeze(2 if suffix == ".latent" else 0)
-    if latent.ndim != 5 or not latent.dtype.is_floating_point:
+    try:
+        tensors, metadata = _read(path)
+        name = _choose(tensors, key)
+    except CheckpointError as error:
+        raise LatentError(f"{path}: {error}") from error
+    latent, notes = tensors[name], []
+    is_comfyui = name == COMFYUI_KEY
+    is_musubi = _MUSUBI_MORE.fullmatch(name) is not None
+    shape = tuple(latent.shape)
+    if missing_data(latent) or not latent.dtype.is_floating_point or not 3 <= latent.ndim <= 5:
         raise LatentError(
-            f"{path}: the latent is {tuple(latent.shape)} of {latent.dtype}: expected a floating "
-            "tensor [B, z, T, H, W]"
+            f"{path}: the latent is {shape} of {latent.dtype}: expected a floating tensor "
+            "[B, z, T, H, W]"
         )
-    return latent.float() * scale if scale != 1 else latent.float()
+    if latent.ndim == 3 and shape[0] not in _CHANNELS:
+        packed = shape[2] in (64, 128, 192)
+        raise LatentError(
+            f"{path}: the latent is {shape}: expected a floating tensor [B, z, T, H, W]"
+            + (
+                "; these look like the packed tokens of a Qwen-Image or Flux pipeline: unpack them "
+                "with the pipeline's _unpack_latents"
+                if packed
+                else ""
+            )
+        )
+    latent = _five_dimensions(latent, is_comfyui)
+    latent = latent.float()
+    if is_comfyui and VERSION_KEY not in tensors:
+        notes.append(
+            "an old ComfyUI file: its latent is multiplied by 1 / 0.18215, as ComfyUI does"
+        )
+        latent = latent * OLD_SCALE
+    is_normalized: bool | None = None
+    if is_musubi:
+        architecture = metadata.get("architecture", "")
+        if _OTHER_ARCHITECTURES.search(architecture):
+            raise LatentError(f"{path}: a latent of {architecture}, which another VAE decodes")
+        is_normalized = True
+        notes.append(f"{name} of a musubi-tuner cache: a normalised latent")
+    elif is_comfyui and _is_of_wrapper(metadata):
+        is_normalized = True
+        notes.append("saved behind a sampler of WanVideoWrapper: a normalised latent")
+    return LatentFile(latent, is_normalized, tuple(notes))
 
 
-def _load_npy(path: Path) -> torch.Tensor:
+def _five_dimensions(latent: torch.Tensor, is_comfyui: bool) -> torch.Tensor:
+    if latent.ndim == 3:
+        return latent[None, :, None]
+    if latent.ndim == 4:
+        channels = (latent.shape[0] in _CHANNELS, latent.shape[1] in _CHANNELS)
+        return latent.unsqueeze(2 if is_comfyui or channels == (False, True) else 0)
+    return latent
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a file by name, and what else it says. Raises CheckpointError."""
+    if (arrays := _read_numpy(path)) is not None:
+        return arrays, {}
+    loaded = read_tensors(path, "latent")
+    if isinstance(loaded, torch.Tensor):
+        return {"": loaded}, {}
+    if isinstance(loaded, (list, tuple)) and len(loaded) == 1 and torch.is_tensor(loaded[0]):
+        return {"": loaded[0]}, {}
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"contains a {type(loaded).__name__}: expected a tensor")
+    tensors = {str(k): v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
+    with path.open("rb") as file:
+        metadata = safetensors_metadata(path) if is_safetensors(file.read(9)) else {}
+    return tensors, metadata
+
+
+def _choose(tensors: Mapping[str, torch.Tensor], key: str | None) -> str:
+    """The name of the latent among `tensors`. Raises CheckpointError."""
+    shown = [f"{k} {list(v.shape)}" for k, v in tensors.items() if k != VERSION_KEY]
+    listed = ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
+    if key is not None:
+        if key not in tensors:
+            raise CheckpointError(f"no tensor {key!r}: it holds {listed or 'none'}")
+        return key
+    others = [k for k in tensors if k != VERSION_KEY]
+    caches = [k for k in others if _MUSUBI.fullmatch(k)]
+    named = [k for k in TENSOR_KEYS if k in tensors][:1]
+    for names in (named, others, caches):
+        if len(names) == 1:
+            return names[0]
+    if len(caches) > 1:
+        raise CheckpointError(f"holds several latents, {listed}: name one with --key")
+    raise CheckpointError(
+        f"no latent among {len(tensors)} tensors{f' ({listed})' if listed else ''}: expected a "
+        f"tensor named {', '.join(TENSOR_KEYS)}, or only one; or name one with --key"
+    )
+
+
+# ComfyUI's nodes that write a latent, and the wrapper's that make one.
+_SAVERS, _WRAPPER = ("SaveLatent",), re.compile(r"WanVideo\w*Sampler\w*")
+
+
+def _is_of_wrapper(metadata: Mapping[str, str]) -> bool:
+    """Whether the graph in a ComfyUI file saves what samplers of WanVideoWrapper made, which are
+    normalised; those of ComfyUI's own samplers are not."""
+    try:
+        graph = json.loads(metadata.get("prompt", "null"))
+        sources = [
+            graph[str(node["inputs"]["samples"][0])]["class_type"]
+            for node in graph.values()
+            if node["class_type"] in _SAVERS
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        return False
+    return bool(sources) and all(_WRAPPER.fullmatch(str(source)) for source in sources)
+
+
+def _read_numpy(path: Path) -> dict[str, torch.Tensor] | None:
+    """The arrays of a NumPy file or archive; None if it is another file. Raises CheckpointError."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    kind = kind_of(path) if start[:4] == b"PK\x03\x04" else None
+    is_archive = kind == NUMPY_ARCHIVE
+    if not is_archive and start[:6] != b"\x93NUMPY":
+        is_other = is_safetensors(start) or kind == PYTORCH
+        if is_other or path.suffix.lower() not in (".npy", ".npz"):
+            return None
+        if said := what_is_it(path, "latent"):
+            raise CheckpointError(f"not a readable .npy array: {said}")
     try:
         # mmap: if the header claims a huge array, NumPy compares that with the file's size first.
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, OverflowError, SyntaxError, MemoryError) as error:
-        raise LatentError(f"{path}: not a readable .npy array: {first_line(error)}") from error
-    if not isinstance(array, np.ndarray):
-        array.close()
-        raise LatentError(f"{path}: an .npz archive, not a .npy array: save one array as .npy")
+        loaded = np.load(path, mmap_mode=None if is_archive else "r", allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"": _from_numpy(loaded)}
+        with loaded:
+            return {name: _from_numpy(loaded[name]) for name in loaded.files}
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        OverflowError,
+        SyntaxError,
+        MemoryError,
+        KeyError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+    ) as error:
+        raise CheckpointError(f"not a readable .npy array: {first_line(error)}") from error
+
+
+def _from_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor:
     if array.dtype.kind != "f":
-        raise LatentError(f"{path}: the array is {array.dtype}: expected floating numbers")
+        raise CheckpointError(f"the array is {array.dtype}: expected floating numbers")
     return torch.from_numpy(np.array(array, dtype=np.float32))
 
 
@@ -131,13 +280,23 @@ def check_latent_shape(latent: torch.Tensor, config: WanVAEConfig) -> None:
             f"the latent is of {latent.dtype}: expected a floating tensor of 16 to 64 bits"
         )
     check_channels(latent.shape[1], config)
+    check_frames(latent.shape[2], config, "latent")
+
+
+def check_frames(frames: int, config: WanVAEConfig, what: str) -> None:
+    """Raise LatentError for several frames of a VAE of images."""
+    if config.image_only and frames > 1:
+        raise LatentError(
+            f"the {what} has {frames} frames: this {config.family} VAE has two-dimensional kernels "
+            "and knows images only; give them as a batch of images"
+        )
 
 
 def check_channels(channels: int, config: WanVAEConfig) -> None:
     """Raise LatentError unless a latent of `channels` is one of this VAE."""
     if channels == config.z_dim:
         return
-    other = {16: "Wan 2.1", 48: "Wan 2.2 (5B)"}.get(channels)
+    other = {16: "Wan 2.1", 48: "Wan 2.2 (5B)", 64: "Qwen-Image 2.1"}.get(channels)
     hint = f"; {other} latents have {channels} channels" if other else ""
     raise LatentError(
         f"the latent has {channels} channels: this {config.family} VAE decodes {config.z_dim}{hint}"
@@ -147,12 +306,11 @@ def check_channels(channels: int, config: WanVAEConfig) -> None:
 def check_pixels(pixels: torch.Tensor, config: WanVAEConfig) -> None:
     """Raise LatentError unless `pixels` is not empty and [B, 3, T, H, W] of floating numbers.
 
+    [B, 4, T, H, W] for a VAE of pictures with alpha.
+
     The values are looked at on their way to the device: see `pixels.PixelSource`.
     """
-    if pixels.ndim != 5 or pixels.shape[1] != 3:
-        raise LatentError(f"the video is {tuple(pixels.shape)}: expected [B, 3, T, H, W]")
-    if 0 in pixels.shape:
-        raise LatentError(f"the video is empty: its shape is {tuple(pixels.shape)}")
+    check_video_shape(tuple(pixels.shape), config)
     if pixels.dtype not in _READABLE:
         raise LatentError(f"the video is of {pixels.dtype}: expected floating values in [-1, 1]")
 
@@ -199,17 +357,19 @@ def statistics_hint(
 
 
 def encode_notices(pixels: tuple[int, ...], channels: int, config: WanVAEConfig) -> tuple[str, ...]:
-    """What an encode of pixels [B, 3, T, H, W] does not use, in sentences with the numbers.
+    """What an encode of pixels [B, C, T, H, W] does not use, in sentences with the numbers.
 
-    channels: of the images, before all but three were dropped. Raises GeometryError.
+    channels: of the images, before all but the model's were dropped. Raises GeometryError.
     """
     notices = []
     _, _, frames, height, width = pixels
     kept = geometry.pixel_shape(geometry.latent_shape(pixels, config), config)
-    if channels > 3:
+    if channels > max(config.colours, 3):
+        used = "red, green, blue and alpha" if config.colours == 4 else "red, green and blue"
+        left = channels - max(config.colours, 3)
+        ignored = "alpha is" if channels == 4 else f"{left} channels are"
         notices.append(
-            f"the images have {channels} channels: red, green and blue are encoded, and "
-            f"{'alpha is' if channels == 4 else f'{channels - 3} channels are'} ignored"
+            f"the images have {channels} channels: {used} are encoded, and {ignored} ignored"
         )
     if kept[2] != frames:
         notices.append(
@@ -222,6 +382,15 @@ def encode_notices(pixels: tuple[int, ...], channels: int, config: WanVAEConfig)
             f"{config.spatial_factor}"
         )
     return tuple(notices)
+
+
+def check_video_shape(shape: tuple[int, ...], config: WanVAEConfig) -> None:
+    """Raise LatentError unless `shape` is [B, 3, T, H, W] of a video that this VAE encodes."""
+    if len(shape) != 5 or shape[1] != config.colours:
+        raise LatentError(f"the video is {shape}: expected [B, {config.colours}, T, H, W]")
+    if 0 in shape:
+        raise LatentError(f"the video is empty: its shape is {shape}")
+    check_frames(shape[2], config, "video")
 
 
 def range_warning(largest: float) -> str | None:

@@ -7,13 +7,50 @@ as they lie in memory; scaling and rounding happen on the device, where they tak
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from .. import layout
+from ..geometry import Window
 
 # Device memory for so many passes of pixels: one is filled while the other is read.
 STAGING_BUFFERS = 2
+
+
+@runtime_checkable
+class FrameReader(Protocol):
+    """A video that is read piece by piece, such as a `video_read.Clip`, and never held whole.
+
+    shape: [1, C, T, H, W]. white: the value of white; black is 0.
+    """
+
+    white: int
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, first: int, last: int) -> torch.Tensor:
+        """Frames [first, last) as [1, C, t, H, W], on the CPU. Pieces are asked for in order, and
+        from the start again where the run starts over."""
+        ...
+
+
+class ReadWindow:
+    """The part of a video that is encoded, cut out of each piece that is read."""
+
+    def __init__(self, reader: FrameReader, window: Window):
+        self._reader, self._window = reader, window
+        self.white = reader.white
+        rows, columns = window.rows, window.columns
+        b, c, *_ = reader.shape
+        self.shape = (b, c, window.frames, rows.stop - rows.start, columns.stop - columns.start)
+        self.device = torch.device("cpu")
+
+    def part(self, first: int, last: int, rows: slice) -> torch.Tensor:
+        """Frames [first, last) and `rows` of the window."""
+        piece = self._reader.read(first, last)
+        return piece[:, :, :, self._window.rows, self._window.columns][:, :, :, rows]
 
 
 @dataclass
@@ -28,19 +65,20 @@ class PixelSource:
     """The pixels of a clip, frames at a time, on `device` in `dtype` and in [-1, 1].
 
     pixels: [B, 3, T, H, W] in [-1, 1], or with `unit_range` in [0, 1], on any device, with any
-    strides. From host memory to CUDA the copy of a pass runs beside the computation of the one
-    before, on a stream of its own.
+    strides; or a video that is read. From host memory to CUDA the copy of a pass runs beside the
+    computation of the one before, on a stream of its own.
     """
 
     def __init__(
         self,
-        pixels: torch.Tensor,
+        pixels: torch.Tensor | ReadWindow,
         device: torch.device,
         dtype: torch.dtype,
         *,
         unit_range: bool = False,
     ):
-        self.pixels, self.device, self.dtype = pixels.detach(), device, dtype
+        self._pixels = pixels.detach() if isinstance(pixels, torch.Tensor) else pixels
+        self.device, self.dtype = device, dtype
         self.unit_range = unit_range
         self._lowest: torch.Tensor | None = None
         self._highest: torch.Tensor | None = None
@@ -50,20 +88,35 @@ class PixelSource:
 
     def fetch(self, first: int, last: int, rows: slice = slice(None)) -> torch.Tensor:
         """Frames [first, last) and `rows` of every video, [B, 3, t, h, W]."""
-        part = self.pixels[:, :, first:last, rows]
+        if isinstance(self._pixels, torch.Tensor):
+            part = self._pixels[:, :, first:last, rows]
+        else:
+            part = self._pixels.part(first, last, rows)
         buffer: _Buffer | None = None
         if self._is_staged:
             buffer, x = self._stage(part)
         else:
             x = part.to(self.device)
         self._look_at(x)
-        if self.unit_range:
+        white = self._white
+        if white is not None:
+            x = x.float().div(white / 2).sub_(1.0)
+        elif self.unit_range:
             # As ComfyUI does it: in float32, doubled and then moved, both exact but for the end.
             x = x.float().mul(2.0).sub_(1.0)
-        x = x.to(self.dtype, copy=buffer is not None and not self.unit_range)
+        x = x.to(self.dtype, copy=buffer is not None and white is None and not self.unit_range)
         if buffer is not None:
             buffer.is_read.record(torch.cuda.current_stream(self.device))
         return x
+
+    @property
+    def rows(self) -> int:
+        """Rows of the pixels."""
+        return self._pixels.shape[3]
+
+    @property
+    def _white(self) -> int | None:
+        return None if isinstance(self._pixels, torch.Tensor) else self._pixels.white
 
     def release(self) -> None:
         """Give back the device memory of the buffers, after the last `fetch`."""
@@ -75,6 +128,9 @@ class PixelSource:
         if self._lowest is None or self._highest is None:
             return None
         lowest, highest = torch.stack((self._lowest, self._highest)).tolist()
+        white = self._white
+        if white is not None:
+            return (lowest / (white / 2) - 1, highest / (white / 2) - 1)
         return (2 * lowest - 1, 2 * highest - 1) if self.unit_range else (lowest, highest)
 
     def _look_at(self, x: torch.Tensor) -> None:

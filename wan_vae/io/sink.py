@@ -120,6 +120,42 @@ class CallbackSink:
         """Nothing to undo."""
 
 
+class RgbSink:
+    """Gives another sink three colours: grey is repeated, alpha is flattened on white."""
+
+    def __init__(self, sink: Sink):
+        self._sink = sink
+        self.needs_whole_frames, self.output_bytes = sink.needs_whole_frames, sink_bytes(sink)
+
+    def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
+        """Pass pixels [B, 1 or 4, t, rows, W'] on as [B, 3, t, rows, W']."""
+        if pixels.shape[1] == 1:
+            rgb = pixels.expand(-1, 3, -1, -1, -1)
+        else:
+            opacity = (pixels[:, 3:] + 1) / 2
+            rgb = (pixels[:, :3] - 1) * opacity + 1
+        self._sink.write(rgb, start_frame, first_row)
+
+    def finish(self) -> None:
+        """Finish the other sink, if it has a first phase of closing."""
+        finish: Callable[[], None] | None = getattr(self._sink, "finish", None)
+        if finish is not None:
+            finish()
+
+    def close(self) -> None:
+        """Close the other sink."""
+        self._sink.close()
+
+    def abort(self) -> None:
+        """Abort the other sink."""
+        self._sink.abort()
+
+
+def with_colours(sink: Sink, channels: int, *, keeps_alpha: bool = False) -> Sink:
+    """`sink` for pixels of `channels`: itself, or a sink in front that makes three of them."""
+    return sink if channels == 3 or (channels == 4 and keeps_alpha) else RgbSink(sink)
+
+
 class NullSink:
     """Drops all pixels: for a rank whose copy of the picture is not needed."""
 

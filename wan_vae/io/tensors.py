@@ -1,8 +1,11 @@
-"""Tensors that a caller or a file hands over: safetensors files, and tensors without data."""
+"""Tensors that a caller or a file hands over: safetensors and PyTorch files."""
 
 from __future__ import annotations
 
+import json
+import pickle
 import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError, first_line
+from .kinds import PYTORCH, Wanted, is_safetensors, kind_of
 
 
 def missing_data(x: torch.Tensor) -> str | None:
@@ -24,30 +28,115 @@ def missing_data(x: torch.Tensor) -> str | None:
     return "meta" if x.is_meta else None
 
 
-def read_safetensors(path: Path, start: bytes | None = None) -> dict[str, torch.Tensor]:
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """Map all tensors of a safetensors file into memory. Raises CheckpointError.
 
-    start: the first eight bytes of the file, if the caller has read them already. The header size
-    that they claim is compared with the size of the file before anything is parsed, so that a
-    hostile header cannot make this function allocate.
+    The sizes that its header claims are compared with the size of the file before anything else is
+    parsed, so that a hostile header cannot make this function allocate, and a download that broke
+    off is named.
     """
-    if start is None:
-        with path.open("rb") as file:
-            start = file.read(8)
-    size = path.stat().st_size
-    header = struct.unpack("<Q", start)[0] if len(start) == 8 else None
-    if header is None or header > size - 8:
-        raise CheckpointError(
-            f"not a safetensors file, or cut short: {size} bytes"
-            + ("" if header is None else f", but its header claims {header}")
-        )
+    if problem := _size_problem(path):
+        raise CheckpointError(f"a safetensors file {problem}")
     try:
         with safe_open(str(path), framework="pt", device="cpu") as tensors:
             names = tensors.keys()
             return {name: tensors.get_tensor(name) for name in names}
-    except (SafetensorError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except (SafetensorError, ValueError, KeyError, AttributeError, RuntimeError, OSError) as error:
         # AttributeError / KeyError: a dtype that this version of PyTorch does not have.
         raise CheckpointError(f"not a readable safetensors file: {first_line(error)}") from error
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """The texts that a readable safetensors file holds beside its tensors."""
+    with safe_open(str(path), framework="pt", device="cpu") as tensors:
+        return dict(tensors.metadata() or {})
+
+
+def _size_problem(path: Path) -> str | None:
+    """What is wrong with the size of a safetensors file; None if nothing is, or nobody can say."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        if length > size - 8:
+            return f"cut short inside its header: {size} bytes; download it again"
+        text = file.read(length)
+    try:
+        entries = json.loads(text)
+        ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return None  # the library says what is wrong with the header
+    if size < expected:
+        return f"cut short: {size} of {expected} bytes; download it again"
+    if size > expected:
+        return f"{size - expected} bytes longer than its header says: damaged; download it again"
+    return None
+
+
+# What torch.load raises for a damaged file depends on where the damage is.
+_DAMAGED_PTH = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,  # and UnicodeDecodeError
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    AssertionError,
+    struct.error,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    zipfile.BadZipFile,
+)
+
+
+def read_pytorch(path: Path) -> object:
+    """Read a PyTorch file of plain tensors; with `weights_only`, a pickle can hold nothing else.
+
+    Raises CheckpointError.
+    """
+    try:
+        # A file object, because torch.load would judge the content by the suffix of a path.
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            "refused: the pickle contains more than tensors and could run code "
+            f"({first_line(error)}); if you trust it, convert it to safetensors"
+        ) from error
+    except _DAMAGED_PTH as error:
+        raise CheckpointError(f"not a readable PyTorch file: {first_line(error)}") from error
+
+
+# Names that people give to PyTorch files.
+PYTORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
+
+
+def read_tensors(path: Path, wanted: Wanted) -> object:
+    """What a safetensors file (a dict of tensors) or a PyTorch file (anything) holds.
+
+    The content decides, because people rename files. Raises CheckpointError, which says what the
+    file is if it is something else.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+        if is_safetensors(start):
+            return read_safetensors(path)
+        kind = kind_of(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror or error}") from error
+    if kind is not None and kind != PYTORCH:
+        raise CheckpointError(kind.instead_of(wanted))
+    # A pickle begins with its protocol.
+    if kind == PYTORCH or start[:1] == b"\x80" or path.suffix.lower() in PYTORCH_SUFFIXES:
+        return read_pytorch(path)
+    raise CheckpointError(
+        f"no safetensors and no PyTorch file, or cut short: {path.stat().st_size} bytes that begin "
+        f"with {start!r}"
+    )
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

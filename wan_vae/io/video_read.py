@@ -1,10 +1,18 @@
-"""Videos and images to encode: read from a file, turned upright, scaled to [-1, 1]."""
+"""Videos and pictures to encode: read from a file frame by frame, turned upright.
+
+`open_clip` says what a file holds; the clip that it gives is read as often as needed and keeps no
+frame, so that a long video never lies in memory.
+"""
 
 from __future__ import annotations
 
 import struct
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,84 +20,391 @@ import torch
 
 from ..errors import LatentError, first_line
 from .files import ffmpeg_name, import_package, unreadable_reason
+from .kinds import kind_of, what_is_it
 
 if TYPE_CHECKING:
     from av import VideoFrame
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# One frame: [H, W, 3], or [H, W, 4] with alpha.
+Frame = npt.NDArray[Any]
+# Formats of which Pillow knows several pictures that are the frames of one clip. In others (layers
+# of a Photoshop file, the two of a stereo JPEG) the first one is the picture.
+_ANIMATED = ("WEBP", "PNG", "GIF", "AVIF", "TIFF", "HEIF", "JXL", "FLI")
+# FFmpeg's numbers of matrices, and its scale filter's names. BT.601 has two numbers.
+_MATRICES = {
+    1: "bt709",
+    4: "fcc",
+    5: "bt601",
+    6: "bt601",
+    7: "smpte240m",
+    9: "bt2020",
+    10: "bt2020",
+}
+_UNTAGGED, _FULL_RANGE = 2, 2
+# FFmpeg's numbers of the transfer functions of high dynamic range: PQ and HLG.
+_HDR = (16, 18)
+# Untagged pictures of this size are taken as BT.709, smaller ones as BT.601, as players do it.
+_HD_ROWS, _HD_COLUMNS = 720, 1280
 
 
-def read_pixels(path: Path) -> torch.Tensor:
-    """Read a video or image as float32 pixels [1, 3, T, H, W] in [-1, 1], upright.
+class Clip(ABC):
+    """Frames of a file: shape [1, 3 or 4, T, H, W], read in order, from the start again if asked.
+
+    has_alpha: whether the file holds alpha that is not opaque everywhere. `colours` says how many
+    channels are given: 4 keeps alpha (opaque where there is none), 3 flattens it on white.
+    warnings: sentences for the user.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.colours, self.has_alpha = 3, False
+        self.warnings: list[str] = []
+        self.white = 255
+        self.frames, self.height, self.width = 0, 0, 0
+        self._position = 0
+        self._pending: Iterator[Frame] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[1, C, T, H, W]."""
+        return (1, self.colours, self.frames, self.height, self.width)
+
+    def with_colours(self, colours: int) -> Clip:
+        """Give pictures with (4) or without (3) alpha from now on; warns where that loses any."""
+        self.colours = colours
+        if colours == 3 and self.has_alpha:
+            self.warnings.append("transparent pixels are flattened on white: the VAE has no alpha")
+        return self
+
+    def read(self, first: int, last: int) -> torch.Tensor:
+        """Frames [first, last) as [1, C, t, H, W], from 0 to `white`; uint8, or float32 of 16 bits.
+
+        Raises LatentError.
+        """
+        if self._pending is None or first < self._position:
+            self.close()
+            self._pending, self._position = self._read_all(), 0
+        while self._position < first:
+            self._next()
+        taken = np.stack([self._next() for _ in range(first, last)])
+        frames = torch.from_numpy(taken if self.white == 255 else taken.astype(np.float32))
+        return frames.permute(3, 0, 1, 2).unsqueeze(0)
+
+    def close(self) -> None:
+        """Close the file; `read` opens it again."""
+        if self._pending is not None:
+            closing = getattr(self._pending, "close", None)
+            if closing is not None:
+                closing()
+            self._pending = None
+
+    def _next(self) -> Frame:
+        assert self._pending is not None
+        frame = next(self._pending, None)
+        if frame is None:
+            raise LatentError(
+                f"{self.path}: ended after {self._position} of {self.frames} frames: it changed"
+            )
+        self._position += 1
+        return _colours(frame, self.colours, self.white)
+
+    @abstractmethod
+    def _read_all(self) -> Iterator[Frame]:
+        """All frames, from the first one on, upright."""
+
+    def _measure(self) -> None:
+        """Go through all frames once: how many, of one size. Raises LatentError."""
+        sizes: dict[tuple[int, int], None] = {}
+        for frame in self._read_all():
+            self.frames += 1
+            sizes[frame.shape[:2]] = None
+            if not self.has_alpha and frame.shape[2] == 4:
+                self.has_alpha = bool((frame[..., 3] != self.white).any())
+        if not sizes:
+            raise LatentError(f"{self.path}: the video has no frames")
+        if len(sizes) > 1:
+            listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
+            raise LatentError(
+                f"{self.path}: frames of {len(sizes)} sizes ({listed}): expected one size"
+            )
+        ((self.height, self.width),) = sizes
+
+
+def open_clip(path: Path) -> Clip:
+    """Open a video, an animation or a picture, by its content. Raises LatentError.
 
     Upright: rotated and mirrored as the EXIF orientation or the display matrix of the file says,
-    which is how viewers show it. Raises LatentError.
+    which is how viewers show it.
     """
     if reason := unreadable_reason(path):
         raise LatentError(f"{path}: {reason}")
-    frames: list[npt.NDArray[np.generic]]
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        image, white = _read_image(path)
-        frames = [image]
+    try:
+        kind = kind_of(path)
+        with path.open("rb") as file:
+            start = file.read(25)
+    except OSError as error:
+        raise LatentError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if kind is not None and kind.group not in ("picture", "video"):
+        raise LatentError(f"{path}: {kind.instead_of('video')}")
+    # Pillow halves the bits of a PNG of 16-bit colours.
+    deep_png = start[:8] == b"\x89PNG\r\n\x1a\n" and start[24:25] == b"\x10" and _has_colours(path)
+    if deep_png or (kind is not None and kind.group == "video"):
+        clip: Clip = VideoClip(path)
     else:
-        frames, white = [*_read_video(path)], 255
-    if not frames:
-        raise LatentError(f"{path}: the video has no frames")
-    sizes = sorted({frame.shape for frame in frames})
-    if len(sizes) > 1:
-        listed = ", ".join(f"{width}x{height}" for height, width, _ in sizes)
-        raise LatentError(f"{path}: frames of {len(sizes)} sizes ({listed}): expected one size")
-    stacked = torch.from_numpy(np.stack(frames))
-    return (stacked.float() / (white / 2) - 1).permute(3, 0, 1, 2).unsqueeze(0)
+        clip = PictureClip(path) if _pillow_reads(path) else VideoClip(path, may_be_picture=True)
+    clip._measure()
+    return clip
 
 
-def _read_image(path: Path) -> tuple[npt.NDArray[np.generic], int]:
-    """Read one image [H, W, 3]; also returns the value of white in it."""
+def read_pixels(path: Path, colours: int = 3) -> torch.Tensor:
+    """Read a whole file as float32 pixels [1, colours, T, H, W] in [-1, 1]; see `open_clip`."""
+    clip = open_clip(path).with_colours(colours)
+    try:
+        return clip.read(0, clip.frames).float() / (clip.white / 2) - 1
+    finally:
+        clip.close()
+
+
+def _colours(frame: Frame, colours: int, white: int) -> Frame:
+    """A frame with `colours` channels: alpha is added, or flattened on white."""
+    if frame.shape[2] == colours:
+        return frame
+    if colours == 4:
+        opaque = np.full((*frame.shape[:2], 1), white, frame.dtype)
+        return np.concatenate((frame, opaque), axis=2)
+    opacity = frame[..., 3:].astype(np.float32) / white
+    flat = frame[..., :3] * opacity + white * (1 - opacity)
+    return np.round(flat).astype(frame.dtype)
+
+
+# -- pictures, through Pillow ----------------------------------------------------------------------
+
+
+def _pillow_reads(path: Path) -> bool:
+    """Whether Pillow knows the format of `path`. Raises LatentError without Pillow."""
     import_package("PIL.Image", "Pillow", path, LatentError)
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            mode = image.mode
-            if mode != "F" and not mode.startswith("I"):
-                return np.asarray(image.convert("RGB")), 255
-            grey = np.asarray(image)
-    except (
+        with Image.open(path):
+            return True
+    except UnidentifiedImageError:
+        return False
+    except _pillow_errors():
+        return True  # reading it says what is wrong
+
+
+def _pillow_errors() -> tuple[type[Exception], ...]:
+    from PIL import Image, UnidentifiedImageError
+
+    return (
         UnidentifiedImageError,
         Image.DecompressionBombError,
         OSError,
         ValueError,
         SyntaxError,
         EOFError,
+        IndexError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        MemoryError,
         struct.error,
-    ) as error:
-        raise LatentError(f"{path}: not a readable image: {first_line(error)}") from error
-    # Modes "I" and "I;16" hold 16-bit greyscale; Pillow's conversion to RGB would clip it at 255.
-    if mode == "F" or grey.min() < 0 or grey.max() > 65535:
-        raise LatentError(
-            f"{path}: an image of mode {mode}, whose value of white is unknown: save it with 8 or "
-            "16 bits"
+    )
+
+
+class PictureClip(Clip):
+    """A picture, or an animation of several, that Pillow reads."""
+
+    def _read_all(self) -> Iterator[Frame]:
+        from PIL import Image
+
+        try:
+            with Image.open(self.path) as file:
+                for index in self._indices(file):
+                    file.seek(index)
+                    yield self._frame(file)
+        except _pillow_errors() as error:
+            raise LatentError(f"{self.path}: not a readable image: {first_line(error)}") from error
+
+    def _indices(self, file: Any) -> range:
+        count = getattr(file, "n_frames", 1)
+        if count > 1 and file.format not in _ANIMATED:
+            note = f"the first of {count} pictures in the {file.format} file is taken"
+            if note not in self.warnings:
+                self.warnings.append(note)
+            return range(1)
+        # The first picture of an APNG may be there for viewers that do not animate.
+        return range(1 if count > 1 and getattr(file, "default_image", False) else 0, count)
+
+    def _frame(self, file: Any) -> Frame:
+        from PIL import ImageOps
+
+        image = ImageOps.exif_transpose(file)
+        mode = image.mode
+        if mode == "F" or mode.startswith("I"):
+            return self._deep_grey(np.asarray(image), mode)
+        transparent = "A" in image.getbands() or "transparency" in image.info or mode == "PA"
+        return np.asarray(image.convert("RGBA" if transparent else "RGB"))
+
+    def _deep_grey(self, grey: Frame, mode: str) -> Frame:
+        # Modes "I" and "I;16" hold 16-bit greyscale; Pillow's conversion to RGB would clip it at
+        # 255.
+        if mode == "F" or grey.min() < 0 or grey.max() > 65535:
+            raise LatentError(
+                f"{self.path}: an image of mode {mode}, whose value of white is unknown: save it "
+                "with 8 or 16 bits"
+            )
+        self.white = 65535
+        return np.repeat(grey.astype(np.uint16)[..., None], 3, axis=2)
+
+
+def _has_colours(path: Path) -> bool:
+    """Whether a PNG has colours: of greyscale, Pillow keeps 16 bits."""
+    with path.open("rb") as file:
+        return file.read(26)[25:26] in (b"\x02", b"\x06")
+
+
+# -- videos, through FFmpeg ------------------------------------------------------------------------
+
+
+@dataclass
+class _Conversion:
+    """FFmpeg's filters from the frames of one format to RGB, and where they begin and end."""
+
+    graph: Any
+    key: tuple[object, ...]
+    # What white and opaque are among the 16 bits that come out; FFmpeg only shifts.
+    white: int
+    opaque: int
+
+
+class VideoClip(Clip):
+    """The first video stream of a file that FFmpeg reads."""
+
+    def __init__(self, path: Path, *, may_be_picture: bool = False):
+        super().__init__(path)
+        self._av = import_package("av", "av", path, LatentError)
+        self._what = "image" if may_be_picture and kind_group(path) == "picture" else "video"
+
+    def _read_all(self) -> Iterator[Frame]:
+        av = self._av
+        try:
+            with av.open(ffmpeg_name(self.path)) as file:
+                conversion: _Conversion | None = None
+                for frame in file.decode(video=0):
+                    conversion = self._conversion(file.streams.video[0], frame, conversion)
+                    yield _upright(self._rgb(frame, conversion), frame, self.path)
+        except (av.FFmpegError, OSError, ValueError, IndexError, MemoryError) as error:
+            said = what_is_it(self.path, "video") if kind_group(self.path) is None else None
+            raise LatentError(
+                f"{self.path}: not a readable {self._what}: {said or first_line(error)}"
+            ) from error
+
+    def _conversion(self, stream: Any, frame: VideoFrame, last: _Conversion | None) -> _Conversion:
+        """The filters for `frame`: the last ones, while nothing about the frames changes.
+
+        PyAV before 17 converts with the wrong matrix, and later ones guess. FFmpeg's own filter
+        takes matrix and range as they are written here, in every version.
+        """
+        bits = max(component.bits for component in frame.format.components)
+        has_alpha = len(frame.format.components) in (2, 4)
+        matrix, full = self._matrix(stream, frame)
+        key = (frame.format.name, frame.width, frame.height, matrix, full)
+        if last is not None and last.key == key:
+            return last
+        self.white = 255 if bits <= 8 else 65535
+        target = (
+            ("rgba" if has_alpha else "rgb24")
+            if bits <= 8
+            else ("rgba64le" if has_alpha else "rgb48le")
         )
-    return np.repeat(grey.astype(np.float32)[..., None], 3, axis=2), 65535
+        graph = self._av.filter.Graph()
+        source = graph.add_buffer(
+            width=frame.width,
+            height=frame.height,
+            format=frame.format,
+            time_base=stream.time_base or frame.time_base,
+        )
+        options = f"out_range=full:flags={_FLAGS}"
+        if matrix is not None:
+            options += f":in_color_matrix={matrix}:in_range={'full' if full else 'limited'}"
+        filters = [graph.add("scale", options), graph.add("format", target)]
+        sink = graph.add("buffersink")
+        for before, after in zip((source, *filters), (*filters, sink), strict=True):
+            before.link_to(after)
+        graph.configure()
+        opaque = ((1 << bits) - 1) << (16 - bits) if bits <= 16 else 65535
+        is_rgb = matrix is None
+        is_limited = len(frame.format.components) > 2 and not full
+        white = 65535 if is_rgb else 0xFF00 if is_limited else opaque
+        return _Conversion(graph, key, white, opaque)
+
+    def _matrix(self, stream: Any, frame: VideoFrame) -> tuple[str | None, bool]:
+        """The matrix of `frame` as FFmpeg names it (None for RGB and grey), and its range."""
+        name = frame.format.name
+        full = int(frame.color_range) == _FULL_RANGE or name.startswith("yuvj")
+        transfer = getattr(stream.codec_context, "color_trc", None)
+        if transfer is not None and int(transfer) in _HDR:
+            self._warn("high dynamic range: its values are taken as they are, without tone mapping")
+        if frame.format.is_rgb or "pal8" in name or len(frame.format.components) < 3:
+            return (None if frame.format.is_rgb or "pal8" in name else "bt601"), full
+        number = int(frame.colorspace)
+        if number in _MATRICES:
+            return _MATRICES[number], full
+        if number not in (0, _UNTAGGED):
+            raise LatentError(
+                f"{self.path}: its colours have matrix {number} of FFmpeg's list, which is not "
+                "known here: convert it to BT.709"
+            )
+        is_still = stream.codec_context.name in ("mjpeg", "webp")
+        if not is_still and (frame.height >= _HD_ROWS or frame.width >= _HD_COLUMNS):
+            self._warn("the video does not say its colour matrix: BT.709 is taken, as it is HD")
+            return "bt709", full
+        return "bt601", full
+
+    def _rgb(self, frame: VideoFrame, conversion: _Conversion) -> Frame:
+        conversion.graph.push(frame)
+        made = conversion.graph.pull()
+        plane, channels = made.planes[0], len(made.format.components)
+        numbers = np.frombuffer(
+            memoryview(plane), np.uint8 if self.white == 255 else np.dtype("<u2")
+        )
+        rows = numbers.reshape(made.height, -1)[:, : made.width * channels]
+        # A copy: the memory of `made` is used again.
+        picture: Frame = rows.reshape(made.height, made.width, channels).copy()
+        if self.white == 255:
+            return picture
+        white = np.full(channels, conversion.white, np.float32)
+        white[3:] = conversion.opaque
+        scaled: Frame = picture.astype(np.float32) * (self.white / white)
+        return np.minimum(np.round(scaled), self.white).astype(np.uint16)
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
 
 
-def _read_video(path: Path) -> list[npt.NDArray[np.uint8]]:
-    """Read the frames [H, W, 3] of the first video stream."""
-    av = import_package("av", "av", path, LatentError)
-    try:
-        with av.open(ffmpeg_name(path)) as file:
-            return [_upright(frame, path) for frame in file.decode(video=0)]
-    except (av.FFmpegError, OSError, ValueError, IndexError) as error:
-        raise LatentError(f"{path}: not a readable video: {first_line(error)}") from error
+# Exact rounding, and chroma between its samples for every pixel.
+_FLAGS = "bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
 
 
-def _upright(frame: VideoFrame, path: Path) -> npt.NDArray[np.uint8]:
+def kind_group(path: Path) -> str | None:
+    """ "picture", "video" or "other" for a file that is known by its content."""
+    with suppress(OSError):
+        kind = kind_of(path)
+        return None if kind is None else kind.group
+    return None
+
+
+def _upright(picture: Frame, frame: VideoFrame, path: Path) -> Frame:
     """The pixels of a frame, rotated and mirrored as its display matrix says."""
     from av.sidedata.sidedata import SideData
 
-    picture = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # it has a kind of side data that PyAV does not know (#2392)
+        return _turned(picture, getattr(frame, "rotation", 0), path)
     if not isinstance(matrix, SideData):
         return picture
     # Column x and row y are shown at column a x + c y and row b x + d y, in 16.16 fixed point.
@@ -100,4 +415,13 @@ def _upright(frame: VideoFrame, path: Path) -> npt.NDArray[np.uint8]:
         )
     if b or c:
         picture, a, d = picture.swapaxes(0, 1), c, b
-    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    upright: Frame = picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return upright
+
+
+def _turned(picture: Frame, degrees: int, path: Path) -> Frame:
+    if degrees % 90:
+        raise LatentError(
+            f"{path}: its frames are rotated by {degrees} degrees: expected a multiple of 90"
+        )
+    return np.rot90(picture, degrees // 90)

@@ -46,6 +46,21 @@ def missing_package(family: str) -> str | None:
     return package if package is not None and importlib.util.find_spec(package) is None else None
 
 
+# What the import of a family raises with another release of what it needs: no such module, or no
+# such name in it; parameters that its decorators do not know; a library that does not load or finds
+# no driver.
+_UNIMPORTABLE = (
+    ImportError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+)
+
+
 @functools.cache
 def load(name: str) -> Family | str:
     """The family of this name, or why it cannot be imported."""
@@ -54,10 +69,9 @@ def load(name: str) -> Family | str:
         return f"{missing} is not installed"
     try:
         module = importlib.import_module(_MODULES[name], __package__)
-    # An older release of what it needs has no such module, or no such name in it.
-    except (ImportError, AttributeError) as error:
+        family: Family = module.make_family()
+    except _UNIMPORTABLE as error:
         return f"cannot be imported: {first_line(error)}"
-    family: Family = module.make_family()
     return family
 
 

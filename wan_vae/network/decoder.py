@@ -86,7 +86,7 @@ class Decoder(nn.Module):
         self._stage_starts = tuple(accumulate((len(layers) for layers in modules), initial=0))
         channels = described[-1].channels
         self.head = nn.ModuleDict(
-            {"0": RMSNorm(channels), "2": CausalConv3d(channels, config.image_channels)}
+            {"0": RMSNorm(channels), "2": CausalConv3d(channels, config.decoder_channels)}
         )
         name_slots(self, "decoder.")
 
@@ -136,7 +136,7 @@ class Decoder(nn.Module):
                 continue
             x = head(self.head, x, part)
             x = x if strip is None else self._crop(x, strip, i, None)
-            x = unpatchify(x, self.config.patch_size)
+            x = unpatchify(x, self.config.decoder_patch_size, self.config.rows_first)
             yield x
 
     def _crop(self, x: torch.Tensor, strip: Strip, stage: int, after: int | None) -> torch.Tensor:
@@ -167,10 +167,14 @@ def first_pass(frames: int, stage: int, step: Step) -> int:
     return 1 if step.chunk.is_first else step.pass_frames[stage]
 
 
-def unpatchify(x: torch.Tensor, patch: int) -> torch.Tensor:
-    """[B, 3*p*p, T, H, W] -> [B, 3, T, H*p, W*p]; channel order is (colour, column, row)."""
+def unpatchify(x: torch.Tensor, patch: int, rows_first: bool = False) -> torch.Tensor:
+    """[B, 3*p*p, T, H, W] -> [B, 3, T, H*p, W*p]; channel order is (colour, column, row).
+
+    rows_first: it is (colour, row, column), as in `torch.nn.functional.pixel_shuffle`.
+    """
     if patch == 1:
         return x
     b, c, t, h, w = x.shape
-    x = x.reshape(b, c // patch**2, patch, patch, t, h, w).permute(0, 1, 4, 5, 3, 6, 2)
+    row, column = (2, 3) if rows_first else (3, 2)
+    x = x.reshape(b, c // patch**2, patch, patch, t, h, w).permute(0, 1, 4, 5, row, 6, column)
     return x.reshape(b, c // patch**2, t, h * patch, w * patch)

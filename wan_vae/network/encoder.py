@@ -77,7 +77,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         described = encoder_stages(config)
-        self.conv1 = CausalConv3d(config.image_channels, described[0].channels_in)
+        self.conv1 = CausalConv3d(config.encoder_channels, described[0].channels_in)
         modules: list[list[nn.Module]] = [
             [DownStage(stage)] if stage.shortcut else _layers(stage) for stage in described
         ]

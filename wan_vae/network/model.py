@@ -121,6 +121,10 @@ def expected_shapes(config: WanVAEConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.state_dict().items()}
 
 
+# Dtypes that every device has: not float64 (MPS) and not float8, which are cast where they are.
+_EVERYWHERE = (torch.float32, torch.float16, torch.bfloat16)
+
+
 def build_model(
     config: WanVAEConfig,
     state: Mapping[str, torch.Tensor],
@@ -139,7 +143,9 @@ def build_model(
     with torch.inference_mode(False), torch.no_grad():
         own = {
             # Always a copy, dense and contiguous, for any strides of the source.
-            key: torch.empty(value.shape, dtype=dtype, device=device).copy_(value)
+            key: torch.empty(value.shape, dtype=dtype, device=device).copy_(
+                value if value.dtype in _EVERYWHERE else value.to(dtype)
+            )
             for key, value in state.items()
         }
         model.load_state_dict(own, strict=True, assign=True)

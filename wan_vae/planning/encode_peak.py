@@ -169,7 +169,7 @@ class EncoderWalk(Walk):
 
     def pixels(self, frames: int) -> int:
         """The pixels of a pass and the first convolution."""
-        h, colours = self.rows[0], self.config.image_channels
+        h, colours = self.rows[0], self.config.encoder_channels
         numbers, converted = self.elements(colours, h), self.size(colours, h)
         if self.staged:
             self.staging = max(self.staging, STAGING_BUFFERS * self.rounded(numbers * _FLOAT_BYTES))

@@ -240,7 +240,8 @@ class DecodeMemory(Memory):
     def _pixel_bytes(self, frames: int, rows: int) -> int:
         """float32 pixels of `frames` frames of `rows` latent rows."""
         b, _, _, _, w = self.shape
-        return _rounded(b * 3 * frames * rows * w * self.config.spatial_factor**2 * 4)
+        colours, factor = self.config.decoder_colours, self.config.decoded_factor
+        return _rounded(b * colours * frames * rows * w * factor**2 * 4)
 
 
 class Walk:
@@ -589,7 +590,7 @@ class DecoderWalk(Walk):
 
     def head(self, x: int, h: int, cropped: int | None) -> None:
         """Norm, convolution, float32 pixels; frees `x`."""
-        c, colours = self.stages[-1].channels, self.config.image_channels
+        c, colours = self.stages[-1].channels, self.config.decoder_channels
         self.pixel_frames = max(self.pixel_frames, self.t)
         h_out = h if cropped is None else cropped
         prepared = self.layers.get(architecture.HEAD)
@@ -602,14 +603,14 @@ class DecoderWalk(Walk):
             self.hidden(workspace.hidden_bytes)
             self.drop(operand + x)
             folded = self.elements(colours, h_out) * 4
-            copies = folded if self.config.patch_size > 1 else 0
+            copies = folded if self.config.decoder_patch_size > 1 else 0
             self.hold(copies)
             self.drop(copies + pixels)
             return
         y = self.normed(architecture.HEAD, c, colours, h)
         self.drop(x)
         folded = self.size(colours, h_out)
-        copies = folded if self.config.patch_size > 1 else 0
+        copies = folded if self.config.decoder_patch_size > 1 else 0
         if self.itemsize < 4:
             copies += folded * 4 // self.itemsize
         self.hold(copies)

@@ -102,7 +102,7 @@ class DecodeRun(Run):
         request, out, sink = self.request, self.request.out, self.request.sink
         try:
             if sink is None and self.ranks.receives:
-                shape = self.ranks.result_shape(self.pixel_shape, self.config.spatial_factor)
+                shape = self.ranks.result_shape(self.pixel_shape, self.config.decoded_factor)
                 if out is None:
                     make = partial(torch.empty, shape, dtype=torch.float32, device=self.device)
                     out = granted(self.device, self.memory, prod(shape) * 4, "output", make)
@@ -176,7 +176,7 @@ class DecodeRun(Run):
                 else iter([self._no_rows(chunk)])
             )
             for part in self._passes(chunk, passes, latent_frames_of(chunk)):
-                factor = self.config.spatial_factor
+                factor = self.config.decoded_factor
                 pixels = self.ranks.gather(part, factor, "pixels")
                 start, frame = frame, frame + part.shape[2]
                 if frame > done_before:
@@ -189,7 +189,7 @@ class DecodeRun(Run):
 
     def _no_rows(self, chunk: Chunk) -> torch.Tensor:
         """The pixels of an idle rank: frames without rows."""
-        b, c, _, *size = self.ranks.part_shape(self.pixel_shape, self.config.spatial_factor)
+        b, c, _, *size = self.ranks.part_shape(self.pixel_shape, self.config.decoded_factor)
         return torch.empty((b, c, self.frames_of(chunk), *size), device=self.device)
 
     def _in_strips(self, count: int) -> Iterator[Piece]:
@@ -203,16 +203,16 @@ class DecodeRun(Run):
         strips = geometry.strips(self.z.shape[3], count, self.config)
         caches = [FeatureCache() for _ in strips]
         done_before = self._given_frames
-        b, _, _, height, width = self.pixel_shape
+        b, colours, _, height, width = self.pixel_shape
         for chunk, features in self._trunk():
             first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
-            size = (b, 3, last - first, height, width)
+            size = (b, colours, last - first, height, width)
             frame = in_memory(
                 f"{last - first} whole frames",
                 partial(features.new_empty, size, dtype=torch.float32),
             )
             for strip, cache in zip(strips, caches, strict=True):
-                top, at = strip.start * self.config.spatial_factor, 0
+                top, at = strip.start * self.config.decoded_factor, 0
                 for rows in self._strip_passes(features, strip, cache, chunk):
                     frame[:, :, at : at + rows.shape[2], top : top + rows.shape[3]] = rows
                     at += rows.shape[2]
@@ -284,7 +284,7 @@ class DecodeRun(Run):
         self.done_frames = 0
         for i, strip in enumerate(geometry.strips(self.z.shape[3], count, self.config)):
             cache, frame = FeatureCache(), 0
-            top = strip.start * self.config.spatial_factor
+            top = strip.start * self.config.decoded_factor
             for chunk, feature in features:
                 for rows in self._strip_passes(feature, strip, cache, chunk):
                     start, frame = frame, frame + rows.shape[2]
@@ -361,7 +361,9 @@ def abort(sink: Sink | None, error: BaseException) -> None:
         if sink is not None:
             sink.abort()
     except Exception as trouble:
-        error.add_note(f"the output could not be cleaned up either: {trouble}")
+        # A note, as `add_note` of Python 3.11 makes it.
+        notes = vars(error).setdefault("__notes__", [])
+        notes.append(f"the output could not be cleaned up either: {trouble}")
 
 
 def join_ranks(

@@ -11,11 +11,18 @@ import torch
 
 from .. import geometry, layout
 from ..chunking import Chunk
-from ..errors import DecodeMemoryError
+from ..config import WanVAEConfig
+from ..errors import DecodeMemoryError, ShardingError
 from ..geometry import Strip
 from ..hooks import Hooks, OwnMemory
-from ..io.latents import as_batch, check_pixels, not_finite, range_warning
-from ..io.pixels import PixelSource
+from ..io.latents import (
+    as_batch,
+    check_pixels,
+    check_video_shape,
+    not_finite,
+    range_warning,
+)
+from ..io.pixels import FrameReader, PixelSource, ReadWindow
 from ..network.blocks import Step
 from ..network.cache import FeatureCache
 from ..network.model import result_of
@@ -32,7 +39,7 @@ from .run import Piece, Run, granted, in_memory, latent_frames_of, ready
 class EncodeRequest:
     """What is to be encoded and how; see `WanVAE.encode`."""
 
-    pixels: torch.Tensor
+    pixels: torch.Tensor | FrameReader
     normalized: bool = False
     options: RunOptions = field(default_factory=RunOptions)
     hooks: Hooks = field(default_factory=Hooks)
@@ -51,21 +58,31 @@ class EncodeRun(Run):
         Raises LatentError, GeometryError, LayoutError, BackendError, CheckpointError,
         ShardingError.
         """
-        pixels = as_batch(request.pixels, "video")
-        check_pixels(pixels, engine.config)
+        pixels = _checked(request, engine.config)
         shape = geometry.latent_shape(tuple(pixels.shape), engine.config)
         shards = shards_of(request.context, shape)
         options = options_of(request.plan, request.options)
         memory = request.hooks.memory or OwnMemory(engine.device)
-        setup = ready(engine, SetupRequest("encode", shape, options, shards), memory)
-        pixel_format = layout.detect(pixels)
-        pixels = geometry.crop_for_encode(pixels, engine.config)
-        setup, ranks = join_ranks(engine, setup, pixels, request.context, request.gather)
+        setup, ranks = ready(engine, SetupRequest("encode", shape, options, shards), memory), None
+        pixel_format = "contiguous"  # as pieces of a file are read
+        if isinstance(pixels, torch.Tensor):
+            pixel_format = str(layout.detect(pixels))
+            pixels = geometry.crop_for_encode(pixels, engine.config)
+            setup, ranks = join_ranks(engine, setup, pixels, request.context, request.gather)
         super().__init__(engine, setup, request.hooks, ranks)
         self.request, self.latent_shape = request, shape
-        self._pixels, self._size = pixels, tuple(pixels.shape)
+        # What values that are not finite are looked for in: whole numbers of a file have none.
+        self._pixels = pixels if isinstance(pixels, torch.Tensor) else None
+        source: torch.Tensor | ReadWindow
+        if isinstance(pixels, torch.Tensor):
+            self._size = tuple(pixels.shape)
+            source = self.ranks.own_part(pixels, self.config.spatial_factor)
+        else:
+            window = geometry.encode_window(tuple(pixels.shape), engine.config)
+            source = ReadWindow(pixels, window)
+            self._size = source.shape
         self.source = PixelSource(
-            self.ranks.own_part(pixels, self.config.spatial_factor),
+            source,
             self.device,
             self.ops.pixels or setup.dtype,
             unit_range=request.unit_range,
@@ -105,7 +122,7 @@ class EncodeRun(Run):
     # -- the way through -----------------------------------------------------------------------
 
     def _whole(self) -> Iterator[Piece]:
-        for chunk, step in self.chunks(self.source.pixels.shape[3] // self.config.spatial_factor):
+        for chunk, step in self.chunks(self.source.rows // self.config.spatial_factor):
             what = latent_frames_of(chunk)
             if self.ranks.exchange is None:
                 features = self._features(chunk, step, what)
@@ -212,6 +229,8 @@ class EncodeRun(Run):
         return True
 
     def _is_not_finite(self) -> None:
+        if self._pixels is None:
+            return
         if error := not_finite((nan,), self._pixels, "video", "nothing can be encoded from it"):
             raise error
 
@@ -227,6 +246,19 @@ class EncodeRun(Run):
             f"{height}x{width}{tried}: {reason}; {self.shortage()}free device memory, encode a "
             "smaller video, or encode on the CPU"
         )
+
+
+def _checked(request: EncodeRequest, config: WanVAEConfig) -> torch.Tensor | FrameReader:
+    """The video of `request`, which this VAE can encode. Raises LatentError, ShardingError."""
+    pixels = request.pixels
+    if isinstance(pixels, torch.Tensor) or not isinstance(pixels, FrameReader):
+        pixels = as_batch(pixels, "video")
+        check_pixels(pixels, config)
+        return pixels
+    if not request.context.is_single:
+        raise ShardingError("a video that is read piece by piece has no shards: pass a tensor")
+    check_video_shape(tuple(pixels.shape), config)
+    return pixels
 
 
 def _next_pass(

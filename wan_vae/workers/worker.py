@@ -282,7 +282,7 @@ class _Worker:
         rank, world_size = self.settings.rank, self.settings.world_size
         if job.gather == "shared" and world_size > 1:
             shards = plan_shards(latent.shape[3], latent.shape[4], world_size, job.axis)
-            rows, columns = shards.place(rank, self.vae.config.spatial_factor)
+            rows, columns = shards.place(rank, self.vae.config.decoded_factor)
             # [B, T', H', W', 3] or [B, 3, T', H', W']
             out = out[:, :, rows, columns] if job.form == "image" else out[..., rows, columns]
         reserve = buffer.reserve if job.fresh else None

@@ -35,11 +35,13 @@ def npy_header(text: str) -> bytes:
 
 Z = torch.zeros(1, 16, 2, 4, 4)
 LATENTS: dict[str, tuple[str, bytes | Callable[[], bytes], str]] = {
-    "empty file": ("z.latent", b"", "cut short"),
-    "cut": ("z.latent", latent_file(Z)[:-7], "readable"),
-    "text": ("z.latent", b"hello, this is no latent", "claims"),
-    "huge header": ("z.latent", safetensors_bytes({}, claimed=2**62), "claims"),
-    "three dimensions": ("z.latent", latent_file(torch.zeros(16, 4, 4)), "expected a floating"),
+    "empty file": ("z.latent", b"", "an empty file"),
+    "cut": ("z.latent", latent_file(Z)[:-7], "cut short: 2209 of 2216 bytes"),
+    "text": ("z.latent", b"hello, this is no latent", "a text ('hello, this"),
+    "huge header": ("z.latent", safetensors_bytes({}, claimed=2**62), "begin with"),
+    "three dimensions": ("z.latent", latent_file(torch.zeros(5, 4, 4)), "expected a floating"),
+    "packed tokens": ("z.latent", latent_file(torch.zeros(1, 96, 64)), "packed tokens"),
+    "two dimensions": ("z.latent", latent_file(torch.zeros(4, 4)), "expected a floating"),
     "six dimensions": ("z.latent", latent_file(Z[None]), "expected a floating"),
     "a scalar": ("z.latent", latent_file(torch.zeros(())), "expected a floating"),
     "integers": ("z.latent", latent_file(Z.int()), "int32"),
@@ -89,13 +91,36 @@ LATENTS: dict[str, tuple[str, bytes | Callable[[], bytes], str]] = {
         npy_header("{'descr': __import__('os').getcwd(), 'shape': (1,)}"),
         "npy",
     ),
-    "npz named npy": ("z.npy", lambda: npz_bytes(), "npy"),
+    "npz of several arrays": ("z.npy", lambda: npz_bytes(a=Z.numpy(), b=Z.numpy()), "--key"),
+    "npz cut": ("z.npz", lambda: npz_bytes(latent=Z.numpy())[:-30], "cut short"),
+    "npz of integers": ("z.npz", lambda: npz_bytes(latent=np.zeros(4, int)), "int64"),
+    "PyTorch file of text": ("z.pt", lambda: torch_bytes("hello"), "contains a str"),
+    "PyTorch file of two": ("z.pt", lambda: torch_bytes([Z, Z]), "contains a list"),
+    "PyTorch file cut": ("z.pt", lambda: torch_bytes(Z)[:-300], "cut short"),
+    "PyTorch file of integers": ("z.pt", lambda: torch_bytes(Z.int()), "int32"),
+    "PyTorch file of a sparse tensor": ("z.pt", lambda: torch_bytes(Z.to_sparse()), "expected a"),
+    "a musubi cache of HunyuanVideo": (
+        "z.safetensors",
+        save({"latents_2x4x4_float32": Z[0]}, {"architecture": "hunyuan_video"}),
+        "a latent of hunyuan_video, which another VAE decodes",
+    ),
+    "a musubi cache of two": (
+        "z.safetensors",
+        save({"latents_2x4x4_float32": Z[0], "latents_1x4x4_float32": Z[0, :, :1].clone()}),
+        "name one with --key",
+    ),
 }
 
 
-def npz_bytes() -> bytes:
+def npz_bytes(**arrays: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    np.savez(buffer, latent=Z.numpy())
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def torch_bytes(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
     return buffer.getvalue()
 
 

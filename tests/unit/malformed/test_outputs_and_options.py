@@ -42,10 +42,13 @@ def test_impossible_output(output, words, tmp_path, good, capfd, monkeypatch):
     assert (tmp_path / "taken" / "thesis.txt").read_text() == "mine"
 
 
-def test_a_batch_does_not_fit_a_video(tmp_path, good, capfd, monkeypatch):
+def test_an_output_of_a_batch_that_exists(tmp_path, good, capfd, monkeypatch):
     save_latent(tmp_path / "z.latent", torch.zeros(2, 16, 2, 4, 4))
+    (tmp_path / "out_001.mp4").write_bytes(b"mine")
     argv = decode_argv(tmp_path / "z.latent", good, tmp_path / "out.mp4")
-    check(argv, OutputError, "batch of 2", capfd, monkeypatch)
+    check(argv, OutputError, "out_001.mp4: exists", capfd, monkeypatch)
+    assert (tmp_path / "out_001.mp4").read_bytes() == b"mine"
+    assert not (tmp_path / "out_000.mp4").exists()
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_the_real_process_prints_one_line_and_no_traceback(tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"wan-vae: {path}: not a readable safetensors file")
+    assert done.stderr.startswith(f"wan-vae: {path}: a safetensors file cut short")
 
 
 @pytest.mark.parametrize("output", ["o.mp4", "frames", "o.safetensors", "z.latent"])

@@ -13,12 +13,19 @@ from wan_vae.io.video_write import save_png
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("v.mp4", b"", "not a readable video"),
-        ("v.mp4", b"this is text, not a video" * 9, "not a readable video"),
+        ("v.mp4", b"", "an empty file"),
+        ("v.mp4", b"this is text, not a video" * 9, "this is a text"),
         ("v.mp4", "cut", "not a readable video"),
         ("v.png", b"\x89PNG\r\n\x1a\n broken", "not a readable image"),
-        ("v.jpg", b"", "not a readable image"),
-        ("v.xyz", b"what is this", "not a readable video"),
+        ("v.jpg", b"\xff\xd8\xff\xe0 broken", "not a readable image"),
+        ("v.xyz", b"\x07\x01what is this", "not a readable video"),
+        ("v.gif", b"GIF89a" + bytes(3), "not a readable image"),
+        ("v.webp", b"RIFF\x24\x00\x00\x00WEBPVP8 " + bytes(40), "not a readable image"),
+        ("v.avif", b"\x00\x00\x00\x20ftypavif" + bytes(40), "not a readable image"),
+        ("v.tif", b"II*\x00" + bytes(40), "not a readable image"),
+        ("v.mkv", b"\x1aE\xdf\xa3" + bytes(40), "not a readable video"),
+        ("v.mp3", b"ID3\x04\x00" + bytes(40), "an MP3 sound file, not a video"),
+        ("v.safetensors", b"\x40\x00\x00\x00\x00\x00\x00\x00{", "a safetensors file, not a video"),
     ],
 )
 def test_malformed_video(name, content, words, tmp_path, good, capfd, monkeypatch):

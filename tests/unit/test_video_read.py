@@ -1,0 +1,310 @@
+"""What is read from videos, animations and pictures: frames, colours, alpha; and never all at once.
+
+Runs on the oldest PyAV that ComfyUI allows and on the newest one: `make test-video`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, features
+from safetensors.torch import save_file
+
+from tests.conftest import random_state
+from wan_vae import WanVAE
+from wan_vae.commands.cli import main
+from wan_vae.config import wan21
+from wan_vae.errors import LatentError, ShardingError
+from wan_vae.io.latents import load_latent
+from wan_vae.io.video_read import Clip, open_clip, read_pixels
+from wan_vae.io.video_write import VideoFileSink
+from wan_vae.sharding.context import ShardContext
+
+av = pytest.importorskip("av")
+HEIGHT, WIDTH = 48, 64
+COLOURS = [(254, 0, 0), (224, 172, 105), (16, 64, 250)]
+
+
+def luma_of(rgb, kr: float, kb: float) -> tuple[float, float, float]:
+    """Y in [0, 1], Cb and Cr in [-0.5, 0.5], by the definition of a matrix."""
+    r, g, b = (x / 255 for x in rgb)
+    y = kr * r + (1 - kr - kb) * g + kb * b
+    return y, (b - y) / (2 * (1 - kb)), (r - y) / (2 * (1 - kr))
+
+
+def write(path, rgb, number, full, pix_fmt, codec, size=(HEIGHT, WIDTH), weights=None, frames=2):
+    """A video of one colour; `number` is FFmpeg's number of the matrix, whose weights these are."""
+    kr, kb = weights or {1: (0.2126, 0.0722), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}[number]
+    bits = 10 if "10" in pix_fmt else 8
+    scale, most = 1 << (bits - 8), (1 << bits) - 1
+    y, cb, cr = luma_of(rgb, kr, kb)
+    if full:
+        values = (y * most, cb * most + 128 * scale, cr * most + 128 * scale)
+    else:
+        values = ((16 + 219 * y) * scale, (128 + 224 * cb) * scale, (128 + 224 * cr) * scale)
+    dtype = np.uint16 if bits > 8 else np.uint8
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=16)
+        stream.height, stream.width, stream.pix_fmt = *size, pix_fmt
+        if codec == "libx264":
+            stream.options = {"crf": "1"}
+        stream.codec_context.colorspace = number
+        stream.codec_context.color_range = 2 if full else 1
+        for _ in range(frames):
+            frame = av.VideoFrame(size[1], size[0], pix_fmt)
+            for plane, value in zip(frame.planes, values, strict=True):
+                shape = (plane.height, plane.line_size // dtype().itemsize)
+                plane.update(np.full(shape, min(round(value), most), dtype).tobytes())
+            frame.colorspace, frame.color_range = number, 2 if full else 1
+            for packet in stream.encode(frame):
+                file.mux(packet)
+        for packet in stream.encode(None):
+            file.mux(packet)
+
+
+def levels(clip: Clip) -> torch.Tensor:
+    """The colour in the middle of the first frame, in levels of 8 bits."""
+    x = clip.read(0, 1)[0, :, 0, clip.height // 2, clip.width // 2]
+    return x.float() / clip.white * 255
+
+
+@pytest.mark.parametrize("rgb", COLOURS, ids=str)
+@pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
+@pytest.mark.parametrize("matrix", [1, 6, 9], ids=["709", "601", "2020"])
+@pytest.mark.parametrize(
+    ("pix_fmt", "codec"),
+    [("yuv420p", "libx264"), ("yuv444p", "ffv1"), ("yuv422p10le", "ffv1")],
+)
+def test_colours_are_right_in_every_matrix_and_range(rgb, full, matrix, pix_fmt, codec, tmp_path):
+    write(tmp_path / "v.mkv", rgb, matrix, full, pix_fmt, codec)
+    clip = open_clip(tmp_path / "v.mkv")
+    assert clip.shape == (1, 3, 2, HEIGHT, WIDTH)
+    # Two levels: Y, Cb and Cr were rounded to 8 bits. Of 10 bits less is lost.
+    bound = 1.0 if "10" in pix_fmt else 2.1
+    assert (levels(clip) - torch.tensor(rgb, dtype=torch.float32)).abs().max() <= bound
+    assert clip.white == (65535 if "10" in pix_fmt else 255)
+    assert not clip.warnings
+
+
+def test_white_and_black_of_ten_bits_are_the_ends(tmp_path):
+    for full in (False, True):
+        for rgb in ((255, 255, 255), (0, 0, 0)):
+            write(tmp_path / "v.mkv", rgb, 1, full, "yuv420p10le", "ffv1")
+            pixels = read_pixels(tmp_path / "v.mkv")
+            expected = 1.0 if rgb[0] else -1.0
+            assert (pixels - expected).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("size", "number", "words"), [((720, 1280), 1, "BT.709 is taken"), ((480, 640), 6, None)]
+)
+def test_untagged_videos_are_hd_in_709_and_small_in_601(size, number, words, tmp_path):
+    weights = {1: (0.2126, 0.0722), 6: (0.299, 0.114)}[number]
+    write(tmp_path / "v.mkv", (224, 172, 105), 2, False, "yuv420p", "ffv1", size, weights, 1)
+    clip = open_clip(tmp_path / "v.mkv")
+    assert (levels(clip) - torch.tensor([224.0, 172, 105])).abs().max() <= 2.1
+    assert [words in text for text in clip.warnings] == ([True] if words else [])
+
+
+def test_an_unknown_matrix_is_refused_by_its_number(tmp_path):
+    write(tmp_path / "v.mkv", (9, 9, 9), 8, False, "yuv444p", "ffv1", weights=(0.25, 0.25))
+    with pytest.raises(LatentError, match="matrix 8 of FFmpeg"):
+        open_clip(tmp_path / "v.mkv")
+
+
+def test_our_own_video_comes_back(tmp_path):
+    sink = VideoFileSink(tmp_path / "o.mp4", HEIGHT, WIDTH, 16)
+    colour = torch.tensor([254.0, 0, 0]).view(1, 3, 1, 1, 1) / 127.5 - 1
+    sink.write(colour.expand(1, 3, 5, HEIGHT, WIDTH), 0, 0)
+    sink.close()
+    got = levels(open_clip(tmp_path / "o.mp4"))
+    assert (got - torch.tensor([254.0, 0, 0])).abs().max() <= 2
+
+
+# -- animations and pictures ----------------------------------------------------------------------
+
+
+def pictures(count: int = 9, alpha: bool = False) -> list[Image.Image]:
+    made = []
+    for i in range(count):
+        array = np.full((32, 32, 4 if alpha else 3), 255, np.uint8)
+        array[..., :3] = (20 * i, 255 - 20 * i, 128)
+        if alpha:
+            array[:16, :, 3] = 0
+        made.append(Image.fromarray(array))
+    return made
+
+
+ANIMATIONS = {"WEBP": {"lossless": True}, "PNG": {}, "GIF": {}, "TIFF": {}}
+if features.check("avif"):
+    ANIMATIONS["AVIF"] = {"quality": 100}
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.png", "a"])
+@pytest.mark.parametrize("form", ANIMATIONS)
+def test_what_animates_is_a_video_of_its_frames(form, name, tmp_path):
+    first, *more = pictures()
+    options = {"save_all": True, "append_images": more, **ANIMATIONS[form]}
+    first.save(tmp_path / name, format=form, **options)
+    clip = open_clip(tmp_path / name)
+    assert clip.shape == (1, 3, 9, 32, 32)
+    x = clip.read(0, 9)[0, :, :, 16, 16].float()
+    expected = torch.tensor([[20.0 * i, 255 - 20 * i, 128] for i in range(9)]).T
+    assert (x - expected).abs().max() <= (6 if form in ("GIF", "AVIF") else 0)
+
+
+def test_the_picture_of_an_apng_for_other_viewers_is_no_frame(tmp_path):
+    first, *more = pictures(4)
+    first.save(
+        tmp_path / "a.png", save_all=True, append_images=more, default_image=True, duration=50
+    )
+    clip = open_clip(tmp_path / "a.png")
+    assert clip.frames == 3
+    assert clip.read(0, 1)[0, 0, 0, 0, 0] == 20
+
+
+@pytest.mark.parametrize("form", [*ANIMATIONS, "still PNG", "still WEBP"])
+def test_alpha_is_flattened_on_white_or_kept(form, tmp_path):
+    bound = 8 if form in ("GIF", "AVIF") else 0  # a palette, or losses
+    first, *more = pictures(3, alpha=True)
+    still = form.startswith("still")
+    options = {} if still else {"save_all": True, "append_images": more}
+    form = form.removeprefix("still ")
+    options |= {"disposal": 2} if form == "GIF" else ANIMATIONS[form]
+    first.save(tmp_path / "a", format=form, **options)
+    flat = open_clip(tmp_path / "a").with_colours(3)
+    assert "flattened on white" in " ".join(flat.warnings)
+    x = flat.read(0, 1)[0, :, 0].float()
+    assert (x[:, 4, 4] - 255).abs().max() <= bound
+    assert (x[:, 28, 28] - torch.tensor([0.0, 255, 128])).abs().max() <= max(bound, 1)
+    kept = open_clip(tmp_path / "a").with_colours(4)
+    assert not kept.warnings and kept.shape[1] == 4
+    alpha = kept.read(0, 1)[0, 3, 0]
+    assert (alpha[4, 4], alpha[28, 28]) == (0, 255)
+
+
+def test_pictures_that_look_alike_give_the_same_pixels(tmp_path):
+    """What colour a transparent pixel hides does not matter (mflux #722)."""
+    a = np.zeros((16, 16, 4), np.uint8)
+    b = a.copy()
+    b[..., :3] = 77
+    for name, array in (("a.png", a), ("b.png", b)):
+        Image.fromarray(array).save(tmp_path / name)
+    assert torch.equal(read_pixels(tmp_path / "a.png"), read_pixels(tmp_path / "b.png"))
+
+
+def test_a_video_without_alpha_is_opaque_for_a_vae_with_it(tmp_path):
+    pictures(1)[0].save(tmp_path / "a.png")
+    assert read_pixels(tmp_path / "a.png", colours=4)[0, 3].eq(1).all()
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "ICO", "PPM", "TGA"])
+def test_stills_of_every_format_whatever_they_are_called(form, tmp_path):
+    pictures(3)[2].save(tmp_path / "x.bin", format=form)
+    got = read_pixels(tmp_path / "x.bin")
+    assert got.shape == (1, 3, 1, 32, 32)
+    expected = torch.tensor([40.0, 215, 128]) / 127.5 - 1
+    assert (got[0, :, 0, 9, 9] - expected).abs().max() < 0.05
+
+
+def test_sixteen_bits_of_colour_are_kept(tmp_path):
+    with av.open(str(tmp_path / "p.png"), "w", format="image2") as file:
+        stream = file.add_stream("png", rate=1)
+        stream.height, stream.width, stream.pix_fmt = 8, 8, "rgb48be"
+        frame = av.VideoFrame(8, 8, "rgb48be")
+        row = np.zeros((8, frame.planes[0].line_size // 2), ">u2")
+        row[:, :24] = np.tile([1000, 30001, 65535], 8)
+        frame.planes[0].update(row.tobytes())
+        for packet in (*stream.encode(frame), *stream.encode(None)):
+            file.mux(packet)
+    clip = open_clip(tmp_path / "p.png")
+    assert clip.white == 65535
+    assert clip.read(0, 1)[0, :, 0, 3, 3].tolist() == [1000, 30001, 65535]
+
+
+@pytest.mark.skipif("AVIF" not in ANIMATIONS, reason="this Pillow reads no AVIF")
+def test_an_avif_with_exif_is_read_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide = Image.fromarray(np.zeros((16, 32, 3), np.uint8))
+    wide.save(tmp_path / "p.avif", exif=exif)
+    assert open_clip(tmp_path / "p.avif").shape == (1, 3, 1, 32, 16)
+
+
+def test_of_a_stereo_picture_the_first_is_taken_and_said(tmp_path):
+    first, second = pictures(2)
+    first.save(tmp_path / "p.jpg", format="MPO", save_all=True, append_images=[second])
+    clip = open_clip(tmp_path / "p.jpg")
+    assert clip.frames == 1
+    assert "the first of 2 pictures in the MPO file" in clip.warnings[0]
+
+
+# -- piece by piece -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clip_file(tmp_path) -> Path:
+    sink = VideoFileSink(tmp_path / "v.mp4", 34, 44, 16)
+    noise = torch.rand(1, 3, 11, 34, 44, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    sink.write(noise, 0, 0)
+    sink.close()
+    return tmp_path / "v.mp4"
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_frames": 1}, {"strips": 2, "chunk_frames": 2}])
+def test_a_clip_that_is_read_gives_the_latent_of_the_whole_one(options, clip_file, monkeypatch):
+    vae = WanVAE.from_state_dict(random_state(wan21(dim=8)), device="cpu")
+    expected = vae.encode(read_pixels(clip_file), **options)
+    clip, sizes, real = open_clip(clip_file), [], Clip.read
+
+    def read(self, first, last):
+        sizes.append(last - first)
+        return real(self, first, last)
+
+    monkeypatch.setattr(Clip, "read", read)
+    assert torch.equal(vae.encode(clip, **options), expected)
+    assert vae.last_report.total_frames == 9
+    if options.get("chunk_frames") == 1:
+        assert max(sizes) == 4, "no more than a chunk is read at once"
+
+
+def test_frames_can_be_read_again_and_a_file_that_shrank_is_named(clip_file):
+    clip = open_clip(clip_file)
+    all_frames = clip.read(0, 11)
+    assert torch.equal(clip.read(3, 5), all_frames[:, :, 3:5])
+    assert torch.equal(clip.read(9, 10), all_frames[:, :, 9:10])
+    clip.frames = 20
+    with pytest.raises(LatentError, match="ended after 11 of 20 frames"):
+        clip.read(10, 20)
+
+
+def test_a_clip_has_no_shards(clip_file):
+    vae = WanVAE.from_state_dict(random_state(wan21(dim=8)), device="cpu")
+    with pytest.raises(ShardingError, match="piece by piece"):
+        vae.encode(open_clip(clip_file), shard=ShardContext(0, 2))
+
+
+def test_encode_says_what_it_crops(clip_file, tmp_path, capfd):
+    save_file(random_state(wan21(dim=8)), str(tmp_path / "vae.safetensors"))
+    argv = ["encode", str(clip_file), "--vae", str(tmp_path / "vae.safetensors"), "--device", "cpu"]
+    assert main([*argv, "-o", str(tmp_path / "z.latent")]) == 0
+    said = capfd.readouterr().err
+    assert "9 of 11 frames are encoded: latents hold 4n + 1 frames" in said
+    assert "44x34 is cropped to 40x32" in said
+    assert load_latent(tmp_path / "z.latent").shape == (1, 16, 3, 4, 5)
+
+
+def test_encode_with_alpha(tmp_path, capfd):
+    config = replace(wan21(dim=8), colours=4, decoder_colours=4)
+    vae = WanVAE.from_state_dict(random_state(config), device="cpu")
+    save_file(random_state(config), str(tmp_path / "vae.safetensors"))
+    pictures(1, alpha=True)[0].save(tmp_path / "p.png")
+    argv = ["encode", str(tmp_path / "p.png"), "--vae", str(tmp_path / "vae.safetensors")]
+    assert main([*argv, "-o", str(tmp_path / "z.latent"), "--device", "cpu"]) == 0
+    assert "flattened" not in capfd.readouterr().err
+    expected = vae.encode(read_pixels(tmp_path / "p.png", colours=4))
+    assert torch.equal(load_latent(tmp_path / "z.latent"), expected)
