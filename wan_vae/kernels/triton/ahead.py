@@ -13,7 +13,6 @@ from triton.backends.driver import DriverBase
 from ..device import Device
 from ..kernel import BuildError
 
-
 # What Triton raises without the card's driver library (an AssertionError on NVIDIA's) or without a
 # compiler of C.
 _NO_LAUNCHER = (AssertionError, ImportError, OSError, RuntimeError, subprocess.SubprocessError)
@@ -41,7 +40,7 @@ def compile_for(device: Device) -> None:
     triton.runtime.driver.set_active(_AheadDriver(target))
 
 
-class _AheadDriver(DriverBase):
+class _AheadDriver(DriverBase):  # type: ignore[misc]  # Triton has no types
     """Names the card. It has no streams and loads nothing.
 
     launcher_cls, utils: what makes the launcher of a kernel; only where the driver library is.

@@ -42,6 +42,8 @@ def _compile(
     """Compile into Triton's cache: the kernel, and what launches it, which some releases compile
     for each kernel too."""
     made = kernel.warmup(*arguments, grid=grid, **options)
+    if made is None:  # by the interpreter, which compiles nothing
+        return
     launcher = getattr(triton.runtime.driver.active, "launcher_cls", None)
-    if made is not None and launcher is not None:
+    if launcher is not None:
         launcher(made.src, made.metadata)
