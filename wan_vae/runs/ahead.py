@@ -100,14 +100,26 @@ class AheadJob:
             plain["backend"],
         )
 
+    @property
     def config(self) -> WanVAEConfig:
-        """The model's configuration. Raises CheckpointError, NotAWanVAEError."""
+        """The model's configuration; of a file, as its header says. Raises CheckpointError,
+        NotAWanVAEError."""
         return load_checkpoint(self.source).config if isinstance(self.source, str) else self.source
+
+    def of_config(self) -> AheadJob:
+        """The same job of a configuration, so that two files of one model are the same work.
+
+        Raises CheckpointError, NotAWanVAEError.
+        """
+        return replace(self, source=self.config)
 
     # -- what is done already ------------------------------------------------------------------
 
     def left(self) -> AheadJob:
-        """The job without the work that an earlier one has done: nothing is compiled to see it."""
+        """The job without the work that an earlier one has done: nothing is compiled to see it.
+
+        For a job of a configuration, see `of_config`.
+        """
         return replace(self, work=tuple(w for w in self.work if not self._is_done(w)))
 
     def _is_done(self, work: Work) -> bool:
@@ -129,12 +141,6 @@ class AheadJob:
             return None
         plain = replace(self, work=(work,)).as_dict()
         facts: list[object] = [sorted(plain.items(), key=str), _digest_of_sources()]
-        if isinstance(self.source, str):
-            try:
-                state = Path(self.source).stat()
-            except OSError:
-                return None
-            facts += [state.st_size, state.st_mtime_ns]
         name = sha256(repr(facts).encode()).hexdigest()[:24]
         # Beside the kernels, so that it goes when they go.
         return folder / "kernels" / f"{name}.done"
@@ -189,7 +195,7 @@ class Ahead:
     """
 
     def __init__(self, job: AheadJob) -> None:
-        self.job, self.config = job, job.config()
+        self.job, self.config = job, job.config
         self.families = registry.families_of(job.backend, job.device)
         if not self.families:
             raise BackendError(f"no kernels to compile: {registry.auto_reason(job.device)}")
@@ -221,6 +227,7 @@ class Ahead:
         """
         for work in self.job.work:
             if work.part == "encoder" and not self.config.has_encoder:
+                self.job.note_done(work)
                 continue
             began, refused = time.perf_counter(), dict[str, str]()
             wanted = self.builds(work)

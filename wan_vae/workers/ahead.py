@@ -16,9 +16,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ..errors import WanVAEError
+from ..errors import BackendError, CheckpointError, NotAWanVAEError
 from ..kernels import registry
 from ..kernels.cache_folder import cache_folder
 from ..kernels.kernel import Family
@@ -68,9 +68,7 @@ class AheadCompiler:
             self._asked.append(job)
             self._waiting.append(job)
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._work, name="wan_vae_ahead", daemon=True
-                )
+                self._thread = threading.Thread(target=self._work, daemon=True)
                 self._thread.start()
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -97,8 +95,11 @@ class AheadCompiler:
                     self._thread = None
                     return
                 asked = self._waiting.popleft()
-            job = asked.left()  # an earlier job may have done some of it
-            ended = _run(job, self._started) if job.work and not _is_busy() else None
+            try:
+                job = asked.of_config().left()
+                ended = _run(job, self._started) if job.work and not _is_busy() else None
+            except (CheckpointError, NotAWanVAEError):
+                ended = None  # the node that is given it will say so
             with self._lock:
                 self._process = None
                 self._asked.remove(asked)
@@ -174,16 +175,13 @@ def main() -> None:
     if hasattr(os, "nice"):
         os.nice(_NICE)
     job = AheadJob.from_dict(json.loads(sys.stdin.buffer.readline()))
-    threading.Thread(target=_end_with, args=(sys.stdin.buffer,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(sys.stdin.fileno(),), daemon=True).start()
     lock = _lock()
     if lock is None or not lock.acquire():
         raise SystemExit(BUSY)
     try:
         compile_here(job, threads(), lambda outcome: print(json.dumps(outcome), flush=True))
-    except WanVAEError as error:
-        # No Wan VAE, or a card without kernels: nobody has to ask again.
-        for work in job.work:
-            job.note_done(work)
+    except BackendError as error:
         print(error, flush=True)
         raise SystemExit(IMPOSSIBLE) from None
     finally:
@@ -208,7 +206,9 @@ def threads() -> int:
     return max(1, min(_MOST_THREADS, (os.cpu_count() or 2) // 2))
 
 
-def _end_with(pipe: IO[bytes]) -> None:
+def _end_with(pipe: int) -> None:
     """End this process when the one at the other end of the pipe has ended."""
-    pipe.read()
+    # Not through sys.stdin, whose lock would be held when this process wants to end.
+    while os.read(pipe, 1):
+        pass
     os._exit(0)
