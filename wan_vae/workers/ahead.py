@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..errors import BackendError, CheckpointError, NotAWanVAEError
 from ..kernels import registry
 from ..kernels.cache_folder import cache_folder
 from ..kernels.kernel import Family
-from ..runs.ahead import Ahead, AheadJob
+from ..runs.ahead import Ahead, AheadJob, Outcome
 from .lock import FileLock
 
 LOCK = "ahead.lock"
@@ -180,7 +180,8 @@ def main() -> None:
     if lock is None or not lock.acquire():
         raise SystemExit(BUSY)
     try:
-        compile_here(job, threads(), lambda outcome: print(json.dumps(outcome), flush=True))
+        for outcome in compile_here(job, threads()):
+            print(json.dumps(outcome.as_dict()), flush=True)
     except BackendError as error:
         print(error, flush=True)
         raise SystemExit(IMPOSSIBLE) from None
@@ -188,17 +189,14 @@ def main() -> None:
         lock.release()
 
 
-def compile_here(
-    job: AheadJob, compilers: int | None, on_outcome: Callable[[dict[str, Any]], None]
-) -> None:
-    """Compile `job` in this process, which launches no kernel of Triton afterwards."""
+def compile_here(job: AheadJob, compilers: int | None) -> Iterator[Outcome]:
+    """Compile `job` in this process, in which Triton launches nothing afterwards: see `Ahead`."""
     ahead = Ahead(job)
     if "triton" in ahead.families and isinstance(registry.load("triton"), Family):
         from ..kernels.triton.ahead import compile_for  # Triton may not be installed
 
         compile_for(job.device)
-    for outcome in ahead.compile(compilers):
-        on_outcome(outcome.as_dict())
+    yield from ahead.compile(compilers)
 
 
 def threads() -> int:

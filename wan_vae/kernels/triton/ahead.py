@@ -34,9 +34,12 @@ def compile_for(device: Device) -> None:
     """Let every kernel that is compiled in this process from here on be for `device`.
 
     For a process that launches nothing. Its environment hides the cards. What launches a kernel is
-    compiled too, where the card's driver library is installed.
+    compiled too, where the card's driver library is installed. The interpreter compiles nothing.
     """
-    target = target_of(device.runs_on or device)
+    card = device.runs_on or device
+    if card.vendor == "interpreter":
+        return
+    target = target_of(card)
     triton.runtime.driver.set_active(_AheadDriver(target))
 
 
