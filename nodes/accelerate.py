@@ -11,6 +11,7 @@ from ..wan_vae.options import MemoryFormat
 from ..wan_vae.report import SCHEMA
 from ..wan_vae.workers.devices import parse_devices
 from .accelerated import Options, accelerated
+from .ahead import ask
 from .reports import HIDDEN, NodeId
 from .schema import advanced, layout_input, precision_input, schema, vae_input
 from .session import session
@@ -71,6 +72,8 @@ class WanVAEAccelerate(io.ComfyNode):
             made = accelerated(vae, options)
             # Packs the weights: what is no Wan VAE is refused here, not later in the workflow.
             wan = run.wan
+            # Where no file was found behind the prompt, what the VAE is known now.
+            ask(wan.config, vae.device, precision, ("decoder", "encoder"))
             run.report = {
                 "schema": SCHEMA,
                 "operation": "accelerate",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .accelerate import WanVAEAccelerate
+from .ahead import add_handler
 from .create_video import WanVAECreateVideo
 from .decode import WanVAEDecode
 from .decode_sharded import WanVAEDecodeSharded
@@ -30,7 +31,9 @@ class WanVAEExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> WanVAEExtension:
-    """Called by ComfyUI once, at start. Adds the route of the panel."""
+    """Called by ComfyUI once, at start. Adds the route of the panel, and looks at queued
+    prompts."""
     # Not in `on_load`: ComfyUI 0.8 does not call it.
     add_route()
+    add_handler()
     return WanVAEExtension()

@@ -364,7 +364,7 @@ def test_options_of_a_plan_without_a_plan_are_wrong_usage(files, capsys):
     assert "--strips is an option of --plan LATENT" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["decode", "encode", "inspect", "demo", "doctor", "bench"])
+@pytest.mark.parametrize("name", ["decode", "encode", "inspect", "demo", "doctor", "warm", "bench"])
 def test_help_shows_an_example(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])

@@ -123,7 +123,7 @@ def test_the_python_of_a_page_runs_as_written(page, folder, capsys):
 
 
 # Run elsewhere: tests/dist/test_torchrun.py, test_demo.py, tests/bench and test_cli.py.
-RUN_ELSEWHERE = ("torchrun", "wan-vae demo", "wan-vae bench", "wan-vae doctor")
+RUN_ELSEWHERE = ("torchrun", "wan-vae demo", "wan-vae bench", "wan-vae doctor", "wan-vae warm")
 
 
 def test_the_commands_of_the_command_line_page_run_as_written(folder, capsys):
@@ -139,7 +139,9 @@ def test_the_commands_of_the_command_line_page_run_as_written(folder, capsys):
     assert len(list((folder / "frames").glob("*.png"))) == 5
 
 
-@pytest.mark.parametrize("command", ["decode", "encode", "inspect", "demo", "doctor", "bench"])
+@pytest.mark.parametrize(
+    "command", ["decode", "encode", "inspect", "demo", "doctor", "warm", "bench"]
+)
 def test_every_command_has_its_place(command):
     assert f"wan-vae {command}" in text_of(DOCS / "cli.md")
 

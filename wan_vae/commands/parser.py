@@ -76,6 +76,14 @@ def build_parser() -> argparse.ArgumentParser:
             "wan-vae doctor",
         )
     )
+    _add_warm(
+        command(
+            "warm",
+            "Compile the kernels of a VAE now, and with a card prove and time them, so that no "
+            "decode has to.",
+            "wan-vae warm wan_2.1_vae.safetensors",
+        )
+    )
     bench = command(
         "bench",
         "Compare with fastvae, diffusers and ComfyUI; see wan-vae bench --help.",
@@ -330,6 +338,31 @@ def _add_doctor(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", help="check only this device (default: all)")
     _add_share(sub)
     sub.set_defaults(run=_doctor)
+
+
+def _add_warm(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint file or folder (default: Wan 2.1 and Wan 2.2, with random weights)",
+    )
+    where = sub.add_mutually_exclusive_group()
+    where.add_argument("--device", help="cuda:0 (default: the best one here)")
+    where.add_argument(
+        "--card",
+        metavar="NAME",
+        help='compile for a card that is not here: its name ("RTX 4090"), compute capability (8.9) '
+        "or architecture (gfx1100); nothing is proven then (default: for the device)",
+    )
+    sub.set_defaults(run=_warm)
+
+
+def _warm(args: argparse.Namespace) -> int:
+    from .warm import run_warm
+
+    return run_warm(args.files, args.device, args.card)
 
 
 def share_parser() -> argparse.ArgumentParser:

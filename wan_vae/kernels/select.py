@@ -14,14 +14,10 @@ but the class of the layer. A shard has the choice of the whole picture.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from typing import Any
-from zlib import crc32
 
 import torch
 
@@ -31,9 +27,19 @@ from ..ops.opset import LayerChoice, OpSet, eager_ops
 from ..ops.problem import LayerSite, Problem
 from ..options import Axis
 from . import registry
-from .bounds import Bound, operand_bound
+from .contenders import (
+    TIMED,
+    Builds,
+    Contender,
+    Contenders,
+    LayerClass,
+    Wanted,
+    class_of,
+    distinct,
+    proof_key,
+    wanted_builds,
+)
 from .device import Device
-from .kernel import BuildError, Kernel
 from .proof.cache import ProofCache
 from .proof.cases import prove_kernel
 from .proof.choice import EAGER, Choice, fastest, worth_their_bits
@@ -41,8 +47,6 @@ from .proof.prove import Verdict
 from .proof.timing import Timer, time_kernels
 from .table import LayerTable
 
-# How many right configurations of a class are timed.
-_TIMED = 3
 # Seconds for everything that a choice by time costs a model: what is left of the classes when they
 # are over is not built, proven and timed beyond the first right configuration.
 _BUDGET_S = 2.0
@@ -80,71 +84,24 @@ def select_kernels(request: SelectRequest) -> OpSet:
         return _Selection(request).table().ops()
 
 
-def proof_key(kernel: Kernel[Any, Any], problem: Problem, config: str, axis: Axis | None) -> str:
-    """Names a verdict: family, kernel, class of problems, configuration, axis of a halo."""
-    key = f"{kernel.family} {kernel.name}: {problem.key()}: {config}"
-    return key if axis is None or not problem.has_halo else f"{key}: halo along {axis}"
-
-
-@dataclass(frozen=True)
-class _Contender:
-    """A configuration that may run a layer; or, with a `reason`, a kernel that may not.
-
-    failed: see `LayerTable.refuse`.
-    """
-
-    kernel: Kernel[Any, Any]
-    config: str = ""
-    reason: str = ""
-    failed: bool = False
-
-
-@dataclass(frozen=True)
-class _Class:
-    """Layers that take the same choice: their problem, and what may run them, the best first."""
-
-    problem: Problem
-    contenders: tuple[_Contender, ...]
-
-    def key_of(self, contender: _Contender) -> str:
-        """The proof key, for the whole picture."""
-        return proof_key(contender.kernel, self.problem, contender.config, None)
-
-    @functools.cached_property
-    def key(self) -> str:
-        """Names the choice: another list of contenders may have another winner."""
-        names = "\n".join(self.key_of(contender) for contender in self.contenders)
-        return f"{self.problem.key()}: of {crc32(names.encode()):08x}"
-
-    @property
-    def rank(self) -> tuple[bool, int]:
-        """Sorts by what a choice is worth: the narrow layers run at the highest resolution."""
-        problem = self.problem
-        is_small = getattr(problem, "source", "features") == "latent"
-        return is_small, max(problem.in_channels, problem.out_channels)
-
-
 class _Selection:
     """One walk over the layers of a request."""
 
     def __init__(self, request: SelectRequest):
         self.request = request
-        self.builds = _Builds(request.device)
+        self.builds = Builds(request.device)
         self.spent_s = 0.0
 
     def table(self) -> LayerTable:
         request = self.request
         table = LayerTable(request.families, request.eager)
-        asked = _Contenders(request).all()
-        classes = [
-            _Class(site.problem, tuple(one for one in own if not one.reason))
-            for site, own in zip(request.sites, asked, strict=True)
-        ]
+        asked = Contenders(request.sites, request.families, request.device).all()
+        classes = [class_of(site, own) for site, own in zip(request.sites, asked, strict=True)]
         with self.builds:
-            self._build_ahead(classes)
             decisions: dict[str, Choice] = {}
             if request.prescribed is None:
-                for one in sorted(_distinct(classes), key=lambda one: one.rank):
+                self._build_ahead(classes)
+                for one in sorted(distinct(classes), key=lambda one: one.rank):
                     decisions[one.key] = self._decide(one)
                 decisions |= self._for_their_bits(decisions, classes)
             for site, own, one in zip(request.sites, asked, classes, strict=True):
@@ -156,7 +113,7 @@ class _Selection:
 
     # -- the choice ------------------------------------------------------------------------------
 
-    def _decide(self, one: _Class) -> Choice:
+    def _decide(self, one: LayerClass) -> Choice:
         request, timer = self.request, self.request.timer
         if timer is None or not one.contenders:
             return self._first_right(one)
@@ -174,7 +131,7 @@ class _Selection:
         return self._first_right(one)
 
     def _for_their_bits(
-        self, decisions: Mapping[str, Choice], classes: Sequence[_Class]
+        self, decisions: Mapping[str, Choice], classes: Sequence[LayerClass]
     ) -> dict[str, Choice]:
         """Kernels for the classes that run eager, where that gains too little."""
         layers = Counter(one.key for one in classes)
@@ -187,7 +144,7 @@ class _Selection:
                 kept[key] = choice
         return kept
 
-    def _first_right(self, one: _Class) -> Choice:
+    def _first_right(self, one: LayerClass) -> Choice:
         """The first contender that is right, or eager. Nothing is timed."""
         refused: dict[str, str] = {}
         for contender in one.contenders:
@@ -197,12 +154,12 @@ class _Selection:
             refused[one.key_of(contender)] = verdict.reason
         return Choice(EAGER, {}, refused)
 
-    def _measure(self, one: _Class, timer: Timer) -> Choice:
+    def _measure(self, one: LayerClass, timer: Timer) -> Choice:
         """The fastest of the first right contenders and eager."""
-        right: list[_Contender] = []
+        right: list[Contender] = []
         refused: dict[str, str] = {}
         for contender in one.contenders:
-            if len(right) >= _TIMED and not _is_timed_beside(contender, right):
+            if len(right) >= TIMED and not _is_timed_beside(contender, right):
                 continue
             key = one.key_of(contender)
             if not right:
@@ -210,7 +167,7 @@ class _Selection:
             else:
                 began = time.perf_counter()
                 left = _BUDGET_S - self.spent_s
-                if left <= 0 or not self.builds.is_done(contender, one.problem, left):
+                if left <= 0 or not self.builds.is_done(Wanted(contender, one.problem), left):
                     break
                 verdict = self._verdict(one.problem, contender, None)
                 self.spent_s += time.perf_counter() - began
@@ -240,12 +197,12 @@ class _Selection:
             known[EAGER] = times.eager_ms
         return Choice(fastest(known), known, refused)
 
-    def _winner(self, one: _Class, choice: Choice) -> _Contender:
+    def _winner(self, one: LayerClass, choice: Choice) -> Contender:
         return next(c for c in one.contenders if one.key_of(c) == choice.winner)
 
-    def _verdict(self, problem: Problem, contender: _Contender, axis: Axis | None) -> Verdict:
+    def _verdict(self, problem: Problem, contender: Contender, axis: Axis | None) -> Verdict:
         request, kernel, config = self.request, contender.kernel, contender.config
-        failure = self.builds.failure(contender, problem)
+        failure = self.builds.failure(Wanted(contender, problem))
         if failure is not None:
             return Verdict(False, failure)
         return request.proofs.verdict(
@@ -253,25 +210,27 @@ class _Selection:
             lambda: prove_kernel(kernel, problem, config, request.device, request.runs_on, axis),
         )
 
-    def _build_ahead(self, classes: Sequence[_Class]) -> None:
-        """Build in parallel what the classes try first, because compilers take seconds.
+    def _build_ahead(self, classes: Sequence[LayerClass]) -> None:
+        """Start all that is wanted, and prove what the classes try first as soon as it is built:
+        the compilers of the others take seconds."""
+        request = self.request
+        is_timed = request.timer is not None
 
-        Then, while the first are proven, what else is to be timed.
-        """
-        request, unknown = self.request, []
-        for one in _distinct(classes):
-            choice = None if request.timer is None else request.proofs.choice(one.key)
-            if request.prescribed is not None or not one.contenders:
-                continue
-            if choice is None:
-                unknown.append(one)
-                self.builds.start(one.contenders[0], one.problem)
-            elif choice.winner != EAGER:
-                self.builds.start(self._winner(one, choice), one.problem)
-        if request.timer is not None:
-            for one in sorted(unknown, key=lambda one: one.rank):
-                for contender in one.contenders[1:_TIMED]:
-                    self.builds.start(contender, one.problem)
+        def winner_of(one: LayerClass) -> str | None:
+            choice = request.proofs.choice(one.key) if is_timed else None
+            return None if choice is None else choice.winner
+
+        wanted = wanted_builds(classes, winner_of, is_timed)
+        for build in wanted:
+            self.builds.start(build)
+        first = {
+            Wanted(one.contenders[0], one.problem).key
+            for one in classes
+            if one.contenders and winner_of(one) is None
+        }
+        axis = None if is_timed else request.axis
+        for build in self.builds.in_turn(build for build in wanted if build.key in first):
+            self._verdict(build.problem, build.contender, axis)
 
     # -- the table -------------------------------------------------------------------------------
 
@@ -279,8 +238,8 @@ class _Selection:
         self,
         table: LayerTable,
         site: LayerSite,
-        asked: Sequence[_Contender],
-        one: _Class,
+        asked: Sequence[Contender],
+        one: LayerClass,
         choice: Choice,
     ) -> None:
         """Take what is chosen, and keep why what is preferred to it is not taken."""
@@ -310,7 +269,7 @@ class _Selection:
             table.refuse(site, one.contenders[0].kernel.family, reason, failed=True)
 
     def _take(
-        self, table: LayerTable, site: LayerSite, contender: _Contender, choice: Choice
+        self, table: LayerTable, site: LayerSite, contender: Contender, choice: Choice
     ) -> None:
         kernel, config = contender.kernel, contender.config
         layer = kernel.prepare(site.weights, site.problem, config, self.request.device)
@@ -321,7 +280,7 @@ class _Selection:
         table.bind(site, kernel, layer, facts)
 
     def _bind_prescribed(
-        self, table: LayerTable, site: LayerSite, one: _Class, wanted: LayerChoice | None
+        self, table: LayerTable, site: LayerSite, one: LayerClass, wanted: LayerChoice | None
     ) -> None:
         """Take what another rank has chosen. Raises BackendError where it cannot run here."""
         if wanted is None:
@@ -342,112 +301,10 @@ class _Selection:
         raise BackendError(f"{site.name} cannot run {wanted.text}: not made for this device")
 
 
-def _is_timed_beside(contender: _Contender, right: Sequence[_Contender]) -> bool:
+def _is_timed_beside(contender: Contender, right: Sequence[Contender]) -> bool:
     """Whether it is timed beside those that are right already, which are enough."""
     family = contender.kernel.family
     return registry.is_timed_beside(family) and all(one.kernel.family != family for one in right)
-
-
-def _distinct(classes: Sequence[_Class]) -> list[_Class]:
-    """Each class once."""
-    return list({one.key: one for one in classes}.values())
-
-
-class _Contenders:
-    """What may run each layer, by requirements and bounds."""
-
-    def __init__(self, request: SelectRequest):
-        self.request = request
-        self.bounds: list[Bound] = []
-
-    def all(self) -> list[list[_Contender]]:
-        """For each site, in order of preference. All bounds come from the device in one
-        transfer."""
-        drafts = [self._of(site) for site in self.request.sites]
-        numbers = torch.stack([b.value for b in self.bounds]).tolist() if self.bounds else []
-        return [
-            [self._checked(contender, bounds, numbers) for contender, bounds in draft]
-            for draft in drafts
-        ]
-
-    def _checked(
-        self, contender: _Contender, bounds: Sequence[int], numbers: Sequence[float]
-    ) -> _Contender:
-        for i in bounds:
-            reason = self.bounds[i].refusal(numbers[i])
-            if reason is not None:
-                return _Contender(contender.kernel, contender.config, reason, failed=True)
-        return contender
-
-    def _of(self, site: LayerSite) -> list[tuple[_Contender, list[int]]]:
-        """Each with the places of its bounds in `self.bounds`."""
-        found: list[tuple[_Contender, list[int]]] = []
-        problem, device = site.problem, self.request.device
-        for kernel in registry.kernels_of(problem.operation, self.request.families):
-            reason = kernel.requires.unmet(device, problem)
-            configs = () if reason else kernel.candidates(problem, device)
-            if not configs:
-                channels = f"{problem.in_channels} to {problem.out_channels} channels"
-                reason = reason or f"no configuration for {channels}"
-                found.append((_Contender(kernel, reason=reason), []))
-                continue
-            shared = []
-            if kernel.requires.largest_operand < float("inf"):
-                shared = self._kept(operand_bound(site.weights, kernel.requires.largest_operand))
-            for config in configs:
-                bound = kernel.bound(site.weights, problem, config)
-                if bound is not None:
-                    bound = replace(bound, text=f"{kernel.name} {config}: {bound.text}")
-                own = self._kept(bound)
-                found.append((_Contender(kernel, config), [*shared, *own]))
-        return found
-
-    def _kept(self, bound: Bound | None) -> list[int]:
-        if bound is None:
-            return []
-        self.bounds.append(bound)
-        return [len(self.bounds) - 1]
-
-
-class _Builds:
-    """Builds each configuration once, in threads, because compilers take seconds."""
-
-    def __init__(self, device: Device):
-        self.device = device
-        self._pool = ThreadPoolExecutor(max_workers=8)
-        # The reason why it could not be built, or None; by proof key.
-        self._running: dict[str, Future[str | None]] = {}
-
-    def __enter__(self) -> _Builds:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def start(self, contender: _Contender, problem: Problem) -> Future[str | None]:
-        key = proof_key(contender.kernel, problem, contender.config, None)
-        if key not in self._running:
-            job = contender.kernel, problem, contender.config, self.device
-            self._running[key] = self._pool.submit(_build_failure, *job)
-        return self._running[key]
-
-    def is_done(self, contender: _Contender, problem: Problem, timeout_s: float) -> bool:
-        """Whether it is built, or failed, within that time."""
-        return bool(wait([self.start(contender, problem)], timeout_s).done)
-
-    def failure(self, contender: _Contender, problem: Problem) -> str | None:
-        """Wait until it is built; the reason if that fails."""
-        return self.start(contender, problem).result()
-
-
-def _build_failure(
-    kernel: Kernel[Any, Any], problem: Problem, config: str, device: Device
-) -> str | None:
-    try:
-        kernel.build(problem, config, device)
-    except BuildError as error:
-        return str(error)
-    return None
 
 
 def _library(problem: Problem, device: Device) -> str:

@@ -186,10 +186,13 @@ def _launch(variant: Variant, call: _Call) -> None:
     tiles *= variant.cout // (variant.block * variant.blocks)
     # Without a residual its map is not used.
     added = out if residual is None else residual
-    arguments: list[Argument] = [
+    results = clips * frames, height, width, variant.cout
+    maps: list[Argument] = []
+    if not out.is_meta:  # the driver makes them, and there may be none where nothing is launched
         # Two bytes a number, bfloat16 or float16.
-        frames_map(*operand, _BOX),
-        frames_map(added.data_ptr(), (clips * frames, height, width, variant.cout), _RESIDUAL_BOX),
+        maps = [frames_map(*operand, _BOX), frames_map(added.data_ptr(), results, _RESIDUAL_BOX)]
+    arguments: list[Argument] = [
+        *maps,
         c_void_p(packed.data_ptr()),
         c_void_p(bias.data_ptr()),
         c_void_p(out.data_ptr()),

@@ -111,6 +111,9 @@ def launch(
 def _queue(
     program: Program, device: torch.device, grid: Grid, arguments: Sequence[Argument]
 ) -> None:
+    if device.type == "meta":  # compiled ahead, as the Triton family does it
+        build(program)
+        return
     if device.type != "cuda":
         raise BuildError(f"{program.entry} was made for NVIDIA cards, not for {device.type}")
     with torch.cuda.device(device):

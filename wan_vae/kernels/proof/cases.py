@@ -51,7 +51,11 @@ BOUNDS = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 1e-5}
 Size = tuple[int, int, int]
 # Those of a proof: odd, more programs than an H200 has multiprocessors, and
 # small enough that all proofs of a model take seconds. The interpreter gets a few programs.
-PROOF_SIZE: dict[str, Size] = {"cuda": (5, 131, 179), "cpu": (2, 5, 7)}
+PROOF_SIZE: dict[str, Size] = {
+    "cuda": (5, 131, 179),
+    "meta": (5, 131, 179),
+    "cpu": (2, 5, 7),
+}
 
 L = TypeVar("L")
 
@@ -138,6 +142,8 @@ class Inputs:
         return (0 if self.axis == "height" else rows, 0 if self.axis == "width" else cols)
 
     def random(self, *shape: int, seed: int) -> torch.Tensor:
+        if self.device.type == "meta":  # shapes alone, for what is compiled and not run
+            return torch.empty(shape, device=self.device)
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=self.device)
 

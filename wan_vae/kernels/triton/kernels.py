@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
 
 from ... import layout
+from ...errors import first_line
 from ...ops.problem import (
     AttentionProblem,
     ConvProblem,
@@ -28,6 +29,7 @@ from ...ops.problem import (
 from ..bounds import Bound
 from ..device import Device, Feature, Vendor
 from ..kernel import BuildError, Family, Kernel, Requires
+from ..proof.cases import PROOF_SIZE, Inputs, checks_of
 from ..weights import behind_norm, filled_channels, fit_channels, fold_upsample, norm_scale
 from . import conv3d_pointer, conv3d_tma
 from .configs import (
@@ -56,6 +58,7 @@ from .layers import (
 
 _VENDORS: frozenset[Vendor] = frozenset({"nvidia", "amd", "interpreter"})
 _MATRIX_UNITS: frozenset[Feature] = frozenset({"mfma", "wmma"})
+_META = torch.device("meta")
 _LARGEST = torch.finfo(OPERAND).max
 # A convolution of few output channels has a kernel of its own: nine columns for each of them.
 _NARROW = 128 // 9
@@ -79,10 +82,16 @@ class _TritonKernel:
     build_failures: tuple[type[Exception], ...] = BUILD_FAILURES
     sums_error: float = 0.0
 
-    def build(self, problem: object, config: str, device: Device) -> None:
-        """See `Kernel`. Triton compiles at the first launch, for the card in use."""
+    def build(self, problem: Any, config: str, device: Device) -> None:
+        """See `Kernel`. For the card in use: launched on `meta` tensors, as its proof does it."""
         if device.vendor not in _VENDORS:
             raise BuildError(f"Triton does not compile for {device.architecture}")
+        inputs = Inputs(_META, problem.feature_dtype, None, PROOF_SIZE[_META.type])
+        try:
+            for check in checks_of(cast(Kernel[Any, Any], self), problem, config, device, inputs):
+                check.kernel()
+        except BUILD_FAILURES as failure:
+            raise BuildError(f"{type(failure).__name__}: {first_line(failure)}") from failure
 
     def bound(self, weights: LayerWeights, problem: object, config: str) -> Bound | None:
         """See `Kernel`. Sums are float32."""

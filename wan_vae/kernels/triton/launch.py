@@ -1,8 +1,15 @@
-"""The one place that launches a Triton kernel, and so compiles it the first time."""
+"""The one place that launches a Triton kernel, and so compiles it the first time.
+
+On tensors of the device `meta`, which have a shape and no data, a kernel is compiled and not
+launched: so what is compiled ahead is what a launch looks for, because the same code asks for both.
+"""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
+import triton
 
 from ...errors import first_line
 from ..kernel import BuildError
@@ -14,11 +21,29 @@ _FAILED_PASS = "PassManager::run failed"
 def launch_kernel(
     kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object
 ) -> None:
-    """`kernel[grid](*arguments, **options)`. Raises BuildError where a pass of the compiler fails,
-    as it may for an architecture that nobody tried."""
+    """`kernel[grid](*arguments, **options)`, or on `meta` tensors its compilation alone. Raises
+    BuildError where a pass of the compiler fails, as it may for an architecture that nobody tried.
+    """
+    is_ahead = any(isinstance(one, torch.Tensor) and one.is_meta for one in arguments)
     try:
-        kernel[grid](*arguments, **options)
+        if is_ahead:
+            _compile(kernel, grid, arguments, options)
+        else:
+            kernel[grid](*arguments, **options)
     except RuntimeError as error:
         if _FAILED_PASS not in str(error):
             raise
         raise BuildError(f"Triton cannot compile it: {first_line(error)}") from error
+
+
+def _compile(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[object, ...], options: dict[str, object]
+) -> None:
+    """Compile into Triton's cache: the kernel, and what launches it, which some releases compile
+    for each kernel too."""
+    made = kernel.warmup(*arguments, grid=grid, **options)
+    if made is None:  # by the interpreter, which compiles nothing
+        return
+    launcher = getattr(triton.runtime.driver.active, "launcher_cls", None)
+    if launcher is not None:
+        launcher(made.src, made.metadata)
