@@ -31,7 +31,7 @@ from ..planning.plan import Plan
 from ..report import DecodeReport
 from ..runs.decode import DecodeRequest
 from ..runs.encode import EncodeRequest
-from ..sharding.context import SINGLE, ShardContext
+from ..sharding.context import SINGLE, Agreed, ShardContext
 from ..sharding.plan import plan_shards
 from ..sharding.proof import check_wire
 from ..sharding.transport import HOST_AND_DEVICE
@@ -162,6 +162,7 @@ class _Worker:
         self.settings, self.pipe = settings, pipe
         self.device = torch.device(settings.device)
         self._vae: WanVAE | None = None
+        self._agreed = Agreed()
         # The memory of the last decode, which the next one may be given again.
         self.mapped: SharedBuffer | None = None
         self.stale: SharedBuffer | None = None
@@ -242,7 +243,12 @@ class _Worker:
         if settings.world_size == 1:
             return SINGLE
         return ShardContext(
-            settings.rank, settings.world_size, axis, timeout_s=wait_s, same_input=True
+            settings.rank,
+            settings.world_size,
+            axis,
+            timeout_s=wait_s,
+            same_input=True,
+            agreed=self._agreed,
         )
 
     def _hooks(self, raw: torch.Tensor) -> Hooks:
