@@ -142,6 +142,8 @@ class DecodeReport:
     versions: dict[str, str | None] = field(default_factory=dict)
     # What was planned, without what stands above: see `Plan.summary`; None if nothing was.
     plan: dict[str, object] | None = None
+    # Milliseconds of the host by phase, in order; see `ReportBuilder.lap` and `WorkerPool`.
+    host_ms: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         """Return the wire format `wan_vae.report/1`: dicts, lists, strings, numbers, bools, None.
@@ -208,7 +210,17 @@ class ReportBuilder:
         self.warnings: list[str] = []
         self.done_frames = 0
         self.total_frames = 0
-        self._started = time.perf_counter()
+        self.host_ms: dict[str, float] = {}
+        self._started = self._lap_started = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Add the time since the last lap (or the creation of the builder) to `phase`.
+
+        It is the host's time: a device may be done later.
+        """
+        now = time.perf_counter()
+        self.host_ms[phase] = self.host_ms.get(phase, 0.0) + (now - self._lap_started) * 1e3
+        self._lap_started = now
 
     def build(self, status: str, error: str | None = None) -> DecodeReport:
         """Make a report of what is known now. `duration_ms` counts from the builder's creation."""
@@ -241,4 +253,5 @@ class ReportBuilder:
             precision_requested=self.precision_requested,
             strips=self.strips,
             plan=self.plan,
+            host_ms=dict(self.host_ms),
         )

@@ -136,7 +136,7 @@ class Arrival(Protocol):
 
 
 class HostWriter:
-    """Threads that copy blocks from staging buffers to pageable memory, each its rows of all blocks.
+    """Threads that copy blocks from staging buffers to pageable memory, each its rows of them.
 
     One thread copies 5 to 8 GB/s, so the last block of a clip would keep the caller waiting. Each
     takes the same rows of every block: it touches the memory ahead of a block before the next

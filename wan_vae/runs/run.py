@@ -106,6 +106,7 @@ class Run(ABC):
         self._report_plan(plan, notes)
         self._plan = plan
         self.clock = RunClock(self.device)  # its peak is above what is allocated now
+        self.builder.lap("begin")
 
     def _outdated(self, plan: Plan, now: Plan) -> str | None:
         """Why `plan`, made before, cannot be executed now; None if it can. now: a plan of now.
@@ -299,7 +300,9 @@ class Run(ABC):
                 for piece in self.pieces():
                     put(piece)
                     self._tell_progress()
+                self.builder.lap("chunks")
                 close()
+                self.builder.lap("copies")
             self.complete()
         except BaseException as error:
             failure = self._translated(error)
@@ -331,6 +334,7 @@ class Run(ABC):
         self._fill(wait=True)
         if not finite:
             self._is_not_finite()
+        self.builder.lap("finish")
         self.report = self.builder.build("done")
 
     def fail(self, error: BaseException) -> None:

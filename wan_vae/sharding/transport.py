@@ -94,9 +94,9 @@ class Wire:
 
     With NCCL the messages of an exchange are one call (`_at_once`), which needs no answer of the
     ranks that have none. Order on a CUDA device: it starts after the work queued on the current
-    stream, and that stream continues after it. Buffers may be freed when `exchange` returns, because
-    the next use of their memory is queued later on the same stream. No pair of ranks has two
-    messages in the same direction. `connect` comes first. It is a collective of all ranks, also
+    stream, and that stream continues after it. Buffers may be freed when `exchange` returns,
+    because the next use of their memory is queued later on the same stream. No pair of ranks has
+    two messages in the same direction. `connect` comes first. It is a collective of all ranks, also
     idle ones, which NCCL needs before messages between some of them.
     """
 
