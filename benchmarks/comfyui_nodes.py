@@ -9,6 +9,10 @@ folder gets nodes.md and nodes.json. --cpu runs a narrow model on small videos, 
 command works. --peers measures what our nodes stand for beside them, with --kjnodes (a checkout of
 ComfyUI-KJNodes) its Patch Triton VAE too.
 
+--sharded measures the same work on one device and on several (--devices 0,1): decodes, the encode
+inside image to video, an image, with --wan22 also Wan 2.2. It compares their bits and says where
+the host's time goes.
+
 --everywhere measures core's own nodes with the VAE of WanVAEAccelerate and with ComfyUI's own, and
 compares their results; --flags does that under each flag for the VAE in turn, in a ComfyUI of its
 own; --ballast GIB leaves so much device memory free, as a small card has it (all of this needs
@@ -26,7 +30,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +47,7 @@ from benchmarks.suite.node_runs import (
     FLAGS,
     KJNODES,
     VAE_FILE,
+    VAE_FILE_22,
     NodeCase,
     NodeRow,
     Scale,
@@ -54,10 +60,11 @@ from benchmarks.suite.node_runs import (
     measure,
     peer_cases,
 )
+from benchmarks.suite.sharded_nodes import PairRows, measure_pair, pairs, pairs_markdown
 from benchmarks.suite.weights import random_state
 from tests.comfy.provision import ComfyEnvironment
 from tests.comfy.server import Comfy
-from wan_vae.config import wan21
+from wan_vae.config import wan21, wan22
 
 SCHEMA = "wan_vae.bench.nodes/1"
 # Free in a server to which faults happen: 5 GB.
@@ -76,29 +83,43 @@ class Setting:
     ballast_gib: float | None = None
     # Failures are rows, and our VAE is compared with ComfyUI's own.
     is_trial: bool = False
+    wan22: bool = False
 
 
 def run(setting: Setting, wanted: Sequence[NodeCase]) -> tuple[list[NodeRow], str]:
     """The rows of the `wanted` cases, and ComfyUI's version."""
-
-    def measured(server: Comfy) -> list[NodeRow]:
-        return [_measured(server, setting, case, 100 * n) for n, case in enumerate(wanted)]
-
-    return in_server(setting, measured)
+    with running(setting) as (server, version):
+        rows = [_measured(server, setting, case, 100 * i) for i, case in enumerate(wanted)]
+    return rows, version
 
 
 def run_faults(setting: Setting) -> tuple[list[NodeRow], str]:
     """Our nodes after each fault with little free memory, and before them with all of it."""
-    plain, _ = in_server(replace(setting, ballast_gib=None), lambda s: [*rows_without_faults(s)])
+    with running(replace(setting, ballast_gib=None)) as (server, _):
+        plain = list(rows_without_faults(server))
     digests = {row.node: row.digest for row in plain}
-    rows, version = in_server(setting, lambda server: [*rows_after_faults(server, digests)])
+    with running(setting) as (server, version):
+        rows = list(rows_after_faults(server, digests))
     return [*plain, *rows], version
 
 
-def in_server(
-    setting: Setting, work: Callable[[Comfy], list[NodeRow]]
-) -> tuple[list[NodeRow], str]:
-    """`work` in a ComfyUI of its own, and ComfyUI's version."""
+def run_pairs(setting: Setting, devices: str, warm: int) -> tuple[list[PairRows], str]:
+    """What one device and several take, and ComfyUI's version."""
+    rows = []
+    with running(setting) as (server, version):
+        for number, pair in enumerate(pairs(setting.on_cpu, devices, setting.wan22, warm)):
+            print(pair.name, file=sys.stderr, flush=True)
+            try:
+                rows.append(measure_pair(server, pair, 100 * number, restart=number == 0))
+            except RuntimeError:
+                print(server.log_text()[-6000:], file=sys.stderr)
+                raise
+    return rows, version
+
+
+@contextmanager
+def running(setting: Setting) -> Iterator[tuple[Comfy, str]]:
+    """A ComfyUI as `setting` says, with random VAEs, and its version."""
     with (
         tempfile.TemporaryDirectory(prefix="wan_vae_bench_") as folder,
         Ballast(setting.ballast_gib),
@@ -121,11 +142,13 @@ def in_server(
             link = server.base / "custom_nodes" / KJNODES
             link.symlink_to(setting.kjnodes.resolve(), target_is_directory=True)
         config = wan21(dim=16) if setting.on_cpu else wan21()
-        save_file(random_state(config), server.base / "models" / "vae" / VAE_FILE)
+        folder_of_vaes = server.base / "models" / "vae"
+        save_file(random_state(config), folder_of_vaes / VAE_FILE)
+        if setting.wan22:
+            config = wan22(dim=8, decoder_dim=16) if setting.on_cpu else wan22()
+            save_file(random_state(config), folder_of_vaes / VAE_FILE_22)
         with server:
-            version = str(server.get("/system_stats")["system"]["comfyui_version"])
-            rows = work(server)
-    return rows, version
+            yield server, str(server.get("/system_stats")["system"]["comfyui_version"])
 
 
 def _measured(server: Comfy, setting: Setting, case: NodeCase, seed: int) -> NodeRow:
@@ -134,7 +157,8 @@ def _measured(server: Comfy, setting: Setting, case: NodeCase, seed: int) -> Nod
     try:
         row = replace(measure(server, case, seed), flags=setting.flags)
         if setting.is_trial and setting.ballast_gib is None and case.patch == ACCELERATE:
-            row = replace(row, difference=difference(server, case, seed + 90))
+            apart = difference(server, case, case.comparison(seed + 90))
+            row = replace(row, difference=apart)
         return row
     except RuntimeError as error:
         if setting.is_trial:
@@ -174,6 +198,21 @@ def nodes_markdown(rows: Sequence[NodeRow], facts: Facts) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---|---|" + ("---|---:|" if trial else ""),
     ]
     return "\n".join([*lines, *(_line(row, trial) for row in rows)]) + "\n"
+
+
+def sharded_markdown(rows: Sequence[PairRows], facts: Facts) -> str:
+    """What one device and several took, as Markdown."""
+    lines = [
+        "# One device and several in a running ComfyUI",
+        "",
+        *facts.lines(),
+        "- default flags of ComfyUI, random weights and inputs, LATENT and IMAGE on the CPU",
+        "- node time by ComfyUI's messages, new numbers in each run; first: the first run of that",
+        "  node in the process; else the median of the runs after it, smallest to largest in",
+        "  brackets; difference: the largest one to one device, of the same numbers",
+        "",
+    ]
+    return "\n".join([*lines, *pairs_markdown(rows)]) + "\n"
 
 
 def _line(row: NodeRow, trial: bool) -> str:
@@ -234,6 +273,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="under each of these flags, or under all of them; `default` is none",
     )
     parser.add_argument("--faults", action="store_true", help="our nodes after things went wrong")
+    parser.add_argument("--sharded", action="store_true", help="one device and several")
+    parser.add_argument("--devices", help="which several (default: 0,1; with --cpu: cpu,cpu)")
+    parser.add_argument("--wan22", action="store_true", help="with --sharded: Wan 2.2 too")
+    parser.add_argument("--warm", type=int, default=5, help="warm runs of each with --sharded")
     parser.add_argument("--ballast", type=float, metavar="GIB", help="leave so much memory free")
     parser.add_argument("--output", type=Path, help="folder for nodes.md and nodes.json")
     args = parser.parse_args(argv)
@@ -255,14 +298,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.kjnodes,
         ballast_gib=args.ballast,
         is_trial=args.everywhere,
+        wan22=args.wan22,
     )
+    if args.sharded:
+        return _main_sharded(setting, args, argv)
     rows, version = [], ""
     if args.faults:
         ballast = _FAULTS_GIB if args.ballast is None else args.ballast
         rows, version = run_faults(replace(setting, ballast_gib=ballast))
         facts = facts_of(rows, version, argv)
         lines = ["# Our nodes after things went wrong", "", *facts.lines(), "", *fault_lines(rows)]
-        return finish(rows, facts, "\n".join(lines) + "\n", args.output, "faults")
+        data = {**facts.as_dict(), "rows": [row.as_dict() for row in rows]}
+        _write(args.output, "faults", "\n".join(lines) + "\n", data)
+        return _said([fault for row in rows for fault in row.faults()])
     for name in ["default"] if args.flags is None else args.flags or FLAGS:
         if args.everywhere:
             scale = _scale(args.cpu, args.flags, args.ballast, name)
@@ -275,18 +323,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         more, version = run(replace(setting, flags=flags), wanted)
         rows += more
     facts = facts_of(rows, version, argv)
-    return finish(rows, facts, nodes_markdown(rows, facts), args.output, "nodes")
+    data = {**facts.as_dict(), "rows": [row.as_dict() for row in rows]}
+    _write(args.output, "nodes", nodes_markdown(rows, facts), data)
+    return _said([fault for row in rows for fault in row.faults()])
 
 
-def finish(rows: Sequence[NodeRow], facts: Facts, text: str, output: Path | None, name: str) -> int:
-    """Print and write the results; 1 if a node of ours did not do what it planned."""
+def _main_sharded(setting: Setting, args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """`--sharded`: measure and write; 1 if several devices did not do what one did."""
+    devices = args.devices or ("cpu,cpu" if args.cpu else "0,1")
+    rows, version = run_pairs(setting, devices, args.warm)
+    facts = facts_of([row.several for row in rows], version, argv)
+    found = [
+        {"name": row.name, "speed_up": row.speed_up}
+        | {"one": row.one.as_dict(), "several": row.several.as_dict()}
+        for row in rows
+    ]
+    _write(
+        args.output, "sharded", sharded_markdown(rows, facts), {**facts.as_dict(), "pairs": found}
+    )
+    return _said([fault for row in rows for fault in row.faults(setting.on_cpu)])
+
+
+def _write(folder: Path | None, name: str, text: str, data: Mapping[str, object]) -> None:
+    """Print the page; if there is a `folder`, put it and the data there."""
     print(text)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / f"{name}.md").write_text(text, encoding="utf-8")
-        data = {**facts.as_dict(), "rows": [row.as_dict() for row in rows]}
-        (output / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    faults = [fault for row in rows for fault in row.faults()]
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+        plain = json.dumps(data, indent=1) + "\n"
+        (folder / f"{name}.json").write_text(plain, encoding="utf-8")
+
+
+def _said(faults: Sequence[str]) -> int:
+    """Print what is wrong; the exit code."""
     for fault in faults:
         print(f"nodes: {fault}", file=sys.stderr)
     return 1 if faults else 0

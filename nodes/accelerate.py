@@ -15,7 +15,7 @@ from .ahead import ask
 from .reports import HIDDEN, NodeId
 from .schema import advanced, layout_input, precision_input, schema, vae_input
 from .session import session
-from .shards import Sharding
+from .shards import POOLS, Sharding
 
 # What `devices` says if the VAE's own device is meant.
 ONE_DEVICE = "one"
@@ -62,11 +62,13 @@ class WanVAEAccelerate(io.ComfyNode):
         devices: str = ONE_DEVICE,
     ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "accelerate") as run:
-            node = NodeId.of(cls.hidden)
+            node, sharding = NodeId.of(cls.hidden), _sharding(devices, vae)
+            if sharding is not None:
+                POOLS.start_ahead(devices, vae.device)
             options = Options(
                 memory_layout,
                 precision,
-                _sharding(devices),
+                sharding,
                 None if node is None else node.node,
             )
             made = accelerated(vae, options)
@@ -85,8 +87,9 @@ class WanVAEAccelerate(io.ComfyNode):
         return io.NodeOutput(made, ui=run.ui)
 
 
-def _sharding(devices: str) -> Sharding | None:
+def _sharding(devices: str, vae: Any) -> Sharding | None:
     """What `devices` asks for; None for one. Raises ShardingError for one that is missing."""
-    if devices.strip() in ("", ONE_DEVICE) or len(parse_devices(devices)) < 2:
+    own = getattr(vae, "device", None)  # what is no VAE is refused in a moment
+    if devices.strip() in ("", ONE_DEVICE) or len(parse_devices(devices, own)) < 2:
         return None
     return Sharding(devices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import comfy.model_management as model_management
 from comfy_api.latest import io
 
 from ..wan_vae.io.image import as_rgb
@@ -22,7 +23,7 @@ from .schema import (
     vae_input,
 )
 from .session import session
-from .shards import Sharding, decode
+from .shards import POOLS, Sharding, decode
 
 
 class WanVAEDecodeSharded(io.ComfyNode):
@@ -45,14 +46,16 @@ class WanVAEDecodeSharded(io.ComfyNode):
                     tooltip="all, or a list of GPUs such as 0,1,3. With cpu,cpu you can try it "
                     "without a GPU.",
                 ),
-                io.Combo.Input(
+                advanced(
+                    io.Combo.Input,
                     "axis",
                     options=list(AXES),
                     default="auto",
                     tooltip="The side along which the picture is divided. auto takes the one with "
                     "less exchange between the devices.",
                 ),
-                io.Combo.Input(
+                advanced(
+                    io.Combo.Input,
                     "gather",
                     options=list(COLLECTS),
                     default="shared",
@@ -84,6 +87,13 @@ class WanVAEDecodeSharded(io.ComfyNode):
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="The frames, in order.")],
             hidden=list(HIDDEN),
         )
+
+    @classmethod
+    def validate_inputs(cls, devices: Any = None) -> bool:
+        """Start processes for the workers while the nodes before this one run; refuses nothing."""
+        if isinstance(devices, str):  # not what another node makes
+            POOLS.start_ahead(devices, model_management.vae_device())
+        return True
 
     @classmethod
     def execute(

@@ -22,10 +22,11 @@ def schema(**fields: Any) -> io.Schema:
 
 
 def advanced(input_type: Callable[..., io.Input], name: str, **options: Any) -> io.Input:
-    """An optional input, folded away as advanced where this ComfyUI can do that."""
-    parameters = inspect.signature(input_type).parameters
-    if "advanced" in parameters:
+    """An optional input, folded away as advanced where the frontend can do that."""
+    if "advanced" in inspect.signature(input_type).parameters:
         options["advanced"] = True
+    else:  # ComfyUI 0.8: the frontend knows the option, the class does not
+        options["extra_dict"] = {"advanced": True}
     return input_type(name, optional=True, **options)
 
 

@@ -9,6 +9,7 @@ return io.NodeOutput(image, ui=run.ui)
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -48,6 +49,8 @@ class Session:
         self.fallbacks: list[str] = []
         self._packed: Packed | None = None
         self._before: DecodeReport | None = None
+        # Milliseconds of the node's own phases, which the final report gets too.
+        self._laps: dict[str, float] = {}
         # The final report as the panel reads it.
         self.report: dict[str, Any] = {}
 
@@ -55,9 +58,10 @@ class Session:
     def packed(self) -> Packed:
         """Our copy of the VAE, made when it is first asked for. Raises what `COPIES.get` raises."""
         if self._packed is None:
-            self._packed = COPIES.get(self.vae, self._precision)
-            self._before = self._packed.wan.last_report
-            self.warnings += ignored(self.vae)
+            with self.timed("copy"):
+                self._packed = COPIES.get(self.vae, self._precision)
+                self._before = self._packed.wan.last_report
+                self.warnings += ignored(self.vae)
         return self._packed
 
     @property
@@ -81,6 +85,13 @@ class Session:
     def memory(self) -> ComfyMemory:
         """The device's memory, which ComfyUI manages; for the library."""
         return self.packed.memory
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time inside to `phase` of the node in the report's `host_ms`."""
+        start, name = time.perf_counter(), f"node: {phase}"
+        yield
+        self._laps[name] = self._laps.get(name, 0.0) + (time.perf_counter() - start) * 1e3
 
     def plan(
         self,
@@ -213,6 +224,7 @@ class Session:
             report,
             warnings=(*report.warnings, *self.warnings),
             fallbacks=(*report.fallbacks, *self.fallbacks),
+            host_ms={**self._laps, **report.host_ms},
         )
 
 

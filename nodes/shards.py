@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import comfy.model_management as model_management
 import comfy.model_patcher
 import torch
 
-from ..wan_vae import Plan, ShardingError
+from ..wan_vae import ShardingError, geometry
 from ..wan_vae.options import AxisRequest, Collect, MemoryFormat, Operation
 from ..wan_vae.runs.engine import PROOF_BYTES
-from ..wan_vae.workers.devices import parse_devices
-from ..wan_vae.workers.pool import WorkerPool
+from ..wan_vae.workers.devices import parse_devices, worth_sharing
+from ..wan_vae.workers.pool import ONE_DEVICE, WorkerPool
 from ..wan_vae.workers.sharded import fallback_note
 from .session import Session
 
@@ -26,6 +27,20 @@ class Sharding:
     gather: Collect = "shared"
     allow_fallback: bool = True
     timeout_s: float = 30.0
+
+    def reason_for_one(self, own: torch.device, pixel_shape: Sequence[int]) -> str | None:
+        """Why the VAE's own device does a video [B, 3, T, H, W] alone; None if workers share it.
+
+        Raises ShardingError for a device that is missing.
+        """
+        if len(parse_devices(self.devices, own)) < 2:
+            return ONE_DEVICE
+        if self.devices.strip() == "all" and not worth_sharing(pixel_shape):
+            return (
+                f"done on {own} alone: several devices are slower with so few pixels; name the "
+                "devices (0,1) to share them all the same"
+            )
+        return None
 
 
 class WanVAEWorkers(torch.nn.Module):
@@ -73,6 +88,19 @@ class Pools:
         self._pool.timeout_s = timeout_s
         return self._pool
 
+    def start_ahead(self, devices: str, own: torch.device) -> None:
+        """Start the processes that a run will need, unless workers of other devices are there.
+
+        What is wrong with `devices` is said by the run.
+        """
+        try:
+            wanted = parse_devices(devices, own)
+            if len(wanted) > 1 and (self._pool is None or self._pool.devices == wanted):
+                self._pool = self._pool or WorkerPool(wanted)
+                self._pool.start_ahead()
+        except ShardingError:
+            return
+
     def count(self, device: torch.device, weights_bytes: int, needed_bytes: int) -> None:
         """Put the workers among the models that ComfyUI holds on `device`.
 
@@ -107,18 +135,20 @@ def decode(
     """The frames [B, T, H, W, 3] in [0, 1] of `latent`, where ComfyUI wants them."""
     shape = tuple(latent.shape)
     try:
-        pool, plans = _ready(run, shape, sharding, "decode", memory_format, chunk_frames)
-        image = pool.decode(
-            run.wan,
-            latent,
-            axis=sharding.axis,
-            gather=sharding.gather,
-            form="image",
-            plans=plans,
-            normalized=normalized,
-            **run.hooks,
-        )
-        return run.as_output(image)
+        if _is_shared(run, sharding, shape):
+            pool = _ready(run, shape, sharding, "decode", memory_format, chunk_frames)
+            image = pool.decode(
+                run.wan,
+                latent,
+                axis=sharding.axis,
+                gather=sharding.gather,
+                form="image",
+                memory_format=memory_format,
+                chunk_frames=chunk_frames or None,
+                normalized=normalized,
+                **run.hooks,
+            )
+            return run.as_output(image)
     except ShardingError as error:
         _fall_back(run, sharding, error)
     plan = run.plan(shape, memory_format=memory_format, chunk_frames=chunk_frames)
@@ -136,20 +166,30 @@ def encode(
 ) -> torch.Tensor:
     """The latent of `video` [B, 3, T, H, W], where ComfyUI wants it. unit_range: see `Session`."""
     try:
-        pool, _ = _ready(run, latent_shape, sharding, "encode", memory_format, 0)
-        latent = pool.encode(
-            run.wan,
-            video,
-            axis=sharding.axis,
-            unit_range=unit_range,
-            memory_format=memory_format,
-            **run.hooks,
-        )
-        return run.as_output(latent)
+        if _is_shared(run, sharding, latent_shape):
+            pool = _ready(run, latent_shape, sharding, "encode", memory_format, 0)
+            latent = pool.encode(
+                run.wan,
+                video,
+                axis=sharding.axis,
+                unit_range=unit_range,
+                memory_format=memory_format,
+                **run.hooks,
+            )
+            return run.as_output(latent)
     except ShardingError as error:
         _fall_back(run, sharding, error)
     plan = run.plan(latent_shape, operation="encode", memory_format=memory_format)
     return run.encode(video, plan, unit_range)
+
+
+def _is_shared(run: Session, sharding: Sharding, latent_shape: tuple[int, ...]) -> bool:
+    """Whether workers share the work; if not, the report says why. Raises ShardingError."""
+    shape = geometry.pixel_shape(latent_shape, run.wan.config)
+    reason = sharding.reason_for_one(run.vae.device, shape)
+    if reason is not None:
+        run.warnings.append(reason)
+    return reason is None
 
 
 def _ready(
@@ -159,24 +199,30 @@ def _ready(
     operation: Operation,
     memory_format: MemoryFormat,
     chunk_frames: int,
-) -> tuple[WorkerPool, tuple[Plan, ...]]:
-    """Workers with the weights, and their plans; ComfyUI has made room. Raises ShardingError."""
+) -> WorkerPool:
+    """Workers with the weights, for which ComfyUI has made room. Raises ShardingError."""
     device: torch.device = run.vae.device
-    pool = POOLS.get(sharding.devices, sharding.timeout_s, device)
-    weights = sum(p.nbytes for p in run.wan.model.parameters())
-    # Workers prove their kernels before anybody knows what the run will take.
-    POOLS.count(device, weights, PROOF_BYTES)
-    plans = pool.plan(
-        run.wan,
-        latent_shape,
-        operation=operation,
-        axis=sharding.axis,
-        chunk_frames=chunk_frames or None,
-        memory_format=memory_format,
-    )
-    own = [plan for plan in plans if plan.device == str(device)]
-    POOLS.count(device, weights, sum(plan.needed_bytes for plan in own))
-    return pool, plans
+    with run.timed("room"):
+        pool = POOLS.get(sharding.devices, sharding.timeout_s, device)
+        weights = sum(p.nbytes for p in run.wan.model.parameters())
+        if not pool.has_planned(run.wan, operation):
+            # Workers prove their kernels before anybody knows what the run will take.
+            POOLS.count(device, weights, PROOF_BYTES)
+    with run.timed("plan"):
+        # Each rank plans again as it begins, in the memory that is free then.
+        plans = pool.plan(
+            run.wan,
+            latent_shape,
+            operation=operation,
+            axis=sharding.axis,
+            chunk_frames=chunk_frames or None,
+            memory_format=memory_format,
+            earlier=True,
+        )
+    with run.timed("room"):
+        own = [plan for plan in plans if plan.device == str(device)]
+        POOLS.count(device, weights, sum(plan.needed_bytes for plan in own))
+    return pool
 
 
 def _fall_back(run: Session, sharding: Sharding, error: ShardingError) -> None:

@@ -170,6 +170,8 @@ class DecodeReport:
     plan: dict[str, object] | None = None
     # None if no video was written.
     video: VideoRecord | None = None
+    # Milliseconds of the host by phase, in order; see `ReportBuilder.lap` and `WorkerPool`.
+    host_ms: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         """Return the wire format `wan_vae.report/1`: dicts, lists, strings, numbers, bools, None.
@@ -240,7 +242,17 @@ class ReportBuilder:
         self.warnings: list[str] = []
         self.done_frames = 0
         self.total_frames = 0
-        self._started = time.perf_counter()
+        self.host_ms: dict[str, float] = {}
+        self._started = self._lap_started = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Add the time since the last lap (or the creation of the builder) to `phase`.
+
+        It is the host's time: a device may be done later.
+        """
+        now = time.perf_counter()
+        self.host_ms[phase] = self.host_ms.get(phase, 0.0) + (now - self._lap_started) * 1e3
+        self._lap_started = now
 
     def build(self, status: str, error: str | None = None) -> DecodeReport:
         """Make a report of what is known now. `duration_ms` counts from the builder's creation."""
@@ -275,4 +287,5 @@ class ReportBuilder:
             restarts=self.restarts,
             plan=self.plan,
             video=self.video,
+            host_ms=dict(self.host_ms),
         )

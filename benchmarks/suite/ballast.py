@@ -1,6 +1,6 @@
 """Holds device memory in another process, so that a large card has as much free as a small one.
 
-    with Ballast(leave_gib=8.0): ...          # 8 GiB are free on the first CUDA device
+    with Ballast(leave_gib=8.0): ...          # 8 GiB are free on the current CUDA device
 
 The process waits for its standard input to end, so that it never outlives its parent.
 """
@@ -20,14 +20,14 @@ class Ballast:
     on a small card. Raises RuntimeError if so much is not free.
     """
 
-    def __init__(self, leave_gib: float | None):
-        self._leave_gib = leave_gib
+    def __init__(self, leave_gib: float | None, device: str = "cuda"):
+        self._leave_gib, self._device = leave_gib, device
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Ballast:
         if self._leave_gib is not None:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(self._leave_gib)],
+                [sys.executable, __file__, str(self._leave_gib), self._device],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -45,8 +45,9 @@ class Ballast:
             self._process = None
 
 
-def hold(leave_gib: float) -> None:
-    """Hold memory until standard input ends."""
+def hold(leave_gib: float, device: str) -> None:
+    """Hold memory of `device` until standard input ends."""
+    torch.cuda.set_device(torch.device(device, 0) if device == "cuda" else device)
     free, _ = torch.cuda.mem_get_info()
     held = int(free - leave_gib * 2**30)
     if held < 0:
@@ -59,4 +60,4 @@ def hold(leave_gib: float) -> None:
 
 
 if __name__ == "__main__":
-    hold(float(sys.argv[1]))
+    hold(float(sys.argv[1]), sys.argv[2])

@@ -19,6 +19,7 @@ from benchmarks import (
 from benchmarks.suite import compare
 from benchmarks.suite.parts import OTHER_PARTS
 from benchmarks.suite.ranks import command as ranks
+from benchmarks.suite.ranks import rounds
 
 _SCRIPTS = Path(__file__).resolve().parents[1]
 
@@ -48,6 +49,7 @@ def _own_process(script: str) -> Callable[[Sequence[str]], int]:
 
 _RUN: dict[str, Callable[[Sequence[str]], int]] = {
     "ranks": ranks.main,
+    "faults": rounds.main,
     "encode": encode.main,
     "scaling": emulated_scaling.main,
     "predictions": card_predictions.main,

@@ -13,11 +13,14 @@ from typing import Any, Literal
 from tests.comfy.server import PACK, REPOSITORY, Comfy, Run
 
 VAE_FILE = "wan2.1_random.safetensors"
+VAE_FILE_22 = "wan2.2_random.safetensors"
+# Channels of their latents, and pixels for a row of one.
+_LATENTS = {VAE_FILE: (16, 8), VAE_FILE_22: (48, 16)}
 # Nodes of a prompt: the VAE, what is decoded or encoded, the measured node, the probe, and what
 # changes the VAE first.
 _VAE, _SOURCE, _MEASURED, _PROBE, _PATCH = "1", "2", "3", "4", "5"
 # Only in some prompts: a conditioning, the same node with ComfyUI's own VAE, and the comparison.
-_CONDITIONING, _CORE, _COMPARED, _BEFORE = "6", "7", "8", "9"
+_CONDITIONING, _CORE, _COMPARED, _BEFORE, _OTHER_PATCH = "6", "7", "8", "9", "10"
 _ENCODERS = ("WanVAEEncode", "VAEEncode")
 ACCELERATE = "WanVAEAccelerate"
 # Flags of ComfyUI that decide where a VAE is and in what numbers; none first.
@@ -58,8 +61,8 @@ _PATCH_INPUTS: Mapping[str, Mapping[str, object]] = {
 class NodeCase:
     """A node and the size of its video in pixels: run once, then `warm` times with other values.
 
-    patch: the class of a node that changes the VAE first, with the values that it has by itself;
-    before: of one that comes before that.
+    patch: the class of a node that changes the VAE first, with the values that it has by itself
+    and `patch_inputs`; before: of one that comes before that. vae: the file that is loaded.
     """
 
     title: str
@@ -71,6 +74,8 @@ class NodeCase:
     inputs: Mapping[str, object] = field(default_factory=dict)
     patch: str | None = None
     before: str | None = None
+    patch_inputs: Mapping[str, object] = field(default_factory=dict)
+    vae: str = VAE_FILE
 
     @property
     def video(self) -> str:
@@ -104,13 +109,14 @@ class NodeCase:
                     "batch_size": 1,
                 }
         else:
+            channels, factor = _LATENTS[self.vae]
             source = _node(
                 "ProbeLatent",
                 batch=1,
-                channels=16,
+                channels=channels,
                 frames=(self.frames - 1) // 4 + 1,
-                height=self.height // 8,
-                width=self.width // 8,
+                height=self.height // factor,
+                width=self.width // factor,
                 seed=seed,
                 kind="plain",
             )
@@ -122,8 +128,9 @@ class NodeCase:
         if self.patch is not None:
             loaded = _VAE if self.before is None else _BEFORE
             patch[_PATCH] = _patch(self.patch, loaded)
+            patch[_PATCH]["inputs"] |= self.patch_inputs
         return {
-            _VAE: _node("VAELoader", vae_name=VAE_FILE),
+            _VAE: _node("VAELoader", vae_name=self.vae),
             **patch,
             **conditioning,
             _SOURCE: source,
@@ -137,6 +144,17 @@ class NodeCase:
         measured = prompt[_MEASURED]
         core = {**measured["inputs"], "vae": [_VAE, 0]}
         prompt[_CORE] = _node(self.node, **core)
+        prompt[_COMPARED] = _node("ProbeCompare", core=[_CORE, 0], ours=[_MEASURED, 0])
+        return prompt
+
+    def comparison_with(self, other: NodeCase, seed: int) -> dict[str, Any]:
+        """This case and `other`, of the same video, and what they gave compared."""
+        prompt, theirs = self.prompt(seed), other.prompt(seed)
+        inputs = dict(theirs[_MEASURED]["inputs"])
+        if other.patch is not None:
+            prompt[_OTHER_PATCH] = theirs[_PATCH]
+            inputs["vae"] = [_OTHER_PATCH, 0]
+        prompt[_CORE] = _node(other.node, **inputs)
         prompt[_COMPARED] = _node("ProbeCompare", core=[_CORE, 0], ours=[_MEASURED, 0])
         return prompt
 
@@ -219,9 +237,10 @@ class NodeRow:
     the next one is executing. asked_bytes: what ComfyUI was asked to free, call by call; empty
     where that cannot be seen (before Python 3.12). peak_bytes: of PyTorch's allocator in ComfyUI's
     process, above what it held after the run before; None on the CPU. report: the node's own.
-    flags: of ComfyUI. difference: the largest one to ComfyUI's own VAE, in units of the spread of
-    its numbers where that is above 1; None if it was not compared. error: of a run that failed;
-    then there are no other numbers.
+    flags: of ComfyUI. difference: the largest one to ComfyUI's own VAE (of several devices: to one
+    device), in units of the spread of its numbers where that is above 1; None if it was not
+    compared. error: of a run that failed; then there are no other numbers. host_ms: medians of the
+    warm runs by phase, of the report's `host_ms`. restart_ms: of a run after the workers ended.
     """
 
     node: str
@@ -240,6 +259,8 @@ class NodeRow:
     digest: int | None = None
     # What had happened before, on purpose; the run may then have started over.
     after: str = ""
+    host_ms: Mapping[str, float] = field(default_factory=dict)
+    restart_ms: float | None = None
 
     def faults(self) -> list[str]:
         """What is wrong with a node of ours: a run that is not done, memory not as planned."""
@@ -299,15 +320,26 @@ class NodeClock:
 
 def measure(server: Comfy, case: NodeCase, seed: int) -> NodeRow:
     """Run `case` with `seed` and the numbers after it. Raises RuntimeError if a node fails."""
-    times, digests = [], []
+    times, phases, digests = [], [], []
     for number in range(1 + case.warm):
-        clock = NodeClock(_MEASURED)
-        run = server.run(case.prompt(seed + number), on_message=clock.hear)
-        if run.error is not None:
-            raise RuntimeError(f"{case.title}: {run.error['exception_message']}")
-        times.append(clock.ms)
+        ms, run = timed_run(server, case, seed + number)
+        times.append(ms)
+        phases.append((_report(server, case) or {}).get("host_ms", {}))
         digests += run.outputs[_PROBE].get("digest", [])
-    return replace(_row(server, case, times, run), digest=digests[0] if digests else None)
+    host_ms = {
+        name: statistics.median(found.get(name, 0.0) for found in phases[1:]) for name in phases[-1]
+    }
+    row = _row(server, case, times, run)
+    return replace(row, host_ms=host_ms, digest=digests[0] if digests else None)
+
+
+def timed_run(server: Comfy, case: NodeCase, seed: int) -> tuple[float, Run]:
+    """Milliseconds of the node in one run of `case`. Raises RuntimeError if a node fails."""
+    clock = NodeClock(_MEASURED)
+    run = server.run(case.prompt(seed), on_message=clock.hear)
+    if run.error is not None:
+        raise RuntimeError(f"{case.title}: {run.error['exception_message']}")
+    return clock.ms, run
 
 
 def failed(case: NodeCase, error: RuntimeError) -> NodeRow:
@@ -316,14 +348,15 @@ def failed(case: NodeCase, error: RuntimeError) -> NodeRow:
     return NodeRow(case.title, case.node, case.video, 0, (), 0, (), None, None, error=lines[0])
 
 
-def difference(server: Comfy, case: NodeCase, seed: int) -> float:
-    """How far `case`, which has a VAE of ours, is from ComfyUI's own. Raises RuntimeError."""
-    run = server.run(case.comparison(seed))
+def difference(server: Comfy, case: NodeCase, prompt: Mapping[str, Any]) -> float:
+    """How far `case` is from what a `prompt` of its comparisons holds it against. Raises
+    RuntimeError."""
+    run = server.run(dict(prompt))
     if run.error is not None:
         raise RuntimeError(f"{case.title}: {run.error['exception_message']}")
     found = [one for one in run.outputs[_COMPARED]["found"] if one["core"] != "None"]
     if not found or any(one["core"] != one["ours"] for one in found):
-        raise RuntimeError(f"{case.title}: not the shape, dtype and device of ComfyUI's own")
+        raise RuntimeError(f"{case.title}: not the shape, dtype and device of the other")
     return max(one["difference"] / max(1.0, one["spread"]) for one in found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 OTHER_PARTS = {
     "ranks": "one decode over several devices: correct, timed, with faults (also --ranks 1,2)",
+    "faults": "faults planted in decodes over several devices, counted (--rounds 20)",
     "encode": "the encoder beside those of diffusers and ComfyUI's core; --layers: each layer",
     "scaling": "a sharded decode on more GPUs, emulated on one; --model: calculated",
     "predictions": "predicted times on cards that nobody measured: a model (no GPU)",

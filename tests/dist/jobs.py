@@ -19,7 +19,7 @@ from wan_vae.chunking import schedule
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import DecodeCancelled
 from wan_vae.sharding import ShardContext, plan_shards
-from wan_vae.sharding.context import SINGLE
+from wan_vae.sharding.context import SINGLE, Agreed
 from wan_vae.sharding.halo import Shard
 from wan_vae.runs.shard_ranks import own_part
 from wan_vae.sharding.transport import Incoming, Outgoing, Wire
@@ -125,6 +125,45 @@ def send_something_else(rank, ranks, group, *, kind):
         wire = Wire(context, cpu) if kind == "order" else wire
     out = [Outgoing(peer, torch.zeros(shape, dtype=dtype))]
     wire.exchange(site, dtype, out, [Incoming(peer, shape)])
+
+
+class _CountingWire(Wire):
+    """A wire of CPU ranks that sends as with NCCL: all messages of an exchange in one call."""
+
+    headers = 0
+
+    def __init__(self, context):
+        super().__init__(context, torch.device("cpu"))
+        self.host_staged = False
+
+    def _header(self, *arguments):
+        self.headers += 1
+        return super()._header(*arguments)
+
+
+def exchange_at_once(rank, ranks, group, *, forgetful=None):
+    """Three runs of the same exchanges: (was everything right, headers of each run).
+
+    forgetful: a rank that has lost its memory before the third run.
+    """
+    agreed, counts, right = Agreed(), [], True
+    for run in range(3):
+        if run == 2 and rank == forgetful:
+            agreed = Agreed()
+        context = ShardContext(rank, ranks, "height", group, PATIENCE_S, agreed=agreed)
+        wire = _CountingWire(context)
+        wire.connect()
+        wire.recall(("a kind of run",))
+        for site, dtype, size in (("a", torch.float32, 5), ("b", torch.bfloat16, 7)):
+            # An odd number of bytes for each message, and other numbers for each pair of ranks.
+            peers = [p for p in (rank - 1, rank + 1) if 0 <= p < ranks]
+            numbers = torch.arange(3.0 * size).view(1, 3, 1, size)
+            out = [Outgoing(p, (numbers + 10 * rank + p + run).to(dtype)) for p in peers]
+            into = [Incoming(p, (1, 3, 1, size)) for p in peers]
+            for p, x in zip(peers, wire.exchange(site, dtype, out, into), strict=True):
+                right &= torch.equal(x, (numbers + 10 * p + rank + run).to(dtype))
+        counts.append(wire.headers)
+    return right, counts
 
 
 def decode_and_cancel(rank, ranks, group, *, stop_rank, after):

@@ -221,6 +221,16 @@ def test_a_peer_that_sends_something_else_is_refused(ranks, kind):
     test_an_image_and_planned_chunks(ranks, 1)
 
 
+@pytest.mark.parametrize("forgetful", [None, 1])
+def test_messages_in_one_call_and_headers_once_for_all_runs(ranks, forgetful):
+    """As with NCCL: right, with no header in a second run, and with all of them if a rank forgot."""
+    found = ranks.run("exchange_at_once", 3, forgetful=forgetful)
+    assert [right for right, _ in found] == [True] * 3
+    for rank, (_, headers) in enumerate(found):
+        messages = 8 if rank == 1 else 4  # two places, sent and received
+        assert headers == [messages, 0, 0 if forgetful is None else messages]
+
+
 def test_one_rank_asked_to_stop_stops_all_at_the_next_chunk(ranks):
     done = ranks.run("decode_and_cancel", 3, stop_rank=1, after=2)
     assert {text for text, _ in done} == {"cancelled after 5 of 17 frames"}

@@ -34,8 +34,14 @@ from wan_vae.io.image import ImageSink
 from wan_vae.workers import WorkerPool, decode_sharded
 from wan_vae.workers import pool as workers
 from wan_vae.workers import worker
-from wan_vae.workers.devices import all_devices, make_current, parse_devices, pick_transport
-from wan_vae.workers.launch import WorkerProcess
+from wan_vae.workers.devices import (
+    all_devices,
+    make_current,
+    parse_devices,
+    pick_transport,
+    worth_sharing,
+)
+from wan_vae.workers.launch import WorkerProcess, worker_environment
 from wan_vae.workers.shared import SharedBuffer, view
 from wan_vae.workers.watch import Failure, Watch, Watched, error_of, failure_of
 from wan_vae.workers.worker import WorkerSettings
@@ -608,12 +614,83 @@ def test_all_is_every_device_of_the_first_kind():
     assert all_devices(1, 2, True) == [torch.device("cuda", 0)]
 
 
-def test_all_beside_directml_is_refused_and_no_worker_on_the_cpu():
-    assert parse_devices("all", torch.device("cpu"))
-    own = torch.device("privateuseone", 0)
-    with pytest.raises(ShardingError, match="workers cannot use privateuseone:0"):
-        parse_devices("all", own)
-    assert parse_devices("cpu,cpu", own) == [torch.device("cpu")] * 2, "named, so it is meant"
+def test_all_is_every_device_of_the_kind_of_the_vae(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for own in (torch.device("privateuseone", 0), torch.device("mps"), torch.device("cpu")):
+        assert parse_devices("all", own) == [own], "also a CPU beside GPUs: --cpu-vae"
+        assert parse_devices("cpu,cpu", own) == [torch.device("cpu")] * 2, "named, so it is meant"
+    first = torch.device("cuda", 0)
+    assert parse_devices("all", first) == [first, torch.device("cuda", 1)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert parse_devices("all", torch.device("cuda")) == [torch.device("cuda")]
+
+
+def test_small_pictures_are_for_one_device():
+    assert not worth_sharing((1, 3, 1, 2048, 2048))
+    assert worth_sharing((2, 3, 1, 2048, 2048)) and worth_sharing((1, 3, 17, 480, 832))
+
+
+@pytest.mark.parametrize("gone", ["module", "nccl"])
+def test_a_torch_without_distributed_or_nccl_has_a_transport(gone, monkeypatch):
+    """AMD's wheels for Windows: `torch.distributed` is there, and nothing in it."""
+    if gone == "module":
+        monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+        monkeypatch.delattr(torch.distributed, "is_nccl_available")
+    else:
+        monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    assert pick_transport([torch.device("cuda", 0), torch.device("cuda", 1)]) == "gloo"
+
+
+def test_workers_have_an_allocator_of_their_own():
+    """ComfyUI's cudaMallocAsync is not for workers; what the user has set is."""
+    ours = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True, backend:cudaMallocAsync", "A": "b"}
+    found = worker_environment(ours)
+    assert found["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True" and found["A"] == "b"
+    alone = worker_environment({"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"})
+    assert "PYTORCH_ALLOC_CONF" not in alone and alone["NCCL_NVLS_ENABLE"] == "0"
+
+
+def test_processes_that_were_started_ahead_are_those_of_the_first_run(vae, latent, expected):
+    with WorkerPool("cpu,cpu", start_timeout_s=PATIENCE_S) as pool:
+        pool.start_ahead()
+        waiting = [rank.process.pid for rank in pool._ranks]
+        assert len(waiting) == 2 and pool.pids == [], "they have joined nobody"
+        pool.start_ahead()
+        assert [rank.process.pid for rank in pool._ranks] == waiting
+        assert torch.equal(decode(pool, vae, latent), expected)
+        assert pool.pids == waiting
+        phases = vae.last_report.host_ms
+        assert list(phases)[:4] == ["workers", "hand over", "run", "collect"]
+        assert list(phases)[4:7] == ["rank: wake", "rank: open", "rank: set up"]
+        of_rank = sum(ms for name, ms in phases.items() if name.startswith("rank: "))
+        assert 0.5 * phases["run"] < of_rank < 1.1 * phases["run"], phases
+
+
+def test_processes_that_wait_end_with_their_pool_and_are_replaced_when_gone(vae, latent, expected):
+    pool = WorkerPool("cpu,cpu", start_timeout_s=PATIENCE_S)
+    pool.start_ahead()
+    waiting = [rank.process.pid for rank in pool._ranks]
+    os.kill(waiting[0], signal.SIGKILL)
+    os.waitid(os.P_PID, waiting[0], os.WEXITED | os.WNOWAIT)
+    assert torch.equal(decode(pool, vae, latent), expected)
+    assert not set(waiting) & set(pool.pids) and is_gone(waiting[1])
+    pool.close()
+    pool.start_ahead()
+    (first, second) = [rank.process for rank in pool._ranks]
+    pool.close()
+    assert first.returncode == second.returncode == 0, "told to stop, not killed"
+
+
+def test_plans_of_an_earlier_call_will_do(pool, vae, latent):
+    plans = pool.plan(vae, latent.shape)
+    assert pool.plan(vae, latent.shape, earlier=True) is pool.plan(vae, latent.shape, earlier=True)
+    assert pool.plan(vae, latent.shape, earlier=True) == plans
+    other = pool.plan(vae, latent.shape, earlier=True, axis="height")
+    assert other[0].shards.axis == "height" != plans[0].shards.axis
+    wan22 = jobs.model("wan2.2")
+    assert pool.plan(wan22, (1, 48, 2, 5, 16), earlier=True)[0].latent_shape[1] == 48
+    again = pool.plan(vae, latent.shape, earlier=True)
+    assert again == plans and again is not plans, "other weights were there in between"
 
 
 @pytest.mark.parametrize("kind", ["cpu", "mps"])

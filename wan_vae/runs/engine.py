@@ -143,6 +143,10 @@ class Engine:
         """
         return may_prove(_ops_request(request, self.model, EagerForms()), device)
 
+    def known_verdicts(self, device: torch.device) -> int:
+        """How many verdicts on kernels are kept for cards like `device`; reads the file anew."""
+        return len(ProofCache(environment(device), cache_folder()))
+
     def plan(
         self,
         setup: Setup,

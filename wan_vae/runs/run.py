@@ -120,6 +120,7 @@ class Run(ABC):
         self._report_plan(plan, notes)
         self._plan = plan
         self.clock = RunClock(self.device)  # its peak is above what is allocated now
+        self.builder.lap("begin")
 
     def _plan_now(self, whole_frames: bool, lengths: tuple[int, ...] | None = None) -> Plan:
         """A plan for what is free now."""
@@ -364,7 +365,9 @@ class Run(ABC):
                             piece = next(pieces, None)
                         else:
                             piece = pieces.throw(refused)
+                self.builder.lap("chunks")
                 close()
+                self.builder.lap("copies")
             self.complete()
         except BaseException as error:
             failure = self._translated(error)
@@ -412,6 +415,7 @@ class Run(ABC):
         self._fill(wait=True)
         if not finite:
             self._is_not_finite()
+        self.builder.lap("finish")
         self.report = self.builder.build("done")
 
     def fail(self, error: BaseException) -> None:

@@ -59,13 +59,15 @@ class ShardRanks:
         wire = Wire(context, request.device)
         wire.connect()
         sizes = ("batch", "channels", "frames", "height", "width")
-        wire.agree(
-            operation=_OPERATIONS.index(request.operation),
+        facts = {
+            "operation": _OPERATIONS.index(request.operation),
             **dict(zip(sizes, tensor.shape, strict=True)),
-            axis=-request.shards.dim,
-            gather=GATHERS.index(request.gather),
-            precision=DTYPES.index(request.dtype),
-        )
+            "axis": -request.shards.dim,
+            "gather": GATHERS.index(request.gather),
+            "precision": DTYPES.index(request.dtype),
+        }
+        wire.agree(**facts)
+        wire.recall(tuple(facts.values()))
         return cls(request, Shard(context, request.shards, wire))
 
     def agree_on_kernels(

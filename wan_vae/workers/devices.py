@@ -12,6 +12,9 @@ from ..errors import BackendError, ShardingError
 
 Transport = Literal["nccl", "gloo"]
 
+# A single image of 2048 x 2048 is smaller, 480p in 13 frames is larger.
+_SHARED_PIXELS = 5_000_000
+
 _KINDS = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -21,20 +24,18 @@ def parse_devices(
     """Devices from "all", "0,1,3", "cuda:0,cuda:1", "cpu,cpu", or a sequence of them.
 
     "all" is every CUDA device, or every Intel card, or the GPU of a Mac, or else one CPU. own: the
-    device that decodes without workers. Raises ShardingError that names the entry that is missing
-    on this machine, and for "all" where no worker can use a device like `own` (DirectML).
+    device that decodes without workers: "all" is then every device of its kind, and itself where
+    there is no other (a CPU, a Mac's GPU, DirectML). Raises ShardingError that names the entry that
+    is missing on this machine.
     """
     if isinstance(text, str):
         if text.strip() == "all":
-            if own is not None and own.type not in _KINDS:
-                raise ShardingError(
-                    f"'all' names CUDA, Intel and Apple devices: workers cannot use {own}"
-                )
-            return all_devices(
-                torch.cuda.device_count(),
-                torch.xpu.device_count() if torch.xpu.is_available() else 0,
-                torch.backends.mps.is_available(),
-            )
+            cuda = torch.cuda.device_count()
+            xpu = torch.xpu.device_count() if torch.xpu.is_available() else 0
+            if own is None:
+                return all_devices(cuda, xpu, torch.backends.mps.is_available())
+            count = {"cuda": cuda, "xpu": xpu}.get(own.type, 0)
+            return [torch.device(own.type, i) for i in range(count)] if count > 1 else [own]
         text = [part.strip() for part in text.split(",") if part.strip()]
     if not text:
         raise ShardingError("no device was named: expected 'all', '0,1' or 'cpu,cpu'")
@@ -62,6 +63,16 @@ def all_devices(cuda: int, xpu: int, has_mps: bool) -> list[torch.device]:
     return [torch.device("mps" if has_mps else "cpu")]
 
 
+def worth_sharing(pixel_shape: Sequence[int]) -> bool:
+    """Whether several devices are faster than one with a video [B, 3, T, H, W].
+
+    Workers add some 20 ms for their messages, in which an NVIDIA H100 decodes 1.6 million pixels
+    (`wan-vae bench nodes --sharded`); half of the work must be more than that.
+    """
+    batch, _, frames, height, width = pixel_shape
+    return batch * frames * height * width >= _SHARED_PIXELS
+
+
 def make_current(device: torch.device) -> None:
     """Make `device` that of this thread, where its kind has several and knows such a thing."""
     if device.type in ("cuda", "xpu"):
@@ -74,6 +85,7 @@ def pick_transport(devices: Sequence[torch.device]) -> Transport:
     if different and all(d.type == "cuda" for d in devices):
         import torch.distributed as dist
 
-        if dist.is_nccl_available():
+        # A torch that was built without it has the module, and nothing else in it.
+        if dist.is_available() and dist.is_nccl_available():
             return "nccl"
     return "gloo"

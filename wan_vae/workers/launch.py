@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from ..errors import ShardingError
 from ..sharding.transport import group_environment
 from .pipe import PipeEnd
 from .worker import WorkerSettings
+
+# Both names that PyTorch reads.
+_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 @dataclass
@@ -32,8 +36,11 @@ class WorkerProcess:
         return f"rank {self.rank} ({self.device})"
 
 
-def spawn(settings: WorkerSettings, device: torch.device) -> WorkerProcess:
-    """Start one worker with an inherited pipe; raises ShardingError if the system refuses."""
+def spawn(rank: int, device: torch.device) -> WorkerProcess:
+    """Start the process of one worker with an inherited pipe. It imports, and waits for `settle`.
+
+    It takes no device memory until then. Raises ShardingError if the system refuses.
+    """
     ours, theirs = multiprocessing.Pipe()
     handle = theirs.fileno()
     package = __package__.rpartition(".")[0]
@@ -44,12 +51,12 @@ def spawn(settings: WorkerSettings, device: torch.device) -> WorkerProcess:
         f"import sys; sys.path.insert(0, {str(library.parent)!r}); "
         f"from {library.name}.workers.worker import main; main({handle})"
     )
-    environment = {**os.environ, **group_environment()}
+    environment = worker_environment(os.environ)
     inherit: dict[str, Any] = {"pass_fds": (handle,)}
     if sys.platform == "win32":
         os.set_handle_inheritable(handle, True)
         startup = subprocess.STARTUPINFO(lpAttributeList={"handle_list": [handle]})
-        inherit = {"startupinfo": startup}
+        inherit = {"startupinfo": startup, "creationflags": subprocess.CREATE_NO_WINDOW}
     try:
         process = subprocess.Popen(
             [sys.executable, "-c", code],
@@ -59,13 +66,31 @@ def spawn(settings: WorkerSettings, device: torch.device) -> WorkerProcess:
         )
     except OSError as error:
         raise ShardingError(
-            f"rank {settings.rank} ({device}) of {package} cannot start: {error}",
-            rank=settings.rank,
+            f"rank {rank} ({device}) of {package} cannot start: {error}", rank=rank
         ) from error
     finally:
         theirs.close()
-    try_send(ours, ("settings", asdict(settings)))
-    return WorkerProcess(settings.rank, device, process, ours)
+    return WorkerProcess(rank, device, process, ours)
+
+
+def settle(worker: WorkerProcess, settings: WorkerSettings) -> None:
+    """Tell a new process which rank it is: it takes its device and joins the others."""
+    try_send(worker.pipe, ("settings", asdict(settings)))
+
+
+def worker_environment(ours: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables of a worker, from those of this process.
+
+    ComfyUI has PyTorch allocate by cudaMallocAsync. In a worker, where NCCL reads memory on a
+    stream of its own, that waits at each message; PyTorch's own allocator does not.
+    """
+    found = {**ours, **group_environment()}
+    for name in _ALLOCATOR_VARIABLES:
+        items = [item for item in found.pop(name, "").split(",") if item.strip()]
+        kept = [item for item in items if item.strip() != "backend:cudaMallocAsync"]
+        if kept:
+            found[name] = ",".join(kept)
+    return found
 
 
 def try_send(pipe: PipeEnd[Any, Any], message: tuple[str, Any]) -> None:

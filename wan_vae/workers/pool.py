@@ -14,14 +14,14 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from .. import geometry
+from .. import geometry, layout
 from ..chunking import chunk_lengths
 from ..device import dtype_name
 from ..errors import CheckpointError, DecodeCancelled, GeometryError, ShardingError
@@ -43,15 +43,17 @@ from ..planning.plan import Plan
 from ..report import DecodeReport
 from ..runs.engine import checked_options
 from .devices import Transport, parse_devices, pick_transport
-from .launch import WorkerProcess, receive, spawn, try_send
+from .launch import WorkerProcess, receive, settle, spawn, try_send
 from .pipe import ready_of
-from .shared import SharedBuffer, aligned, view
+from .shared import SharedBuffer, Spares, aligned, view
 from .watch import GRACE_S, Failure, Watch, Watched, error_of, failure_of
 from .worker import WorkerSettings
 
 Form = Literal["pixels", "image"]
 
 _CONTROL_BYTES = 4096
+# How long processes wait for the first run that they were started for: a sampler takes minutes.
+_AHEAD_S = 1800.0
 ONE_DEVICE = "one device: nothing to shard; name more devices, or decode without workers"
 
 
@@ -77,9 +79,9 @@ class WorkerPool:
     transport: how ranks exchange rows: "nccl", "gloo", or "auto". timeout_s: how long a rank waits
     for another rank, and how long a worker may give no sign of life. idle_s: how long workers may
     be without work before they are ended. Decodes from several threads run one after another. The
-    memory of the last result is kept for the next. `close` (or `with`) ends the workers; they also
-    end when this process ends in any way. `last_reports`: one report for each rank's share of the
-    last operation, in rank order.
+    memory of the last two results is kept for the next. `close` (or `with`) ends the workers; they
+    also end when this process ends in any way. `last_reports`: one report for each rank's share of
+    the last operation, in rank order.
     """
 
     def __init__(
@@ -101,10 +103,15 @@ class WorkerPool:
         self.shared_folders = shared_folders
         self.last_reports: tuple[DecodeReport, ...] = ()
         self._ranks: list[WorkerProcess] = []
+        # Whether the workers have joined one another; before, they only wait (`start_ahead`).
+        self._joined = False
         self._folder: Path | None = None
         self._loaded: tuple[weakref.ref[WanVAEModel], list[Any]] | None = None
-        # The memory of the last result, which the workers have mapped.
-        self._spare: SharedBuffer | None = None
+        # The plans of each kind of run with these weights.
+        self._planned: dict[tuple[object, ...], tuple[Plan, ...]] = {}
+        # The memory of the last results, which the workers have mapped.
+        self._spares = Spares()
+        self._laps: dict[str, float] = {}
         self._lock = threading.Lock()
         self._idle: threading.Timer | None = None
         self._uses = 0
@@ -119,7 +126,23 @@ class WorkerPool:
     @property
     def pids(self) -> list[int]:
         """Process ids by rank; empty before the first use and after `close`."""
-        return [r.process.pid for r in self._ranks]
+        return [r.process.pid for r in self._ranks] if self._joined else []
+
+    def start_ahead(self) -> None:
+        """Start the processes of the workers, and return at once.
+
+        They import PyTorch meanwhile, which is most of a first run's wait, and take no memory of a
+        device. Does nothing where they run, and where the pool is busy. They end if no run comes
+        in half an hour.
+        """
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            if not self._is_running():
+                self._spawn()
+                self._rest(_AHEAD_S)
+        finally:
+            self._lock.release()
 
     def close(self) -> None:
         """End the workers and wait until they are gone. The next decode starts new ones."""
@@ -147,12 +170,14 @@ class WorkerPool:
         precision: Precision = "auto",
         backend: Backend = "auto",
         free_bytes: float | None = None,
+        earlier: bool = False,
     ) -> tuple[Plan, ...]:
         """What each rank would do with a latent [B, z, T, H, W], in rank order; see `WanVAE.plan`.
 
         Starts the workers and gives them the weights, because a plan depends on the kernels of
         their devices. All ranks take the chunks of the one that has the least room. Give the plans
-        to `decode`, which sends each rank its own.
+        to `decode`, which sends each rank its own. earlier: the plans of an earlier call with the
+        same arguments will do, if the workers have these weights still; then nobody is asked.
         Raises GeometryError, BackendError, ShardingError.
         """
         options = RunOptions(
@@ -162,6 +187,9 @@ class WorkerPool:
         options = checked_options(options)
         if chunk_frames is not None:
             chunk_lengths(shape[2], chunk_frames)
+        key = (operation, shape, axis, options)
+        if earlier and key in self._planned and self._has(vae) and self._is_running():
+            return self._planned[key]
         with self._busy():
             self._load(vae)
             self._send_all(
@@ -176,7 +204,12 @@ class WorkerPool:
         if chunk_frames is None:
             fewest = chunk_lengths(shape[2], min(plan.chunk_frames for plan in plans))
             plans = [replace(plan, lengths=fewest) for plan in plans]
+        self._planned[key] = tuple(plans)
         return tuple(plans)
+
+    def has_planned(self, vae: WanVAE, operation: Operation) -> bool:
+        """Whether the workers have proven their kernels for `operation` with these weights."""
+        return self._has(vae) and any(key[0] == operation for key in self._planned)
 
     def decode(
         self,
@@ -344,53 +377,76 @@ class WorkerPool:
                 self._end(0.0)
                 raise
             # The parent ends idle workers: only it knows that no command is on its way to them.
-            self._idle = threading.Timer(self.idle_s, _end_idle, (weakref.ref(self), self._uses))
-            self._idle.daemon = True
-            self._idle.start()
+            self._rest(self.idle_s)
+
+    def _rest(self, seconds: float) -> None:
+        """End the workers if nobody uses them for so long."""
+        if self._idle is not None:
+            self._idle.cancel()
+        self._idle = threading.Timer(seconds, _end_idle, (weakref.ref(self), self._uses))
+        self._idle.daemon = True
+        self._idle.start()
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Add the time inside to `phase` of the next report's `host_ms`."""
+        start = time.perf_counter()
+        yield
+        self._laps[phase] = (time.perf_counter() - start) * 1e3
 
     def _run(self, job: _Job) -> torch.Tensor:
         """Run `job` in shared memory. Ranks reserve the memory of their output as they write it."""
-        with self._busy():
-            job.vae.last_report, self.last_reports = None, ()
-            self._load(job.vae)
-            input_at = _CONTROL_BYTES
-            output_at = input_at + aligned(job.tensor.numel() * 4)
-            output_bytes = torch.Size(job.shape).numel() * 4
-            size = output_at + aligned(output_bytes)
-            arguments = dict(job.arguments)
-            if job.operation == "decode":
-                buffer, arguments["fresh"] = self._memory(size, reserved=output_at)
-            else:
-                buffer = SharedBuffer.create(size, self.shared_folders, reserved=output_at)
+        self._laps = {}
+        with ExitStack() as stack:
+            with self._timed("workers"):
+                stack.enter_context(self._busy())
+                job.vae.last_report, self.last_reports = None, ()
+                self._load(job.vae)
+            with self._timed("hand over"):
+                # In the order in which it lies, so that it is one plain copy.
+                order = layout.memory_order(job.tensor)
+                dense = job.tensor.permute(order)
+                input_at = _CONTROL_BYTES
+                output_at = input_at + aligned(dense.numel() * 4)
+                output_bytes = torch.Size(job.shape).numel() * 4
+                buffer, fresh = self._memory(output_at + aligned(output_bytes), output_at)
+                view(buffer.raw, input_at, dense.shape, torch.float32).copy_(dense)
             try:
-                view(buffer.raw, input_at, job.tensor.shape, torch.float32).copy_(job.tensor)
-                self._send_all(
-                    job.operation,
-                    job.by_rank,
-                    path=str(buffer.path),
-                    size=buffer.size,
-                    input=(input_at, tuple(job.tensor.shape)),
-                    output=(output_at, tuple(job.shape)),
-                    wait_s=self.timeout_s,
-                    **arguments,
-                )
-                results = Watch(
-                    Watched(
-                        ranks=self._ranks,
-                        transport=self.transport,
-                        timeout_s=self.timeout_s,
-                        buffer=buffer,
-                        hooks=job.hooks,
-                        operation=job.operation,
+                with self._timed("run"):
+                    self._send_all(
+                        job.operation,
+                        job.by_rank,
+                        path=str(buffer.path),
+                        size=buffer.size,
+                        kept=self._spares.paths,
+                        input=(input_at, tuple(dense.shape)),
+                        order=order,
+                        output=(output_at, tuple(job.shape)),
+                        fresh=fresh,
+                        wait_s=self.timeout_s,
+                        sent_s=time.monotonic(),
+                        **job.arguments,
                     )
-                ).until_done()
+                    results = Watch(
+                        Watched(
+                            ranks=self._ranks,
+                            transport=self.transport,
+                            timeout_s=self.timeout_s,
+                            buffer=buffer,
+                            hooks=job.hooks,
+                            operation=job.operation,
+                        )
+                    ).until_done()
             finally:
                 buffer.unlink()
-            self.last_reports = tuple(DecodeReport.from_dict(r["report"]) for r in results)
-            # Before another thread may ask whether the memory is in use.
-            result = buffer.tensor(output_at, job.shape, torch.float32)
-            if job.operation == "decode" and self.last_reports[0].status == "done":
-                self._spare = buffer
+            with self._timed("collect"):
+                self.last_reports = tuple(DecodeReport.from_dict(r["report"]) for r in results)
+                # Before another thread may ask whether the memory is in use.
+                result = buffer.tensor(output_at, job.shape, torch.float32)
+                if job.operation == "encode":
+                    result = result.clone()  # a latent must not keep a whole video
+                if self.last_reports[0].status == "done":
+                    self._spares.give(buffer)
         job.vae.last_report = report = self._whole_report(output_bytes)
         if report.status == "cancelled":
             # Agreed among the ranks, all of which are ready for the next command.
@@ -398,65 +454,73 @@ class WorkerPool:
         return result
 
     def _whole_report(self, output_bytes: int) -> DecodeReport:
-        """The report of rank 0, with the output that all ranks share."""
+        """The report of rank 0, with the output that all ranks share.
+
+        `host_ms`: the phases of this process, and as "rank: ..." those of rank 0 within "run".
+        """
         report = self.last_reports[0]
+        of_rank = {f"rank: {phase}": ms for phase, ms in report.host_ms.items()}
         warnings = report.warnings
         if len(self.devices) == 1:
             warnings = (*warnings, ONE_DEVICE)
         memory = replace(report.memory, output_bytes=output_bytes)
-        return replace(report, memory=memory, warnings=warnings)
+        return replace(report, memory=memory, warnings=warnings, host_ms={**self._laps, **of_rank})
 
     def _memory(self, size: int, reserved: int) -> tuple[SharedBuffer, bool]:
-        """Shared memory for a decode, and whether it is fresh.
-
-        It is the memory of the last decode if nobody holds that result any more. Fresh memory
-        costs as much time as a few GPUs take to decode into it.
-        """
-        spare, self._spare = self._spare, None
-        if spare is not None and not spare.in_use and size <= spare.size <= 2 * size:
-            spare.raw[:_CONTROL_BYTES] = 0
-            return spare, False
-        return SharedBuffer.create(size, self.shared_folders, reserved), True
+        """Shared memory for a run, and whether it is fresh: see `Spares`."""
+        spare = self._spares.take(size)
+        if spare is None:
+            return SharedBuffer.create(size, self.shared_folders, reserved), True
+        spare.raw[:_CONTROL_BYTES] = 0
+        return spare, False
 
     # -- workers --------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        """Make sure that all workers run. If one is gone, all are replaced."""
-        running = self._ranks and all(r.process.poll() is None for r in self._ranks)
+        """Make sure that all workers run and have joined. If one is gone, all are replaced."""
+        running = self._is_running()
         # NCCL takes its time-out when ranks join; Gloo with each message.
-        if running and (self.transport != "nccl" or self._started_timeout_s == self.timeout_s):
+        changed = self.transport == "nccl" and self._started_timeout_s != self.timeout_s
+        if self._joined and running and not changed:
             return
-        self._end(0.0)
+        if self._joined or not running:
+            self._spawn()
         self._started_timeout_s = self.timeout_s
         self._folder = Path(tempfile.mkdtemp(prefix="wan_vae_ranks_"))
         on_cpu = sum(d.type == "cpu" for d in self.devices) or 1
-        for i, device in enumerate(self.devices):
-            self._ranks.append(
-                spawn(
-                    WorkerSettings(
-                        rank=i,
-                        world_size=len(self.devices),
-                        device=str(device),
-                        transport=self.transport,
-                        rendezvous=str(self._folder / "rendezvous"),
-                        start_s=max(self.timeout_s, self.start_timeout_s),
-                        wait_s=self.timeout_s,
-                        threads=max(1, torch.get_num_threads() // on_cpu),
-                    ),
-                    device,
-                )
+        self._joined = True  # from here on they are told to stop, and not only let go
+        for rank in self._ranks:
+            settle(
+                rank,
+                WorkerSettings(
+                    rank=rank.rank,
+                    world_size=len(self.devices),
+                    device=str(rank.device),
+                    transport=self.transport,
+                    rendezvous=str(self._folder / "rendezvous"),
+                    start_s=max(self.timeout_s, self.start_timeout_s),
+                    wait_s=self.timeout_s,
+                    threads=max(1, torch.get_num_threads() // on_cpu),
+                ),
             )
         self._wait_for_all("start", self.start_timeout_s)
 
+    def _is_running(self) -> bool:
+        """Whether there are workers, and none is gone."""
+        return bool(self._ranks) and all(r.process.poll() is None for r in self._ranks)
+
+    def _spawn(self) -> None:
+        """Start new processes in place of all that there were."""
+        self._end(0.0)
+        for i, device in enumerate(self.devices):
+            self._ranks.append(spawn(i, device))
+
     def _load(self, vae: WanVAE) -> None:
         """Give the weights to the workers through shared memory, unless they have them."""
-        # Which tensors the weights are, and how often each was changed in place.
-        weights = [(id(p), p.dtype, tensor_version(p)) for p in vae.model.parameters()]
-        if self._loaded is not None:
-            model, loaded = self._loaded
-            if model() is vae.model and loaded == weights:
-                return
+        if self._has(vae):
+            return
         self._loaded = None
+        self._planned.clear()
         state = vae.model.state_dict()
         table, offset = [], 0
         for name, value in state.items():
@@ -478,7 +542,14 @@ class WorkerPool:
             self._wait_for_all("load the weights", self.start_timeout_s)
         finally:
             buffer.unlink()
-        self._loaded = (weakref.ref(vae.model), weights)
+        self._loaded = (weakref.ref(vae.model), _state_of(vae))
+
+    def _has(self, vae: WanVAE) -> bool:
+        """Whether the workers have the weights of `vae` as they are now."""
+        if self._loaded is None:
+            return False
+        model, loaded = self._loaded
+        return model() is vae.model and loaded == _state_of(vae)
 
     def _send_all(
         self, command: str, by_rank: Sequence[Mapping[str, Any]] = (), **arguments: Any
@@ -521,10 +592,17 @@ class WorkerPool:
                 rank.process.kill()  # not terminate: a stopped process would not hear it
                 rank.process.wait()
             rank.pipe.close()
-        self._ranks, self._loaded, self._spare = [], None, None
+        self._ranks, self._loaded, self._joined = [], None, False
+        self._spares.clear()
+        self._planned.clear()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+
+def _state_of(vae: WanVAE) -> list[Any]:
+    """Which tensors the weights are, and how often each was changed in place."""
+    return [(id(p), p.dtype, tensor_version(p)) for p in vae.model.parameters()]
 
 
 def _end_idle(pool: weakref.ref[WorkerPool], uses: int) -> None:

@@ -157,6 +157,40 @@ class SharedBuffer:
             self.path.unlink(missing_ok=True)
 
 
+class Spares:
+    """Shared memory of earlier runs, for the next: fresh memory takes as long as a few GPUs do.
+
+    A buffer whose tensor somebody holds stays too, as it is free soon: a program shows one result
+    while it makes the next.
+    """
+
+    def __init__(self, limit: int = 2):
+        self._limit = limit
+        self._buffers: list[SharedBuffer] = []
+
+    @property
+    def paths(self) -> list[str]:
+        """By these a worker knows which of its mappings may be asked for again."""
+        return [str(buffer.path) for buffer in self._buffers]
+
+    def take(self, size: int) -> SharedBuffer | None:
+        """A buffer of about `size` bytes that nobody uses; it is no spare any more."""
+        for buffer in self._buffers:
+            if size <= buffer.size <= 2 * size and not buffer.in_use:
+                self._buffers.remove(buffer)
+                return buffer
+        return None
+
+    def give(self, buffer: SharedBuffer) -> None:
+        """Keep `buffer`, all of which was reserved; the oldest goes if there are too many."""
+        self._buffers.append(buffer)
+        del self._buffers[: -self._limit]
+
+    def clear(self) -> None:
+        """Keep none."""
+        self._buffers.clear()
+
+
 def _remove_if_unmapped(path: Path) -> None:
     """Remove a file that no process has mapped; on Windows any other raises PermissionError."""
     with suppress(PermissionError):

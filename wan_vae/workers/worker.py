@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -31,10 +32,10 @@ from ..planning.plan import Plan
 from ..report import DecodeReport
 from ..runs.decode import DecodeRequest
 from ..runs.encode import EncodeRequest
-from ..sharding.context import SINGLE, ShardContext
+from ..sharding.context import SINGLE, Agreed, ShardContext
 from ..sharding.plan import plan_shards
 from ..sharding.proof import check_wire
-from ..sharding.transport import HOST_AND_DEVICE
+from ..sharding.transport import HOST_AND_DEVICE, Wire
 from .devices import make_current
 from .pipe import PipeEnd
 from .shared import SharedBuffer, view
@@ -62,13 +63,19 @@ class WorkerSettings:
 class EncodeJob:
     """One encode: where input and output lie in shared memory, and how it is done.
 
-    input, output: offset in bytes and shape, of float32 tensors.
+    input, output: offset in bytes and shape, of float32 tensors. order: the dimensions of the input
+    in the order in which it lies. fresh: the memory was not used by a run before. kept: paths of
+    memory that may be used again. sent_s: when the parent sent this, by `time.monotonic`.
     """
 
     path: str
     size: int
+    kept: list[str]
     input: tuple[int, tuple[int, ...]]
+    order: tuple[int, ...]
     output: tuple[int, tuple[int, ...]]
+    fresh: bool
+    sent_s: float
     axis: AxisRequest
     wait_s: float
     normalized: bool
@@ -77,10 +84,8 @@ class EncodeJob:
 
 @dataclass(frozen=True)
 class DecodeJob(EncodeJob):
-    """One decode. `fresh`: the memory was not used by the decode before. `plan`: of this rank, as
-    plain values; None has the ranks plan for themselves."""
+    """One decode. `plan`: of this rank, as plain values; None has the ranks plan for themselves."""
 
-    fresh: bool
     form: Literal["pixels", "image"]
     gather: Collect
     plan: dict[str, Any] | None = None
@@ -89,7 +94,12 @@ class DecodeJob(EncodeJob):
 def main(handle: int) -> None:
     """Serve until told to stop. `handle` is this end of the pipe, inherited from the parent."""
     pipe = _Sender(PipeEnd(handle))
-    _, plain = pipe.receive()
+    try:
+        kind, plain = pipe.receive()
+    except (EOFError, OSError):  # the parent is gone
+        return
+    if kind == "stop":
+        return
     settings = WorkerSettings(**plain)
     commands: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, commands), daemon=True).start()
@@ -106,8 +116,7 @@ def main(handle: int) -> None:
             break
         try:
             pipe.send("done", worker.commands[command](**arguments))
-            # Not before: to unmap a clip takes tens of milliseconds.
-            worker.stale = None
+            worker.forget()
         except (WanVAEError, RuntimeError, MemoryError, OSError, TypeError, ValueError) as error:
             pipe.send("error", _describe(error, settings))
     worker.close()
@@ -155,6 +164,21 @@ def _describe(error: BaseException, settings: WorkerSettings) -> dict[str, Any]:
     return {"kind": kind, "text": text, "rank": rank}
 
 
+class Laps:
+    """Phases of a command before its run: `ms` begins with the time that it was on its way."""
+
+    def __init__(self, sent_s: float) -> None:
+        # The clock is that of the machine, equal in all of its processes.
+        self.ms = {"wake": (time.monotonic() - sent_s) * 1e3}
+        self._last_s = time.monotonic()
+
+    def add(self, phase: str, less_ms: float = 0.0) -> None:
+        """Add the time since the last phase, without `less_ms` of it."""
+        now_s = time.monotonic()
+        self.ms[phase] = (now_s - self._last_s) * 1e3 - less_ms
+        self._last_s = now_s
+
+
 class _Worker:
     """One rank: its process group, its VAE, and the commands that the parent may name."""
 
@@ -162,9 +186,10 @@ class _Worker:
         self.settings, self.pipe = settings, pipe
         self.device = torch.device(settings.device)
         self._vae: WanVAE | None = None
-        # The memory of the last decode, which the next one may be given again.
-        self.mapped: SharedBuffer | None = None
-        self.stale: SharedBuffer | None = None
+        self._agreed = Agreed()
+        # The memory of the last runs by its path; the next one may be given it again.
+        self._mapped: dict[str, SharedBuffer] = {}
+        self._kept: set[str] = set()
 
         self.commands: dict[str, Callable[..., object]] = {
             "load": self.on_load,
@@ -213,6 +238,11 @@ class _Worker:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
+    def forget(self) -> None:
+        """Let go of memory that no run will use again: not in a run, as it takes milliseconds."""
+        for path in self._mapped.keys() - self._kept:
+            del self._mapped[path]
+
     def on_load(
         self,
         path: str,
@@ -242,7 +272,12 @@ class _Worker:
         if settings.world_size == 1:
             return SINGLE
         return ShardContext(
-            settings.rank, settings.world_size, axis, timeout_s=wait_s, same_input=True
+            settings.rank,
+            settings.world_size,
+            axis,
+            timeout_s=wait_s,
+            same_input=True,
+            agreed=self._agreed,
         )
 
     def _hooks(self, raw: torch.Tensor) -> Hooks:
@@ -261,23 +296,33 @@ class _Worker:
         axis: AxisRequest,
         options: dict[str, Any],
     ) -> dict[str, object]:
-        """The plan of this rank, as plain values."""
-        ranks = self.settings.world_size
-        return self.vae.plan(
-            latent_shape, operation=operation, ranks=ranks, axis=axis, **options
-        ).as_dict()
+        """The plan of this rank, as plain values.
+
+        Where nothing is known of this kind of card, rank 0 proves and times its kernels, and the
+        others read its verdicts: not every rank compiles and measures the same. A collective.
+        """
+        settings, later = self.settings, False
+        wire: Wire | None = None
+        if settings.world_size > 1:
+            wire = Wire(self._context(axis, settings.start_s), self.device)
+            known = wire.all_gather_numbers([self.vae.engine.known_verdicts(self.device)])
+            later = settings.rank > 0 and known[0] == known[settings.rank] == [0]
+            if later:
+                wire.all_gather_numbers([0])  # rank 0 is done
+        plan = self.vae.plan(
+            latent_shape, operation=operation, ranks=settings.world_size, axis=axis, **options
+        )
+        if wire is not None and not later:
+            wire.all_gather_numbers([0])
+        return plan.as_dict()
 
     def on_decode(self, **arguments: Any) -> dict[str, object]:
         """Decode the latent in shared memory; this rank's rows go to the output there."""
+        laps = Laps(arguments["sent_s"])
         job = DecodeJob(**arguments)
-        buffer = self.mapped
-        # Memory that is not fresh is that of the last decode, and all of it was reserved.
-        if job.fresh or buffer is None:
-            self.stale, self.mapped = self.mapped, SharedBuffer.open(job.path, job.size)
-            buffer = self.mapped
+        buffer, latent = self._open(job)
         raw = buffer.raw
-        self.pipe.send("mapped", None)
-        latent = view(raw, *job.input, torch.float32)
+        laps.add("open")
         out = view(raw, *job.output, torch.float32)
         rank, world_size = self.settings.rank, self.settings.world_size
         if job.gather == "shared" and world_size > 1:
@@ -303,18 +348,19 @@ class _Worker:
                     gather="own" if job.gather == "shared" else job.gather,
                 )
             )
-        return self._report()
+        return self._report(laps)
 
     def on_encode(self, unit_range: bool, **arguments: Any) -> dict[str, object]:
         """Encode the pixels in shared memory; rank 0 writes the latent there."""
+        laps = Laps(arguments["sent_s"])
         job = EncodeJob(**arguments)
-        buffer = SharedBuffer.open(job.path, job.size)
+        buffer, pixels = self._open(job)
         raw = buffer.raw
-        self.pipe.send("mapped", None)
+        laps.add("open")
         with suppress(DecodeCancelled):
             latent = self.vae.run_encode(
                 EncodeRequest(
-                    pixels=view(raw, *job.input, torch.float32),
+                    pixels=pixels,
                     normalized=job.normalized,
                     unit_range=unit_range,
                     options=RunOptions(**job.options),
@@ -327,11 +373,28 @@ class _Worker:
                 place = view(raw, *job.output, torch.float32)
                 buffer.reserve(place)
                 place.copy_(latent)
-        return self._report()
+        return self._report(laps)
 
-    def _report(self) -> dict[str, object]:
+    def _open(self, job: EncodeJob) -> tuple[SharedBuffer, torch.Tensor]:
+        """The shared memory of `job`, mapped, and its input."""
+        # Memory that is not fresh is that of a run before, and all of it was reserved.
+        if job.fresh:
+            self._mapped[job.path] = SharedBuffer.open(job.path, job.size)
+        self._kept = {job.path, *job.kept}
+        buffer = self._mapped[job.path]
+        self.pipe.send("mapped", None)
+        offset, shape = job.input
+        back = sorted(range(len(job.order)), key=job.order.__getitem__)
+        return buffer, view(buffer.raw, offset, shape, torch.float32).permute(back)
+
+    def _report(self, laps: Laps) -> dict[str, object]:
+        """The answer to a run: the report, whose `host_ms` begins with `laps`."""
         report = self.vae.last_report
-        return {"report": None if report is None else report.as_dict()}
+        if report is None:
+            return {"report": None}
+        # What the run itself did not see, before its first lap: checks, kernels, the other ranks.
+        laps.add("set up", less_ms=sum(report.host_ms.values()))
+        return {"report": replace(report, host_ms={**laps.ms, **report.host_ms}).as_dict()}
 
     def on_check_wire(self, wait_s: float) -> dict[str, Any]:
         """Send known numbers around, each rank's in another memory format. A collective.

@@ -1,4 +1,7 @@
-"""Decodes broken on purpose: the rank at fault must be named, and the next decode be right."""
+"""Decodes broken on purpose: the rank at fault must be named, and the next decode be right.
+
+`rounds.py` counts the outcomes of many rounds.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +23,8 @@ from wan_vae.hooks import Hooks
 from wan_vae.pipeline import WanVAE
 from wan_vae.workers.pool import WorkerPool
 
-# Process ids of the ranks -> the hooks that break the decode.
-Break = Callable[[list[int]], Hooks]
+# Process ids of the ranks -> the hooks that break the decode; afterwards the fault is gone.
+Break = Callable[[list[int]], AbstractContextManager[Hooks]]
 
 
 def unavailable_reason() -> str | None:
@@ -32,10 +36,10 @@ def unavailable_reason() -> str | None:
 
 if sys.platform != "win32":
 
-    def _kill(pid: int) -> None:
+    def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
-    def _stop(pid: int) -> None:
+    def stop(pid: int) -> None:
         os.kill(pid, signal.SIGSTOP)
 
     def is_gone(pid: int) -> bool:
@@ -49,28 +53,28 @@ if sys.platform != "win32":
     def check_faults(devices: Sequence[str], vae: WanVAE, sizes: Sizes) -> list[Fault]:
         """Break decodes on the last rank, one after another."""
         z, last = sizes.faults.random_latent(), len(devices) - 1
-        kill, stop = (_at_first_chunk(act, last) for act in (_kill, _stop))
         with WorkerPool(devices, timeout_s=sizes.timeout_s) as pool:
-            attempts = [
-                _Attempt("a rank is killed within a chunk", kill, "died (exit code -9)"),
-                _Attempt("a rank stops within a chunk", stop, "does not answer"),
-                _Attempt("a cancel keeps the workers", _cancel, "cancelled", keeps_workers=True),
-            ]
+            attempts = [killed(last), stopped(last), CANCEL]
             found = [_after_a_right_one(attempt, pool, vae, z) for attempt in attempts]
-        with _AbsentRank(devices, timeout_s=sizes.timeout_s) as pool:
+        with AbsentRank(devices, timeout_s=sizes.timeout_s) as pool:
             pool.check_wire()
-            absent = _Attempt("a rank never joins: time-out and abort", _nothing, "does not answer")
-            found.append(absent.run(pool, vae, z))
+            found.append(ABSENT.run(pool, vae, z))
         return found
 
     @dataclass(frozen=True)
-    class _Attempt:
-        """One fault, and the words that must be in the error."""
+    class Attempt:
+        """One fault, and the words that must be in the error.
+
+        blames_last: whether the last rank must be named. keeps_workers: whether they stay, as after
+        a cancel. chunk_frames: latent frames of a chunk.
+        """
 
         name: str
         breaks: Break
         said: str
+        blames_last: bool = field(default=True, kw_only=True)
         keeps_workers: bool = field(default=False, kw_only=True)
+        chunk_frames: int = field(default=1, kw_only=True)
 
         def run(self, pool: WorkerPool, vae: WanVAE, z: torch.Tensor) -> Fault:
             """Decode with the fault; passed if it was named and the workers ended.
@@ -80,18 +84,19 @@ if sys.platform != "win32":
             pids, last = pool.pids, len(pool.devices) - 1
             start = time.perf_counter()
             try:
-                hooks = self.breaks(pids)
-                pool.decode(
-                    vae,
-                    z,
-                    chunk_frames=1,
-                    on_progress=hooks.on_progress,
-                    should_stop=hooks.should_stop,
-                )
+                with self.breaks(pids) as hooks:
+                    pool.decode(
+                        vae,
+                        z,
+                        chunk_frames=self.chunk_frames,
+                        on_progress=hooks.on_progress,
+                        should_stop=hooks.should_stop,
+                    )
                 text, passed = "nothing: the decode went through", False
             except ShardingError as error:
                 text = str(error)
-                passed = error.rank == last and not pool.pids and not self.keeps_workers
+                passed = error.rank == last or not self.blames_last
+                passed = passed and not pool.pids and not self.keeps_workers
             except DecodeCancelled as error:
                 text, passed = str(error), pool.pids == pids and self.keeps_workers
             seconds = time.perf_counter() - start
@@ -100,7 +105,7 @@ if sys.platform != "win32":
             return Fault(len(pool.devices), self.name, passed, seconds, text)
 
     def _after_a_right_one(
-        attempt: _Attempt, pool: WorkerPool, vae: WanVAE, z: torch.Tensor
+        attempt: Attempt, pool: WorkerPool, vae: WanVAE, z: torch.Tensor
     ) -> Fault:
         """`attempt` between two decodes, which must have the same bits."""
         expected = pool.decode(vae, z, chunk_frames=1)
@@ -110,10 +115,11 @@ if sys.platform != "win32":
             return Fault(fault.ranks, fault.name, False, fault.seconds, text)
         return fault
 
-    def _at_first_chunk(act: Callable[[int], None], rank: int) -> Break:
+    def at_first_chunk(act: Callable[[int], None], rank: int) -> Break:
         """A progress callback that acts at the first chunk: the ranks are then in the next."""
 
-        def hooks(pids: list[int]) -> Hooks:
+        @contextmanager
+        def hooks(pids: list[int]) -> Iterator[Hooks]:
             done: list[bool] = []
 
             def on_progress(*_: object) -> None:
@@ -121,18 +127,31 @@ if sys.platform != "win32":
                     done.append(True)
                     act(pids[rank])
 
-            return Hooks(on_progress)
+            yield Hooks(on_progress)
 
         return hooks
 
-    def _cancel(pids: list[int]) -> Hooks:
+    @contextmanager
+    def _cancel(pids: list[int]) -> Iterator[Hooks]:
         seen: list[int] = []
-        return Hooks(lambda *_: seen.append(1), lambda: bool(seen))
+        yield Hooks(lambda *_: seen.append(1), lambda: bool(seen))
 
-    def _nothing(pids: list[int]) -> Hooks:
-        return Hooks()
+    def killed(rank: int) -> Attempt:
+        """`rank`, the last one, is killed."""
+        act = at_first_chunk(kill, rank)
+        return Attempt("a rank is killed within a chunk", act, "died (exit code -9)")
 
-    class _AbsentRank(WorkerPool):
+    def stopped(rank: int) -> Attempt:
+        """`rank`, the last one, stops."""
+        return Attempt("a rank stops within a chunk", at_first_chunk(stop, rank), "does not answer")
+
+    CANCEL = Attempt("a cancel keeps the workers", _cancel, "cancelled", keeps_workers=True)
+    # In a pool of `AbsentRank`.
+    ABSENT = Attempt(
+        "a rank never joins: time-out and abort", lambda _: nullcontext(Hooks()), "does not answer"
+    )
+
+    class AbsentRank(WorkerPool):
         """A pool whose last worker is never told to decode: the others wait in a collective."""
 
         def _send_all(

@@ -1,0 +1,163 @@
+"""One device against several in a running ComfyUI: the cases, their runs, and how they read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from benchmarks.suite.node_runs import (
+    ACCELERATE,
+    VAE_FILE,
+    VAE_FILE_22,
+    NodeCase,
+    NodeRow,
+    difference,
+    measure,
+    timed_run,
+)
+from tests.comfy.server import Comfy
+
+# On the CPU a library takes other kernels for half a picture: of the spread of the numbers.
+_CPU_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same work on one device and on several."""
+
+    name: str
+    one: NodeCase
+    several: NodeCase
+
+
+@dataclass(frozen=True)
+class PairRows:
+    """What one pair took."""
+
+    name: str
+    one: NodeRow
+    several: NodeRow
+
+    @property
+    def speed_up(self) -> float:
+        return self.one.median_ms / self.several.median_ms
+
+    def faults(self, on_cpu: bool) -> list[str]:
+        """What is wrong: a run that is not done or fell back, other bits than one device's."""
+        found = [*self.one.faults(), *self.several.faults()]
+        report = self.several.report or {}
+        found += [f"{self.name}: {text}" for text in report.get("fallbacks", ())]
+        allowed = _CPU_TOLERANCE if on_cpu else 0.0
+        if self.several.difference is None or self.several.difference > allowed:
+            found.append(f"{self.name}: differs from one device by {self.several.difference}")
+        return found
+
+
+def pairs(on_cpu: bool, devices: str, wan22: bool, warm: int) -> tuple[Pair, ...]:
+    """Decodes of the published sizes, an encode inside image to video, and a large image.
+
+    The image is decoded on `devices` because they are named, and once more with `all`, which may
+    choose one device.
+    """
+    if on_cpu:
+        large, small, image, other = (9, 64, 96), (5, 64, 64), (1, 64, 64), (5, 64, 96)
+    else:
+        large, small = (81, 720, 1280), (81, 480, 832)
+        image, other = (1, 2048, 2048), (121, 704, 1280)
+
+    def decode(size: tuple[int, int, int], which: str = devices, vae: str = VAE_FILE) -> Pair:
+        frames, height, width = size
+        kind = "image" if frames == 1 else f"video, {frames} frames"
+        one = NodeCase("Wan VAE Decode", "WanVAEDecode", *size, warm=warm, vae=vae)
+        several = replace(
+            one,
+            title="Wan VAE Decode (Sharded)",
+            node="WanVAEDecodeSharded",
+            inputs={"devices": which},
+        )
+        name = f"decode {width} x {height} {kind}"
+        if vae != VAE_FILE:
+            name = f"Wan 2.2 {name}"
+        return Pair(name if which == devices else f"{name}, {which}", one, several)
+
+    encode = NodeCase("image to video", "WanImageToVideo", *large, warm=warm, patch=ACCELERATE)
+    frames, height, width = large
+    return (
+        decode(large),
+        decode(small),
+        Pair(
+            f"encode {width} x {height} video, {frames} frames, in image to video",
+            encode,
+            replace(encode, patch_inputs={"devices": devices}),
+        ),
+        decode(image),
+        decode(image, "all"),
+        *((decode(other, vae=VAE_FILE_22),) if wan22 else ()),
+    )
+
+
+def measure_pair(server: Comfy, pair: Pair, seed: int, restart: bool) -> PairRows:
+    """Run both, compare their results. restart: also a run after the workers were ended.
+
+    Raises RuntimeError if a node fails.
+    """
+    one = measure(server, pair.one, seed)
+    several = measure(server, pair.several, seed)
+    apart = difference(server, pair.several, pair.several.comparison_with(pair.one, seed + 90))
+    restart_ms = None
+    if restart:
+        server.post("/free", {"unload_models": True, "free_memory": True})
+        restart_ms, _ = timed_run(server, pair.several, seed + 91)
+    return PairRows(pair.name, one, replace(several, difference=apart, restart_ms=restart_ms))
+
+
+def pairs_markdown(rows: Sequence[PairRows]) -> list[str]:
+    """Two tables: times and speed-ups; where the host's time goes."""
+    lines = [
+        "| what | one device, ms | several, ms | speed-up | first run of several, ms "
+        "| with kernels in the cache, ms | difference | ranks |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        report = row.several.report or {}
+        shares = ", ".join(
+            f"{s['device']} {s['stop_row'] - s['start_row']}" for s in report.get("shards", ())
+        )
+        restart = "" if row.several.restart_ms is None else f"{row.several.restart_ms:.0f}"
+        lines.append(
+            f"| {row.name} | {_warm(row.one)} | {_warm(row.several)} | {row.speed_up:.2f}x "
+            f"| {row.several.first_ms:.0f} | {restart} | {row.several.difference:.1e} "
+            f"| {shares or 'one device'} |"
+        )
+    phases = list(
+        dict.fromkeys(p for row in rows for p in (*row.several.host_ms, *row.one.host_ms))
+    )
+    lines += [
+        "",
+        "Milliseconds of the host by phase, medians of the warm runs (one device / several).",
+        "`rank:` are those of rank 0, within `run`; `rank: chunks` is the time to launch all",
+        "chunks, which is hidden where the device is busy; `rank: copies` the wait for the last",
+        "pixels.",
+        "",
+        "| phase | " + " | ".join(row.name for row in rows) + " |",
+        "|---|" + "---:|" * len(rows),
+    ]
+    for phase in phases:
+        cells = [f"{_ms(row.one, phase)} / {_ms(row.several, phase)}" for row in rows]
+        lines.append(f"| {phase} | " + " | ".join(cells) + " |")
+    devices = [f"{_device_ms(row.one)} / {_device_ms(row.several)}" for row in rows]
+    lines.append("| the device, all chunks (last run) | " + " | ".join(devices) + " |")
+    return lines
+
+
+def _warm(row: NodeRow) -> str:
+    return f"{row.median_ms:.1f} ({min(row.warm_ms):.1f} to {max(row.warm_ms):.1f})"
+
+
+def _ms(row: NodeRow, phase: str) -> str:
+    return f"{row.host_ms[phase]:.1f}" if phase in row.host_ms else "-"
+
+
+def _device_ms(row: NodeRow) -> str:
+    chunks = (row.report or {}).get("chunks", ())
+    return f"{sum(chunk['duration_ms'] for chunk in chunks):.1f}"
