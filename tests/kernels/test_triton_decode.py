@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed here: pip install 
 
 from tests.conftest import random_state
 from wan_vae import WanVAE
-from wan_vae.config import qwen21, wan21, wan22
+from wan_vae.config import wan21, wan22
 from wan_vae.errors import BackendError
 from wan_vae.kernels.triton import layers as kernel_layers
 
@@ -31,8 +31,6 @@ CONFIGS = {"wan2.1": wan21(dim=16), "wan2.2": wan22(dim=16, decoder_dim=16)}
 VARIANTS = {
     "grey": replace(wan21(dim=16), decoder_colours=1),
     "alpha, doubled": replace(wan21(dim=16), colours=4, decoder_colours=4, decoder_patch_size=2),
-    "pruned": wan21(dim=32, decoder_dim=16),
-    "qwen-image-2.1": qwen21(dim=16, decoder_dim=16),
 }
 
 

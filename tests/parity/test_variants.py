@@ -43,13 +43,6 @@ def doubled(pixels: torch.Tensor) -> torch.Tensor:
 VARIANTS = {
     "alpha": ("AutoencoderKLQwenImage", dict(base_dim=8, input_channels=4), None, (4, 4), 8),
     "doubled": ("AutoencoderKLWan", dict(base_dim=8, out_channels=12), doubled, (3, 3), 16),
-    "doubled with alpha": (
-        "AutoencoderKLWan",
-        dict(base_dim=8, in_channels=4, out_channels=16),
-        doubled,
-        (4, 4),
-        16,
-    ),
     "grey head": ("AutoencoderKLWan", dict(base_dim=8, out_channels=1), None, (3, 1), 8),
     "pruned decoder": (
         "AutoencoderKLWan", dict(base_dim=16, decoder_base_dim=8), None, (3, 3), 8
