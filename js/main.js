@@ -96,7 +96,7 @@ function replaceTokens(node) {
   if (!widget) return;
   widget.serializeValue = () => {
     const replace = window.comfyAPI?.utils?.applyTextReplacements;
-    return replace ? replace(rootGraph(), widget.value) : widget.value;
+    return replace ? replace(app, widget.value) : widget.value;
   };
 }
 

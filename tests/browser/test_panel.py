@@ -279,7 +279,8 @@ def test_tokens_in_the_name_of_a_video_are_replaced_as_in_core(frontend):
         """async (name) => {
           const { app, LiteGraph } = window;
           const graph = app.rootGraph ?? app.graph;
-          const added = ["WanVAEDecodeToVideo", "SaveVideo"].map((kind) => {
+          const kinds = ["WanVAEDecodeToVideo", "SaveVideo"];
+          const added = kinds.map((kind) => {
             const node = LiteGraph.createNode(kind);
             graph.add(node);
             node.widgets.find((widget) => widget.name === "filename_prefix").value = name;
@@ -287,7 +288,7 @@ def test_tokens_in_the_name_of_a_video_are_replaced_as_in_core(frontend):
           });
           try {
             const { output, workflow } = await app.graphToPrompt();
-            const kept = workflow.nodes.find((node) => node.id === added[0].id).widgets_values;
+            const kept = workflow.nodes.find((node) => node.type === kinds[0]).widgets_values;
             const now = new Date();
             const two = (n) => String(n).padStart(2, "0");
             const day = [now.getFullYear(), two(now.getMonth() + 1), two(now.getDate())].join("-");
