@@ -131,7 +131,7 @@ class Watched:
         return [ref() for ref in (*self.histories, *self.frames) if ref() is not None]
 
 
-@pytest.mark.parametrize("questions", [1, 4, 6, 8])
+@pytest.mark.parametrize("questions", [1, 6])
 def test_a_cancel_frees_what_waits_on_the_host_although_somebody_keeps_the_error(
     questions, monkeypatch
 ):
@@ -199,14 +199,28 @@ def test_the_plan_is_within_15_percent_of_the_counted_peak(
     family, size, strips, chunk_frames, last
 ):
     """Memory of the host is NumPy's here: what is counted is the device's."""
+    planned, counted = planned_and_counted(family, size, strips, chunk_frames, last)
+    assert abs(planned / counted - 1) < 0.15, (planned, counted)
+
+
+def planned_and_counted(family, size, strips, chunk_frames, last, parked=True):
     vae = vae_of(family)
     z = torch.randn(size[0], vae.config.z_dim, *size[1:])
-    plan = plan_of(vae, z, strips, chunk_frames, last)
+    plan = plan_of(vae, z, strips, chunk_frames, last, parked)
     setup = vae.engine.setup(engine.SetupRequest("decode", tuple(z.shape), plan.options))
     plan = vae.engine.counted(setup, plan)
     with TensorCounter() as counter:
         vae.decode(z, plan=plan, sink=CallbackSink(lambda *piece: None))
-    assert abs(plan.planned_bytes / counter.peak - 1) < 0.15, (plan.planned_bytes, counter.peak)
+    return plan.planned_bytes, counter.peak
+
+
+def test_a_device_without_the_other_strips_history_has_much_more_room():
+    """Five strips: the history of one is there, and that of all without the host."""
+    case = ("wan2.1", (1, 4, 40, 2), 5, 1, None)
+    planned, counted = planned_and_counted(*case)
+    _, whole = planned_and_counted(*case, parked=False)
+    assert counted < 0.4 * whole
+    assert abs(planned / counted - 1) < 0.1, (planned, counted)
 
 
 def request(frames=21, height=90, width=160, **changes):
