@@ -13,6 +13,10 @@ ComfyUI-KJNodes) its Patch Triton VAE too.
 compares their results; --flags does that under each flag for the VAE in turn, in a ComfyUI of its
 own; --ballast GIB leaves so much device memory free, as a small card has it (all of this needs
 --everywhere). What ComfyUI's own VAE cannot do then is a row with its error.
+
+--cold measures the first decode with empty caches, alone and after 20 seconds of a sampler's
+stand-in while kernels are compiled; that of the next process; and what the node costs beside the
+decode. For Wan 2.1, or with --model wan2.2.
 """
 
 from __future__ import annotations
@@ -22,15 +26,18 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from safetensors.torch import save_file
 
 from benchmarks.suite.ballast import Ballast
+from benchmarks.suite.cold_nodes import ColdCase, ColdRow, cold_lines, cold_rows
 from benchmarks.suite.facts import Facts, repeatable
 from benchmarks.suite.node_runs import (
     ACCELERATE,
@@ -52,9 +59,10 @@ from benchmarks.suite.node_runs import (
 from benchmarks.suite.weights import random_state
 from tests.comfy.provision import ComfyEnvironment
 from tests.comfy.server import Comfy
-from wan_vae.config import wan21
+from wan_vae.config import wan21, wan22
 
 SCHEMA = "wan_vae.bench.nodes/1"
+MODELS = {"wan2.1": wan21, "wan2.2": wan22}
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,84 @@ def run(setting: Setting, wanted: Sequence[NodeCase]) -> tuple[list[NodeRow], st
     return rows, version
 
 
+def run_cold(setting: Setting, case: ColdCase) -> tuple[list[ColdRow], dict[str, Any], str]:
+    """The rows of `case`, the report of the last decode, and ComfyUI's version."""
+    with tempfile.TemporaryDirectory(prefix="wan_vae_bench_") as folder:
+        base, report, version = Path(folder), dict[str, Any](), ""
+        empty = base / "frontend"
+        empty.mkdir()
+        environment = ComfyEnvironment(setting.python, str(setting.path), str(empty), str(empty))
+        weights = base / VAE_FILE
+        save_file(random_state(case.config), weights)
+
+        @contextmanager
+        def start(name: str, variables: Mapping[str, str]) -> Iterator[Comfy]:
+            nonlocal report, version
+            print(name, file=sys.stderr, flush=True)
+            server = Comfy(
+                environment,
+                base / name,
+                *("--front-end-root", str(empty)),
+                install=link_pack,
+                on_cpu=setting.on_cpu,
+                variables=variables,
+            )
+            install_probes(server)
+            (server.base / "models" / "vae" / VAE_FILE).symlink_to(weights)
+            with server:
+                try:
+                    yield server
+                except RuntimeError:
+                    print(server.log_text()[-6000:], file=sys.stderr)
+                    raise
+                version = str(server.get("/system_stats")["system"]["comfyui_version"])
+                report = server.get("/wan_vae/reports")["reports"][-1]["report"]
+
+        rows = list(cold_rows(case, base / "caches", start))
+    return rows, report, version
+
+
+def cold_case(model: str, on_cpu: bool) -> ColdCase:
+    """720p, and images of 256 x 256 and 1024 x 1024; on a CPU a narrow model and little of it."""
+    if on_cpu:
+        config = MODELS[model](dim=16)
+        sizes, frames, sample_s = ((32, 32),), 2, 1.0
+        height, width = 2 * config.spatial_factor, 3 * config.spatial_factor
+    else:
+        config, sizes, sample_s = MODELS[model](), ((256, 256), (1024, 1024)), 20.0
+        frames, height, width = (21 if model == "wan2.1" else 31), 720, 1280
+    factor = config.spatial_factor
+    images = tuple((1, config.z_dim, 1, h // factor, w // factor) for h, w in sizes)
+    video = (1, config.z_dim, frames, height // factor, width // factor)
+    return ColdCase(config, video, images, sample_s)
+
+
+def _cold_main(setting: Setting, model: str, output: Path | None, argv: Sequence[str]) -> int:
+    case = cold_case(model, setting.on_cpu)
+    rows, report, version = run_cold(setting, case)
+    facts = _facts(report, version, argv)
+    lines = ["# Waiting in a running ComfyUI", "", *facts.lines(), *_COLD_NOTES, ""]
+    text = "\n".join([*lines, *cold_lines(rows)]) + "\n"
+    _write(output, "cold", text, {**facts.as_dict(), "rows": [row.as_dict() for row in rows]})
+    return 0
+
+
+_COLD_NOTES = (
+    "- default flags of ComfyUI, random weights and latents, LATENT and IMAGE on the CPU",
+    "- cache folders of our kernels, Triton, Inductor and CUDA of their own; warm: the median",
+)
+
+
+def _write(output: Path | None, name: str, text: str, data: dict[str, object]) -> None:
+    """Print the page; a folder gets it, and the numbers."""
+    print(text)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / f"{name}.md").write_text(text, encoding="utf-8")
+        made = json.dumps(data, indent=1) + "\n"
+        (output / f"{name}.json").write_text(made, encoding="utf-8")
+
+
 def _measured(server: Comfy, setting: Setting, case: NodeCase, seed: int) -> NodeRow:
     """The row of one case. Raises RuntimeError if it fails and this is no trial."""
     print(f"{case.title}, {case.video} {setting.flags}", file=sys.stderr, flush=True)
@@ -121,7 +207,10 @@ def _measured(server: Comfy, setting: Setting, case: NodeCase, seed: int) -> Nod
 
 def facts_of(rows: Sequence[NodeRow], comfyui: str, argv: Sequence[str]) -> Facts:
     """Device and versions as the nodes report them: of ComfyUI's process, not of this one."""
-    report = next(row.report for row in rows if row.report is not None)
+    return _facts(next(row.report for row in rows if row.report is not None), comfyui, argv)
+
+
+def _facts(report: Mapping[str, Any], comfyui: str, argv: Sequence[str]) -> Facts:
     versions = {name: found for name, found in report["versions"].items() if found}
     command = repeatable(["nodes", *argv])
     return Facts(SCHEMA, command, report["device_name"], versions={**versions, "comfyui": comfyui})
@@ -210,6 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="under each of these flags, or under all of them; `default` is none",
     )
     parser.add_argument("--ballast", type=float, metavar="GIB", help="leave so much memory free")
+    parser.add_argument("--cold", action="store_true", help="what a user waits for, empty caches")
+    parser.add_argument("--model", choices=MODELS, default="wan2.1", help="of --cold")
     parser.add_argument("--output", type=Path, help="folder for nodes.md and nodes.json")
     args = parser.parse_args(argv)
     path = os.environ.get("COMFYUI_PATH")
@@ -221,6 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--kjnodes needs --peers or --everywhere")
     if (args.flags is not None or args.ballast is not None) and not args.everywhere:
         parser.error("--flags and --ballast need --everywhere")
+    if args.cold and (args.peers or args.everywhere):
+        parser.error("--cold goes with neither --peers nor --everywhere")
     setting = Setting(
         Path(path),
         os.environ.get("COMFYUI_PYTHON") or sys.executable,
@@ -229,6 +322,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ballast_gib=args.ballast,
         is_trial=args.everywhere,
     )
+    if args.cold:
+        return _cold_main(setting, args.model, args.output, argv)
     rows, version = [], ""
     for name in ["default"] if args.flags is None else args.flags or FLAGS:
         if args.everywhere:
@@ -243,13 +338,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += more
     facts = facts_of(rows, version, argv)
     text = nodes_markdown(rows, facts)
-    print(text)
-    if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "nodes.md").write_text(text, encoding="utf-8")
-        data = {**facts.as_dict(), "rows": [row.as_dict() for row in rows]}
-        text = json.dumps(data, indent=1) + "\n"
-        (args.output / "nodes.json").write_text(text, encoding="utf-8")
+    data = {**facts.as_dict(), "rows": [row.as_dict() for row in rows]}
+    _write(args.output, "nodes", text, data)
     faults = [fault for row in rows for fault in row.faults()]
     for fault in faults:
         print(f"nodes: {fault}", file=sys.stderr)
