@@ -21,6 +21,10 @@ own; --ballast GIB leaves so much device memory free, as a small card has it (al
 --faults lets things go wrong before our nodes run in 5 GB (or --ballast): another node runs out of
 memory and its traceback is kept, a sampler's model is loaded, another process takes memory between
 plan and run. Results must have the bits of a server with all memory.
+
+--cold measures the first decode with empty caches, alone and after 20 seconds of a sampler's
+stand-in while kernels are compiled; that of the next process; and what the node costs beside the
+decode. For Wan 2.1, or with --model wan2.2.
 """
 
 from __future__ import annotations
@@ -34,12 +38,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from safetensors.torch import save_file
 
 from benchmarks.suite.ballast import Ballast
+from benchmarks.suite.cold_nodes import ColdCase, ColdRow, cold_lines, cold_rows
 from benchmarks.suite.facts import Facts, repeatable
 from benchmarks.suite.node_faults import fault_lines, rows_after_faults, rows_without_faults
 from benchmarks.suite.node_runs import (
@@ -69,6 +75,7 @@ from wan_vae.config import wan21, wan22
 SCHEMA = "wan_vae.bench.nodes/1"
 # Free in a server to which faults happen: 5 GB.
 _FAULTS_GIB = 5e9 / 2**30
+MODELS = {"wan2.1": wan21, "wan2.2": wan22}
 
 
 @dataclass(frozen=True)
@@ -151,6 +158,74 @@ def running(setting: Setting) -> Iterator[tuple[Comfy, str]]:
             yield server, str(server.get("/system_stats")["system"]["comfyui_version"])
 
 
+def run_cold(setting: Setting, case: ColdCase) -> tuple[list[ColdRow], dict[str, Any], str]:
+    """The rows of `case`, the report of the last decode, and ComfyUI's version."""
+    with tempfile.TemporaryDirectory(prefix="wan_vae_bench_") as folder:
+        base, report, version = Path(folder), dict[str, Any](), ""
+        empty = base / "frontend"
+        empty.mkdir()
+        environment = ComfyEnvironment(setting.python, str(setting.path), str(empty), str(empty))
+        weights = base / VAE_FILE
+        save_file(random_state(case.config), weights)
+
+        @contextmanager
+        def start(name: str, variables: Mapping[str, str]) -> Iterator[Comfy]:
+            nonlocal report, version
+            print(name, file=sys.stderr, flush=True)
+            server = Comfy(
+                environment,
+                base / name,
+                *("--front-end-root", str(empty)),
+                install=link_pack,
+                on_cpu=setting.on_cpu,
+                variables=variables,
+            )
+            install_probes(server)
+            (server.base / "models" / "vae" / VAE_FILE).symlink_to(weights)
+            with server:
+                try:
+                    yield server
+                except RuntimeError:
+                    print(server.log_text()[-6000:], file=sys.stderr)
+                    raise
+                version = str(server.get("/system_stats")["system"]["comfyui_version"])
+                report = server.get("/wan_vae/reports")["reports"][-1]["report"]
+
+        rows = list(cold_rows(case, base / "caches", start))
+    return rows, report, version
+
+
+def cold_case(model: str, on_cpu: bool) -> ColdCase:
+    """720p, and images of 256 x 256 and 1024 x 1024; on a CPU a narrow model and little of it."""
+    if on_cpu:
+        config = MODELS[model](dim=16)
+        sizes, frames, sample_s = ((32, 32),), 2, 1.0
+        height, width = 2 * config.spatial_factor, 3 * config.spatial_factor
+    else:
+        config, sizes, sample_s = MODELS[model](), ((256, 256), (1024, 1024)), 20.0
+        frames, height, width = (21 if model == "wan2.1" else 31), 720, 1280
+    factor = config.spatial_factor
+    images = tuple((1, config.z_dim, 1, h // factor, w // factor) for h, w in sizes)
+    video = (1, config.z_dim, frames, height // factor, width // factor)
+    return ColdCase(config, video, images, sample_s)
+
+
+def _cold_main(setting: Setting, model: str, output: Path | None, argv: Sequence[str]) -> int:
+    case = cold_case(model, setting.on_cpu)
+    rows, report, version = run_cold(setting, case)
+    facts = _facts(report, version, argv)
+    lines = ["# Waiting in a running ComfyUI", "", *facts.lines(), *_COLD_NOTES, ""]
+    text = "\n".join([*lines, *cold_lines(rows)]) + "\n"
+    _write(output, "cold", text, {**facts.as_dict(), "rows": [row.as_dict() for row in rows]})
+    return 0
+
+
+_COLD_NOTES = (
+    "- default flags of ComfyUI, random weights and latents, LATENT and IMAGE on the CPU",
+    "- cache folders of our kernels, Triton, Inductor and CUDA of their own; warm: the median",
+)
+
+
 def _measured(server: Comfy, setting: Setting, case: NodeCase, seed: int) -> NodeRow:
     """The row of one case. Raises RuntimeError if it fails and this is no trial."""
     print(f"{case.title}, {case.video} {setting.flags}", file=sys.stderr, flush=True)
@@ -169,7 +244,10 @@ def _measured(server: Comfy, setting: Setting, case: NodeCase, seed: int) -> Nod
 
 def facts_of(rows: Sequence[NodeRow], comfyui: str, argv: Sequence[str]) -> Facts:
     """Device and versions as the nodes report them: of ComfyUI's process, not of this one."""
-    report = next(row.report for row in rows if row.report is not None)
+    return _facts(next(row.report for row in rows if row.report is not None), comfyui, argv)
+
+
+def _facts(report: Mapping[str, Any], comfyui: str, argv: Sequence[str]) -> Facts:
     versions = {name: found for name, found in report["versions"].items() if found}
     command = repeatable(["nodes", *argv])
     return Facts(SCHEMA, command, report["device_name"], versions={**versions, "comfyui": comfyui})
@@ -278,6 +356,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--wan22", action="store_true", help="with --sharded: Wan 2.2 too")
     parser.add_argument("--warm", type=int, default=5, help="warm runs of each with --sharded")
     parser.add_argument("--ballast", type=float, metavar="GIB", help="leave so much memory free")
+    parser.add_argument("--cold", action="store_true", help="what a user waits for, empty caches")
+    parser.add_argument("--model", choices=MODELS, default="wan2.1", help="of --cold")
     parser.add_argument("--output", type=Path, help="folder for nodes.md and nodes.json")
     args = parser.parse_args(argv)
     path = os.environ.get("COMFYUI_PATH")
@@ -291,6 +371,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.everywhere or (args.faults and args.flags is None)
     ):
         parser.error("--flags and --ballast need --everywhere")
+    if args.cold and (args.peers or args.everywhere):
+        parser.error("--cold goes with neither --peers nor --everywhere")
     setting = Setting(
         Path(path),
         os.environ.get("COMFYUI_PYTHON") or sys.executable,
@@ -302,6 +384,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if args.sharded:
         return _main_sharded(setting, args, argv)
+    if args.cold:
+        return _cold_main(setting, args.model, args.output, argv)
     rows, version = [], ""
     if args.faults:
         ballast = _FAULTS_GIB if args.ballast is None else args.ballast

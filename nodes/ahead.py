@@ -36,9 +36,9 @@ _DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 def _tell(ended: Ended) -> None:
     count = sum(len(outcome["wanted"]) for outcome in ended.outcomes)
     seconds = sum(outcome["seconds"] for outcome in ended.outcomes)
-    if ended.code == 0:
+    if ended.code == 0 and count:
         logging.info("Wan VAE: %d kernels are compiled ahead (%.0f s)", count, seconds)
-    elif ended.code != BUSY and ended.said:
+    elif ended.code not in (0, BUSY) and ended.said:
         logging.info("Wan VAE: no kernels were compiled ahead: %s", ended.said)
 
 

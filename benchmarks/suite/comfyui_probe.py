@@ -9,6 +9,7 @@ import gc
 import inspect
 import subprocess
 import sys
+import time
 import zlib
 from types import CodeType
 from typing import Any, ClassVar
@@ -182,10 +183,46 @@ class WanVAEBenchRelease(_Fault):
         return {"ui": {"released": [1]}}
 
 
+class WanVAEBenchSampler:
+    """Keeps the device as busy as a sampler, for `seconds`, and hands the latent on.
+
+    A step is matrix products and many small launches, and the host waits at its end. `speed`:
+    steps a second.
+    """
+
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "sample"
+    OUTPUT_NODE = True
+    CATEGORY = "bench"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        seconds = ("FLOAT", {"default": 20.0, "min": 0.0, "max": 600.0})
+        return {"required": {"samples": ("LATENT",), "seconds": seconds}}
+
+    def sample(self, samples: dict[str, Any], seconds: float) -> dict[str, Any]:
+        device = model_management.get_torch_device()
+        on_gpu = device.type == "cuda"
+        side = 4096 if on_gpu else 128
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        x = torch.randn(side, side, device=device, dtype=dtype)
+        weight = torch.randn(side, side, device=device, dtype=dtype) / side**0.5
+        steps, start = 0, time.perf_counter()
+        while (passed := time.perf_counter() - start) < seconds:
+            for _ in range(20):
+                x = x @ weight
+                for _ in range(10):
+                    x = x * 1.0
+            float(x.flatten()[0])
+            steps += 1
+        return {"ui": {"speed": [steps / max(passed, 1e-9)]}, "result": (samples,)}
+
+
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (
         WanVAEBenchMemory,
+        WanVAEBenchSampler,
         WanVAEBenchRunOut,
         WanVAEBenchModel,
         WanVAEBenchTaker,

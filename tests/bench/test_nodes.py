@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks import comfyui_nodes
 from benchmarks.suite import node_faults
+from benchmarks.suite.cold_nodes import cold_lines, cold_rows
+from benchmarks.suite.cold_start import CACHE_VARIABLES
 from benchmarks.suite.facts import Facts
 from benchmarks.suite.node_runs import (
     SIZES,
@@ -203,3 +207,49 @@ def test_without_a_comfyui_it_says_what_is_missing(monkeypatch, capsys):
         comfyui_nodes.main(["--cpu"])
     assert stopped.value.code == 2
     assert "COMFYUI_PATH must name a ComfyUI checkout" in capsys.readouterr().err
+
+
+def test_waiting_is_measured_in_three_comfyuis_of_which_one_has_the_caches_of_another(tmp_path):
+    started: list[tuple[str, dict[str, str]]] = []
+    prompts: list[tuple[str, dict[str, Any]]] = []
+
+    class Server:
+        """Answers a prompt at once: a node of 50 ms with a decode of 40."""
+
+        def run(self, prompt, on_message):
+            prompts.append((started[-1][0], prompt))
+            on_message({"type": "executing", "data": {"node": "4"}})
+            on_message({"type": "executed", "data": {"node": "4"}})
+            speed = 2.0 if started[-1][0] == "alone" else 1.99
+            return SimpleNamespace(
+                error=None,
+                report=lambda node: {"duration_ms": 40.0},
+                outputs={"3": {"speed": [speed]}},
+            )
+
+        def log_text(self) -> str:
+            return "Wan VAE: 39 kernels are compiled ahead (9 s)" if len(started) == 3 else ""
+
+    @contextmanager
+    def start(name, variables):
+        started.append((name, dict(variables)))
+        yield Server()
+
+    case = comfyui_nodes.cold_case("wan2.2", on_cpu=False)
+    assert case.video == (1, 48, 31, 45, 80) and case.images[1] == (1, 48, 1, 64, 64)
+    rows = list(cold_rows(case, tmp_path, start))
+    (alone, first), (_, second), (meanwhile, third) = started
+    assert (alone, meanwhile) == ("alone", "meanwhile")
+    assert first == second and first["WAN_VAE_AHEAD"] == "0" and "WAN_VAE_AHEAD" not in third
+    assert set(CACHE_VARIABLES) <= set(first)
+    assert not set(first.values()) & set(third.values())
+    sampled = [(name, "3" in prompt) for name, prompt in prompts]
+    assert sampled.count(("alone", True)) == 1 and sampled.count(("next", True)) == 0
+    assert sampled[-4] == ("meanwhile", True)
+    for _, prompt in prompts:
+        source = "3" if "3" in prompt else "2"
+        assert prompt["4"]["inputs"]["samples"] == [source, 0]
+    page = "\n".join(cold_lines(rows))
+    assert "The sampler's speed while kernels are compiled: -0.5%." in page
+    assert page.count("39 kernels are compiled ahead") == 1
+    assert [row.decode_ms for row in rows] == [40.0] * 10

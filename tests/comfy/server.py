@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +84,7 @@ class Comfy:
     """Starts a server in `base`; use as a context manager.
 
     on_cpu: on the CPU, with one thread (the tests share a small machine); else on the GPU.
+    variables: of the environment, beside those of this process.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Comfy:
         *flags: str,
         install: Callable[[Path], Path] = install_pack,
         on_cpu: bool = True,
+        variables: Mapping[str, str] | None = None,
     ):
         self.base = base
         for folder in ("custom_nodes", "models/vae", "input", "output", "user/default"):
@@ -121,6 +123,7 @@ class Comfy:
             self._command.append("--cpu")
             # One thread a server leaves the other cores to the browser.
             self._variables["OMP_NUM_THREADS"] = "1"
+        self._variables |= variables or {}
 
     def __enter__(self) -> Comfy:
         with self.log.open("wb") as log:
