@@ -13,7 +13,7 @@ OUT ?= demo_output
 JOBS ?= 2
 RANKS ?= all
 
-.PHONY: help demo test test-all test-video check provision test-gpu pictures bench bench-multi clean
+.PHONY: help demo test test-all test-video test-windows check provision test-gpu pictures bench bench-multi clean
 
 help:
 	@echo "make demo      decode the sample latents to $(OUT)/ (mp4, contact sheet, layout report)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-video  read videos with the oldest PyAV that ComfyUI allows"
 	@echo "make check     lint, format, spelling, large files, types (Linux, Windows, macOS)"
 	@echo "make test-gpu  run the tests that need a CUDA device (PYTHON with its own torch: VENV=...)"
+	@echo "make test-windows  run the unit tests under Windows' Python and Wine (WINDOWS=--fast)"
 	@echo "make pictures  take the screenshots of README and example workflows anew"
 	@echo "make bench-multi  one decode over this machine's GPUs: right, timed, broken (RANKS=1,2)"
 	@echo "make bench     compare with fastvae, diffusers and ComfyUI (BENCH='--output FOLDER' keeps it)"
@@ -76,6 +77,10 @@ test-video: $(VENV)/av-$(OLD_AV)
 
 test-gpu:
 	$(PYTHON) -m pytest -m "gpu or nccl"
+
+# Debian 12 as root: see tests/windows/README.md. WINDOWS holds options and files of tests.
+test-windows:
+	$(PYTHON) tests/windows/run_tests.py $(WINDOWS)
 
 pictures: $(VENV)/.test
 	$(RUN) pytest tests/browser -k valid_prompt

@@ -247,7 +247,7 @@ def test_a_name_that_the_terminal_cannot_spell_is_printed_all_the_same():
         cwd=ROOT,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )
-    assert (done.returncode, done.stdout) == (0, b"\\xe9\\udcff\n"), done.stderr
+    assert (done.returncode, done.stdout.splitlines()) == (0, [b"\\xe9\\udcff"]), done.stderr
 
 
 def test_a_refused_argument_draws_no_bar(good, tmp_path, capsys):
@@ -271,7 +271,9 @@ def test_encode_takes_a_backend(good, tmp_path, capsys):
         "--backend",
     ]
     assert cli.main([*argv, "cuda"]) == 1
-    assert "backend 'cuda' cannot run: no CUDA device" in capsys.readouterr().err
+    # Without Triton each family has a reason of its own.
+    said = capsys.readouterr().err
+    assert "backend 'cuda' cannot run: " in said and "no CUDA device" in said
     assert not (tmp_path / "z.latent").exists()
     assert cli.main([*argv, "eager"]) == 0
 
@@ -364,7 +366,9 @@ def test_an_input_that_is_no_file_is_one_line(kind, role, good, tmp_path, capsys
         argv = ["decode", str(latent), *vae, "-o", str(tmp_path / "o.mp4"), "--device", "cpu"]
     assert cli.main(argv) == 1
     said = capsys.readouterr().err.splitlines()
-    words = "too long" if kind.startswith("name") else "a pipe or a device"
+    # On Windows the system says something else, and the message has our own words beside it.
+    long = "the path has" if sys.platform == "win32" else "too long"
+    words = long if kind.startswith("name") else "a pipe or a device"
     assert len(said) == 1 and words in said[0]
     assert not list(tmp_path.glob("*o.*"))
 
