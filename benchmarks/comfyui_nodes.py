@@ -152,8 +152,7 @@ def running(setting: Setting) -> Iterator[tuple[Comfy, str]]:
         folder_of_vaes = server.base / "models" / "vae"
         save_file(random_state(config), folder_of_vaes / VAE_FILE)
         if setting.wan22:
-            config = wan22(dim=8, decoder_dim=16) if setting.on_cpu else wan22()
-            save_file(random_state(config), folder_of_vaes / VAE_FILE_22)
+            save_file(random_state(wan22()), folder_of_vaes / VAE_FILE_22)
         with server:
             yield server, str(server.get("/system_stats")["system"]["comfyui_version"])
 
@@ -373,6 +372,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--flags and --ballast need --everywhere")
     if args.cold and (args.peers or args.everywhere):
         parser.error("--cold goes with neither --peers nor --everywhere")
+    if args.wan22 and (args.cpu or not args.sharded):
+        parser.error("--wan22 needs --sharded and a GPU: ComfyUI loads no narrow Wan 2.2")
     setting = Setting(
         Path(path),
         os.environ.get("COMFYUI_PYTHON") or sys.executable,

@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model",
         action="store_true",
-        help="only print the table of docs/sharding.md, which is calculated",
+        help="only print the table of docs/performance.md, which is calculated",
     )
     args = parser.parse_args(argv)
     if args.model:

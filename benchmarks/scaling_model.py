@@ -1,6 +1,6 @@
 """Scaling of a sharded decode on paper: what ranks exchange, and what efficiency that predicts.
 
-    wan-vae bench scaling --model             # prints the table of docs/sharding.md
+    wan-vae bench scaling --model             # prints the table of docs/performance.md
     python benchmarks/scaling_model.py        # the same
 
 A model, not a measurement: `benchmarks/suite/scaling.py` says what is exact and what is assumed.

@@ -60,10 +60,9 @@ def pairs(on_cpu: bool, devices: str, wan22: bool, warm: int) -> tuple[Pair, ...
     choose one device.
     """
     if on_cpu:
-        large, small, image, other = (9, 64, 96), (5, 64, 64), (1, 64, 64), (5, 64, 96)
+        large, small, image = (9, 64, 96), (5, 64, 64), (1, 64, 64)
     else:
-        large, small = (81, 720, 1280), (81, 480, 832)
-        image, other = (1, 2048, 2048), (121, 704, 1280)
+        large, small, image = (81, 720, 1280), (81, 480, 832), (1, 2048, 2048)
 
     def decode(size: tuple[int, int, int], which: str = devices, vae: str = VAE_FILE) -> Pair:
         frames, height, width = size
@@ -92,7 +91,7 @@ def pairs(on_cpu: bool, devices: str, wan22: bool, warm: int) -> tuple[Pair, ...
         ),
         decode(image),
         decode(image, "all"),
-        *((decode(other, vae=VAE_FILE_22),) if wan22 else ()),
+        *((decode((121, 704, 1280), vae=VAE_FILE_22),) if wan22 else ()),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import comfyui_nodes
-from benchmarks.suite import node_faults
+from benchmarks.suite import node_faults, sharded_nodes
 from benchmarks.suite.cold_nodes import cold_lines, cold_rows
 from benchmarks.suite.cold_start import CACHE_VARIABLES
 from benchmarks.suite.facts import Facts
@@ -253,3 +253,41 @@ def test_waiting_is_measured_in_three_comfyuis_of_which_one_has_the_caches_of_an
     assert "The sampler's speed while kernels are compiled: -0.5%." in page
     assert page.count("39 kernels are compiled ahead") == 1
     assert [row.decode_ms for row in rows] == [40.0] * 10
+
+
+def test_several_devices_do_the_work_of_one():
+    found = sharded_nodes.pairs(False, "0,1", wan22=True, warm=5)
+    assert [pair.name.split(" video")[0] for pair in found[:2]] == [
+        "decode 1280 x 720",
+        "decode 832 x 480",
+    ]
+    for pair in found:
+        prompt = pair.several.comparison_with(pair.one, 3)
+        one, several = prompt["7"], prompt["3"]
+        assert one["inputs"].keys() - {"vae"} == several["inputs"].keys() - {"vae", "devices"}
+        assert prompt["2"] == pair.one.prompt(3)["2"], "the same numbers"
+        assert prompt["8"]["inputs"] == {"core": ["7", 0], "ours": ["3", 0]}
+        linked = {
+            v[0] for node in prompt.values() for v in node["inputs"].values() if type(v) is list
+        }
+        assert linked <= set(prompt)
+    encode = found[2].several.comparison_with(found[2].one, 3)
+    assert encode["5"]["inputs"]["devices"] == "0,1" and "devices" not in encode["10"]["inputs"]
+    assert found[4].several.inputs["devices"] == "all", "which may choose one device"
+    wan22 = found[-1].several.prompt(0)
+    assert wan22["1"]["inputs"]["vae_name"].startswith("wan2.2")
+    assert [wan22["2"]["inputs"][name] for name in ("channels", "height", "width")] == [48, 44, 80]
+
+
+def test_several_devices_must_have_the_bits_of_one(rows):
+    one, several = rows[0], replace(rows[1], difference=0.0, host_ms={"run": 400.0})
+    pair = sharded_nodes.PairRows("a decode", one, several)
+    assert pair.faults(on_cpu=False) == []
+    assert pair.speed_up == one.median_ms / several.median_ms
+    wrong = replace(pair, several=replace(several, difference=1e-5))
+    assert wrong.faults(on_cpu=True) == []
+    assert wrong.faults(on_cpu=False) == ["a decode: differs from one device by 1e-05"]
+    fell = replace(several, report={**several.report, "fallbacks": ["rank 1 died"]})
+    assert replace(pair, several=fell).faults(on_cpu=False) == ["a decode: rank 1 died"]
+    lines = sharded_nodes.pairs_markdown([pair])
+    assert f"| {pair.speed_up:.2f}x |" in lines[2] and "| run | - / 400.0 |" in lines

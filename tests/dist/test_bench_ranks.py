@@ -12,7 +12,7 @@ from benchmarks import emulated_scaling
 from benchmarks.suite.cases import Case
 from benchmarks.suite.emulation import EmulatedWire, emulate
 from benchmarks.suite.facts import Facts
-from benchmarks.suite.ranks import command, faults
+from benchmarks.suite.ranks import command, faults, rounds
 from benchmarks.suite.ranks.cases import Sizes
 from benchmarks.suite.ranks.command import Budget, pick_ranks
 from benchmarks.suite.ranks.correct import Reference
@@ -198,3 +198,34 @@ def test_where_there_are_no_signals_the_faults_are_left_out(monkeypatch):
     sizes = replace(tiny_sizes(), timed=())
     command.run(Budget(300.0), results, [2], CPU, sizes, 1)
     assert results.skipped == ["faults on 2 ranks: not on Windows"] and results.all_good
+
+
+@pytest.mark.skipif(faults.unavailable_reason() is not None, reason="needs signals")
+def test_faults_are_counted_and_leave_nothing(tmp_path, monkeypatch, capsys):
+    """The command that GPUs run, with the kinds that need no time-out; the others in test_workers."""
+    monkeypatch.setattr(rounds, "small_sizes", tiny_sizes)
+    monkeypatch.setattr(rounds, "exact_float32", lambda: None)  # this process goes on
+    words = ["--devices", "cpu,cpu", "--rounds", "1", "--only", "killed", "cancel", "room"]
+    code = rounds.main([*words, "--output", str(tmp_path)])
+    assert code == 0, capsys.readouterr().out
+    found = json.loads((tmp_path / "faults.json").read_text())
+    assert [(f["rounds"], f["right"], f["wrong"]) for f in found["faults"]] == [(1, 1, [])] * 3
+    assert "died (exit code -9)" in (tmp_path / "faults.md").read_text()
+    assert found["transport"] == "gloo" and found["devices"] == 2
+
+
+def test_a_round_counts_only_if_nothing_stays_and_the_next_decode_is_right():
+    counted = rounds.Counted("planted")
+    good = Fault(2, "planted", True, 1.0, "said")
+    counted.add(good, [], 0.5, True)
+    counted.add(good, ["/dev/shm/wan_vae_x"], 0.5, True)
+    counted.add(good, [], 0.5, False)
+    counted.add(replace(good, passed=False, said="nothing"), [], 0.5, True)
+    assert (counted.rounds, counted.right) == (4, 1)
+    assert counted.wrong == [
+        "round 2: left behind: /dev/shm/wan_vae_x",
+        "round 3: the next decode was wrong",
+        "round 4: nothing after 1.0 s",
+    ]
+    page = rounds.faults_markdown([counted], no_results().facts, "gloo", 2)
+    assert "| planted | 4 | 1 | 1.0 (1.0) | 0.5 | said (3); nothing (1) |" in page

@@ -97,5 +97,5 @@ def test_the_documented_table_is_what_the_scaling_model_prints(monkeypatch):
     scaling_model = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "scaling_model", scaling_model)  # its dataclass looks it up
     spec.loader.exec_module(scaling_model)
-    text = (ROOT / "docs" / "sharding.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert f"\n\n{scaling_model.table()}\n\n" in text
