@@ -66,6 +66,7 @@ class TwoWays:
     operation: Operation = "conv3d"
     build_failures: tuple[type[Exception], ...] = (BuildError,)
     sums_error: float = 0.0
+    compiles_at_launch: bool = False
 
     @property
     def used(self) -> Mapping[str, str]:

@@ -107,9 +107,10 @@ def test_where_a_run_has_chosen_its_choice_is_compiled_and_nothing_else(
     work, known = WORK[0], dict(job.environment)
     first = run_of(vae, job, work, ProofCache(known, own_cache), monkeypatch)
     wanted = [build.key for build in Ahead(job).builds(work)]
-    again = run_of(vae, job, work, ProofCache(known, own_cache), monkeypatch)
-    assert sorted(again) == sorted(wanted)
     assert set(wanted) < set(first)
+    again = run_of(vae, job, work, ProofCache(known, own_cache), monkeypatch)
+    # Triton finds what is proven when it launches it.
+    assert sorted(again) == [key for key in sorted(wanted) if not key.startswith("triton")]
 
 
 @pytest.fixture

@@ -93,6 +93,7 @@ class FakeKernel:
     operation: Operation = "conv3d"
     build_failures: tuple[type[Exception], ...] = (BuildError,)
     sums_error: float = 0.0
+    compiles_at_launch: bool = False
     reach: Mapping[str, float] = field(default_factory=dict)
     ran: list[str] = field(default_factory=list)
     built: list[tuple[str, str, int]] = field(default_factory=list)

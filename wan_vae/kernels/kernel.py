@@ -320,6 +320,11 @@ class Kernel(Protocol[P, L]):
         they go on in float32."""
         ...
 
+    @property
+    def compiles_at_launch(self) -> bool:
+        """Whether a launch compiles what was not built: then what is proven is not built again."""
+        ...
+
     def candidates(self, problem: P, device: Device) -> Sequence[str]:
         """Configurations to prove, the best first. They depend on nothing but the arguments."""
         ...

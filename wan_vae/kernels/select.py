@@ -202,11 +202,15 @@ class _Selection:
 
     def _verdict(self, problem: Problem, contender: Contender, axis: Axis | None) -> Verdict:
         request, kernel, config = self.request, contender.kernel, contender.config
+        key = proof_key(kernel, problem, config, axis)
+        known = request.proofs.known(key)
+        if known is not None and kernel.compiles_at_launch:
+            return known
         failure = self.builds.failure(Wanted(contender, problem))
         if failure is not None:
             return Verdict(False, failure)
         return request.proofs.verdict(
-            proof_key(kernel, problem, config, axis),
+            key,
             lambda: prove_kernel(kernel, problem, config, request.device, request.runs_on, axis),
         )
 
@@ -220,7 +224,12 @@ class _Selection:
             choice = request.proofs.choice(one.key) if is_timed else None
             return None if choice is None else choice.winner
 
-        wanted = wanted_builds(classes, winner_of, is_timed)
+        wanted = [
+            build
+            for build in wanted_builds(classes, winner_of, is_timed)
+            if request.proofs.known(build.key) is None
+            or not build.contender.kernel.compiles_at_launch
+        ]
         for build in wanted:
             self.builds.start(build)
         first = {

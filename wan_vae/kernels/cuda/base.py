@@ -25,6 +25,7 @@ class CudaKernel(ABC):
     family: str = "cuda"
     build_failures: tuple[type[Exception], ...] = (BuildError,)
     sums_error: float = 0.0
+    compiles_at_launch: bool = False
 
     def bound(self, weights: LayerWeights, problem: Any, config: str) -> Bound | None:
         """See `Kernel`. Sums are float32."""

@@ -40,6 +40,7 @@ class KitchenKernel:
     operation: Operation = "norm_conv3d"
     family: str = "kitchen"
     sums_error: float = _SUMS_ERROR
+    compiles_at_launch: bool = False
     build_failures: tuple[type[Exception], ...] = (BuildError,)
 
     @property

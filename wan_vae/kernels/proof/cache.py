@@ -79,6 +79,10 @@ class ProofCache:
             self._write()
         return known
 
+    def known(self, key: str) -> Verdict | None:
+        """The verdict on `key` that is kept, or None."""
+        return self._verdicts.get(key)
+
     def choice(self, key: str) -> Choice | None:
         """What runs the class of layers `key`, also if another process has chosen it since."""
         if key not in self._choices:

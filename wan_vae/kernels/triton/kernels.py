@@ -81,6 +81,7 @@ class _TritonKernel:
     family: str = "triton"
     build_failures: tuple[type[Exception], ...] = BUILD_FAILURES
     sums_error: float = 0.0
+    compiles_at_launch: bool = True
 
     def build(self, problem: Any, config: str, device: Device) -> None:
         """See `Kernel`. For the card in use: launched on `meta` tensors, as its proof does it."""
