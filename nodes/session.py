@@ -128,14 +128,16 @@ class Session:
                 whole_frames=whole_frames,
             )
 
-        plan = planned(latent_shape, chunk_frames or None)
-        if tile is not None:
-            bound = planned(tile, None).planned_bytes
-            if plan.planned_bytes > bound:
-                smaller = planned(latent_shape, None, bound)
-                # Strips compute rows twice: they are for memory that is not there.
-                plan = planned(latent_shape, 1) if smaller.strips else smaller
-        self.packed.load(plan.planned_bytes)
+        with self.timed("plan"):
+            plan = planned(latent_shape, chunk_frames or None)
+            if tile is not None:
+                bound = planned(tile, None).planned_bytes
+                if plan.planned_bytes > bound:
+                    smaller = planned(latent_shape, None, bound)
+                    # Strips compute rows twice: they are for memory that is not there.
+                    plan = planned(latent_shape, 1) if smaller.strips else smaller
+        with self.timed("room"):
+            self.packed.load(plan.planned_bytes)
         return plan
 
     def decode(self, latent: torch.Tensor, plan: Plan) -> torch.Tensor:
