@@ -126,14 +126,16 @@ class Session:
                 whole_frames=whole_frames,
             )
 
-        plan = planned(latent_shape, chunk_frames or None)
-        if tile is not None:
-            bound = planned(tile, None).planned_bytes
-            if plan.planned_bytes > bound:
-                smaller = planned(latent_shape, None, bound)
-                # Strips compute rows twice: they are for memory that is not there.
-                plan = planned(latent_shape, 1) if smaller.strips else smaller
-        self.packed.load(plan.needed_bytes)
+        with self.timed("plan"):
+            plan = planned(latent_shape, chunk_frames or None)
+            if tile is not None:
+                bound = planned(tile, None).planned_bytes
+                if plan.planned_bytes > bound:
+                    smaller = planned(latent_shape, None, bound)
+                    # Strips compute rows twice: they are for memory that is not there.
+                    plan = planned(latent_shape, 1) if smaller.strips else smaller
+        with self.timed("room"):
+            self.packed.load(plan.needed_bytes)
         return plan
 
     def look_at(self, latent: torch.Tensor, normalized: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
@@ -179,9 +179,9 @@ class DecodeReport:
         Keys are the field names of this class, with two exceptions: `schema` comes first, and
         `backends_used` and `backends_off` become `backends: {used, off}`.
         """
-        plain: dict[str, object] = {"schema": SCHEMA, **asdict(self)}
+        plain: dict[str, object] = {"schema": SCHEMA, **_jsonable_fields(self)}
         plain["backends"] = {"used": plain.pop("backends_used"), "off": plain.pop("backends_off")}
-        return {key: _jsonable(value) for key, value in plain.items()}
+        return plain
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> DecodeReport:
@@ -204,7 +204,14 @@ class DecodeReport:
         return cls(**values)
 
 
+def _jsonable_fields(record: object) -> dict[str, object]:
+    # Not `asdict`, which copies all values first: a run makes a report after each pass.
+    return {name: _jsonable(value) for name, value in vars(record).items()}
+
+
 def _jsonable(value: object) -> object:
+    if is_dataclass(value):
+        return _jsonable_fields(value)
     if isinstance(value, dict):
         return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

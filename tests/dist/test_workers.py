@@ -196,6 +196,19 @@ def test_encode_in_the_workers(pool, vae):
     assert report.operation == "encode" and vae.last_report.status == "cancelled"
 
 
+def test_a_video_goes_over_as_it_lies_in_memory_that_is_used_again(pool, vae):
+    """Frames with channels last, as an IMAGE holds them; the latent does not keep the video."""
+    video = jobs.noise((1, 3, 5, 48, 64)).tanh()
+    first = pool.encode(vae, video, axis="height")
+    assert vae.last_report.layout.latent_format == "contiguous"
+    (path,) = pool._spares.paths[-1:]
+    frames = video.contiguous(memory_format=torch.channels_last_3d)
+    second = pool.encode(vae, frames, axis="height")
+    assert vae.last_report.layout.latent_format == "channels_last_3d", "no copy in another order"
+    assert torch.equal(first, second)
+    assert pool._spares.paths[-1:] == [path], "both latents are held, and it was free"
+
+
 def test_ranks_with_their_own_memory_formats_agree(pool, vae, latent, expected):
     pixels = decode(pool, vae, latent, memory_formats=["contiguous", "channels_last_3d"])
     assert (pixels - expected).abs().max() <= 1e-5 * expected.abs().max()
