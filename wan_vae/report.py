@@ -210,7 +210,7 @@ def _jsonable_fields(record: object) -> dict[str, object]:
 
 
 def _jsonable(value: object) -> object:
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return _jsonable_fields(value)
     if isinstance(value, dict):
         return {str(k): _jsonable(v) for k, v in value.items()}

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from wan_vae.kernels.device import Device
@@ -22,6 +21,7 @@ from wan_vae.kernels.triton import conv3d_pointer, conv3d_tma
 from wan_vae.kernels.triton import head as triton_head
 from wan_vae.kernels.triton import norm as triton_norm
 from wan_vae.kernels.triton import strided as triton_strided
+from wan_vae.kernels.triton.ahead import target_of
 from wan_vae.kernels.triton.configs import (
     AttentionConfig,
     ConvConfig,
@@ -264,12 +264,3 @@ def compile_job(job: Job, device: Device) -> Resources:
         tensor_core_instructions=products,
         waits=waits,
     )
-
-
-def target_of(device: Device) -> GPUTarget:
-    """What Triton's compiler calls `device`. CDNA has 64 threads in a warp."""
-    if device.vendor == "amd":
-        return GPUTarget("hip", device.architecture, 64 if "mfma" in device.features else 32)
-    if device.capability is None:
-        raise ValueError(f"Triton does not compile for {device.architecture}")
-    return GPUTarget("cuda", device.capability[0] * 10 + device.capability[1], 32)

@@ -299,6 +299,17 @@ def test_nothing_starts_while_another_process_compiles(one_kernel, compiler, own
     assert not worker._is_busy()
 
 
+def test_what_fails_is_tried_once(one_kernel, compiler, tmp_path):
+    asked, ended = compiler
+    impossible = replace(one_kernel, device=CARDS["Apple M3"], backend="auto")
+    for job in (replace(one_kernel, source=str(tmp_path / "none.safetensors")), impossible) * 2:
+        asked.ask(job)
+        assert asked.wait(PATIENCE_S)
+    (only,) = ended
+    assert only.code == worker.IMPOSSIBLE
+    assert only.said.startswith("no kernels to compile: used by default on NVIDIA cards")
+
+
 def test_a_lock_goes_with_the_process_that_has_it(tmp_path):
     path = tmp_path / "lock"
     code = (

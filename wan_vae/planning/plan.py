@@ -125,7 +125,9 @@ class Plan:
     def summary(self) -> dict[str, object]:
         """`as_dict` without what a report says elsewhere: layers, backends, layout, options."""
         elsewhere = ("layers", "backends", "layout", "options", "device", "dtype")
-        return {k: v for k, v in self.as_dict().items() if k not in elsewhere}
+        # Made without the layers, of which there are so many that it takes milliseconds.
+        rest = replace(self, choices=LayerChoices())
+        return {k: v for k, v in rest.as_dict().items() if k not in elsewhere}
 
 
 def _plain(value: object) -> object:

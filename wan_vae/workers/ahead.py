@@ -61,7 +61,8 @@ class AheadCompiler:
         self._is_closed = False
 
     def ask(self, job: AheadJob) -> None:
-        """Have `job` compiled, unless it is asked for already; returns at once."""
+        """Have `job` compiled; returns at once. A job is tried once: what failed might do so at
+        each prompt."""
         with self._lock:
             if self._is_closed or job in self._asked:
                 return
@@ -97,12 +98,14 @@ class AheadCompiler:
                 asked = self._waiting.popleft()
             try:
                 job = asked.of_config().left()
-                ended = _run(job, self._started) if job.work and not _is_busy() else None
             except (CheckpointError, NotAWanVAEError):
-                ended = None  # the node that is given it will say so
+                continue  # the node that is given it will say so
+            is_busy = bool(job.work) and _is_busy()
+            ended = _run(job, self._started) if job.work and not is_busy else None
             with self._lock:
                 self._process = None
-                self._asked.remove(asked)
+                if is_busy or (ended is not None and ended.code == BUSY):
+                    self._asked.remove(asked)
             if ended is not None:
                 self._on_end(ended)
 
