@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -96,7 +97,8 @@ class Pools:
             wanted = parse_devices(devices, own)
             if len(wanted) > 1 and (self._pool is None or self._pool.devices == wanted):
                 self._pool = self._pool or WorkerPool(wanted)
-                self._pool.start_ahead()
+                # The server's loop must not wait for a run, or for workers that are ending.
+                threading.Thread(target=self._pool.start_ahead, daemon=True).start()
         except ShardingError:
             return
 
