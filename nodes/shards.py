@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import comfy.model_management as model_management
@@ -93,13 +95,12 @@ class Pools:
 
         What is wrong with `devices` is said by the run.
         """
-        try:
+        with suppress(ShardingError):
             wanted = parse_devices(devices, own)
             if len(wanted) > 1 and (self._pool is None or self._pool.devices == wanted):
                 self._pool = self._pool or WorkerPool(wanted)
-                self._pool.start_ahead()
-        except ShardingError:
-            return
+                # The server's loop must not wait for a run, or for workers that are ending.
+                threading.Thread(target=_start_ahead, args=(self._pool,), daemon=True).start()
 
     def count(self, device: torch.device, weights_bytes: int, needed_bytes: int) -> None:
         """Put the workers among the models that ComfyUI holds on `device`.
@@ -118,6 +119,11 @@ class Pools:
         model_management.load_models_gpu(
             [self._patcher], memory_required=needed_bytes if theirs else 0, force_full_load=True
         )
+
+
+def _start_ahead(pool: WorkerPool) -> None:
+    with suppress(ShardingError):  # the run says it
+        pool.start_ahead()
 
 
 POOLS = Pools()

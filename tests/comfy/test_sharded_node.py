@@ -180,9 +180,17 @@ def test_a_missing_gpu_is_named(comfy):
     assert "rank 1 cannot start: device cuda:7" in run.error["exception_message"]
 
 
+def give_back_workers(comfy) -> None:
+    """End the workers; the server does that in a moment, in its own thread."""
+    comfy.run(sharded(latent(seed=60)))
+    before = workers(comfy)
+    comfy.post("/free", {"unload_models": True})
+    assert_they_end(before)
+
+
 def test_all_on_a_machine_without_gpus_is_a_plain_decode(comfy):
     """On the VAE's own device, in the server's process."""
-    comfy.post("/free", {"unload_models": True})
+    give_back_workers(comfy)
     run = comfy.run(sharded(latent(seed=41), devices="all"))
     assert run.error is None, run.error
     report = run.report("3")
@@ -195,16 +203,17 @@ def test_all_on_a_machine_without_gpus_is_a_plain_decode(comfy):
 
 def test_workers_start_while_the_nodes_before_run(comfy):
     """They have joined nobody yet, and are those of the run."""
-    comfy.post("/free", {"unload_models": True})
+    give_back_workers(comfy)
     prompt, seen = sharded(latent(seed=61)), []
 
     def look(message):
-        if message["type"] == "executing" and message["data"]["node"] == "2":
+        if message["type"] == "executing" and message["data"]["node"] in ("1", "2"):
             seen.append(workers(comfy))
 
     run = comfy.run(prompt, on_message=look)
     assert run.error is None, run.error
-    assert len(seen[0]) == 2 and seen[0] == workers(comfy)
+    # The second of these nodes: the server may still be ending the workers of before at the first.
+    assert len(seen[-1]) == 2 and seen[-1] == workers(comfy)
 
 
 def test_only_devices_is_not_advanced_and_old_prompts_run(comfy):

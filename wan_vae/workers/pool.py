@@ -129,20 +129,16 @@ class WorkerPool:
         return [r.process.pid for r in self._ranks] if self._joined else []
 
     def start_ahead(self) -> None:
-        """Start the processes of the workers, and return at once.
+        """Start the processes of the workers, where there are none, for a run that will come.
 
         They import PyTorch meanwhile, which is most of a first run's wait, and take no memory of a
-        device. Does nothing where they run, and where the pool is busy. They end if no run comes
-        in half an hour.
+        device. Returns without waiting for them, but waits for a run or a `close` of another
+        thread. They end if no run comes in half an hour.
         """
-        if not self._lock.acquire(blocking=False):
-            return
-        try:
+        with self._lock:
             if not self._is_running():
                 self._spawn()
                 self._rest(_AHEAD_S)
-        finally:
-            self._lock.release()
 
     def close(self) -> None:
         """End the workers and wait until they are gone. The next decode starts new ones."""
