@@ -327,7 +327,8 @@ def measure(server: Comfy, case: NodeCase, seed: int) -> NodeRow:
         phases.append((_report(server, case) or {}).get("host_ms", {}))
         digests += run.outputs[_PROBE].get("digest", [])
     host_ms = {
-        name: statistics.median(found.get(name, 0.0) for found in phases[1:]) for name in phases[-1]
+        name: statistics.median(found.get(name, 0.0) for found in phases[1:] or phases)
+        for name in phases[-1]
     }
     row = _row(server, case, times, run)
     return replace(row, host_ms=host_ms, digest=digests[0] if digests else None)

@@ -170,7 +170,7 @@ def test_the_cpus_way_of_running_out_of_memory_is_understood(vae, z, monkeypatch
 
     monkeypatch.setattr(vae.model.decoder, "passes", raising(full))
     with pytest.raises(DecodeMemoryError, match="out of memory on cpu"):
-        vae.decode(z)
+        vae.decode(z, chunk_frames=3)
     tried = [text.partition(":")[0] for text in vae.last_report.fallbacks]
     assert tried == [
         "chunk of 3 latent frames",
@@ -181,7 +181,7 @@ def test_the_cpus_way_of_running_out_of_memory_is_understood(vae, z, monkeypatch
     ]
     monkeypatch.setattr(vae.model.encoder.conv1, "forward", full)
     with pytest.raises(DecodeMemoryError, match="encode a smaller"):
-        vae.encode(torch.zeros(1, 3, 9, 24, 16))
+        vae.encode(torch.zeros(1, 3, 9, 24, 16), chunk_frames=3)
     assert "one latent frame a chunk and 3 strip" in vae.last_report.error
     tried = [text.partition(":")[0] for text in vae.last_report.fallbacks]
     assert tried == [
