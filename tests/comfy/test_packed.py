@@ -127,8 +127,11 @@ def test_a_copy_whose_vae_is_gone_stays_until_memory_is_wanted(environment, tmp_
         assert comfy.log_text().count("Traceback") == errors
 
 
-def test_a_run_that_has_too_little_moves_other_models_away_and_keeps_its_own(comfy):
-    forget(comfy)
+def test_a_run_that_has_too_little_moves_other_models_away_and_keeps_its_own(environment, tmp_path):
+    # A server of its own: the copies and models of other tests would count.
+    server = Comfy(environment, tmp_path / "comfy")
+    graphs.write_vaes(server.base / "models" / "vae")
+    server.install_probe()
 
     def prompt(mib: int) -> dict:
         return {
@@ -140,12 +143,13 @@ def test_a_run_that_has_too_little_moves_other_models_away_and_keeps_its_own(com
             "5": node("ProbeGiveBack", mib=mib, image=["6", 0], salt=uuid.uuid4().int % 2**30),
         }
 
-    enough = run_right(comfy, prompt(0)).outputs["5"]
+    with server as comfy:
+        enough = run_right(comfy, prompt(0)).outputs["5"]
+        # More than there is: all others go.
+        short = run_right(comfy, prompt(1 << 30)).outputs["5"]
     (ours,) = enough["ours"]
     assert enough["after"] == enough["before"] and set(enough["before"]) > {ours}
     assert len(enough["held"]) == len(set(enough["before"]) - {ours}) and min(enough["bytes"]) > 0
     assert all(name.startswith("ComfyUI's ") and ours not in name for name in enough["held"])
     assert enough["free"][0] > 0
-    # More than there is: all others go.
-    short = run_right(comfy, prompt(1 << 30)).outputs["5"]
     assert ours in short["before"] and short["after"] == [ours]
