@@ -228,6 +228,7 @@ def test_only_devices_is_not_advanced_and_old_prompts_run(comfy):
         "memory_layout",
         "precision",
         "chunk_frames",
+        "normalized",
     ]
     assert all(spec[1].get("advanced") is True for spec in info["optional"].values())
     prompt = sharded(latent(seed=62))
