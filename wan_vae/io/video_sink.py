@@ -202,7 +202,20 @@ class _Frames:
         self.encoder.abort()
 
 
-class VideoFileSink(FileSink):
+class _VideoSink:
+    """What a video in a file and one in a stream do alike: frames go to the encoder's thread."""
+
+    _frames: _Frames
+
+    @property
+    def video(self) -> VideoRecord:
+        return self._frames.thread.record
+
+    def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
+        self._frames.write(pixels)
+
+
+class VideoFileSink(_VideoSink, FileSink):
     """A video file, BT.709 in limited range, streamed. Odd sizes gain one repeated row or column.
 
     H.264 unless `settings` say otherwise. container: None takes that of the suffix. should_stop:
@@ -243,13 +256,6 @@ class VideoFileSink(FileSink):
         self.warnings += encoder.warnings
         self._frames = _Frames(encoder, *size, should_stop)
 
-    @property
-    def video(self) -> VideoRecord:
-        return self._frames.thread.record
-
-    def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
-        self._frames.write(pixels)
-
     def _finish(self) -> None:
         self._frames.thread.finish()
 
@@ -258,7 +264,7 @@ class VideoFileSink(FileSink):
         super().abort()
 
 
-class VideoStreamSink:
+class VideoStreamSink(_VideoSink):
     """A video into an open file, which need not have a name; see `VideoFileSink`."""
 
     needs_whole_frames = True
@@ -278,13 +284,6 @@ class VideoStreamSink:
         encoder = VideoEncoder(target, container, size, fps, settings)
         self.warnings = encoder.warnings
         self._frames = _Frames(encoder, *size, should_stop)
-
-    @property
-    def video(self) -> VideoRecord:
-        return self._frames.thread.record
-
-    def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
-        self._frames.write(pixels)
 
     def close(self) -> None:
         self._frames.thread.finish()
