@@ -124,6 +124,24 @@ def run_pairs(setting: Setting, devices: str, warm: int) -> tuple[list[PairRows]
     return rows, version
 
 
+def _server(
+    setting: Setting, folder: Path, name: str, variables: Mapping[str, str] | None = None
+) -> Comfy:
+    """A ComfyUI as `setting` says, not started, in `folder`/`name`, with our nodes and probes."""
+    empty = folder / "frontend"
+    empty.mkdir(exist_ok=True)
+    server = Comfy(
+        ComfyEnvironment(setting.python, str(setting.path), str(empty), str(empty)),
+        folder / name,
+        *("--front-end-root", str(empty), *setting.flags.split()),
+        install=link_pack,
+        on_cpu=setting.on_cpu,
+        variables=variables,
+    )
+    install_probes(server)
+    return server
+
+
 @contextmanager
 def running(setting: Setting) -> Iterator[tuple[Comfy, str]]:
     """A ComfyUI as `setting` says, with random VAEs, and its version."""
@@ -131,20 +149,7 @@ def running(setting: Setting) -> Iterator[tuple[Comfy, str]]:
         tempfile.TemporaryDirectory(prefix="wan_vae_bench_") as folder,
         Ballast(setting.ballast_gib),
     ):
-        base = Path(folder)
-        empty = base / "frontend"
-        empty.mkdir()
-        environment = ComfyEnvironment(setting.python, str(setting.path), str(empty), str(empty))
-        server = Comfy(
-            environment,
-            base / "comfyui",
-            "--front-end-root",
-            str(empty),
-            *setting.flags.split(),
-            install=link_pack,
-            on_cpu=setting.on_cpu,
-        )
-        install_probes(server)
+        server = _server(setting, Path(folder), "comfyui")
         if setting.kjnodes is not None:
             link = server.base / "custom_nodes" / KJNODES
             link.symlink_to(setting.kjnodes.resolve(), target_is_directory=True)
@@ -161,9 +166,6 @@ def run_cold(setting: Setting, case: ColdCase) -> tuple[list[ColdRow], dict[str,
     """The rows of `case`, the report of the last decode, and ComfyUI's version."""
     with tempfile.TemporaryDirectory(prefix="wan_vae_bench_") as folder:
         base, report, version = Path(folder), dict[str, Any](), ""
-        empty = base / "frontend"
-        empty.mkdir()
-        environment = ComfyEnvironment(setting.python, str(setting.path), str(empty), str(empty))
         weights = base / VAE_FILE
         save_file(random_state(case.config), weights)
 
@@ -171,15 +173,7 @@ def run_cold(setting: Setting, case: ColdCase) -> tuple[list[ColdRow], dict[str,
         def start(name: str, variables: Mapping[str, str]) -> Iterator[Comfy]:
             nonlocal report, version
             print(name, file=sys.stderr, flush=True)
-            server = Comfy(
-                environment,
-                base / name,
-                *("--front-end-root", str(empty)),
-                install=link_pack,
-                on_cpu=setting.on_cpu,
-                variables=variables,
-            )
-            install_probes(server)
+            server = _server(setting, base, name, variables)
             (server.base / "models" / "vae" / VAE_FILE).symlink_to(weights)
             with server:
                 try:
