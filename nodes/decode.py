@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..wan_vae.options import MemoryFormat
-from . import inputs
+from . import hand_over, inputs
 from .reports import HIDDEN
 from .schema import chunk_input, latent_input, layout_input, precision_input, schema, vae_input
 from .session import session
@@ -47,9 +47,11 @@ class WanVAEDecode(io.ComfyNode):
         chunk_frames: int = 0,
     ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "decode") as run:
-            latent = inputs.latent_5d(samples)
-            plan = run.plan(
-                tuple(latent.shape), memory_format=memory_layout, chunk_frames=chunk_frames
-            )
-            image = run.decode(latent, plan)
-        return io.NodeOutput(image.flatten(0, 1), ui=run.ui)
+            image = hand_over.decode(run, samples)
+            if image is None:
+                latent = inputs.latent_5d(samples)
+                plan = run.plan(
+                    tuple(latent.shape), memory_format=memory_layout, chunk_frames=chunk_frames
+                )
+                image = run.decode(latent, plan).flatten(0, 1)
+        return io.NodeOutput(image, ui=run.ui)

@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..wan_vae.options import AXES, COLLECTS, AxisRequest, Collect, MemoryFormat
-from . import inputs
+from . import hand_over, inputs
 from .reports import HIDDEN
 from .schema import (
     advanced,
@@ -98,11 +98,13 @@ class WanVAEDecodeSharded(io.ComfyNode):
     ) -> io.NodeOutput:
         sharding = Sharding(devices, axis, gather, allow_fallback, timeout_s)
         with session(cls.hidden, vae, precision, "decode") as run:
-            image = decode(
-                run,
-                inputs.latent_5d(samples),
-                sharding,
-                memory_format=memory_layout,
-                chunk_frames=chunk_frames,
-            )
-        return io.NodeOutput(image.flatten(0, 1), ui=run.ui)
+            image = hand_over.decode(run, samples)
+            if image is None:
+                image = decode(
+                    run,
+                    inputs.latent_5d(samples),
+                    sharding,
+                    memory_format=memory_layout,
+                    chunk_frames=chunk_frames,
+                ).flatten(0, 1)
+        return io.NodeOutput(image, ui=run.ui)

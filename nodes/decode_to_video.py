@@ -76,7 +76,7 @@ class WanVAEDecodeToVideo(io.ComfyNode):
         files: list[SavedFile] = []
         with session(cls.hidden, vae, precision, "decode") as run:
             config = run.wan.config
-            for latent in inputs.latent_5d(samples).split(1):
+            for latent in run.one_by_one(inputs.latent_5d(samples)):
                 plan = run.plan(
                     tuple(latent.shape),
                     memory_format=memory_layout,

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..wan_vae import geometry
 from ..wan_vae.io.image import frames_view
 from ..wan_vae.options import MemoryFormat
-from . import inputs
+from . import hand_over, inputs
 from .reports import HIDDEN
 from .schema import layout_input, precision_input, schema, vae_input
 from .session import session
@@ -47,9 +47,10 @@ class WanVAEEncode(io.ComfyNode):
         precision: str = "auto",
     ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "encode") as run:
-            config = run.wan.config
-            video = frames_view(inputs.frames(pixels))
-            shape = geometry.latent_shape(tuple(video.shape), config)
-            plan = run.plan(shape, operation="encode", memory_format=memory_layout)
-            latent = run.encode(video, plan)
+            latent = hand_over.encode(run, pixels)
+            if latent is None:
+                video = frames_view(inputs.frames(pixels))
+                shape = geometry.latent_shape(tuple(video.shape), run.wan.config)
+                plan = run.plan(shape, operation="encode", memory_format=memory_layout)
+                latent = run.encode(video, plan)
         return io.NodeOutput({"samples": latent}, ui=run.ui)

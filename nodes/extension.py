@@ -10,7 +10,7 @@ from .decode_sharded import WanVAEDecodeSharded
 from .decode_to_video import WanVAEDecodeToVideo
 from .encode import WanVAEEncode
 from .inspect_vae import WanVAEInspect
-from .reports import add_route
+from .reports import add_routes
 
 
 class WanVAEExtension(ComfyExtension):
@@ -28,7 +28,7 @@ class WanVAEExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> WanVAEExtension:
-    """Called by ComfyUI once, at start. Adds the route of the panel."""
+    """Called by ComfyUI once, at start. Adds the routes of the panel."""
     # Not in `on_load`: ComfyUI 0.8 does not call it.
-    add_route()
+    add_routes()
     return WanVAEExtension()

@@ -161,6 +161,8 @@ def _ready(
     device: torch.device = run.vae.device
     pool = POOLS.get(sharding.devices, sharding.timeout_s, device)
     weights = sum(p.nbytes for p in run.wan.model.parameters())
+    if not pool.pids:
+        run.enter("starting_workers", count=len(pool.devices))
     # Workers prove their kernels before anybody knows what the run will take.
     POOLS.count(device, weights, PROOF_BYTES)
     plans = pool.plan(

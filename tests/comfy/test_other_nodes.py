@@ -6,7 +6,15 @@ from collections import Counter
 
 import pytest
 
-from tests.comfy.graphs import OTHER_VAE, VAES, decode, latent, load_vae, node
+from tests.comfy.graphs import (
+    OTHER_VAE,
+    VAES,
+    decode,
+    decode_and_compare,
+    latent,
+    load_vae,
+    node,
+)
 
 pytestmark = pytest.mark.comfy
 
@@ -60,19 +68,12 @@ def test_inspect_tells_the_numbers_of_the_file_from_those_of_the_computation(com
     assert "weights   as loaded: 194 bfloat16" in lines
 
 
-def kept_report(comfy) -> dict:
-    """The last report of node 3 in prompts without a workflow, as a page would fetch it."""
-    kept = comfy.get("/wan_vae/reports")["reports"]
-    (found,) = (m["report"] for m in kept if m["node"] == "3" and m["workflow"] is None)
-    return found
-
-
 def failed(comfy, prompt: dict) -> tuple[str, str]:
     """Type and message of a decode that fails after one that was done; the panel hears of it."""
     assert comfy.run(decode(latent(frames=1, seed=60))).error is None
     sent = []
     run = comfy.run(prompt, on_message=sent.append)
-    report = kept_report(comfy)
+    report = run.report("3")
     live = [m["data"]["report"] for m in sent if m["type"] == "wan_vae.report"]
     assert report["status"] == "failed"
     assert live[-1] == report
@@ -146,7 +147,8 @@ def test_any_workflow_that_an_api_client_sends_is_decoded(comfy, pnginfo):
     seed = 1000 + sum(map(ord, str(pnginfo)))
     run = comfy.run(decode(latent(frames=1, seed=seed)), pnginfo=pnginfo)
     assert run.error is None, run.error
-    assert kept_report(comfy) == run.report("3")
+    assert run.report("3")["status"] == "done"
+    assert run.message("3")["workflow"] is None
 
 
 def test_video_is_streamed_into_the_output_folder(comfy):
@@ -192,10 +194,45 @@ def test_a_batch_becomes_a_file_for_each_latent(comfy):
 
 
 def test_another_vae_is_named(comfy):
-    run = comfy.run(decode(latent(channels=4), load_vae(OTHER_VAE)))
-    assert run.error["exception_type"].endswith("NotAWanVAEError")
+    prompt = {"1": load_vae(OTHER_VAE), "3": node("WanVAEInspect", vae=["1", 0])}
+    run = comfy.run(prompt)
+    assert run.error["exception_type"] == "wan_vae.NotAWanVAEError", "no folder of the user"
     assert "Stable Diffusion" in run.error["exception_message"]
     assert "own VAE nodes" in run.error["exception_message"]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_another_vae_is_decoded_by_comfyui_itself(comfy, sharded):
+    """One workflow with a switch between models: same picture as VAE Decode, and a note."""
+    prompt = decode_and_compare(latent(channels=4, kind="image", seed=63), load_vae(OTHER_VAE))
+    if sharded:
+        inputs = {"vae": ["1", 0], "samples": ["2", 0], "devices": "cpu,cpu"}
+        prompt["3"] = node("WanVAEDecodeSharded", **inputs)
+    run = comfy.run(prompt)
+    assert run.error is None, run.error
+    assert run.outputs["5"]["difference"] == [0.0]
+    report = run.report("3")
+    (note,) = report["fallbacks"]
+    assert "ComfyUI's own" in note and "Stable Diffusion" in note and "use ComfyUI" not in note
+    assert report["worded"][note]["key"] == "vae.not_wan"
+    shown = run.outputs["3"]["wan_vae"][0]
+    assert shown["pixel_shape"] == [1, 3, 1, 64, 96]
+    assert (shown["status"], shown["notes"], shown["done_frames"]) == ("done", 1, 1)
+
+
+def test_another_vae_is_encoded_by_comfyui_itself(comfy):
+    frames = node("ProbeFrames", frames=1, height=64, width=96, channels=4, seed=64)
+    prompt = {
+        "1": load_vae(OTHER_VAE),
+        "2": frames,
+        "3": node("WanVAEEncode", vae=["1", 0], pixels=["2", 0]),
+        "4": node("VAEEncode", vae=["1", 0], pixels=["2", 0]),
+        "5": node("ProbeCompareLatents", a=["3", 0], b=["4", 0]),
+    }
+    run = comfy.run(prompt)
+    assert run.error is None, run.error
+    assert run.outputs["5"]["difference"] == [0.0]
+    assert "ComfyUI's own" in run.report("3")["fallbacks"][0]
 
 
 def test_cancel_at_the_third_chunk_and_run_again(comfy):
@@ -214,7 +251,7 @@ def cancelled_then_right(comfy) -> None:
     run = comfy.run(decode(latent(frames=40, seed=12), chunk_frames=1), on_message=stop)
     assert run.interrupted
     assert run.error is None
-    kept = comfy.get("/wan_vae/reports")["reports"][-1]["report"]
+    kept = run.report("3")
     assert kept["status"] == "cancelled"
     assert 9 <= kept["done_frames"] < 30
     again = comfy.run(decode(latent(frames=2, seed=13)))

@@ -18,6 +18,7 @@ from ..network.architecture import residual_convolutions
 from ..ops.eager.forms import EagerForms
 from ..ops.opset import Prepared
 from ..options import PARTS, Operation
+from ..said import said
 from .encode_peak import EncodeMemory
 from .peak import DecodeMemory, WeightFormat
 
@@ -173,13 +174,18 @@ class _Chooser:
                 break
         if best is None or best.planned_bytes >= smallest.planned_bytes:
             return smallest
-        note = (
-            f"planned {best.strips} strips: {_gib(smallest.planned_bytes)} GiB needed without, "
-            f"{_gib(free)} free; they need {_gib(best.planned_bytes)}, and {best.extra_work:.0%} "
-            "of the work is done twice"
+        note = said(
+            "plan.strips",
+            "planned {strips} strips: {without} GiB needed without, {free} free; they need "
+            "{planned}, and {twice} of the work is done twice",
+            strips=best.strips,
+            without=_gib(smallest.planned_bytes),
+            free=_gib(free),
+            planned=_gib(best.planned_bytes),
+            twice=f"{best.extra_work:.0%}",
         )
         if best.planned_bytes > usable:
-            note += "; no number of strips is sure to fit"
+            note = said("plan.unsure", "{note}; no number of strips is sure to fit", note=note)
         return replace(best, note=note)
 
     def _of_shard(self) -> Choice:

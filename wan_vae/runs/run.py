@@ -29,6 +29,7 @@ from ..ops.opset import OpSet
 from ..options import Operation
 from ..planning.plan import Plan
 from ..report import BackendOff, DecodeReport, ReportBuilder
+from ..said import Said, said
 from ..sharding.plan import ShardPlan
 from .clock import RunClock
 from .engine import Engine, Setup
@@ -69,7 +70,9 @@ class Run(ABC):
         self.builder.imitation = Device.chosen_for(self.device).imitation
         self.builder.latent_shape = setup.request.latent_shape
         self.total_frames = geometry.pixel_shape(setup.request.latent_shape, self.config)[2]
-        self.builder.total_frames = self.total_frames
+        # The videos of a batch go through together: `done_frames` and `total_frames` are of one.
+        self.videos = setup.request.latent_shape[0]
+        self.builder.total_frames = self.videos * self.total_frames
         self.done_frames = 0
         self.report: DecodeReport | None = None
         self._plan: Plan | None = None
@@ -207,7 +210,7 @@ class Run(ABC):
                 if not self._halve():
                     self._fall_back(failure)
                     break
-                self._fall_back(f"{failure}; started again with {self.plan.chunk_frames}")
+                self._fall_back(self._started_again(failure))
         tried = 1
         while counts:
             tried = counts[0]
@@ -217,14 +220,22 @@ class Run(ABC):
                 return
             except DecodeMemoryError as error:
                 failure = str(error)
-            text = f"{tried} strips: {failure}"
+            text = said("run.strips", "{strips} strips: {failure}", strips=tried, failure=failure)
             if self._halve() and len(counts) == 1:
-                text += f"; started again with {self.plan.chunk_frames}"
+                text = self._started_again(text)
             else:
                 del counts[0]
             self._fall_back(text)
         raise self._does_not_fit(
             f"even with one latent frame a chunk and {tried} strip(s)", failure
+        )
+
+    def _started_again(self, failure: str) -> Said:
+        return said(
+            "run.again",
+            "{failure}; started again with {frames}",
+            failure=failure,
+            frames=self.plan.chunk_frames,
         )
 
     def _halve(self) -> bool:
@@ -282,7 +293,12 @@ class Run(ABC):
         stop = should_stop is not None and should_stop()
         if self.ranks.agree_to_stop(chunk, stop):
             raise DecodeCancelled(
-                f"cancelled after {self.done_frames} of {self.total_frames} frames"
+                said(
+                    "run.cancelled",
+                    "cancelled after {done} of {total} frames",
+                    done=self.videos * self.done_frames,
+                    total=self.builder.total_frames,
+                )
             )
         with self.clock.measure(chunk, self.frames_of(chunk)):
             return in_memory(what, work)
@@ -312,7 +328,8 @@ class Run(ABC):
         on_progress = self.hooks.on_progress
         if on_progress is not None:
             self._fill(wait=False)
-            on_progress(self.done_frames, self.total_frames, self.builder.build("running"))
+            report = self.builder.build("running")
+            on_progress(report.done_frames, report.total_frames, report)
 
     def _translated(self, error: BaseException) -> BaseException:
         """`error`, or for a shard that is out of memory an error that names its rank."""
@@ -352,7 +369,7 @@ class Run(ABC):
     def _fill(self, wait: bool) -> None:
         self.builder.layout["conversions"] = self.counter.conversions
         self.builder.layout["mixed_calls"] = self.counter.mixed_calls
-        self.builder.done_frames = self.done_frames
+        self.builder.done_frames = self.videos * self.done_frames
         self.builder.chunks = self.clock.records(wait)
         self.builder.memory["peak_bytes"] = self.clock.peak_bytes()
 
@@ -366,7 +383,7 @@ def in_memory(what: str, work: Callable[[], T]) -> T:
             raise
         failure = first_line(error)
     # Outside of the except block, so that no traceback holds the tensors of the failed attempt.
-    raise DecodeMemoryError(f"{what}: {failure}")
+    raise DecodeMemoryError(said("run.no_memory", "{what}: {failure}", what=what, failure=failure))
 
 
 def latent_frames_of(chunk: Chunk) -> str:
