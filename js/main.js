@@ -7,12 +7,21 @@ import { WanVAEPanel } from "./panel.js";
 import { showNode } from "./show.js";
 import { nodeOf, ReportStore, vaeNodeOf } from "./store.js";
 import { translator } from "./strings.js";
+import {
+  accelerate,
+  counterpart,
+  isCore,
+  loadersToAccelerate,
+  replaceable,
+  replaceNode,
+} from "./switch.js";
 
 const EVENT = "wan_vae.report";
 const REPORTS = "/wan_vae/reports";
 const CACHED = "/wan_vae/cached";
 const TAB = "wan-vae";
 const LINE_SETTING = "WanVAE.NodeLine";
+const USE = "WanVAE.UseInWorkflow";
 const LINE_HEIGHT = 48;
 const TEXT_HEIGHT = 160;
 const MARGIN = 4;
@@ -136,6 +145,46 @@ function addPanel() {
   });
 }
 
+/** Do `change` to the graph, in a way that one undo takes back. */
+function changed(change) {
+  const tracker = app.extensionManager.workflow?.activeWorkflow?.changeTracker;
+  tracker?.beforeChange();
+  try {
+    change();
+  } finally {
+    tracker?.afterChange();
+  }
+  app.canvas.setDirty(true, true);
+}
+
+/** "Use Wan VAE Decode" in the menu of VAE Decode, and the way back in the menu of ours. */
+function menuItems(node) {
+  const type = counterpart(node);
+  const made = type && window.LiteGraph.registered_node_types[type];
+  if (!made) return [];
+  const content = t(isCore(node) ? "switch.use" : "switch.back", { name: made.title ?? type });
+  const callback = () => changed(() => replaceNode(window.LiteGraph, node, type));
+  return [null, { content, callback }];
+}
+
+/** Put our nodes in the place of ComfyUI's in the whole workflow, as far as the user wants it. */
+async function useInWorkflow() {
+  const { dialog, toast } = app.extensionManager;
+  const nodes = replaceable(rootGraph());
+  const loaders = loadersToAccelerate(rootGraph(), nodes);
+  if (nodes.length + loaders.length === 0) {
+    toast.add({ severity: "info", summary: t("panel.title"), detail: t("switch.none"), life: 5000 });
+    return;
+  }
+  const title = t("switch.title");
+  const message = t("switch.accelerate", { nodes: nodes.length, loaders: loaders.length });
+  const wanted = loaders.length > 0 && (await dialog.confirm({ title, message })) === true;
+  changed(() => {
+    for (const node of nodes) replaceNode(window.LiteGraph, node, counterpart(node));
+    if (wanted) for (const loader of loaders) accelerate(window.LiteGraph, loader);
+  });
+}
+
 customElements.define("wan-vae-line", WanVAELine);
 customElements.define("wan-vae-text", WanVAEText);
 customElements.define("wan-vae-panel", WanVAEPanel);
@@ -161,6 +210,9 @@ app.registerExtension({
       },
     },
   ],
+  commands: [{ id: USE, label: t("switch.title"), icon: "pi pi-bolt", function: useInWorkflow }],
+  menuCommands: [{ path: ["Edit"], commands: [USE] }],
+  getNodeMenuItems: menuItems,
   async setup() {
     await loadWords();
     addPanel();

@@ -69,6 +69,12 @@ export const ENGLISH = {
   "shards.halo": "Halo",
   "shards.wait": "Waited",
   "backends.off": "{op}: {backend} is off: {reason}",
+  "switch.use": "Use {name}",
+  "switch.back": "Use {name} again",
+  "switch.title": "Use Wan VAE nodes in this workflow",
+  "switch.none": "There is no VAE Decode or VAE Encode for a Wan VAE in this workflow.",
+  "switch.accelerate":
+    "Wan VAE Decode and Encode take the place of {nodes} nodes. {loaders} Load VAE nodes also lead to other nodes (image to video, VACE, …), which gain by Wan VAE, fast everywhere. Confirm puts it behind them too; Cancel leaves them as they are.",
   "setting.line": "Show the report line on nodes",
   "setting.line_tip": "A line at the bottom of each Wan VAE node that says how its last run went.",
 };

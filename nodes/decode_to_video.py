@@ -85,13 +85,8 @@ class WanVAEDecodeToVideo(io.ComfyNode):
                 )
                 shape = geometry.pixel_shape(tuple(latent.shape), config)
                 file = SavedFile.new(filename_prefix, width=shape[4], height=shape[3])
-                run.wan.decode(
-                    latent,
-                    sink=VideoFileSink(file.path, shape[3], shape[4], fps),
-                    plan=plan,
-                    free_bytes=run.free_bytes(),
-                    **run.hooks,
-                )
+                sink = VideoFileSink(file.path, shape[3], shape[4], fps)
+                run.decode_into(sink, latent, plan)
                 files.append(file)
         videos = [InputImpl.VideoFromFile(str(file.path)) for file in files]
         shown = [file.as_ui() for file in files]

@@ -18,10 +18,14 @@ from typing import Any
 import comfy.model_management as model_management
 import comfy.utils
 import torch
+from comfy.cli_args import LatentPreviewMethod, args
+from PIL import Image
 
 from ..wan_vae import DecodeCancelled, DecodeReport, NotAWanVAEError, Plan, WanVAE, WanVAEError
 from ..wan_vae.errors import first_line
 from ..wan_vae.io.image import ImageSink
+from ..wan_vae.io.preview import PreviewSink
+from ..wan_vae.io.sink import Sink
 from ..wan_vae.options import MemoryFormat, Operation, RunOptions
 from ..wan_vae.report import SCHEMA, of_batch
 from ..wan_vae.runs.engine import SetupRequest
@@ -184,8 +188,23 @@ class Session:
         sink = ImageSink.allocate(
             plan.latent_shape, self.wan.config, vae.output_device, inputs.output_dtype(vae)
         )
-        self.wan.decode(latent, sink=sink, plan=plan, free_bytes=self.free_bytes(), **self.hooks)
+        self.decode_into(sink, latent, plan)
         return sink.image
+
+    def decode_into(self, sink: Sink, latent: torch.Tensor, plan: Plan) -> None:
+        """Decode `latent` by `plan` into `sink`. ComfyUI shows frames as it shows a sampler's."""
+        frames, height = plan.pixel_shape[2:4]
+        # One image is no sooner there as a preview than as the result.
+        if frames > 1 and args.preview_method != LatentPreviewMethod.NoPreviews:
+            sink = PreviewSink(sink, self._preview, height=height, most=args.preview_size)
+        self.wan.decode(latent, sink=sink, plan=plan, free_bytes=self.free_bytes(), **self.hooks)
+
+    def _preview(self, frame: torch.Tensor) -> None:
+        if model_management.processing_interrupted():
+            return
+        image = Image.fromarray(frame.numpy())
+        done, total = self._bar.current, self._bar.total
+        self._bar.update_absolute(done, total, ("JPEG", image, args.preview_size))
 
     def encode(self, video: torch.Tensor, plan: Plan, unit_range: bool = True) -> torch.Tensor:
         """The latent of `video` [B, 3, T, H, W] by `plan`, where ComfyUI wants it.
@@ -212,8 +231,7 @@ class Session:
 
     def finish(self) -> None:
         """Send the library's report of the run that is done, or `report` if the node has set it."""
-        last = self.wan.last_report
-        if not self.report and last is not None:
+        if not self.report and (last := self.wan.last_report) is not None:
             self.report = self.with_notes(last).as_dict()
         self._reporter.send(self.report)
 

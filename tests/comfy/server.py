@@ -61,6 +61,7 @@ class Run:
     messages: list[dict] = field(default_factory=list)
     history: dict = field(default_factory=dict)
     kept: list[dict] = field(default_factory=list)
+    previews: int = 0
 
     def of_type(self, kind: str) -> list[dict]:
         return [m["data"] for m in self.messages if m["type"] == kind]
@@ -237,7 +238,8 @@ class Comfy:
         while True:
             text = stream.recv()
             if isinstance(text, bytes):
-                continue  # previews
+                run.previews += 1
+                continue
             message = json.loads(text)
             run.messages.append(message)
             if on_message is not None:
