@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..wan_vae.io.image import as_rgb
 from ..wan_vae.options import MemoryFormat
-from . import inputs
+from . import hand_over, inputs
 from .reports import HIDDEN
 from .schema import (
     chunk_input,
@@ -58,10 +58,12 @@ class WanVAEDecode(io.ComfyNode):
         normalized: bool = False,
     ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "decode") as run:
-            latent = inputs.latent_5d(samples)
-            run.look_at(latent, normalized)
-            plan = run.plan(
-                tuple(latent.shape), memory_format=memory_layout, chunk_frames=chunk_frames
-            )
-            image = run.decode(latent, plan, normalized=normalized)
-        return io.NodeOutput(as_rgb(image.flatten(0, 1)), ui=run.ui)
+            image = hand_over.decode(run, samples)
+            if image is None:
+                latent = inputs.latent_5d(samples)
+                run.look_at(latent, normalized)
+                plan = run.plan(
+                    tuple(latent.shape), memory_format=memory_layout, chunk_frames=chunk_frames
+                )
+                image = as_rgb(run.decode(latent, plan, normalized=normalized).flatten(0, 1))
+        return io.NodeOutput(image, ui=run.ui)

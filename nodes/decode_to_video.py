@@ -144,7 +144,7 @@ class WanVAEDecodeToVideo(io.ComfyNode):
         last: list[torch.Tensor] = []
         with session(cls.hidden, vae, precision, "decode") as run:
             fps = fps or run.wan.config.default_fps
-            for place, latent in enumerate(inputs.latent_5d(samples).split(1)):
+            for place, latent in enumerate(run.one_by_one(inputs.latent_5d(samples))):
                 shape = geometry.pixel_shape(tuple(latent.shape), run.wan.config)
                 saved = SavedVideo(filename_prefix, save_to, format, shape[4], shape[3])
                 run.look_at(latent, normalized)

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..wan_vae import geometry
 from ..wan_vae.io.latents import encode_notices
 from ..wan_vae.options import MemoryFormat
-from . import inputs
+from . import hand_over, inputs
 from .reports import HIDDEN
 from .schema import (
     advanced,
@@ -67,11 +67,13 @@ class WanVAEEncode(io.ComfyNode):
         normalized: bool = False,
     ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "encode") as run:
-            config = run.wan.config
-            images = batch or config.image_only
-            video = inputs.videos(pixels, are_images=images, colours=config.colours)
-            shape = geometry.latent_shape(tuple(video.shape), config)
-            run.warnings += encode_notices(tuple(video.shape), pixels.shape[-1], config)
-            plan = run.plan(shape, operation="encode", memory_format=memory_layout)
-            latent = run.encode(video, plan, normalized=normalized)
+            latent = hand_over.encode(run, pixels)
+            if latent is None:
+                config = run.wan.config
+                images = batch or config.image_only
+                video = inputs.videos(pixels, are_images=images, colours=config.colours)
+                shape = geometry.latent_shape(tuple(video.shape), config)
+                run.warnings += encode_notices(tuple(video.shape), pixels.shape[-1], config)
+                plan = run.plan(shape, operation="encode", memory_format=memory_layout)
+                latent = run.encode(video, plan, normalized=normalized)
         return io.NodeOutput({"samples": latent}, ui=run.ui)

@@ -12,7 +12,7 @@ from .decode_sharded import WanVAEDecodeSharded
 from .decode_to_video import WanVAEDecodeToVideo
 from .encode import WanVAEEncode
 from .inspect_vae import WanVAEInspect
-from .reports import add_route
+from .reports import add_routes
 
 
 class WanVAEExtension(ComfyExtension):
@@ -31,9 +31,9 @@ class WanVAEExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> WanVAEExtension:
-    """Called by ComfyUI once, at start. Adds the route of the panel, and looks at queued
+    """Called by ComfyUI once, at start. Adds the routes of the panel, and looks at queued
     prompts."""
     # Not in `on_load`: ComfyUI 0.8 does not call it.
-    add_route()
+    add_routes()
     add_handler()
     return WanVAEExtension()

@@ -15,7 +15,8 @@ test("the English locale file says what the panel says by itself", async () => {
 
 test("every Chinese text exists and takes the same values", async () => {
   const chinese = (await locale("zh", "main")).wanVae;
-  assert.deepEqual(Object.keys(chinese).sort(), Object.keys(ENGLISH).sort());
+  const own = Object.keys(chinese).filter((key) => !key.startsWith("said."));
+  assert.deepEqual(own.sort(), Object.keys(ENGLISH).sort());
   for (const [key, text] of Object.entries(ENGLISH)) assert.deepEqual(names(chinese[key]), names(text), key);
 });
 
@@ -32,7 +33,7 @@ test("both languages name the same nodes and inputs", async () => {
 test("words fall back to English, values are filled in, unknown keys throw", () => {
   const t = translator({ "panel.copy": "Kopieren" });
   assert.equal(t("panel.copy"), "Kopieren");
-  assert.equal(t("chunks.one", { first: "3 ms" }), "1 chunk in 3 ms");
+  assert.equal(t("line.left", { time: "1:20" }), "1:20 left");
   assert.throws(() => t("panel.nonsense"), /panel\.nonsense/);
 });
 

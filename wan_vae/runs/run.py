@@ -33,6 +33,7 @@ from ..ops.opset import OpSet
 from ..options import Operation
 from ..planning.plan import Plan
 from ..report import BackendOff, DecodeReport, ReportBuilder
+from ..said import said
 from ..sharding.plan import ShardPlan
 from .clock import RunClock
 from .engine import PROOF_BYTES, Engine, Setup, SetupRequest
@@ -75,7 +76,9 @@ class Run(ABC):
         self.builder.imitation = Device.chosen_for(self.device).imitation
         self.builder.latent_shape = setup.request.latent_shape
         self.total_frames = geometry.pixel_shape(setup.request.latent_shape, self.config)[2]
-        self.builder.total_frames = self.total_frames
+        # The videos of a batch go through together: `done_frames` and `total_frames` are of one.
+        self.videos = setup.request.latent_shape[0]
+        self.builder.total_frames = self.videos * self.total_frames
         self.done_frames = 0
         self.report: DecodeReport | None = None
         self._plan: Plan | None = None
@@ -332,7 +335,12 @@ class Run(ABC):
         stop = should_stop is not None and should_stop()
         if self.ranks.agree_to_stop(chunk, stop):
             raise DecodeCancelled(
-                f"cancelled after {self.done_frames} of {self.total_frames} frames"
+                said(
+                    "run.cancelled",
+                    "cancelled after {done} of {total} frames",
+                    done=self.videos * self.done_frames,
+                    total=self.builder.total_frames,
+                )
             )
         with self.clock.measure(chunk, self.frames_of(chunk)):
             return in_memory(what, work)
@@ -396,7 +404,8 @@ class Run(ABC):
         on_progress = self.hooks.on_progress
         if on_progress is not None:
             self._fill(wait=False)
-            on_progress(self.done_frames, self.total_frames, self.builder.build("running"))
+            report = self.builder.build("running")
+            on_progress(report.done_frames, report.total_frames, report)
 
     def _translated(self, error: BaseException) -> BaseException:
         """`error`, or for a shard that is out of memory an error that names its rank."""
@@ -438,7 +447,7 @@ class Run(ABC):
     def _fill(self, wait: bool) -> None:
         self.builder.layout["conversions"] = self.counter.conversions
         self.builder.layout["mixed_calls"] = self.counter.mixed_calls
-        self.builder.done_frames = self.done_frames
+        self.builder.done_frames = self.videos * self.done_frames
         self.builder.chunks = self.clock.records(wait)
         self.builder.memory["peak_bytes"] = self.clock.peak_bytes()
 
@@ -453,7 +462,7 @@ def in_memory(what: str, work: Callable[[], T]) -> T:
         failure = first_line(error)
         release_frames(error)
     # Outside of the except block, so that no traceback holds the tensors of the failed attempt.
-    raise DecodeMemoryError(f"{what}: {failure}")
+    raise DecodeMemoryError(said("run.no_memory", "{what}: {failure}", what=what, failure=failure))
 
 
 def granted(
