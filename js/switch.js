@@ -78,9 +78,10 @@ export function replaceNode(LiteGraph, node, type) {
   const made = LiteGraph.createNode(type);
   if (!made) throw new Error(`ComfyUI knows no node ${type}`);
   const remembered = node.properties?.[BEFORE];
+  // Before it is added: Nodes 2.0 keep a place of their own from then on.
+  made.pos = [...node.pos];
   graph.add(made);
   if (node.title && node.title !== node.constructor.title) made.title = node.title;
-  made.pos = [...node.pos];
   made.mode = node.mode;
   made.flags = { ...made.flags, ...node.flags };
   for (const name of ["color", "bgcolor", "boxcolor", "shape"]) {
@@ -159,8 +160,8 @@ export function accelerate(LiteGraph, loader) {
   const { graph } = loader;
   const others = othersOf(loader);
   const made = LiteGraph.createNode(ACCELERATE);
-  graph.add(made);
   made.pos = [loader.pos[0], loader.pos[1] + loader.size[1] + GAP];
+  graph.add(made);
   for (const link of others) connectTarget(graph, link, made, 0);
   loader.connect(0, made, made.inputs.findIndex(({ name }) => name === "vae"));
   return made;
