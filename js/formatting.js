@@ -18,14 +18,13 @@ export function bytesText(bytes) {
   return `${unit === 0 || value >= 100 ? Math.round(value) : value.toFixed(1)} ${BYTE_UNITS[unit]}`;
 }
 
-/** "850 ms", "1.2 s", "2 min 5 s"; an empty string for null. */
+/** "850 ms", "1.2 s", "2:05 min"; an empty string for null. */
 export function durationText(ms) {
   if (ms === null || ms === undefined) return "";
   if (ms < 10) return `${ms.toFixed(1)} ms`;
   if (ms < 1000) return `${Math.round(ms)} ms`;
   if (ms < 60_000) return `${(ms / 1000).toFixed(1)} s`;
-  const seconds = Math.round(ms / 1000);
-  return `${Math.floor(seconds / 60)} min ${seconds % 60} s`;
+  return `${clockText(ms)} ${ms < 3_599_500 ? "min" : "h"}`;
 }
 
 /** "1:20", "0:05", "1:02:03"; an empty string for null. */
@@ -69,15 +68,12 @@ export function layoutWord(counts) {
 }
 
 /**
- * The layout of a report: `{text, mixed}`. "NDHWC" where the weights came in the format that was
- * used, "NCDHW→NDHWC" where they were packed anew; null if nothing is known.
+ * The detected layout: `{text, mixed}`, with the word for the weights as they came; null if nothing
+ * is known. Mixed are those, or the formats that met in a convolution.
  */
 export function layoutOf(report) {
-  const { layout } = report;
-  const [found, used] = [layoutWord(layout?.weights_found), layoutWord(layout?.weights_used)];
-  const words = [...new Set([found, used])].filter(Boolean);
-  if (words.length === 0) return null;
-  return { text: words.join("→"), mixed: isMixed(report) };
+  const text = layoutWord(report.layout?.weights_found);
+  return text ? { text, mixed: isMixed(report) } : null;
 }
 
 function isMixed({ layout }) {

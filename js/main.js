@@ -48,7 +48,9 @@ async function ask(route, body = null) {
   };
   const answer = await api.fetchApi(route, options ?? undefined);
   if (!answer.ok) throw new Error(`${route} answered ${answer.status}`);
-  store.merge((await answer.json()).reports);
+  const { reports, notices } = await answer.json();
+  store.merge(reports);
+  return notices ?? [];
 }
 
 const warn = (error) => console.warn("Wan VAE: no reports from the server:", error);
@@ -233,7 +235,10 @@ app.registerExtension({
       store.dropRunning(); // the server may have been started anew
       return refresh();
     });
-    await refresh();
+    // What the user of this server must know, such as a second copy of the pack.
+    for (const detail of (await refresh()) ?? []) {
+      app.extensionManager.toast?.add({ severity: "error", summary: t("panel.title"), detail });
+    }
   },
   nodeCreated(node) {
     if (!NODES.test(node.comfyClass ?? "")) return;

@@ -19,7 +19,7 @@ const CORE = {
 const ACCELERATE = "WanVAEAccelerate";
 /** The property in which a node remembers what it was, with its widgets. */
 const BEFORE = "wan_vae_before";
-// How LiteGraph names the ends of links at the border of a subgraph.
+// How LiteGraph names the ends of links at the border of a subgraph; a newer one in quotes.
 const SUBGRAPH_INPUT = -10;
 const SUBGRAPH_OUTPUT = -20;
 /** Files of a Wan or Qwen-Image VAE, by the names under which they are published. */
@@ -52,7 +52,7 @@ const linksOf = (node, slot) =>
 
 /** Let what `link` came from lead to input `index` of `node`, through the same reroutes. */
 function connectSource(graph, link, node, index) {
-  if (link.origin_id === SUBGRAPH_INPUT) {
+  if (Number(link.origin_id) === SUBGRAPH_INPUT) {
     graph.inputNode.slots[link.origin_slot].connect(node.inputs[index], node);
   } else {
     graph.getNodeById(link.origin_id).connect(link.origin_slot, node, index, link.parentId);
@@ -61,7 +61,7 @@ function connectSource(graph, link, node, index) {
 
 /** Let output `index` of `node` lead to where `link` went. */
 function connectTarget(graph, link, node, index) {
-  if (link.target_id === SUBGRAPH_OUTPUT) {
+  if (Number(link.target_id) === SUBGRAPH_OUTPUT) {
     graph.outputNode.slots[link.target_slot].connect(node.outputs[index], node);
   } else {
     const target = graph.getNodeById(link.target_id);
@@ -78,9 +78,10 @@ export function replaceNode(LiteGraph, node, type) {
   const made = LiteGraph.createNode(type);
   if (!made) throw new Error(`ComfyUI knows no node ${type}`);
   const remembered = node.properties?.[BEFORE];
+  // Before it is added: Nodes 2.0 keep a place of their own from then on.
+  made.pos = [...node.pos];
   graph.add(made);
   if (node.title && node.title !== node.constructor.title) made.title = node.title;
-  made.pos = [...node.pos];
   made.mode = node.mode;
   made.flags = { ...made.flags, ...node.flags };
   for (const name of ["color", "bgcolor", "boxcolor", "shape"]) {
@@ -151,7 +152,7 @@ export function loadersToAccelerate(graph, replaced = []) {
       node.type === "VAELoader" &&
       WAN_FILE.test(node.widgets?.[0]?.value ?? "") &&
       othersOf(node).some((link) =>
-        !gone.has(link.target_id) || link.target_id === SUBGRAPH_OUTPUT)));
+        !gone.has(link.target_id) || Number(link.target_id) === SUBGRAPH_OUTPUT)));
 }
 
 /** Put WanVAEAccelerate behind `loader`, for all that it leads to but nodes of ours. */
@@ -159,8 +160,8 @@ export function accelerate(LiteGraph, loader) {
   const { graph } = loader;
   const others = othersOf(loader);
   const made = LiteGraph.createNode(ACCELERATE);
-  graph.add(made);
   made.pos = [loader.pos[0], loader.pos[1] + loader.size[1] + GAP];
+  graph.add(made);
   for (const link of others) connectTarget(graph, link, made, 0);
   loader.connect(0, made, made.inputs.findIndex(({ name }) => name === "vae"));
   return made;

@@ -34,7 +34,18 @@ class WanVAEDecode(io.ComfyNode):
             description="Decodes a Wan 2.1, Wan 2.2 or Qwen-Image latent to images. The picture "
             "is that of VAE Decode. Memory is planned in advance, there are no tiles, and a "
             "report says what happened.",
-            search_aliases=["vae decode", "decode latent", "wan decode", "latent to image"],
+            search_aliases=[
+                "vae decode",
+                "decode latent",
+                "wan decode",
+                "latent to image",
+                "latent to video",
+                "vae decode tiled",
+                "tiled",
+                "seamless",
+                "qwen vae",
+                "out of memory",
+            ],
             inputs=[
                 latent_input(),
                 vae_input(),

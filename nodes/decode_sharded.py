@@ -36,7 +36,13 @@ class WanVAEDecodeSharded(io.ComfyNode):
             display_name="Wan VAE Decode (Sharded)",
             description="Decodes one Wan latent on several GPUs. Each GPU decodes its part of "
             "every frame. The picture is that of Wan VAE Decode.",
-            search_aliases=["multi gpu vae", "parallel vae decode", "sharded decode"],
+            search_aliases=[
+                "multi gpu vae",
+                "parallel vae decode",
+                "sharded decode",
+                "two gpus",
+                "out of memory",
+            ],
             inputs=[
                 latent_input(),
                 vae_input(),

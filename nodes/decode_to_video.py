@@ -46,7 +46,17 @@ class WanVAEDecodeToVideo(io.ComfyNode):
             description="Decodes a Wan latent straight into a video file in the output folder. "
             "Frames are written as they are decoded, so a long clip needs no more memory than a "
             "short one.",
-            search_aliases=["save video", "vae decode video", "wan video", "long video", "mp4"],
+            search_aliases=[
+                "save video",
+                "vae decode video",
+                "wan video",
+                "long video",
+                "mp4",
+                "latent to video",
+                "video combine",
+                "vhs",
+                "out of memory",
+            ],
             inputs=[
                 latent_input(),
                 vae_input(),

@@ -34,7 +34,17 @@ class WanVAEEncode(io.ComfyNode):
             description="Encodes images as the frames of one video, with a Wan 2.1, Wan 2.2 or "
             "Qwen-Image VAE. Only 4n + 1 frames are kept, and sizes are cropped to whole latent "
             "pixels, as in VAE Encode; the report says how much.",
-            search_aliases=["vae encode", "encode image", "wan encode", "image to latent"],
+            search_aliases=[
+                "vae encode",
+                "encode image",
+                "wan encode",
+                "image to latent",
+                "video to latent",
+                "vae encode tiled",
+                "tiled",
+                "qwen vae",
+                "out of memory",
+            ],
             inputs=[
                 io.Image.Input("pixels", tooltip="The frames of one video, one image, or a batch."),
                 vae_input(),

@@ -17,6 +17,7 @@ from comfy_execution.graph_utils import is_link
 from server import PromptServer
 
 from ..wan_vae.report import SCHEMA
+from .twice import NOTICES
 
 # A report as plain values: `DecodeReport.as_dict`.
 Report = dict[str, Any]
@@ -273,18 +274,19 @@ def _prompt(prompt_id: str) -> Any:
 def add_routes() -> None:
     """The panel's routes. Without a server (a tool that lists nodes), none.
 
-    GET /wan_vae/reports?client_id=: the kept reports of that client's prompts.
+    GET /wan_vae/reports?client_id=: the kept reports of that client's prompts, and what a user of
+    this server should know (another copy of the pack).
     POST /wan_vae/cached {client_id, prompt_id, nodes}: see `from_cache`.
     """
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
 
-    def answer(kept: Iterable[Kept]) -> web.Response:
-        return web.json_response({"reports": [one.message() for one in kept]})
+    def answer(kept: Iterable[Kept], **more: object) -> web.Response:
+        return web.json_response({"reports": [one.message() for one in kept], **more})
 
     async def reports(request: web.Request) -> web.Response:
-        return answer(STORE.of_client(request.query.get("client_id", "")))
+        return answer(STORE.of_client(request.query.get("client_id", "")), notices=NOTICES)
 
     async def cached(request: web.Request) -> web.Response:
         asked = await request.json()

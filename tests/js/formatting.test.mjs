@@ -56,15 +56,15 @@ test("the line of a result from the cache says so, and what is known", () => {
   assert.match(f.lineText(unknown, t), /^from ComfyUI's cache: nothing is known/);
 });
 
-test("the layout is one short word, or two where the weights were packed anew", () => {
+test("the detected layout is one short word", () => {
   const layout = (found, used, mixed_calls = 0) =>
     f.layoutOf({ layout: { weights_found: found, weights_used: used, mixed_calls } });
   const [contiguous, last, mixed] = [{ contiguous: 5, either: 1 }, { channels_last_3d: 5 },
     { contiguous: 1, channels_last_3d: 4 }];
   assert.deepEqual(layout(contiguous, contiguous), { text: "NCDHW", mixed: false });
   assert.deepEqual(layout(last, last), { text: "NDHWC", mixed: false });
-  assert.deepEqual(layout(contiguous, last), { text: "NCDHW→NDHWC", mixed: false });
-  assert.deepEqual(layout(mixed, last), { text: "mixed→NDHWC", mixed: true });
+  assert.deepEqual(layout(contiguous, last), { text: "NCDHW", mixed: false });
+  assert.deepEqual(layout(mixed, last), { text: "mixed", mixed: true });
   assert.deepEqual(layout(last, last, 2), { text: "NDHWC", mixed: true });
   assert.equal(layout({}, { either: 3 }), null);
   assert.equal(f.layoutOf({}), null);
@@ -131,7 +131,8 @@ test("bytes", () => {
 
 test("durations", () => {
   const cases = [[null, ""], [1.25, "1.3 ms"], [850.4, "850 ms"], [1240, "1.2 s"],
-    [125_000, "2 min 5 s"], [119_900, "2 min 0 s"]];
+    [125_000, "2:05 min"], [119_900, "2:00 min"],
+    [3_723_000, "1:02:03 h"]];
   for (const [ms, text] of cases) assert.equal(f.durationText(ms), text);
 });
 

@@ -27,7 +27,11 @@ test("both languages name the same nodes and inputs", async () => {
       : true;
   const [english, chinese] = await Promise.all(["en", "zh"].map((l) => locale(l, "nodeDefs")));
   assert.deepEqual(shape(chinese), shape(english));
-  for (const node of Object.keys(english)) await read(`js/docs/${node}.md`);
+  for (const node of Object.keys(english)) {
+    const rows = (text) => text.split("\n").filter((line) => line.startsWith("|")).length;
+    const [page, chinese] = [await read(`js/docs/${node}.md`), await read(`js/docs/${node}/zh.md`)];
+    assert.equal(rows(chinese), rows(page), `${node}: as many inputs in both`);
+  }
 });
 
 test("words fall back to English, values are filled in, unknown keys throw", () => {

@@ -247,7 +247,13 @@ class _Chooser:
         )
         if best.parked:
             what = "frames" if len(best.lengths) == 1 else "frames and history"
-            note += f"; {what} of strips wait in {_gib(best.host_bytes)} GiB of host memory"
+            note = said(
+                "plan.parked",
+                "{note}; {what} of strips wait in {host} GiB of host memory",
+                note=note,
+                what=what,
+                host=_gib(best.host_bytes),
+            )
         if best.planned_bytes > usable:
             note = said("plan.unsure", "{note}; no number of strips is sure to fit", note=note)
         return replace(best, note=note)
