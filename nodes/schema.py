@@ -24,10 +24,11 @@ def schema(**fields: Any) -> io.Schema:
 def advanced(input_type: Callable[..., io.Input], name: str, **options: Any) -> io.Input:
     """An optional input, folded away as advanced where the frontend can do that."""
     if "advanced" in inspect.signature(input_type).parameters:
-        options["advanced"] = True
-    else:  # ComfyUI 0.8: the frontend knows the option, the class does not
-        options["extra_dict"] = {"advanced": True}
-    return input_type(name, optional=True, **options)
+        return input_type(name, optional=True, advanced=True, **options)
+    # ComfyUI up to 0.8: the frontend knows the option, the class does not.
+    made = input_type(name, optional=True, **options)
+    made.extra_dict = {**made.extra_dict, "advanced": True}
+    return made
 
 
 def vae_input() -> io.Input:
