@@ -246,14 +246,13 @@ class _Chooser:
             twice=f"{best.extra_work:.0%}",
         )
         if best.parked:
-            what = "frames" if len(best.lengths) == 1 else "frames and history"
-            note = said(
-                "plan.parked",
-                "{note}; {what} of strips wait in {host} GiB of host memory",
-                note=note,
-                what=what,
-                host=_gib(best.host_bytes),
-            )
+            host = _gib(best.host_bytes)
+            if len(best.lengths) == 1:
+                text = "{note}; frames of strips wait in {host} GiB of host memory"
+                note = said("plan.parked", text, note=note, host=host)
+            else:
+                text = "{note}; frames and history of strips wait in {host} GiB of host memory"
+                note = said("plan.parked_history", text, note=note, host=host)
         if best.planned_bytes > usable:
             note = said("plan.unsure", "{note}; no number of strips is sure to fit", note=note)
         return replace(best, note=note)
