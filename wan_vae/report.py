@@ -233,7 +233,8 @@ def _jsonable(value: object) -> object:
         return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_jsonable(v) for v in value]
-    return value
+    # Sentences of `said` become plain: what knows their keys is in `worded`.
+    return str.__str__(value) if isinstance(value, str) else value
 
 
 class ReportBuilder:

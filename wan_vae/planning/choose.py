@@ -248,11 +248,19 @@ class _Chooser:
         if best.parked:
             host = _gib(best.host_bytes)
             if len(best.lengths) == 1:
-                text = "{note}; frames of strips wait in {host} GiB of host memory"
-                note = said("plan.parked", text, note=note, host=host)
+                note = said(
+                    "plan.parked",
+                    "{note}; frames of strips wait in {host} GiB of host memory",
+                    note=note,
+                    host=host,
+                )
             else:
-                text = "{note}; frames and history of strips wait in {host} GiB of host memory"
-                note = said("plan.parked_history", text, note=note, host=host)
+                note = said(
+                    "plan.parked_history",
+                    "{note}; frames and history of strips wait in {host} GiB of host memory",
+                    note=note,
+                    host=host,
+                )
         if best.planned_bytes > usable:
             note = said("plan.unsure", "{note}; no number of strips is sure to fit", note=note)
         return replace(best, note=note)

@@ -238,17 +238,39 @@ class Run(ABC):
         # The caller's number of free bytes is no measurement.
         free = self.memory.free_bytes()
         now = None if free is None else self._plan_now(failed.whole_frames)
-        text = failure if failed.strips is None else f"{failed.strips} strips: {failure}"
+        text = (
+            failure
+            if failed.strips is None
+            else said(
+                "run.strips", "{strips} strips: {failure}", strips=failed.strips, failure=failure
+            )
+        )
         # Less than all that failed: more strips can take more, and a plan must not come twice.
         is_less = now is not None and now.planned_bytes < self._least_failed
         if now is not None and free is not None and is_less and _may_follow(now, failed):
             self._plan = now
-            text += f"; planned again for {free / 2**30:.2f} GiB that are free now"
             if now.strips is not None and now.strips != failed.strips:
-                text += f": {now.strips} strips"
+                text = said(
+                    "run.planned_strips",
+                    "{failure}; planned again for {free} GiB that are free now: {strips} strips",
+                    failure=text,
+                    free=f"{free / 2**30:.2f}",
+                    strips=now.strips,
+                )
+            else:
+                text = said(
+                    "run.planned",
+                    "{failure}; planned again for {free} GiB that are free now",
+                    failure=text,
+                    free=f"{free / 2**30:.2f}",
+                )
         elif now is not None and _fits(now, failed) and self._may_try_again:
             self._may_try_again = False
-            text += "; tried once more with the memory that was given back"
+            text = said(
+                "run.once_more",
+                "{failure}; tried once more with the memory that was given back",
+                failure=text,
+            )
         else:
             smaller = self._smaller(failed)
             if smaller is None:
@@ -256,7 +278,12 @@ class Run(ABC):
                 self.builder.fallbacks.append(text)
                 raise self._does_not_fit(tried, failure)
             if smaller.lengths != failed.lengths and smaller.strips == failed.strips:
-                text += f"; started again with {smaller.chunk_frames}"
+                text = said(
+                    "run.again",
+                    "{failure}; started again with {frames}",
+                    failure=text,
+                    frames=smaller.chunk_frames,
+                )
             self._plan = self.engine.counted(self.setup, smaller)
         self.builder.strips = self.plan.strips or 1
         self.builder.memory.update(
