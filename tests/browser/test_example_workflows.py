@@ -60,7 +60,8 @@ def test_loads_without_missing_nodes_and_makes_a_valid_prompt(frontend, name):
                 == node["widgets_values"]
             )
     if name == "wan_try_it":
-        runs_at_once(frontend)
+        if (frontend.name, frontend.mode) == ("pinned", "nodes2"):  # of the thumbnails
+            runs_at_once(frontend)
         return
     models = [n["properties"].get("models") for n in workflow["nodes"] if "Loader" in n["type"]]
     assert all(models), "the frontend offers to download what is missing"
