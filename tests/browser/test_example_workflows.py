@@ -23,8 +23,9 @@ def runs_at_once(frontend):
     frontend.queue()
     frontend.page.locator("wan-vae-line", has_text="✓5 frames").nth(1).wait_for()
     frontend.page.locator("wan-vae-text", has_text="wan2.1 VAE").wait_for()
+    # The picture that went in, and the one that came back.
     frontend.page.wait_for_function(
-        "() => [...document.images].every((image) => image.complete && image.naturalWidth > 0)"
+        "() => [...document.images].filter((image) => image.naturalWidth > 200).length >= 2"
     )
     frontend.shot("workflow-wan_try_it")
 
@@ -60,7 +61,8 @@ def test_loads_without_missing_nodes_and_makes_a_valid_prompt(frontend, name):
                 == node["widgets_values"]
             )
     if name == "wan_try_it":
-        runs_at_once(frontend)
+        if (frontend.name, frontend.mode) == ("pinned", "nodes2"):  # of the thumbnails
+            runs_at_once(frontend)
         return
     models = [n["properties"].get("models") for n in workflow["nodes"] if "Loader" in n["type"]]
     assert all(models), "the frontend offers to download what is missing"

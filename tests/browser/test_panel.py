@@ -54,7 +54,7 @@ def test_line_and_panel_follow_a_run(frontend):
     assert frontend.page.locator(".wan-vae-strip .wan-vae-cell").count() > 30
     body = card.inner_text()
     # What is looked for first stands first; detected and chosen layout are open, the rest folded.
-    order = ("RESULT", "96×64", "MEMORY", "LAYOUT", "as loaded", "Chosen", "KERNELS", "LAYERS")
+    order = ("RESULT", "Size", "MEMORY", "LAYOUT", "as loaded", "Chosen", "KERNELS", "LAYERS")
     places = [body.index(word) for word in order]
     assert places == sorted(places)
     assert "1 × 16 × 3 × 8 × 12" in body
@@ -174,7 +174,9 @@ def test_a_result_from_the_cache_says_so_in_a_copy_of_the_workflow(frontend):
     frontend.queue()
     frontend.line("✓from the cache: 9 frames")
     assert text_of(frontend) == f"from the cache: {took}"
-    frontend.open()  # the server knows it after a reload too
+    if frontend.mode == "nodes2":
+        return  # what the server keeps does not depend on how nodes are drawn
+    frontend.open()
     frontend.load(workflow(seed=2, identity=f"copy-{frontend.name}-{frontend.mode}"))
     frontend.line("✓from the cache: 9 frames")
 
