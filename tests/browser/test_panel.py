@@ -354,7 +354,7 @@ def test_tokens_in_the_name_of_a_video_are_replaced_as_in_core(frontend):
             const two = (n) => String(n).padStart(2, "0");
             const day = [now.getFullYear(), two(now.getMonth() + 1), two(now.getDate())].join("-");
             const made = added.map((node) => output[node.id].inputs.filename_prefix);
-            return [...made, kept, `${day}/16_%width%`];
+            return [...made, kept, `${day}/0_%width%`];
           } finally {
             for (const node of added) graph.remove(node);
           }

@@ -6,6 +6,7 @@ Copied into the server's custom_nodes as a pack of its own; not part of the pack
 import copy
 import gc
 
+import comfy.latent_formats
 import comfy.ldm.wan.vae2_2
 import comfy.model_management as model_management
 import comfy.model_patcher
@@ -67,6 +68,10 @@ class ProbeSink(_Probe):
         return {"ui": {"shape": [list(getattr(value, "shape", ()))]}}
 
 
+# The formats of latents of Wan 2.1 and Wan 2.2, by their channels.
+_FORMATS = {16: comfy.latent_formats.Wan21, 48: comfy.latent_formats.Wan22}
+
+
 class ProbeLatent:
     """A latent of any shape from a seed. `kind`: plain, nested, image (4-D), channels_last, nan;
     flat (3-D), and what is no latent at all: none, keyless, unfilled."""
@@ -84,6 +89,8 @@ class ProbeLatent:
     def make(self, batch, channels, frames, height, width, seed, kind):
         generator = torch.Generator().manual_seed(seed)
         latent = torch.randn(batch, channels, frames, height, width, generator=generator)
+        if channels in _FORMATS:  # with the statistics of a real one, as a sampler gives it
+            latent = _FORMATS[channels]().process_out(latent)
         if kind == "nested":
             audio = torch.zeros(batch, 8, 5)
             latent = comfy.nested_tensor.NestedTensor((latent, audio))

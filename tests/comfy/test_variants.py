@@ -65,6 +65,7 @@ MALFORMED = {
 }  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("consumer", ["WanVAEEncode", "WanVAEAccelerate"])
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_weights_are_a_typed_error_of_every_node(comfy, name, consumer):

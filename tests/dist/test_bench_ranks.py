@@ -201,6 +201,7 @@ def test_where_there_are_no_signals_the_faults_are_left_out(monkeypatch):
 
 
 @pytest.mark.skipif(faults.unavailable_reason() is not None, reason="needs signals")
+@pytest.mark.full
 def test_faults_are_counted_and_leave_nothing(tmp_path, monkeypatch, capsys):
     """The command that GPUs run, with the kinds that need no time-out; the others in test_workers."""
     monkeypatch.setattr(rounds, "small_sizes", tiny_sizes)

@@ -130,7 +130,10 @@ def compiled(monkeypatch) -> list[tuple[str, tuple]]:
 
 
 @pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
-@pytest.mark.parametrize("name", ["H100", "RTX 4090", "RTX 2060"])
+@pytest.mark.parametrize(
+    "name",
+    ["H100", *(pytest.param(card, marks=pytest.mark.full) for card in ("RTX 4090", "RTX 2060"))],
+)
 def test_the_network_launches_no_program_that_was_not_built(name, config, compiled, monkeypatch):
     launched = []
     real = program._queue
