@@ -1,7 +1,10 @@
 /** Reports as text. Pure functions. Every value may be absent: a run can end before it is known. */
 
 const DTYPES = { float32: "fp32", bfloat16: "bf16", float16: "fp16" };
+const FAMILIES = { "wan2.1": "Wan 2.1", "wan2.2": "Wan 2.2" };
 const BYTE_UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
+/** Memory formats as one short word: the order of dimensions in memory, the last the fastest. */
+const LAYOUTS = { contiguous: "NCDHW", channels_last_3d: "NDHWC" };
 
 /** "1.5 GiB"; an empty string for null. */
 export function bytesText(bytes) {
@@ -15,14 +18,29 @@ export function bytesText(bytes) {
   return `${unit === 0 || value >= 100 ? Math.round(value) : value.toFixed(1)} ${BYTE_UNITS[unit]}`;
 }
 
-/** "850 ms", "1.2 s", "2 min 5 s"; an empty string for null. */
+/** "850 ms", "1.2 s", "2:05 min"; an empty string for null. */
 export function durationText(ms) {
   if (ms === null || ms === undefined) return "";
   if (ms < 10) return `${ms.toFixed(1)} ms`;
   if (ms < 1000) return `${Math.round(ms)} ms`;
   if (ms < 60_000) return `${(ms / 1000).toFixed(1)} s`;
+  return `${clockText(ms)} ${ms < 3_599_500 ? "min" : "h"}`;
+}
+
+/** "1:20", "0:05", "1:02:03"; an empty string for null. */
+export function clockText(ms) {
+  if (ms === null || ms === undefined) return "";
   const seconds = Math.round(ms / 1000);
-  return `${Math.floor(seconds / 60)} min ${seconds % 60} s`;
+  const [hours, minutes] = [Math.floor(seconds / 3600), Math.floor(seconds / 60) % 60];
+  const two = (number) => String(number).padStart(2, "0");
+  const start = hours ? `${hours}:${two(minutes)}` : String(minutes);
+  return `${start}:${two(seconds % 60)}`;
+}
+
+/** "67.5" of 67.49, "132" of 131.6; an empty string for null. */
+export function rateText(rate) {
+  if (rate === null || rate === undefined) return "";
+  return rate >= 100 ? String(Math.round(rate)) : rate.toFixed(1);
 }
 
 /** "bf16" for "bfloat16". */
@@ -35,15 +53,32 @@ export function shapeText(shape) {
   return (shape ?? []).join(" × ");
 }
 
+/** "1280×720" of pixels [B, 3, T, H, W]; an empty string for null. */
+export function sizeText(shape) {
+  return shape ? `${shape[4]}×${shape[3]}` : "";
+}
+
+/** The memory format of counted weights as one word: "NDHWC", "NCDHW", "mixed", or "" for none. */
+export function layoutWord(counts) {
+  const formats = Object.entries(counts ?? {}).filter(
+    ([format, count]) => format !== "either" && count > 0,
+  );
+  if (formats.length === 0) return "";
+  return (formats.length === 1 && LAYOUTS[formats[0][0]]) || "mixed";
+}
+
 /**
- * Counts the weights that are in the chosen format, and all that have a format. The weights of
- * 1x1x1 convolutions ("either") have the same bytes in both formats and are left out.
+ * The detected layout: `{text, mixed}`, with the word for the weights as they came; null if nothing
+ * is known. Mixed are those, or the formats that met in a convolution.
  */
-export function inChosenFormat(layout) {
-  const counts = layout?.weights_used ?? {};
-  let total = 0;
-  for (const [format, count] of Object.entries(counts)) if (format !== "either") total += count;
-  return { matching: counts[layout?.chosen] ?? 0, total };
+export function layoutOf(report) {
+  const text = layoutWord(report.layout?.weights_found);
+  return text ? { text, mixed: isMixed(report) } : null;
+}
+
+function isMixed({ layout }) {
+  const words = [layoutWord(layout?.weights_found), layoutWord(layout?.weights_used)];
+  return layout?.mixed_calls > 0 || words.includes("mixed");
 }
 
 /** "55 channels_last_3d, 6 either"; an empty string when nothing was counted. */
@@ -56,14 +91,12 @@ export function countsText(counts) {
 
 /**
  * What a report means at a glance: "running", "good", "notice" (it worked, and there is something
- * to read: a fallback, a warning, a cancel) or "bad" (it failed, or formats were mixed).
+ * to read: a fallback, a warning, a cancel, mixed formats) or "bad" (it failed).
  */
 export function toneOf(report) {
   if (report.status === "running") return "running";
   if (report.status === "failed") return "bad";
-  const layout = report.layout ?? {};
-  if (layout.mixed_calls > 0 || layout.weights_used?.other > 0) return "bad";
-  if (report.status === "cancelled") return "notice";
+  if (report.status === "cancelled" || isMixed(report)) return "notice";
   if (report.warnings?.length || report.fallbacks?.length) return "notice";
   return "good";
 }
@@ -71,27 +104,67 @@ export function toneOf(report) {
 /** The sign of each tone, for people who cannot tell the colours apart. */
 export const SIGNS = { running: "▸", good: "✓", notice: "!", bad: "✕" };
 
-/**
- * The one line on the node, e.g. "channels_last_3d (55/56) · bf16 · cuda:0 · 81 frames in 1.2 s".
- * `t(key, values)` translates.
- */
-export function lineText(report, t) {
-  if (report.status === "failed") return t("line.failed", { error: report.error ?? "" });
-  const parts = [];
-  if (report.layout?.chosen) {
-    const { matching, total } = inChosenFormat(report.layout);
-    parts.push(`${report.layout.chosen} (${matching}/${total})`);
+/** Makes `say(sentence)`: a sentence of Python in the language of `t`, if the report words it. */
+export function sayer(report, t) {
+  const say = (sentence) => {
+    const worded = report.worded?.[sentence];
+    if (!worded) return String(sentence);
+    const values = Object.entries(worded.values).map(([name, value]) => [name, say(value)]);
+    return t.said(worded.key, Object.fromEntries(values)) ?? String(sentence);
+  };
+  return say;
+}
+
+/** "81 frames", "1 frame", or while it runs or was stopped "33 of 81 frames". */
+function framesText(report, t) {
+  const [done, total] = [report.done_frames ?? 0, report.total_frames ?? 0];
+  if (report.status === "running") return t("line.running", { done, total });
+  if (report.status === "cancelled") return t("line.cancelled", { done, total });
+  return t(total === 1 ? "line.one_frame" : "line.frames", { total });
+}
+
+/** What a run does before its first frames: "planning", "starting 2 workers". */
+function phaseText({ phase }, t) {
+  return t(`phase.${phase.name}`, phase);
+}
+
+/** What a message says in a few words, the most wanted first: frames, time, frames/s, size, ... */
+export function lineParts({ report, cached }, t) {
+  const where = [report.device, dtypeText(report.dtype)];
+  const size = sizeText(report.pixel_shape);
+  let parts;
+  if (report.status === "failed") parts = [t("line.failed", { error: sayer(report, t)(report.error ?? "") })];
+  else if (report.phase) parts = [phaseText(report, t)];
+  else if (report.operation === "accelerate") parts = [t("line.accelerate"), ...where];
+  else if (report.operation === "inspect") parts = [FAMILIES[report.config?.family], ...where];
+  else if (report.status === "done" && !report.total_frames) parts = where;
+  else if (report.status === "running") {
+    const left = clockText(report.left_ms);
+    parts = [framesText(report, t), left && t("line.left", { time: left }), size, ...where];
+  } else {
+    const rate = rateText(report.frames_per_s);
+    const speed = report.total_frames > 1 && rate && t("line.rate", { rate });
+    parts = [framesText(report, t), durationText(report.duration_ms), speed, size, ...where];
   }
-  parts.push(dtypeText(report.dtype), report.device);
-  const progress = { done: report.done_frames ?? 0, total: report.total_frames ?? 0 };
-  if (report.status === "running") parts.unshift(t("line.running", progress));
-  else if (report.status === "cancelled") parts.unshift(t("line.cancelled", progress));
-  else if (report.operation === "accelerate") parts.push(t("line.accelerate"));
-  else if (report.operation !== "inspect") {
-    const key = report.total_frames === 1 ? "line.one_frame" : "line.done";
-    parts.push(t(key, { ...progress, time: durationText(report.duration_ms) }));
-  }
-  return parts.filter(Boolean).join(" · ");
+  parts = parts.filter(Boolean);
+  if (!cached) return parts;
+  if (parts.length === 0) return [t("line.cached_unknown")];
+  return [t("line.cached", { what: parts[0] }), ...parts.slice(1)];
+}
+
+/** The parts of a line in one: "81 frames · 1.2 s · 67.5 frames/s · 1280×720 · cuda:0 · bf16". */
+export function lineText(message, t) {
+  return lineParts(message, t).join(" · ");
+}
+
+/** Milliseconds a frame of each chunk, in order. */
+export function msPerFrame(chunks) {
+  return (chunks ?? []).map(({ frames, duration_ms }) => duration_ms / Math.max(1, frames));
+}
+
+/** The middle one of numbers in order of size; undefined for none. */
+export function median(numbers) {
+  return [...numbers].sort((a, b) => a - b)[Math.floor(numbers.length / 2)];
 }
 
 /**

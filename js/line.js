@@ -1,8 +1,8 @@
 import { element } from "./dom.js";
-import { lineText, SIGNS, toneOf } from "./formatting.js";
+import { layoutOf, lineParts, SIGNS, toneOf } from "./formatting.js";
 
 /**
- * `<wan-vae-line>`: the last report of one node in one line. It is a button that opens the panel.
+ * `<wan-vae-line>`: the last report of one node in two rows. It is a button that opens the panel.
  * Set `context` = {store, find(): message | undefined, t, openPanel()} before it is connected.
  */
 export class WanVAELine extends HTMLElement {
@@ -34,14 +34,45 @@ export class WanVAELine extends HTMLElement {
 
   update() {
     const { find, t } = this.context;
-    const report = find()?.report;
+    const message = find();
+    const report = message?.report;
     const tone = report ? toneOf(report) : "idle";
-    const text = report ? lineText(report, t) : t("line.idle");
+    const parts = report ? lineParts(message, t) : [t("line.idle")];
+    const layout = report && layoutOf(report);
     this.dataset.tone = tone;
     this.sign.textContent = SIGNS[tone] ?? "";
-    this.text.textContent = text;
-    this.button.title = `${text}\n${t("line.open")}`;
+    const words = parts.map((part, index) => [
+      index ? " · " : "",
+      // A number stays with its unit; a sentence is broken where it must.
+      element("span", { class: report?.status === "failed" ? "" : "wan-vae-part" }, part),
+    ]);
+    const chip =
+      layout &&
+      element("span", { class: "wan-vae-chip", "data-mixed": layout.mixed }, layout.text);
+    this.text.replaceChildren(...words.flat(), ...(chip ? [" · ", chip] : []));
+    this.button.title = `${[...parts, layout?.text].filter(Boolean).join(" · ")}\n${t("line.open")}`;
     const share = report?.status === "running" ? report.done_frames / report.total_frames : 0;
     this.progress.style.width = `${Math.round(100 * (share || 0))}%`;
+  }
+}
+
+/** `<wan-vae-text>`: the text of a node's last report (of Wan VAE Inspect). `context` as above. */
+export class WanVAEText extends HTMLElement {
+  context = null;
+  #update = () => this.update();
+
+  connectedCallback() {
+    this.context.store.addEventListener("change", this.#update);
+    this.update();
+  }
+
+  disconnectedCallback() {
+    this.context.store.removeEventListener("change", this.#update);
+  }
+
+  update() {
+    const { find, t } = this.context;
+    this.tabIndex = 0;
+    this.textContent = find()?.report.text ?? t("text.idle");
   }
 }

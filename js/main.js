@@ -2,34 +2,61 @@
 import { api } from "/scripts/api.js";
 import { app } from "/scripts/app.js";
 
-import { WanVAELine } from "./line.js";
+import { WanVAELine, WanVAEText } from "./line.js";
 import { WanVAEPanel } from "./panel.js";
+import { showNode } from "./show.js";
 import { nodeOf, ReportStore, vaeNodeOf } from "./store.js";
 import { translator } from "./strings.js";
+import {
+  accelerate,
+  counterpart,
+  isCore,
+  loadersToAccelerate,
+  replaceable,
+  replaceNode,
+} from "./switch.js";
 
 const EVENT = "wan_vae.report";
-const ROUTE = "/wan_vae/reports";
+const REPORTS = "/wan_vae/reports";
+const CACHED = "/wan_vae/cached";
 const TAB = "wan-vae";
 const LINE_SETTING = "WanVAE.NodeLine";
-const LINE_HEIGHT = 36;
-const LINE_MARGIN = 4;
+const USE = "WanVAE.UseInWorkflow";
+const LINE_HEIGHT = 48;
+const TEXT_HEIGHT = 160;
+const MARGIN = 4;
+const LEAST_WIDTH = 270; // of a new node: the line shows all of its first row
 // The nodes that get a line. The panel has a card for every node that sends a report.
 const NODES = /^WanVAE(Accelerate|CreateVideo|Decode|DecodeSharded|DecodeToVideo|Encode|Inspect)$/;
 
 const store = new ReportStore();
 let t = translator();
+let panel = null;
 const lineWidgets = new Set();
 
-const rootGraph = () => app.rootGraph ?? app.graph;
+/** The graph of the whole workflow; undefined until the frontend has set it up. */
+const rootGraph = () => app.graph;
 
-async function fetchReports() {
-  const answer = await api.fetchApi(ROUTE);
-  if (!answer.ok) throw new Error(`${ROUTE} answered ${answer.status}`);
-  store.merge((await answer.json()).reports);
+// The server tells reports to the client that queued the prompt, and to no other.
+const clientId = () => api.clientId ?? sessionStorage.getItem("clientId") ?? "";
+
+async function ask(route, body = null) {
+  const options = body && {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+  };
+  const answer = await api.fetchApi(route, options ?? undefined);
+  if (!answer.ok) throw new Error(`${route} answered ${answer.status}`);
+  const { reports, notices } = await answer.json();
+  store.merge(reports);
+  return notices ?? [];
 }
 
-const refresh = () =>
-  fetchReports().catch((error) => console.warn("Wan VAE: no reports from the server:", error));
+const warn = (error) => console.warn("Wan VAE: no reports from the server:", error);
+const refresh = () => ask(`${REPORTS}?client_id=${encodeURIComponent(clientId())}`).catch(warn);
+const askOfCached = ({ nodes, prompt_id }) =>
+  ask(CACHED, { client_id: clientId(), prompt_id, nodes }).catch(warn);
 
 /** Load the texts in the language of the interface; English is the default. */
 async function loadWords() {
@@ -40,16 +67,13 @@ async function loadWords() {
   t = translator(languages[locale]?.wanVae);
 }
 
-function openPanel() {
+/** Open the panel, at the card of `node`. */
+function openPanel(node) {
   const tabs = app.extensionManager.sidebarTab;
   if (tabs.activeSidebarTabId !== TAB) tabs.toggleSidebarTab(TAB);
-}
-
-function showNode(node) {
-  // A node in a subgraph is on another canvas.
-  if (node.graph && app.canvas.graph !== node.graph) app.canvas.setGraph?.(node.graph);
-  app.canvas.centerOnNode(node);
-  app.canvas.selectNode?.(node, false);
+  // The frontend makes the content of a tab when it draws next.
+  const reveal = () => (panel?.isConnected ? panel.reveal(node) : requestAnimationFrame(reveal));
+  reveal();
 }
 
 function showLine(widget, shown) {
@@ -59,9 +83,10 @@ function showLine(widget, shown) {
   widget.element.hidden = !shown;
 }
 
-function addLine(node) {
-  const line = document.createElement("wan-vae-line");
-  line.context = {
+/** Add an element of ours to `node`: shown on it, saved nowhere, no input of it. */
+function addElement(node, name, height, maximum) {
+  const made = document.createElement(name);
+  made.context = {
     store,
     t: (...words) => t(...words),
     find: () =>
@@ -69,18 +94,25 @@ function addLine(node) {
         const graph = rootGraph();
         return nodeOf(message, graph) === node || vaeNodeOf(message, graph) === node;
       }),
-    openPanel,
+    openPanel: () => openPanel(node),
   };
-  const widget = node.addDOMWidget("wan_vae_line", "wan_vae_line", line, {
+  made.context.t.said = (...words) => t.said(...words);
+  const widget = node.addDOMWidget(name.replaceAll("-", "_"), name, made, {
     serialize: false,
     hideOnZoom: false,
-    margin: LINE_MARGIN,
-    getMinHeight: () => LINE_HEIGHT,
-    getMaxHeight: () => LINE_HEIGHT,
+    hideInPanel: true,
+    margin: MARGIN,
+    getMinHeight: () => height,
+    getMaxHeight: () => maximum,
     getValue: () => "",
     setValue: () => {},
   });
   widget.serialize = false; // the option is read when queued, this when saved
+  return widget;
+}
+
+function addLine(node) {
+  const widget = addElement(node, "wan-vae-line", LINE_HEIGHT, LINE_HEIGHT);
   lineWidgets.add(widget);
   showLine(widget, app.extensionManager?.setting?.get(LINE_SETTING) ?? true);
   const removed = node.onRemoved;
@@ -101,7 +133,6 @@ function replaceTokens(node) {
 }
 
 function addPanel() {
-  let panel = null;
   app.extensionManager.registerSidebarTab({
     id: TAB,
     icon: "pi pi-th-large",
@@ -116,7 +147,8 @@ function addPanel() {
         locate: (message) => {
           const node = nodeOf(message, rootGraph());
           if (node === null) return null;
-          return { node, title: `${node.title} #${message.node}`, show: () => showNode(node) };
+          const show = () => showNode(app, node, container);
+          return { node, title: `${node.title} #${message.node}`, show };
         },
       };
       container.replaceChildren(panel);
@@ -125,7 +157,48 @@ function addPanel() {
   });
 }
 
+/** Do `change` to the graph, in a way that one undo takes back. */
+function changed(change) {
+  const tracker = app.extensionManager.workflow?.activeWorkflow?.changeTracker;
+  tracker?.beforeChange();
+  try {
+    change();
+  } finally {
+    tracker?.afterChange();
+  }
+  app.canvas.setDirty(true, true);
+}
+
+/** "Use Wan VAE Decode" in the menu of VAE Decode, and the way back in the menu of ours. */
+function menuItems(node) {
+  const type = counterpart(node);
+  const made = type && window.LiteGraph.registered_node_types[type];
+  if (!made) return [];
+  const content = t(isCore(node) ? "switch.use" : "switch.back", { name: made.title ?? type });
+  const callback = () => changed(() => replaceNode(window.LiteGraph, node, type));
+  return [null, { content, callback }];
+}
+
+/** Put our nodes in the place of ComfyUI's in the whole workflow, as far as the user wants it. */
+async function useInWorkflow() {
+  const { dialog, toast } = app.extensionManager;
+  const nodes = replaceable(rootGraph());
+  const loaders = loadersToAccelerate(rootGraph(), nodes);
+  if (nodes.length + loaders.length === 0) {
+    toast.add({ severity: "info", summary: t("panel.title"), detail: t("switch.none"), life: 5000 });
+    return;
+  }
+  const title = t("switch.title");
+  const message = t("switch.accelerate", { nodes: nodes.length, loaders: loaders.length });
+  const wanted = loaders.length > 0 && (await dialog.confirm({ title, message })) === true;
+  changed(() => {
+    for (const node of nodes) replaceNode(window.LiteGraph, node, counterpart(node));
+    if (wanted) for (const loader of loaders) accelerate(window.LiteGraph, loader);
+  });
+}
+
 customElements.define("wan-vae-line", WanVAELine);
+customElements.define("wan-vae-text", WanVAEText);
 customElements.define("wan-vae-panel", WanVAEPanel);
 
 const style = document.createElement("link");
@@ -149,19 +222,35 @@ app.registerExtension({
       },
     },
   ],
+  commands: [{ id: USE, label: t("switch.title"), icon: "pi pi-bolt", function: useInWorkflow }],
+  menuCommands: [{ path: ["Edit"], commands: [USE] }],
+  getNodeMenuItems: menuItems,
   async setup() {
     await loadWords();
     addPanel();
     api.addEventListener(EVENT, ({ detail }) => store.put(detail));
-    // A cached run sends no report, and a page that reconnects has missed some.
-    api.addEventListener("execution_cached", refresh);
-    api.addEventListener("reconnected", refresh);
-    await refresh();
+    // A node whose result is in ComfyUI's cache does not run and sends no report.
+    api.addEventListener("execution_cached", ({ detail }) => askOfCached(detail));
+    api.addEventListener("reconnected", () => {
+      store.dropRunning(); // the server may have been started anew
+      return refresh();
+    });
+    // What the user of this server must know, such as a second copy of the pack.
+    for (const detail of (await refresh()) ?? []) {
+      app.extensionManager.toast?.add({ severity: "error", summary: t("panel.title"), detail });
+    }
   },
   nodeCreated(node) {
     if (!NODES.test(node.comfyClass ?? "")) return;
     replaceTokens(node);
+    if (node.comfyClass === "WanVAEInspect") {
+      addElement(node, "wan-vae-text", TEXT_HEIGHT, undefined);
+    }
     addLine(node);
+    // The frontend has sized the node before. Else it would grow when it is drawn, and once more
+    // when a saved workflow is loaded.
+    const [width, height] = node.computeSize();
+    node.setSize([Math.max(node.size[0], width, LEAST_WIDTH), Math.max(node.size[1], height)]);
   },
   afterConfigureGraph() {
     store.touch(); // another workflow may be on screen

@@ -6,10 +6,16 @@ import {
   dtypeText,
   layerGroups,
   layerText,
+  layoutOf,
   lineText,
+  median,
+  msPerFrame,
+  rateText,
   reportText,
+  sayer,
   shapeText,
   SIGNS,
+  sizeText,
   toneOf,
 } from "./formatting.js";
 
@@ -39,6 +45,16 @@ export class WanVAEPanel extends HTMLElement {
     this.context.store.removeEventListener("change", this.#schedule);
     cancelAnimationFrame(this.#frame);
     this.#frame = 0;
+  }
+
+  /** Open the card of `node`, scroll to it and give it the focus; the others stay as they are. */
+  reveal(node) {
+    this.#render();
+    const root = this.#cards.get(node)?.root;
+    if (!root) return;
+    root.open = true;
+    root.scrollIntoView({ block: "start" });
+    root.querySelector("summary").focus({ preventScroll: true });
   }
 
   #render() {
@@ -115,17 +131,21 @@ class ReportCard {
     this.root.dataset.tone = tone;
     this.title.textContent = place.title;
     this.status.textContent = `${SIGNS[tone]} ${this.#t(`status.${report.status}`)}`;
-    this.line.textContent = lineText(report, this.#t);
+    // What failed stands once, among the notes.
+    this.line.textContent = report.status === "failed" ? "" : lineText(place.message, this.#t);
+    this.line.hidden = !this.line.textContent;
+    const t = this.#t;
     const sections = [
-      this.#section("notes", [report.status === "done" ? null : report.error, report.warnings,
-        report.fallbacks], () => notes(report)),
+      this.#section("notes", [report.status, report.error, report.warnings, report.fallbacks],
+        () => notes(report, t)),
+      this.#section("result", [report.pixel_shape, report.done_frames, report.duration_ms,
+        report.chunks, report.strips], () => resultFacts(report, t)),
+      this.#section("memory", report.memory, () => memoryFacts(report, t)),
       this.#section("layout", [report.layout, report.latent_shape, report.pixel_shape],
-        () => layoutFacts(report, this.#t)),
-      this.#section("layers", report.layers, () => layerStrip(report, this.#t)),
-      this.#section("chunks", [report.chunks, report.strips], () => timeline(report, this.#t)),
-      this.#section("memory", report.memory, () => memoryFacts(report, this.#t)),
-      this.#section("shards", report.shards, () => shardTable(report, this.#t)),
-      this.#section("backends", report.backends, () => backendFacts(report, this.#t)),
+        () => layoutFacts(report, t)),
+      this.#section("shards", report.shards, () => shardTable(report, t)),
+      this.#folded("backends", report.backends, () => backendFacts(report, t)),
+      this.#folded("layers", report.layers, () => layerStrip(report, t)),
     ].filter((section) => section !== null);
     const present = [...this.body.children];
     if (present.length !== sections.length || sections.some((s, i) => s !== present[i])) {
@@ -134,21 +154,28 @@ class ReportCard {
   }
 
   /** The section `name`, rebuilt by `build` (null: nothing to show) if `facts` changed. */
-  #section(name, facts, build) {
+  #section(name, facts, build, wrap = (title, content) => [element("h4", {}, title), content]) {
     const key = JSON.stringify(facts ?? null);
     const kept = this.#sections.get(name);
     if (kept?.key === key) return kept.section;
     const content = build();
+    const title = this.#t(`section.${name}`);
     const section =
       content &&
-      element(
-        "section",
-        { class: `wan-vae-${name}` },
-        element("h4", {}, this.#t(`section.${name}`)),
-        content,
-      );
+      element("section", { class: `wan-vae-${name}` }, wrap(title, content, kept?.section));
     this.#sections.set(name, { key, section });
     return section;
+  }
+
+  /** As `#section`, but the reader unfolds it. It stays unfolded when it is built anew. */
+  #folded(name, facts, build) {
+    return this.#section(name, facts, build, (title, content, before) =>
+      element(
+        "details",
+        { class: "wan-vae-folded", open: before?.querySelector("details")?.open ?? false },
+        element("summary", {}, title),
+        content,
+      ));
   }
 
   async #copy() {
@@ -174,30 +201,54 @@ function facts(pairs) {
   );
 }
 
-function notes(report) {
+function notes(report, t) {
+  const say = sayer(report, t);
   const texts = [
-    report.status === "done" ? null : report.error,
+    report.status === "failed" ? report.error : null,
     ...(report.warnings ?? []),
     ...(report.fallbacks ?? []),
   ].filter(Boolean);
-  if (texts.length === 0) return null;
-  return element("ul", {}, texts.map((text) => element("li", {}, text)));
+  // Python may say the same of several clips, or as an error and as a fallback.
+  const once = [...new Set(texts.map(say))];
+  if (once.length === 0) return null;
+  return element("ul", {}, once.map((text) => element("li", {}, text)));
+}
+
+function resultFacts(report, t) {
+  const [first, ...others] = msPerFrame(report.chunks);
+  const ended = report.status !== "running";
+  const list = facts([
+    [t("result.size"), sizeText(report.pixel_shape)],
+    [t("result.time"), report.total_frames && ended ? durationText(report.duration_ms) : ""],
+    [t("result.rate"), report.total_frames > 1 && ended ? rateText(report.frames_per_s) : ""],
+    [t("result.first"), others.length ? durationText(first) : ""],
+    [t("result.frame"), durationText(others.length ? median(others) : first)],
+    [t("result.strips"), report.strips > 1 ? report.strips : ""],
+    [t("result.device"), report.device_name || report.device],
+    [t("result.dtype"), dtypeText(report.dtype)],
+  ]);
+  const bars = timeline(report, t);
+  return list || bars ? element("div", {}, list, bars) : null;
 }
 
 function layoutFacts(report, t) {
   const { layout } = report;
-  if (!layout) return null;
-  const chosen = [layout.chosen, layout.reason && `(${layout.reason})`].filter(Boolean).join(" ");
+  if (!layout?.chosen) return null;
+  const word = layoutOf(report);
   const latent = [shapeText(report.latent_shape), layout.latent_format].filter(Boolean).join(", ");
-  return facts([
-    [t("layout.chosen"), chosen],
+  const list = facts([
     [t("layout.found"), countsText(layout.weights_found)],
+    [t("layout.chosen"), layout.chosen],
+    [t("layout.reason"), layout.reason && sayer(report, t)(layout.reason)],
     [t("layout.used"), countsText(layout.weights_used)],
     [t("layout.latent"), report.latent_shape ? latent : ""],
     [t("layout.pixels"), shapeText(report.pixel_shape)],
     [t("layout.conversions"), report.operation === "inspect" ? "" : layout.conversions],
     [t("layout.mixed"), layout.mixed_calls > 0 ? layout.mixed_calls : ""],
   ]);
+  const chip =
+    word && element("span", { class: "wan-vae-chip", "data-mixed": word.mixed }, word.text);
+  return element("div", {}, chip, list);
 }
 
 /** One cell for each convolution: a toolbar with one tab stop and arrow keys, details below. */
@@ -263,36 +314,28 @@ function layerStrip(report, t) {
   return element("div", {}, strip, legend, readout);
 }
 
+/** A bar for each chunk, as high as a frame of it took. Chunks may have different lengths. */
 function timeline(report, t) {
   const chunks = report.chunks ?? [];
-  if (chunks.length === 0) return null;
-  const times = chunks.map((chunk) => chunk.duration_ms);
-  const later = times.slice(1).sort((a, b) => a - b);
-  const summary =
-    chunks.length === 1
-      ? t("chunks.one", { first: durationText(times[0]) })
-      : t("chunks.summary", {
-          count: chunks.length,
-          first: durationText(times[0]),
-          median: durationText(later[Math.floor(later.length / 2)]),
-        });
+  if (chunks.length < 2) return null;
+  const times = msPerFrame(chunks);
   const longest = Math.max(...times, 1e-6);
   const bars = chunks.map((chunk, index) => {
     const label = t("chunks.bar", {
       number: index + 1,
       frames: chunk.frames,
-      time: durationText(chunk.duration_ms),
+      time: durationText(times[index]),
     });
     const bar = element("span", { class: "wan-vae-bar", title: label });
-    bar.style.height = `${Math.max(6, (100 * chunk.duration_ms) / longest)}%`;
+    bar.style.height = `${Math.max(6, (100 * times[index]) / longest)}%`;
     return bar;
   });
-  const strips = report.strips > 1 ? `, ${t("chunks.strips", { count: report.strips })}` : "";
+  const summary = t("chunks.summary", { count: chunks.length });
   return element(
     "div",
-    {},
+    { class: "wan-vae-chunks" },
     element("div", { class: "wan-vae-timeline", role: "img", "aria-label": summary }, bars),
-    element("p", {}, summary + strips),
+    element("p", {}, summary),
   );
 }
 
@@ -307,7 +350,7 @@ function shardTable(report, t) {
   if (shards.length === 0) return null;
   const heads = ["rank", "device", "rows", "halo", "wait"];
   const cell = (text) => element("td", {}, String(text));
-  return element(
+  const table = element(
     "table",
     {},
     element("thead", {}, element("tr", {}, heads.map((name) =>
@@ -323,6 +366,7 @@ function shardTable(report, t) {
         cell(durationText(shard.wait_ms)),
       ))),
   );
+  return element("div", { class: "wan-vae-scrolled" }, table);
 }
 
 function backendFacts(report, t) {
@@ -331,7 +375,19 @@ function backendFacts(report, t) {
     ...Object.entries(used),
     ...(Object.keys(used).length ? [["dtype", dtypeText(report.dtype)]] : []),
   ]);
-  const reasons = off.map((entry) => element("li", {}, t("backends.off", entry)));
+  // Where one reason holds for all (no GPU), it stands once.
+  const groups = new Map();
+  for (const { op, backend, reason } of off) {
+    const names = groups.get(reason) ?? { op: new Set(), backend: new Set() };
+    groups.set(reason, { op: names.op.add(op), backend: names.backend.add(backend) });
+  }
+  const [say, joined] = [sayer(report, t), (names) => [...names].join(", ")];
+  const reasons = [...groups].map(([reason, { op, backend }]) =>
+    element("li", {}, t("backends.off", {
+      op: joined(op),
+      backend: joined(backend),
+      reason: say(reason),
+    })));
   if (!list && reasons.length === 0) return null;
   return element("div", {}, list, reasons.length ? element("ul", {}, reasons) : null);
 }

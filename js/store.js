@@ -1,10 +1,12 @@
 /**
  * The last report of every node, and an event when one changes.
  *
- * A message is what the server sends: `{node, workflow, kind, vae, report}`. `node` is the
- * execution id ("5", or "5:3" inside a subgraph) and `kind` the class of the node that ran, one of
- * ours or any other; `workflow` is the id of the workflow or null for API prompts. `vae` is the
- * execution id of the WanVAEAccelerate node whose VAE another node used, else null.
+ * A message is what the server sends: `{node, workflow, kind, vae, cached, sent_s, report}`. `node`
+ * is the execution id ("5", or "5:3" inside a subgraph) and `kind` the class of the node that ran,
+ * one of ours or any other; `workflow` is the id of the workflow or null for API prompts. `vae` is
+ * the execution id of the WanVAEAccelerate node whose VAE another node used, else null. `cached`:
+ * the result came from ComfyUI's cache, and the report (if anything is known) is of the run that
+ * made it. `sent_s`: when the server made the message, in seconds.
  *
  *     const store = new ReportStore();
  *     store.addEventListener("change", (event) => console.log(event.detail.message));
@@ -21,15 +23,22 @@ export class ReportStore extends EventTarget {
   }
 
   /**
-   * Merge the reports that the server kept. A running report in this page is newer than what the
-   * server kept for the same node, so it stays; all others are replaced. Fires one event.
+   * Merge the reports that the server kept. Of two about the same node the later one stays. Fires
+   * one event.
    */
   merge(messages) {
     for (const message of messages.filter(isMessage)) {
       const present = this.#messages.get(keyOf(message));
-      if (present?.report.status !== "running") this.#keep(message);
+      if (!(present?.sent_s > message.sent_s)) this.#keep(message);
     }
     this.#changed(null);
+  }
+
+  /** Forget runs that nobody can finish: the server was started anew and does not know them. */
+  dropRunning() {
+    for (const [key, { report }] of this.#messages) {
+      if (report.status === "running") this.#messages.delete(key);
+    }
   }
 
   /** Tell listeners to look again: another workflow with other nodes may be on screen. */
@@ -97,7 +106,7 @@ export function vaeNodeOf(message, graph) {
   return node?.comfyClass === "WanVAEAccelerate" ? node : null;
 }
 
-/** True if a message belongs to the workflow on screen. A message or graph without an id fits all. */
+/** True if a message belongs to the workflow on screen: never one of an API prompt, without an id. */
 export function fitsWorkflow(message, graph) {
-  return !message.workflow || !graph?.id || message.workflow === graph.id;
+  return Boolean(message.workflow) && message.workflow === graph?.id;
 }

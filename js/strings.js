@@ -5,11 +5,19 @@
 export const ENGLISH = {
   "line.idle": "No report yet: run the workflow",
   "line.running": "{done} of {total} frames",
+  "line.left": "{time} left",
   "line.cancelled": "cancelled after {done} of {total} frames",
   "line.failed": "failed: {error}",
-  "line.done": "{total} frames in {time}",
-  "line.one_frame": "1 frame in {time}",
+  "line.frames": "{total} frames",
+  "line.one_frame": "1 frame",
+  "line.rate": "{rate} frames/s",
   "line.accelerate": "ready: no node has used it yet",
+  "line.cached": "from the cache: {what}",
+  "line.cached_unknown": "from ComfyUI's cache: nothing is known of that run",
+  "phase.planning": "planning",
+  "phase.compiling": "compiling kernels",
+  "phase.starting_workers": "starting {count} workers",
+  "text.idle": "Run the workflow: the report appears here.",
   "line.open": "Open the Wan VAE panel",
   "panel.title": "Wan VAE",
   "panel.empty": "No report yet",
@@ -23,13 +31,22 @@ export const ENGLISH = {
   "status.done": "done",
   "status.cancelled": "cancelled",
   "status.failed": "failed",
+  "section.result": "Result",
   "section.layout": "Memory layout",
   "section.layers": "Layers",
-  "section.chunks": "Chunks",
   "section.memory": "Memory",
   "section.shards": "Shards",
   "section.backends": "Kernels",
   "section.notes": "Notes",
+  "result.size": "Size",
+  "result.time": "Time",
+  "result.rate": "Frames/s",
+  "result.first": "First frames, each",
+  "result.frame": "Time a frame",
+  "result.strips": "Strips, one after another",
+  "result.device": "Device",
+  "result.dtype": "Computed in",
+  "layout.reason": "Because",
   "layout.found": "Conv3d weights as loaded",
   "layout.used": "Conv3d weights as used",
   "layout.latent": "Latent",
@@ -39,10 +56,8 @@ export const ENGLISH = {
   "layout.mixed": "Calls with mixed formats (should be 0)",
   "layers.hint": "Each cell is one convolution. Use the arrow keys to move along the strip.",
   "layers.strip": "{count} convolutions by memory format",
-  "chunks.summary": "{count} chunks: the first took {first}, the others {median} each",
-  "chunks.one": "1 chunk in {first}",
-  "chunks.bar": "Chunk {number}: {frames} frames in {time}",
-  "chunks.strips": "{count} strips, one after another",
+  "chunks.summary": "{count} chunks: time a frame",
+  "chunks.bar": "Chunk {number}: {frames} frames, {time} each",
   "memory.free": "Free at the start",
   "memory.planned": "Planned",
   "memory.peak": "Peak",
@@ -54,18 +69,30 @@ export const ENGLISH = {
   "shards.halo": "Halo",
   "shards.wait": "Waited",
   "backends.off": "{op}: {backend} is off: {reason}",
+  "switch.use": "Use {name}",
+  "switch.back": "Use {name} again",
+  "switch.title": "Use Wan VAE nodes in this workflow",
+  "switch.none": "There is no VAE Decode or VAE Encode for a Wan VAE in this workflow.",
+  "switch.accelerate":
+    "Wan VAE Decode and Encode take the place of {nodes} nodes. {loaders} Load VAE nodes also lead to other nodes (image to video, VACE, …), which gain by Wan VAE, fast everywhere. Confirm puts it behind them too; Cancel leaves them as they are.",
   "setting.line": "Show the report line on nodes",
   "setting.line_tip": "A line at the bottom of each Wan VAE node that says how its last run went.",
 };
 
 /**
  * Makes a function `t(key, values)` that looks up a text in `words`, then in English, and fills in
- * `{names}`. An unknown key is a mistake in this pack and throws.
+ * `{names}`. An unknown key is a mistake in this pack and throws. `t.said(key, values)` is a sentence
+ * of Python in the language of `words`, or null.
  */
 export function translator(words = {}) {
-  return (key, values = {}) => {
+  const fill = (text, values) =>
+    text.replace(/\{(\w+)\}/g, (whole, name) => String(values[name] ?? whole));
+  const t = (key, values = {}) => {
     const text = words[key] ?? ENGLISH[key];
     if (text === undefined) throw new Error(`no text for ${key}`);
-    return text.replace(/\{(\w+)\}/g, (whole, name) => String(values[name] ?? whole));
+    return fill(text, values);
   };
+  // English is in Python's own words, so only other languages have texts for them.
+  t.said = (key, values) => (words[`said.${key}`] ? fill(words[`said.${key}`], values) : null);
+  return t;
 }

@@ -32,7 +32,16 @@ class WanVAEAccelerate(io.ComfyNode):
             description="Gives a VAE that every node can use: image to video, VACE, inpainting, "
             "VAE Decode, tiled nodes, and nodes of other packs. It decodes and encodes as Wan VAE "
             "Decode and Encode do, and the panel shows a report for each node.",
-            search_aliases=["vae speed", "patch vae", "fast vae", "image to video", "vae encode"],
+            search_aliases=[
+                "vae speed",
+                "patch vae",
+                "fast vae",
+                "image to video",
+                "vae encode",
+                "vae encode tiled",
+                "qwen vae",
+                "out of memory",
+            ],
             inputs=[
                 vae_input(),
                 layout_input(),

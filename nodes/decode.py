@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..wan_vae.io.image import as_rgb
 from ..wan_vae.options import MemoryFormat
-from . import inputs
+from . import hand_over, inputs
 from .reports import HIDDEN
 from .schema import (
     chunk_input,
@@ -34,7 +34,18 @@ class WanVAEDecode(io.ComfyNode):
             description="Decodes a Wan 2.1, Wan 2.2 or Qwen-Image latent to images. The picture "
             "is that of VAE Decode. Memory is planned in advance, there are no tiles, and a "
             "report says what happened.",
-            search_aliases=["vae decode", "decode latent", "wan decode", "latent to image"],
+            search_aliases=[
+                "vae decode",
+                "decode latent",
+                "wan decode",
+                "latent to image",
+                "latent to video",
+                "vae decode tiled",
+                "tiled",
+                "seamless",
+                "qwen vae",
+                "out of memory",
+            ],
             inputs=[
                 latent_input(),
                 vae_input(),
@@ -58,10 +69,12 @@ class WanVAEDecode(io.ComfyNode):
         normalized: bool = False,
     ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "decode") as run:
-            latent = inputs.latent_5d(samples)
-            run.look_at(latent, normalized)
-            plan = run.plan(
-                tuple(latent.shape), memory_format=memory_layout, chunk_frames=chunk_frames
-            )
-            image = run.decode(latent, plan, normalized=normalized)
-        return io.NodeOutput(as_rgb(image.flatten(0, 1)), ui=run.ui)
+            image = hand_over.decode(run, samples)
+            if image is None:
+                latent = inputs.latent_5d(samples)
+                run.look_at(latent, normalized)
+                plan = run.plan(
+                    tuple(latent.shape), memory_format=memory_layout, chunk_frames=chunk_frames
+                )
+                image = as_rgb(run.decode(latent, plan, normalized=normalized).flatten(0, 1))
+        return io.NodeOutput(image, ui=run.ui)

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..wan_vae.io.image import as_rgb
 from ..wan_vae.options import AXES, COLLECTS, AxisRequest, Collect, MemoryFormat
-from . import inputs
+from . import hand_over, inputs
 from .reports import HIDDEN
 from .schema import (
     advanced,
@@ -36,7 +36,13 @@ class WanVAEDecodeSharded(io.ComfyNode):
             display_name="Wan VAE Decode (Sharded)",
             description="Decodes one Wan latent on several GPUs. Each GPU decodes its part of "
             "every frame. The picture is that of Wan VAE Decode.",
-            search_aliases=["multi gpu vae", "parallel vae decode", "sharded decode"],
+            search_aliases=[
+                "multi gpu vae",
+                "parallel vae decode",
+                "sharded decode",
+                "two gpus",
+                "out of memory",
+            ],
             inputs=[
                 latent_input(),
                 vae_input(),
@@ -112,14 +118,17 @@ class WanVAEDecodeSharded(io.ComfyNode):
     ) -> io.NodeOutput:
         sharding = Sharding(devices, axis, gather, allow_fallback, timeout_s)
         with session(cls.hidden, vae, precision, "decode") as run:
-            latent = inputs.latent_5d(samples)
-            run.look_at(latent, normalized)
-            image = decode(
-                run,
-                latent,
-                sharding,
-                memory_format=memory_layout,
-                chunk_frames=chunk_frames,
-                normalized=normalized,
-            )
-        return io.NodeOutput(as_rgb(image.flatten(0, 1)), ui=run.ui)
+            image = hand_over.decode(run, samples)
+            if image is None:
+                latent = inputs.latent_5d(samples)
+                run.look_at(latent, normalized)
+                frames = decode(
+                    run,
+                    latent,
+                    sharding,
+                    memory_format=memory_layout,
+                    chunk_frames=chunk_frames,
+                    normalized=normalized,
+                )
+                image = as_rgb(frames.flatten(0, 1))
+        return io.NodeOutput(image, ui=run.ui)

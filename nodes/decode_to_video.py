@@ -46,7 +46,17 @@ class WanVAEDecodeToVideo(io.ComfyNode):
             description="Decodes a Wan latent straight into a video file in the output folder. "
             "Frames are written as they are decoded, so a long clip needs no more memory than a "
             "short one.",
-            search_aliases=["save video", "vae decode video", "wan video", "long video", "mp4"],
+            search_aliases=[
+                "save video",
+                "vae decode video",
+                "wan video",
+                "long video",
+                "mp4",
+                "latent to video",
+                "video combine",
+                "vhs",
+                "out of memory",
+            ],
             inputs=[
                 latent_input(),
                 vae_input(),
@@ -144,7 +154,7 @@ class WanVAEDecodeToVideo(io.ComfyNode):
         last: list[torch.Tensor] = []
         with session(cls.hidden, vae, precision, "decode") as run:
             fps = fps or run.wan.config.default_fps
-            for place, latent in enumerate(inputs.latent_5d(samples).split(1)):
+            for place, latent in enumerate(run.one_by_one(inputs.latent_5d(samples))):
                 shape = geometry.pixel_shape(tuple(latent.shape), run.wan.config)
                 saved = SavedVideo(filename_prefix, save_to, format, shape[4], shape[3])
                 run.look_at(latent, normalized)

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..wan_vae import geometry
 from ..wan_vae.io.latents import encode_notices
 from ..wan_vae.options import MemoryFormat
-from . import inputs
+from . import hand_over, inputs
 from .reports import HIDDEN
 from .schema import (
     advanced,
@@ -34,7 +34,17 @@ class WanVAEEncode(io.ComfyNode):
             description="Encodes images as the frames of one video, with a Wan 2.1, Wan 2.2 or "
             "Qwen-Image VAE. Only 4n + 1 frames are kept, and sizes are cropped to whole latent "
             "pixels, as in VAE Encode; the report says how much.",
-            search_aliases=["vae encode", "encode image", "wan encode", "image to latent"],
+            search_aliases=[
+                "vae encode",
+                "encode image",
+                "wan encode",
+                "image to latent",
+                "video to latent",
+                "vae encode tiled",
+                "tiled",
+                "qwen vae",
+                "out of memory",
+            ],
             inputs=[
                 io.Image.Input("pixels", tooltip="The frames of one video, one image, or a batch."),
                 vae_input(),
@@ -67,11 +77,13 @@ class WanVAEEncode(io.ComfyNode):
         normalized: bool = False,
     ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "encode") as run:
-            config = run.wan.config
-            images = batch or config.image_only
-            video = inputs.videos(pixels, are_images=images, colours=config.colours)
-            shape = geometry.latent_shape(tuple(video.shape), config)
-            run.warnings += encode_notices(tuple(video.shape), pixels.shape[-1], config)
-            plan = run.plan(shape, operation="encode", memory_format=memory_layout)
-            latent = run.encode(video, plan, normalized=normalized)
+            latent = hand_over.encode(run, pixels)
+            if latent is None:
+                config = run.wan.config
+                images = batch or config.image_only
+                video = inputs.videos(pixels, are_images=images, colours=config.colours)
+                shape = geometry.latent_shape(tuple(video.shape), config)
+                run.warnings += encode_notices(tuple(video.shape), pixels.shape[-1], config)
+                plan = run.plan(shape, operation="encode", memory_format=memory_layout)
+                latent = run.encode(video, plan, normalized=normalized)
         return io.NodeOutput({"samples": latent}, ui=run.ui)

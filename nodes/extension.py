@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from .accelerate import WanVAEAccelerate
@@ -12,7 +15,10 @@ from .decode_sharded import WanVAEDecodeSharded
 from .decode_to_video import WanVAEDecodeToVideo
 from .encode import WanVAEEncode
 from .inspect_vae import WanVAEInspect
-from .reports import add_route
+from .reports import add_routes
+
+# The miniature VAE, for the workflow that can be tried without a download.
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 class WanVAEExtension(ComfyExtension):
@@ -31,9 +37,11 @@ class WanVAEExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> WanVAEExtension:
-    """Called by ComfyUI once, at start. Adds the route of the panel, and looks at queued
-    prompts."""
+    """Called by ComfyUI once, at start. Adds the routes of the panel and the miniature VAE to what
+    Load VAE finds, and looks at queued prompts."""
     # Not in `on_load`: ComfyUI 0.8 does not call it.
-    add_route()
+    add_routes()
     add_handler()
+    if any(EXAMPLES.glob("*.safetensors")):
+        folder_paths.add_model_folder_path("vae", str(EXAMPLES))
     return WanVAEExtension()

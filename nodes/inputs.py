@@ -12,10 +12,10 @@ from ..wan_vae.io.image import frames_view
 from ..wan_vae.io.video_encode import Sound
 
 
-def latent_5d(samples: Mapping[str, Any]) -> torch.Tensor:
-    """The tensor of a LATENT as [B, C, T, H, W]: unbinds a nested one, an image gets T = 1.
+def latent(samples: Mapping[str, Any]) -> torch.Tensor:
+    """The tensor of a LATENT; of a nested one (video with audio) the first.
 
-    Raises LatentError for what is no latent, or an empty one.
+    Raises LatentError for what is no latent.
     """
     if not isinstance(samples, Mapping) or "samples" not in samples:
         keys = f"keys {sorted(map(str, samples))}" if isinstance(samples, Mapping) else None
@@ -23,15 +23,22 @@ def latent_5d(samples: Mapping[str, Any]) -> torch.Tensor:
             f"the latent is no LATENT ({keys or type(samples).__name__}): expected a dictionary "
             "with a tensor 'samples', as samplers and Load Latent give"
         )
-    latent = samples["samples"]
-    if getattr(latent, "is_nested", False):
-        latent = latent.unbind()[0]
-    if not isinstance(latent, torch.Tensor):
-        raise LatentError(f"the latent's 'samples' is a {type(latent).__name__}: expected a tensor")
-    shape = tuple(latent.shape)
-    if latent.ndim == 4:
-        latent = latent.unsqueeze(2)
-    if latent.ndim != 5:
+    tensor = samples["samples"]
+    if getattr(tensor, "is_nested", False):
+        tensor = tensor.unbind()[0]
+    if not isinstance(tensor, torch.Tensor):
+        raise LatentError(f"the latent's 'samples' is a {type(tensor).__name__}: expected a tensor")
+    return tensor
+
+
+def latent_5d(samples: Mapping[str, Any]) -> torch.Tensor:
+    """`latent` as [B, C, T, H, W]: that of an image gets T = 1. Raises LatentError, also for an
+    empty one."""
+    tensor = latent(samples)
+    shape = tuple(tensor.shape)
+    if tensor.ndim == 4:
+        tensor = tensor.unsqueeze(2)
+    if tensor.ndim != 5:
         raise LatentError(
             f"the latent has shape {shape}: expected [B, C, T, H, W] of a video or [B, C, H, W] "
             "of an image"
@@ -40,7 +47,7 @@ def latent_5d(samples: Mapping[str, Any]) -> torch.Tensor:
         raise LatentError(
             f"the latent is empty, its shape is {shape}: expected every size to be above 0"
         )
-    return latent
+    return tensor
 
 
 def frames(image: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ class WanVAEInspect(io.ComfyNode):
     def execute(cls, vae: Any) -> io.NodeOutput:
         with session(cls.hidden, vae, "auto", "inspect") as run:
             run.packed.load(0)
-            report = run.wan.inspect()
-        text = report_text(report, dtypes=weight_dtypes(vae), all_layers=True)
+            report = run.with_notes(run.wan.inspect())
+            text = report_text(report, dtypes=weight_dtypes(vae), all_layers=True)
+            run.report = {**report.as_dict(), "text": text}  # shown on the node
         return io.NodeOutput(text, ui={**run.ui, "text": [text]})

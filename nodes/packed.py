@@ -26,7 +26,7 @@ import comfy.model_patcher
 import torch
 from comfy.patcher_extension import CallbacksMP
 
-from ..wan_vae import BackendError, NotAWanVAEError, WanVAE
+from ..wan_vae import BackendError, WanVAE
 from ..wan_vae.device import DTYPES
 from ..wan_vae.options import PRECISIONS
 from ..wan_vae.runs.engine import count_weight_formats
@@ -191,10 +191,7 @@ def _pack(vae: Any, state: dict[str, torch.Tensor], dtype: torch.dtype) -> Packe
     # Nodes run in inference mode; tensors made in it could not be moved outside of it, where
     # ComfyUI loads and unloads models.
     with torch.inference_mode(False), torch.no_grad():
-        try:
-            wan = WanVAE.from_state_dict(state, device=offload_device, dtype=dtype)
-        except NotAWanVAEError as error:
-            raise NotAWanVAEError(f"{error}; for this one use ComfyUI's own VAE nodes") from None
+        wan = WanVAE.from_state_dict(state, device=offload_device, dtype=dtype)
     patcher = comfy.model_patcher.ModelPatcher(
         wan.model, load_device=vae.device, offload_device=offload_device
     )

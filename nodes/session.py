@@ -18,20 +18,23 @@ from typing import Any
 import comfy.model_management as model_management
 import comfy.utils
 import torch
+from comfy.cli_args import LatentPreviewMethod, args
+from PIL import Image
 
-from ..wan_vae import DecodeCancelled, DecodeReport, Plan, WanVAE, WanVAEError
+from ..wan_vae import DecodeCancelled, DecodeReport, NotAWanVAEError, Plan, WanVAE, WanVAEError
 from ..wan_vae.errors import first_line
 from ..wan_vae.io.image import ImageSink
 from ..wan_vae.io.latents import statistics_hint
+from ..wan_vae.io.preview import PreviewSink
 from ..wan_vae.io.sink import Sink
 from ..wan_vae.options import MemoryFormat, Operation, RunOptions
-from ..wan_vae.report import SCHEMA
+from ..wan_vae.report import SCHEMA, of_batch
 from ..wan_vae.runs.engine import PROOF_BYTES, SetupRequest
 from . import inputs
 from .device_memory import ComfyMemory
 from .packed import COPIES, Packed
-from .reports import NodeId, Reporter
-from .weights import ignored
+from .reports import NodeId, Reporter, summary
+from .weights import has_weights, ignored
 
 
 class Session:
@@ -40,8 +43,10 @@ class Session:
     Do not make one yourself: `session` makes it and sends its final report.
     """
 
-    def __init__(self, node: NodeId | None, vae: Any, precision: str) -> None:
+    def __init__(self, node: NodeId | None, vae: Any, precision: str, operation: str) -> None:
         self._reporter = Reporter(node)
+        self.operation = operation
+        self._started_s = time.perf_counter()
         self._bar = comfy.utils.ProgressBar(1)
         self.vae, self._precision = vae, precision
         # Sentences that the final report gets beside the library's own.
@@ -53,16 +58,53 @@ class Session:
         self._laps: dict[str, float] = {}
         # The final report as the panel reads it.
         self.report: dict[str, Any] = {}
+        # Of the clips of a batch that are done, and how many there are; see `one_by_one`.
+        self._done: list[DecodeReport] = []
+        self._clips = 1
+        self.enter("planning")
+
+    def enter(self, phase: str, **numbers: int) -> None:
+        """Say what the run does before its first frames: planning, compiling, starting_workers."""
+        self._reporter.send(
+            {
+                "schema": SCHEMA,
+                "operation": self.operation,
+                "status": "running",
+                "phase": {"name": phase, **numbers},
+            }
+        )
 
     @property
     def packed(self) -> Packed:
         """Our copy of the VAE, made when it is first asked for. Raises what `COPIES.get` raises."""
         if self._packed is None:
             with self.timed("copy"):
-                self._packed = COPIES.get(self.vae, self._precision)
+                try:
+                    self._packed = COPIES.get(self.vae, self._precision)
+                except NotAWanVAEError as error:
+                    if not has_weights(self.vae):
+                        raise
+                    advice = "for this one use ComfyUI's own VAE nodes"
+                    raise NotAWanVAEError(f"{error}; {advice}") from error
                 self._before = self._packed.wan.last_report
                 self.warnings += ignored(self.vae)
         return self._packed
+
+    def not_a_wan_vae(self) -> str | None:
+        """Why the VAE is none of Wan's; None if it is one. Raises what `packed` raises otherwise,
+        also for a VAE without weights, which nobody can use."""
+        try:
+            self.packed  # noqa: B018
+        except NotAWanVAEError as error:
+            if error.__cause__ is None:
+                raise
+            return str(error.__cause__)
+        return None
+
+    def speed(self, frames: int) -> dict[str, float]:
+        """What a report says of the time since the node began, in which it made `frames`."""
+        seconds = time.perf_counter() - self._started_s
+        return {"duration_ms": seconds * 1e3, "frames_per_s": frames / seconds}
 
     @property
     def wan(self) -> WanVAE:
@@ -78,8 +120,18 @@ class Session:
 
     @property
     def ui(self) -> dict[str, list[Any]]:
-        """What the node shows: the report, for the panel."""
-        return {"wan_vae": [self.report]}
+        """What the node shows. The report itself comes by the route."""
+        return {"wan_vae": [summary(self.report)]}
+
+    def one_by_one(self, latent: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The clips of a batch, each [1, C, T, H, W], whose runs make one report together."""
+        clips = latent.split(1)
+        self._clips = len(clips)
+        for clip in clips:
+            yield clip
+            report = self.wan.last_report
+            assert report is not None  # the run that the caller made of this clip
+            self._done.append(report)
 
     @property
     def memory(self) -> ComfyMemory:
@@ -113,6 +165,8 @@ class Session:
         # Weights first: the device that holds them decides which kernels run.
         request = SetupRequest(operation, tuple(latent_shape), RunOptions())
         proves = self.wan.engine.may_prove(request, self.packed.device)
+        if proves:
+            self.enter("compiling")
         if proves or not self.packed.is_ready:
             self.packed.load(PROOF_BYTES if proves else 0)
 
@@ -156,7 +210,14 @@ class Session:
     def decode_into(
         self, sink: Sink, latent: torch.Tensor, plan: Plan, *, normalized: bool = False
     ) -> None:
-        """Decode `latent` by `plan` into `sink`, which is closed, or aborted after an error."""
+        """Decode `latent` by `plan` into `sink`, which is closed, or aborted after an error.
+
+        ComfyUI shows frames as it shows a sampler's.
+        """
+        frames, height = plan.pixel_shape[2:4]
+        # One image is no sooner there as a preview than as the result.
+        if frames > 1 and args.preview_method != LatentPreviewMethod.NoPreviews:
+            sink = PreviewSink(sink, self._preview, height=height, most=args.preview_size)
         self.wan.decode(
             latent,
             normalized=normalized,
@@ -165,6 +226,13 @@ class Session:
             memory=self.memory,
             **self.hooks,
         )
+
+    def _preview(self, frame: torch.Tensor) -> None:
+        if model_management.processing_interrupted():
+            return
+        image = Image.fromarray(frame.numpy())
+        done, total = self._bar.current, self._bar.total
+        self._bar.update_absolute(done, total, ("JPEG", image, args.preview_size))
 
     def encode(
         self,
@@ -193,35 +261,44 @@ class Session:
         """`result` on the device and in the dtype that ComfyUI wants of this VAE."""
         return result.to(device=self.vae.output_device, dtype=inputs.output_dtype(self.vae))
 
-    def _on_progress(self, done: int, total: int, report: DecodeReport) -> None:
+    def _on_progress(self, _done: int, _total: int, report: DecodeReport) -> None:
+        report = self._of_batch(report)
         if self._reporter.due():
             self._reporter.send(report.as_dict())
         # After an interrupt the bar would raise; `should_stop` ends the run in a moment instead.
         if not model_management.processing_interrupted():
-            self._bar.update_absolute(done, total)
+            self._bar.update_absolute(report.done_frames, report.total_frames)
 
     def finish(self) -> None:
         """Send the library's report of the run that is done, or `report` if the node has set it."""
-        last = self.wan.last_report
-        if not self.report and last is not None:
-            self.report = self._with_notes(last).as_dict()
-        self._reporter.finish(self.report)
+        if not self.report and (last := self.wan.last_report) is not None:
+            self.report = self.with_notes(last).as_dict()
+        self._reporter.send(self.report)
 
-    def finish_early(self, operation: str, status: str, error: str) -> None:
+    def finish_early(self, status: str, error: str) -> None:
         """Send the report of a run that ended early: the library's, or else only how it ended."""
         report = None if self._packed is None else self._packed.wan.last_report
         if report is not None and report is not self._before:
-            self.report = self._with_notes(replace(report, status=status, error=error)).as_dict()
+            self.report = self.with_notes(replace(report, status=status, error=error)).as_dict()
         else:
             self.report = {
                 "schema": SCHEMA,
-                "operation": operation,
+                "operation": self.operation,
                 "status": status,
                 "error": error,
             }
-        self._reporter.finish(self.report)
+        self._reporter.send(self.report)
 
-    def _with_notes(self, report: DecodeReport) -> DecodeReport:
+    def _of_batch(self, report: DecodeReport) -> DecodeReport:
+        """`report` of the clip at work (or of the last one) with those that are done."""
+        if self._clips == 1:
+            return report
+        done = [one for one in self._done if one is not report]
+        return of_batch([*done, report], self._clips)
+
+    def with_notes(self, report: DecodeReport) -> DecodeReport:
+        """`report` of the whole batch, with what ComfyUI's side has to say."""
+        report = self._of_batch(report)
         return replace(
             report,
             warnings=(*report.warnings, *self.warnings),
@@ -241,19 +318,19 @@ def session(
     exception. Every other error is raised again, after its report was sent: otherwise the panel
     would still show the previous run.
     """
-    run = Session(NodeId.of(hidden, through), vae, precision)
+    run = Session(NodeId.of(hidden, through), vae, precision, operation)
     try:
         with torch.inference_mode(False), torch.no_grad():
             yield run
     except DecodeCancelled as error:
-        run.finish_early(operation, "cancelled", str(error))
+        run.finish_early("cancelled", str(error))
         model_management.throw_exception_if_processing_interrupted()
         raise model_management.InterruptProcessingException() from None
     except model_management.InterruptProcessingException:
-        run.finish_early(operation, "cancelled", "cancelled")
+        run.finish_early("cancelled", "cancelled")
         raise
     except Exception as error:
-        run.finish_early(operation, "failed", _one_line(error))
+        run.finish_early("failed", _one_line(error))
         raise
     run.finish()
 

@@ -211,6 +211,8 @@ def _ready(
     with run.timed("room"):
         pool = POOLS.get(sharding.devices, sharding.timeout_s, device)
         weights = sum(p.nbytes for p in run.wan.model.parameters())
+        if not pool.pids:
+            run.enter("starting_workers", count=len(pool.devices))
         if not pool.has_planned(run.wan, operation):
             # Workers prove their kernels before anybody knows what the run will take.
             POOLS.count(device, weights, PROOF_BYTES)

@@ -15,11 +15,17 @@ import torch
 
 from ..wan_vae import CheckpointError, NotAWanVAEError
 from ..wan_vae.device import dtype_name
+from ..wan_vae.said import said
 
 # What a VAE computes with; a class or an object that replaces one of them is not followed.
 METHODS = ("decode", "decode_tiled", "encode", "encode_tiled")
 # Names in a sentence; the others are counted.
 NAMED = 3
+
+
+def has_weights(vae: Any) -> bool:
+    """Whether `vae` holds a network: a checkpoint without a VAE gives one that does not."""
+    return getattr(vae, "first_stage_model", None) is not None
 
 
 def state_of(vae: Any) -> dict[str, torch.Tensor]:
@@ -29,7 +35,7 @@ def state_of(vae: Any) -> dict[str, torch.Tensor]:
     patched (as a LoRA does it): a copy of unpatched weights would give another picture.
     """
     model = getattr(vae, "first_stage_model", None)
-    if model is None:
+    if not has_weights(vae):
         raise NotAWanVAEError(
             "this VAE holds no weights (the checkpoint that it was loaded from has no VAE): "
             "load a Wan VAE file with Load VAE"
@@ -62,17 +68,26 @@ def _put_back(state: dict[str, torch.Tensor], name: str, original: object) -> No
 
 def ignored(vae: Any) -> list[str]:
     """Sentences about what `vae` has beside its weights and we do not use; mostly none."""
-    sentences = []
+    sentences: list[str] = []
     patches = getattr(getattr(vae, "patcher", None), "object_patches", {})
     if patches:
         sentences.append(
-            f"{len(patches)} object patches of this VAE are ignored ({_names(patches)}): they "
-            "replace modules of ComfyUI's network, and ours runs instead"
+            said(
+                "vae.object_patches",
+                "{count} object patches of this VAE are ignored ({names}): they replace modules of "
+                "ComfyUI's network, and ours runs instead",
+                count=len(patches),
+                names=_names(patches),
+            )
         )
     methods = replaced_methods(vae)
     if methods:
         sentences.append(
-            f"another pack replaced {', '.join(methods)} of this VAE: that is ignored, ours runs"
+            said(
+                "vae.methods",
+                "another pack replaced {methods} of this VAE: that is ignored, ours runs",
+                methods=", ".join(methods),
+            )
         )
     return sentences
 

@@ -6,7 +6,16 @@ numbers that an engineer needs.
 
 
 class WanVAEError(Exception):
-    """Base class of every error that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose.
+
+    All are named `wan_vae.NAME`, as callers import them. Inside ComfyUI the module's own name is
+    the path of a user's folder, which its error dialog would show.
+    """
+
+    __module__ = "wan_vae"
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = WanVAEError.__module__
 
 
 class CheckpointError(WanVAEError):

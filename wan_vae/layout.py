@@ -19,6 +19,7 @@ import torch
 
 from .errors import LayoutError
 from .libraries import Libraries
+from .said import said
 
 Format = Literal["contiguous", "channels_last_3d", "either", "other"]
 Requested = Literal["auto", "contiguous", "channels_last_3d"]
@@ -88,13 +89,23 @@ def decide(
     wrong = wrong or {}
     if decision.chosen not in wrong:
         return decision
-    reason = f"{decision.chosen} conv3d is wrong on this device ({wrong[decision.chosen]})"
+    reason = said(
+        "layout.wrong",
+        "{format} conv3d is wrong on this device ({how})",
+        format=decision.chosen,
+        how=wrong[decision.chosen],
+    )
     other: Literal["contiguous", "channels_last_3d"] = (
         "contiguous" if decision.chosen == "channels_last_3d" else "channels_last_3d"
     )
     if other not in wrong:
         return LayoutDecision(requested, other, reason)
-    reason = f"{reason}, and so is {other}: 3-D convolutions are not used"
+    reason = said(
+        "layout.both_wrong",
+        "{reason}, and so is {other}: 3-D convolutions are not used",
+        reason=reason,
+        other=other,
+    )
     return LayoutDecision(requested, "contiguous", reason, is_wrong=True)
 
 
@@ -107,33 +118,47 @@ def _decide(
             f"memory_format is {requested!r}: expected 'auto', 'contiguous' or 'channels_last_3d'"
         )
     if requested != "auto":
-        return LayoutDecision(requested, requested, "requested")
+        return LayoutDecision(requested, requested, said("layout.requested", "requested"))
     if libraries.missing is not None:
         return LayoutDecision(
             requested,
             "channels_last_3d",
-            f"{libraries.missing}: the products that stand in for it read NDHWC pixels",
+            said(
+                "layout.stand_in",
+                "{missing}: the products that stand in for it read NDHWC pixels",
+                missing=libraries.missing,
+            ),
         )
     if device.type == "cuda":
         if libraries.is_hip:
             return LayoutDecision(
                 requested,
                 "contiguous",
-                "ROCm: MIOpen repeats its search for each channels-last shape",
+                said("layout.rocm", "ROCm: MIOpen repeats its search for each channels-last shape"),
             )
         if dtype in (torch.float16, torch.bfloat16):
             # NVIDIA H200, 96 -> 96 channels at 720x1280: 270 against 203 TFLOP/s; see
             # docs/performance.md for whole decodes.
             return LayoutDecision(
-                requested, "channels_last_3d", "cuDNN's half-precision kernels are faster in NDHWC"
+                requested,
+                "channels_last_3d",
+                said("layout.cudnn", "cuDNN's half-precision kernels are faster in NDHWC"),
             )
-        return LayoutDecision(requested, "contiguous", "float32 on CUDA: NDHWC brings no speed")
+        return LayoutDecision(
+            requested,
+            "contiguous",
+            said("layout.float32", "float32 on CUDA: NDHWC brings no speed"),
+        )
     if device.type == "mps":
         return LayoutDecision(
-            requested, "contiguous", "MPS had wrong results for NDHWC conv3d (pytorch #141471)"
+            requested,
+            "contiguous",
+            said("layout.mps", "MPS had wrong results for NDHWC conv3d (pytorch #141471)"),
         )
     return LayoutDecision(
-        requested, "contiguous", f"{device.type}: no gain measured from NDHWC weights"
+        requested,
+        "contiguous",
+        said("layout.no_gain", "{device}: no gain measured from NDHWC weights", device=device.type),
     )
 
 

@@ -7,14 +7,15 @@ event. Names of fields end in their unit.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
 
 from .config import WanVAEConfig
 from .device import device_name, versions
+from .said import reworded, worded
 
 SCHEMA = "wan_vae.report/1"
 
@@ -160,10 +161,13 @@ class DecodeReport:
     fallbacks: tuple[str, ...] = ()
     memory: MemoryRecord = field(default_factory=MemoryRecord)
     shards: tuple[ShardRecord, ...] = ()
+    # Pixel frames of all videos of a batch.
     done_frames: int = 0
     total_frames: int = 0
     duration_ms: float | None = None
     frames_per_s: float | None = None
+    # Of a run under way, once it has made frames: how long the others will take.
+    left_ms: float | None = None
     warnings: tuple[str, ...] = ()
     versions: dict[str, str | None] = field(default_factory=dict)
     # What was planned, without what stands above: see `Plan.summary`; None if nothing was.
@@ -176,21 +180,34 @@ class DecodeReport:
     def as_dict(self) -> dict[str, object]:
         """Return the wire format `wan_vae.report/1`: dicts, lists, strings, numbers, bools, None.
 
-        Keys are the field names of this class, with two exceptions: `schema` comes first, and
-        `backends_used` and `backends_off` become `backends: {used, off}`.
+        Keys are the field names of this class, with three exceptions: `schema` comes first,
+        `backends_used` and `backends_off` become `backends: {used, off}`, and `worded` has the keys
+        and values of sentences, for readers of other languages (see `said.worded`).
         """
         plain: dict[str, object] = {"schema": SCHEMA, **_jsonable_fields(self)}
         plain["backends"] = {"used": plain.pop("backends_used"), "off": plain.pop("backends_off")}
+        reasons = (self.error, self.layout.reason, *(off.reason for off in self.backends_off))
+        plain["worded"] = worded((*reasons, *self.warnings, *self.fallbacks))
         return plain
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> DecodeReport:
         """Rebuild the report from the result of `as_dict`, of this process or another."""
-        values: dict[str, Any] = {k: v for k, v in plain.items() if k not in ("schema", "backends")}
-        values["layout"] = LayoutRecord(**values["layout"])
+        elsewhere = ("schema", "backends", "worded")
+        values: dict[str, Any] = {k: v for k, v in plain.items() if k not in elsewhere}
+        words = plain.get("worded", {})
+        for name in ("warnings", "fallbacks"):
+            values[name] = [reworded(sentence, words) for sentence in values[name]]
+        layout = values["layout"]
+        values["layout"] = LayoutRecord(**{**layout, "reason": reworded(layout["reason"], words)})
+        if values["error"] is not None:
+            values["error"] = reworded(values["error"], words)
         values["memory"] = MemoryRecord(**values["memory"])
         values["backends_used"] = plain["backends"]["used"]
-        values["backends_off"] = [BackendOff(**v) for v in plain["backends"]["off"]]
+        values["backends_off"] = [
+            BackendOff(**{**v, "reason": reworded(v["reason"], words)})
+            for v in plain["backends"]["off"]
+        ]
         values["layers"] = [
             LayerRecord(**{**v, "shape": tuple(v["shape"])}) for v in plain["layers"]
         ]
@@ -216,7 +233,8 @@ def _jsonable(value: object) -> object:
         return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_jsonable(v) for v in value]
-    return value
+    # Sentences of `said` become plain: what knows their keys is in `worded`.
+    return str.__str__(value) if isinstance(value, str) else value
 
 
 class ReportBuilder:
@@ -264,6 +282,7 @@ class ReportBuilder:
     def build(self, status: str, error: str | None = None) -> DecodeReport:
         """Make a report of what is known now. `duration_ms` counts from the builder's creation."""
         seconds = time.perf_counter() - self._started
+        done, total = self.done_frames, self.total_frames
         name = device_name(self.device)
         return DecodeReport(
             operation=self.operation,
@@ -282,10 +301,11 @@ class ReportBuilder:
             fallbacks=tuple(self.fallbacks),
             shards=tuple(self.shards),
             warnings=tuple(self.warnings),
-            done_frames=self.done_frames,
-            total_frames=self.total_frames,
+            done_frames=done,
+            total_frames=total,
             duration_ms=seconds * 1e3,
-            frames_per_s=self.done_frames / seconds if self.done_frames and seconds > 0 else None,
+            frames_per_s=done / seconds if done and seconds > 0 else None,
+            left_ms=self._left_ms(seconds * 1e3) if status == "running" and done else None,
             versions=versions(),
             latent_shape=self.latent_shape,
             pixel_shape=self.pixel_shape,
@@ -296,3 +316,58 @@ class ReportBuilder:
             video=self.video,
             host_ms=dict(self.host_ms),
         )
+
+    def _left_ms(self, spent_ms: float) -> float:
+        """How long the missing frames take at the pace so far.
+
+        The first frame of a video is a latent frame of its own and takes as long as four later
+        ones, so three are added to each video's.
+        """
+        videos = self.latent_shape[0] if self.latent_shape else 1
+        first = 3 * videos
+        missing = self.total_frames - self.done_frames
+        return spent_ms * missing / (self.done_frames + first)
+
+
+def of_batch(reports: Sequence[DecodeReport], videos: int) -> DecodeReport:
+    """One report of a batch of `videos` whose runs so far are `reports`, one for each.
+
+    Frames, times and outputs are sums, peaks are maxima, and a sentence stands once. Everything
+    else is that of the last run, with shapes of the whole batch.
+    """
+    last = reports[-1]
+    per_video = last.total_frames
+    done = sum(report.done_frames for report in reports)
+    spent_ms = sum(report.duration_ms or 0.0 for report in reports)
+    left_ms = last.left_ms
+    if left_ms is not None:
+        whole_ms = (last.duration_ms or 0.0) + left_ms
+        left_ms += whole_ms * (videos - len(reports))
+    records = [report.memory for report in reports]
+    peaks = [record.peak_bytes for record in records if record.peak_bytes is not None]
+    return replace(
+        last,
+        latent_shape=_batched(last.latent_shape, videos),
+        pixel_shape=_batched(last.pixel_shape, videos),
+        done_frames=done,
+        total_frames=per_video * videos,
+        duration_ms=spent_ms,
+        frames_per_s=done / spent_ms * 1e3 if done and spent_ms else None,
+        left_ms=left_ms,
+        chunks=tuple(chunk for report in reports for chunk in report.chunks),
+        warnings=_once(report.warnings for report in reports),
+        fallbacks=_once(report.fallbacks for report in reports),
+        memory=replace(
+            last.memory,
+            peak_bytes=max(peaks, default=None),
+            output_bytes=sum(r.output_bytes or 0 for r in records),
+        ),
+    )
+
+
+def _batched(shape: tuple[int, ...] | None, videos: int) -> tuple[int, ...] | None:
+    return None if shape is None else (videos, *shape[1:])
+
+
+def _once(sentences: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(one for some in sentences for one in some))

@@ -373,15 +373,15 @@ def _row(server: Comfy, case: NodeCase, times: list[float], run: Run) -> NodeRow
         median_ms=statistics.median(times[1:] or times),
         asked_bytes=tuple(memory["asked"]),
         peak_bytes=None if peak is None or start is None else peak - start,
-        report=_report(server, case),
+        report=_report(run, case),
     )
 
 
-def _report(server: Comfy, case: NodeCase) -> dict[str, Any] | None:
+def _report(run: Run, case: NodeCase) -> dict[str, Any] | None:
     """The report of the measured node, which the server keeps for the panel; None without one."""
     if not case.node.startswith("WanVAE") and case.patch != ACCELERATE:
         return None
-    kept = server.get("/wan_vae/reports")["reports"]
+    kept = run.kept
     (report,) = (m["report"] for m in kept if (m["node"], m["kind"]) == (_MEASURED, case.node))
     found: dict[str, Any] = report
     return found

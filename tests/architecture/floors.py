@@ -22,7 +22,7 @@ class Floor:
 
 # From the ground up. A module imports modules of its own floor and of lower ones.
 FLOORS = (
-    Floor(("wan_vae.errors", "wan_vae.version"), "typed errors"),
+    Floor(("wan_vae.errors", "wan_vae.said", "wan_vae.version"), "typed errors, sentences"),
     Floor(
         ("wan_vae.options", "wan_vae.config", "wan_vae.other_models"),
         "what a caller may ask for; which VAE it is",

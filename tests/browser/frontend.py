@@ -25,7 +25,7 @@ FLAGS = (
 )
 # What comes and goes by itself, or hides nodes.
 UNDISTURBED = """
-  .p-toast, .p-tooltip, .minimap-main-container { visibility: hidden !important }
+  .p-toast, .p-tooltip, .p-dialog-mask, .minimap-main-container { visibility: hidden !important }
 """
 FIT = """() => {
   const graph = window.app.rootGraph ?? window.app.graph;

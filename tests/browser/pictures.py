@@ -65,9 +65,11 @@ def _draw(frontend: Frontend) -> None:
         "workflow": workflow["id"],
         "kind": "WanVAEDecode",
         "vae": None,
+        "cached": False,
+        "sent_s": 0.0,
         "report": report_of_a_gpu(),
     }
-    page.route("**/wan_vae/reports", lambda route: route.fulfill(json={"reports": [message]}))
+    page.route("**/wan_vae/reports?*", lambda route: route.fulfill(json={"reports": [message]}))
     frontend.open()
     frontend.setting("Comfy.TutorialCompleted", True)
     frontend.setting("Comfy.VueNodes.Enabled", True)
@@ -75,7 +77,7 @@ def _draw(frontend: Frontend) -> None:
     frontend.open()
     frontend.load(workflow, "Decode")
     _close_other_tabs(page)
-    frontend.line("81 frames in")
+    frontend.line("81 frames · ")
     frontend.open_tab()
     page.locator(".wan-vae-card").first.wait_for()
     frontend.fit()

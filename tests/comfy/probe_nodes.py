@@ -228,6 +228,25 @@ class ProbeBrokenVAE:
         return (made,)
 
 
+class ProbeForeignVAE:
+    """A VAE object of another model, quick enough for a test: it scales the numbers it is given."""
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"vae": ("VAE",)}}
+
+    def make(self, vae):
+        made = copy.copy(vae)
+        made.first_stage_model = torch.nn.Linear(2, 2)
+        made.decode = lambda latent: (latent[:, :3] / 8 + 0.5).clamp(0, 1).movedim(1, -1)
+        made.encode = lambda pixels: pixels.movedim(-1, 1) * 8 - 4
+        return (made,)
+
+
 class ProbeWan22VAE:
     """Core's own Wan 2.2 model in a narrow width; core's loader knows only the full one (2.8 GB).
 
@@ -344,6 +363,7 @@ NODE_CLASS_MAPPINGS = {
         ProbeVideo,
         ProbeVAEWeights,
         ProbeBrokenVAE,
+        ProbeForeignVAE,
         ProbeWan22VAE,
         ProbeFileVAE,
         ProbeMemory,

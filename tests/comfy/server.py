@@ -54,11 +54,14 @@ def install_pack(custom_nodes: Path) -> Path:
 
 @dataclass
 class Run:
-    """What one prompt did: its websocket messages, and its entry in the history."""
+    """What one prompt did: its websocket messages, its entry in the history, and the messages
+    about its nodes that the server keeps for the panel."""
 
     prompt_id: str
     messages: list[dict] = field(default_factory=list)
     history: dict = field(default_factory=dict)
+    kept: list[dict] = field(default_factory=list)
+    previews: int = 0
 
     def of_type(self, kind: str) -> list[dict]:
         return [m["data"] for m in self.messages if m["type"] == kind]
@@ -76,8 +79,13 @@ class Run:
     def interrupted(self) -> bool:
         return bool(self.of_type("execution_interrupted"))
 
+    def message(self, node: str) -> dict:
+        """What a page would fetch about node `node`."""
+        (found,) = (message for message in self.kept if message["node"] == node)
+        return found
+
     def report(self, node: str) -> dict:
-        return self.outputs[node]["wan_vae"][0]
+        return self.message(node)["report"]
 
 
 class Comfy:
@@ -124,6 +132,8 @@ class Comfy:
             # One thread a server leaves the other cores to the browser.
             self._variables["OMP_NUM_THREADS"] = "1"
         self._variables |= variables or {}
+
+        self.last_run = Run("")
 
     def __enter__(self) -> Comfy:
         with self.log.open("wb") as log:
@@ -209,7 +219,17 @@ class Comfy:
         with closing(self.listen(client)) as stream:
             run = Run(self.queue(prompt, client, pnginfo))
             self.follow(stream, run, on_message)
+        for cached in run.of_type("execution_cached"):
+            asked = {"client_id": client, "prompt_id": run.prompt_id, "nodes": cached["nodes"]}
+            self.post("/wan_vae/cached", asked)
+        run.kept = self.reports(client)
+        self.last_run = run
         return run
+
+    def reports(self, client: str) -> list[dict]:
+        """What the server keeps for `client`."""
+        kept: list[dict] = self.get(f"/wan_vae/reports?client_id={client}")["reports"]
+        return kept
 
     def listen(self, client: str) -> websocket.WebSocket:
         return websocket.create_connection(
@@ -221,7 +241,8 @@ class Comfy:
         while True:
             text = stream.recv()
             if isinstance(text, bytes):
-                continue  # previews
+                run.previews += 1
+                continue
             message = json.loads(text)
             run.messages.append(message)
             if on_message is not None:

@@ -218,10 +218,8 @@ def test_wan_22_encodes_an_image_and_decodes_for_core_nodes(comfy):
 
 
 def run_report(comfy, name: str) -> dict:
-    """What the server keeps for the panel about node `name` of a prompt without a workflow."""
-    kept = comfy.get("/wan_vae/reports")["reports"]
-    (found,) = (m for m in kept if m["node"] == name and m["workflow"] is None)
-    return found
+    """What the server keeps for the panel about node `name` of the last prompt."""
+    return comfy.last_run.message(name)
 
 
 def test_the_report_and_the_progress_belong_to_the_node_that_asked(comfy):

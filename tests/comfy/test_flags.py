@@ -5,7 +5,7 @@ import pytest
 from tests.comfy import graphs
 from tests.comfy.graphs import decode_and_compare, latent, node
 from tests.comfy.server import Comfy
-from tests.comfy.test_other_nodes import cancelled_then_right
+from tests.comfy.test_other_nodes import cancelled_then_right, watched
 
 pytestmark = pytest.mark.comfy
 
@@ -36,7 +36,7 @@ def test_memory_flags(environment, tmp_path):
 
     --gpu-only, --lowvram and --novram cannot be had here: ComfyUI refuses them beside --cpu.
     """
-    flags = ("--fp32-vae", "--cpu-vae", "--disable-smart-memory")
+    flags = ("--fp32-vae", "--cpu-vae", "--disable-smart-memory", "--preview-method", "auto")
     server = Comfy(environment, tmp_path / "comfy", *flags)
     graphs.write_vaes(server.base / "models" / "vae")
     server.install_probe()
@@ -47,6 +47,9 @@ def test_memory_flags(environment, tmp_path):
             assert run.report("3")["dtype"] == "float32"
             assert run.outputs["5"]["a"] == run.outputs["5"]["b"]
             assert run.outputs["5"]["difference"][0] < 1e-4
+        # Where ComfyUI shows previews of a sampler, it shows the frames of a decode too.
+        previews, reports = watched(comfy, 3)
+        assert 1 <= previews <= 1 + 4 * reports[-1]["duration_ms"] / 1e3, "four a second"
 
 
 def test_a_server_without_a_cache(environment, tmp_path):

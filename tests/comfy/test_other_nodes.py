@@ -1,12 +1,21 @@
 """Encode, Inspect, Decode to Video, errors and cancel in a running ComfyUI."""
 
+import json
 import re
 import shutil
 from collections import Counter
 
 import pytest
 
-from tests.comfy.graphs import OTHER_VAE, VAES, decode, latent, load_vae, node
+from tests.comfy.graphs import (
+    OTHER_VAE,
+    VAES,
+    decode,
+    decode_and_compare,
+    latent,
+    load_vae,
+    node,
+)
 
 pytestmark = pytest.mark.comfy
 
@@ -60,19 +69,12 @@ def test_inspect_tells_the_numbers_of_the_file_from_those_of_the_computation(com
     assert "weights   as loaded: 194 bfloat16" in lines
 
 
-def kept_report(comfy) -> dict:
-    """The last report of node 3 in prompts without a workflow, as a page would fetch it."""
-    kept = comfy.get("/wan_vae/reports")["reports"]
-    (found,) = (m["report"] for m in kept if m["node"] == "3" and m["workflow"] is None)
-    return found
-
-
 def failed(comfy, prompt: dict) -> tuple[str, str]:
     """Type and message of a decode that fails after one that was done; the panel hears of it."""
     assert comfy.run(decode(latent(frames=1, seed=60))).error is None
     sent = []
     run = comfy.run(prompt, on_message=sent.append)
-    report = kept_report(comfy)
+    report = run.report("3")
     live = [m["data"]["report"] for m in sent if m["type"] == "wan_vae.report"]
     assert report["status"] == "failed"
     assert live[-1] == report
@@ -146,7 +148,8 @@ def test_any_workflow_that_an_api_client_sends_is_decoded(comfy, pnginfo):
     seed = 1000 + sum(map(ord, str(pnginfo)))
     run = comfy.run(decode(latent(frames=1, seed=seed)), pnginfo=pnginfo)
     assert run.error is None, run.error
-    assert kept_report(comfy) == run.report("3")
+    assert run.report("3")["status"] == "done"
+    assert run.message("3")["workflow"] is None
 
 
 def test_video_is_streamed_into_the_output_folder(comfy):
@@ -192,10 +195,132 @@ def test_a_batch_becomes_a_file_for_each_latent(comfy):
 
 
 def test_another_vae_is_named(comfy):
-    run = comfy.run(decode(latent(channels=4), load_vae(OTHER_VAE)))
-    assert run.error["exception_type"].endswith("NotAWanVAEError")
+    prompt = {"1": load_vae(OTHER_VAE), "3": node("WanVAEInspect", vae=["1", 0])}
+    run = comfy.run(prompt)
+    assert run.error["exception_type"] == "wan_vae.NotAWanVAEError", "no folder of the user"
     assert "Stable Diffusion" in run.error["exception_message"]
     assert "own VAE nodes" in run.error["exception_message"]
+
+
+def watched(comfy, seed: int) -> tuple[int, list[dict]]:
+    """How many previews came while a video was decoded, and its live reports."""
+    prompt = decode(latent(frames=6, height=16, width=16, seed=seed), chunk_frames=1)
+    run = comfy.run(prompt)
+    assert run.error is None, run.error
+    return run.previews, [m["report"] for m in run.of_type("wan_vae.report")]
+
+
+def test_a_node_says_what_it_does_from_the_start_and_how_long_it_will_take(comfy):
+    previews, reports = watched(comfy, 82)
+    assert previews == 0, "ComfyUI's own setting: it shows none of a sampler either"
+    assert reports[0]["phase"] == {"name": "planning"}
+    assert {report["status"] for report in reports[:-1]} == {"running"}
+    assert reports[-1]["status"] == "done"
+    lefts = [report["left_ms"] for report in reports if report.get("left_ms") is not None]
+    assert lefts and all(left >= 0 for left in lefts)
+
+
+def test_a_cancelled_batch_of_clips_counts_all_of_them(comfy):
+    """Two clips of 13 frames go into two files; the second one is stopped."""
+    sent = []
+
+    def stop(message):
+        if message["type"] == "progress" and message["data"]["value"] > 17 and not sent:
+            sent.append(message)
+            comfy.post("/interrupt", {})
+
+    clips = latent(batch=2, frames=4, height=16, width=16, seed=83)
+    inputs = {"fps": 16.0, "filename_prefix": "video/batch", "chunk_frames": 1}
+    prompt = {"1": load_vae(), "2": clips}
+    prompt["3"] = node("WanVAEDecodeToVideo", vae=["1", 0], samples=["2", 0], **inputs)
+    run = comfy.run(prompt, on_message=stop)
+    assert run.interrupted
+    report = run.report("3")
+    assert report["status"] == "cancelled"
+    assert 13 < report["done_frames"] < report["total_frames"] == 26
+    assert report["pixel_shape"] == [2, 3, 13, 128, 128]
+    done = {m["data"]["max"] for m in run.messages if m["type"] == "progress"}
+    assert 26 in done, "the bar is that of the batch"
+
+
+def test_history_and_messages_carry_a_summary_and_the_route_the_report(comfy):
+    run = comfy.run(decode(latent(seed=84)))
+    shown = run.outputs["3"]["wan_vae"][0]
+    assert len(json.dumps(shown)) < 500
+    assert shown["done_frames"] == 9 and shown["layout"] == "contiguous"
+    (executed,) = (m for m in run.of_type("executed") if m["node"] == "3")
+    assert executed["output"]["wan_vae"] == [shown]
+    assert len(run.report("3")["layers"]) > 20
+
+
+def test_a_client_gets_the_reports_of_its_own_prompts_only(comfy):
+    mine = comfy.run(decode(latent(seed=85)))
+    assert mine.report("3")["status"] == "done"
+    assert comfy.reports("somebody-else") == []
+    assert comfy.get("/wan_vae/reports")["reports"] == []
+    # Nor does it learn of another's prompt by its id.
+    asked = {"client_id": "somebody else", "prompt_id": mine.prompt_id, "nodes": ["3"]}
+    assert comfy.post("/wan_vae/cached", asked) == {"reports": []}
+
+
+def test_a_result_from_the_cache_is_known_under_another_workflow(comfy):
+    prompt = decode(latent(seed=86))
+    first = comfy.run(prompt, pnginfo={"workflow": {"id": "a"}})
+    # The same nodes under other ids, as in a copy.
+    copied = {f"1{name}": dict(entry) for name, entry in prompt.items()}
+    for entry in copied.values():
+        entry["inputs"] = {
+            name: [f"1{value[0]}", value[1]] if isinstance(value, list) else value
+            for name, value in entry["inputs"].items()
+        }
+    again = comfy.run(copied, pnginfo={"workflow": {"id": "b"}})
+    message = again.message("13")
+    assert (message["cached"], message["workflow"], message["kind"]) == (True, "b", "WanVAEDecode")
+    assert message["report"] == first.report("3")
+    assert first.message("3")["cached"] is False
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_another_vae_is_decoded_by_comfyui_itself(comfy, sharded):
+    """One workflow with a switch between models: same picture as VAE Decode, and a note."""
+    foreign = node("ProbeForeignVAE", vae=["0", 0])
+    prompt = decode_and_compare(latent(channels=4, kind="image", seed=63), foreign)
+    prompt["0"] = load_vae()
+    if sharded:
+        inputs = {
+            "vae": ["1", 0],
+            "samples": ["2", 0],
+            "devices": "cpu,cpu",
+            "axis": "auto",
+            "gather": "shared",
+        }
+        prompt["3"] = node("WanVAEDecodeSharded", **inputs)
+    run = comfy.run(prompt)
+    assert run.error is None, run.error
+    assert run.outputs["5"]["difference"] == [0.0]
+    report = run.report("3")
+    (note,) = report["fallbacks"]
+    assert "ComfyUI's own" in note and "not a Wan VAE" in note and "use ComfyUI" not in note
+    assert report["worded"][note]["key"] == "vae.not_wan"
+    shown = run.outputs["3"]["wan_vae"][0]
+    assert shown["pixel_shape"] == [1, 3, 1, *run.outputs["5"]["a"][0]["shape"][1:3]]
+    assert (shown["status"], shown["notes"], shown["done_frames"]) == ("done", 1, 1)
+
+
+def test_another_vae_is_encoded_by_comfyui_itself(comfy):
+    frames = node("ProbeFrames", frames=1, height=64, width=96, channels=4, seed=64)
+    prompt = {
+        "0": load_vae(),
+        "1": node("ProbeForeignVAE", vae=["0", 0]),
+        "2": frames,
+        "3": node("WanVAEEncode", vae=["1", 0], pixels=["2", 0]),
+        "4": node("VAEEncode", vae=["1", 0], pixels=["2", 0]),
+        "5": node("ProbeCompareLatents", a=["3", 0], b=["4", 0]),
+    }
+    run = comfy.run(prompt)
+    assert run.error is None, run.error
+    assert run.outputs["5"]["difference"] == [0.0]
+    assert "ComfyUI's own" in run.report("3")["fallbacks"][0]
 
 
 def test_cancel_at_the_third_chunk_and_run_again(comfy):
@@ -214,7 +339,7 @@ def cancelled_then_right(comfy) -> None:
     run = comfy.run(decode(latent(frames=40, seed=12), chunk_frames=1), on_message=stop)
     assert run.interrupted
     assert run.error is None
-    kept = comfy.get("/wan_vae/reports")["reports"][-1]["report"]
+    kept = run.report("3")
     assert kept["status"] == "cancelled"
     assert 9 <= kept["done_frames"] < 30
     again = comfy.run(decode(latent(frames=2, seed=13)))

@@ -115,7 +115,8 @@ def test_two_queued_decodes_use_the_same_workers(comfy):
         for run in runs:
             comfy.follow(stream, run)
             pids.append(workers(comfy))
-    assert [run.report("3")["status"] for run in runs] == ["done", "done"]
+    told = [run.of_type("wan_vae.report")[-1]["report"]["status"] for run in runs]
+    assert told == ["done", "done"]
     assert pids[0] == pids[1] and len(pids[0]) == 2
 
 
@@ -124,7 +125,10 @@ def test_workers_end_with_their_server(environment, tmp_path):
     graphs.write_vaes(server.base / "models" / "vae")
     server.install_probe()
     with server:
-        assert server.run(sharded(latent(seed=57))).error is None
+        run = server.run(sharded(latent(seed=57)))
+        assert run.error is None
+        told = [m["report"].get("phase") for m in run.of_type("wan_vae.report")]
+        assert {"name": "starting_workers", "count": 2} in told, "it says why it takes so long"
         pids = workers(server)
         assert len(pids) == 2
     assert_they_end(pids)
@@ -140,7 +144,7 @@ def test_cancel_within_a_chunk_and_run_again(comfy):
 
     run = comfy.run(sharded(latent(frames=60, seed=34), chunk_frames=1), on_message=stop)
     assert run.interrupted and run.error is None
-    kept = comfy.get("/wan_vae/reports")["reports"][-1]["report"]
+    kept = run.report("3")
     assert kept["status"] == "cancelled"
     assert 9 <= kept["done_frames"] < 100
     assert comfy.run(sharded(latent(seed=35))).report("3")["status"] == "done"

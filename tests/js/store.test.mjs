@@ -43,15 +43,24 @@ test("each put is heard, and what is no report is not", () => {
   assert.deepEqual(events.map((m) => m.node), ["5:3"]);
 });
 
-test("merging keeps a running report, replaces others, and is heard once", () => {
+test("merging keeps the later one of two, and is heard once", () => {
   const store = new ReportStore();
-  store.put(message("1", "running"));
-  store.put(message("2", "failed"));
+  const at = (sent_s, ...about) => ({ ...message(...about), sent_s });
+  store.put(at(7, "1", "running"));
+  store.put(at(5, "2", "failed"));
   const events = listened(store);
-  store.merge([message("1", "done"), message("2", "done"), message("3", "done"), null]);
+  store.merge([at(6, "1", "done"), at(6, "2", "done"), at(6, "3", "done"), null]);
   const statuses = Object.fromEntries(store.all().map((m) => [m.node, m.report.status]));
   assert.deepEqual(statuses, { 1: "running", 2: "done", 3: "done" });
   assert.deepEqual(events, [null]);
+});
+
+test("runs that the server lost do not run for ever", () => {
+  const store = new ReportStore();
+  store.put(message("1", "running"));
+  store.put(message("2", "done"));
+  store.dropRunning();
+  assert.deepEqual(store.all().map((m) => m.node), ["2"]);
 });
 
 test("a listener that leaves hears nothing more", () => {
@@ -96,9 +105,10 @@ test("a message finds its node by id and class", () => {
   assert.equal(vaeNodeOf({ ...said, workflow: "b" }, graph), null);
 });
 
-test("a report fits its own workflow, and any where ids are unknown", () => {
+test("a report fits its own workflow, and without an id none", () => {
   assert.equal(fitsWorkflow(message("1", "done", "a"), { id: "a" }), true);
   assert.equal(fitsWorkflow(message("1", "done", "a"), { id: "b" }), false);
-  assert.equal(fitsWorkflow(message("1", "done", null), { id: "b" }), true);
-  assert.equal(fitsWorkflow(message("1", "done", "a"), {}), true);
+  assert.equal(fitsWorkflow(message("1", "done", null), { id: "b" }), false);
+  assert.equal(fitsWorkflow(message("1", "done", null), {}), false);
+  assert.equal(fitsWorkflow(message("1", "done", "a"), {}), false);
 });

@@ -81,7 +81,7 @@ EXPECTED = {
     "MI300X": (POINTERS, POINTERS, "NVIDIA cards"),
     "Apple M3": (EAGER, "cards, this device is mps", "NVIDIA cards"),
     "Intel Arc": (EAGER, "cards, this device is xpu", "NVIDIA cards"),
-    "CPU": (EAGER, "no CUDA device", "no CUDA device"),
+    "CPU": (EAGER, "no GPU", "no GPU"),
 }
 REQUESTS: tuple[Backend, ...] = ("auto", "triton", "cuda")
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from .. import geometry
 from ..config import WanVAEConfig
 from ..errors import CheckpointError, LatentError, first_line
+from ..said import said
 from .files import unreadable_reason, writing
 from .kinds import NUMPY_ARCHIVE, PYTORCH, is_safetensors, kind_of, what_is_it
 from .tensors import (
@@ -401,7 +402,11 @@ def range_warning(largest: float) -> str | None:
     """
     if largest <= 2:
         return None
-    return f"the video's values reach {largest:.0f}: expected [-1, 1] (x / 127.5 - 1 for 8-bit)"
+    return said(
+        "run.out_of_range",
+        "the video's values reach {largest}: expected [-1, 1] (x / 127.5 - 1 for 8-bit)",
+        largest=f"{largest:.0f}",
+    )
 
 
 def not_finite(

@@ -17,6 +17,7 @@ from ..errors import BackendError
 from ..layout import LayoutCounter
 from ..ops.opset import FusedConv, HaloRows, Prepared
 from ..ops.problem import LayerWeights, Operation, Problem
+from ..said import Said, said
 from .bounds import Bound
 from .device import Device, Feature, Vendor
 
@@ -38,6 +39,17 @@ _FEATURE_NAMES: dict[Feature, str] = {
 
 class BuildError(BackendError):
     """A kernel cannot be compiled, loaded or launched here. One line, with the reason."""
+
+
+def no_gpu() -> Said:
+    """The one reason why nothing but PyTorch runs where there is no card."""
+    return said("kernel.no_gpu", "no GPU")
+
+
+def _needs(feature: str, device: Device) -> Said:
+    return said(
+        "kernel.feature", "needs {feature}, {device}", feature=feature, device=device.spoken
+    )
 
 
 @dataclass(frozen=True)
@@ -65,20 +77,30 @@ class Requires:
         """What `device` lacks, or None."""
         if device.vendor not in self.vendors:
             if device.vendor in ("cpu", "interpreter"):
-                return "no CUDA device"
-            return f"written for {self._vendor_names} cards, {device.spoken}"
+                return no_gpu()
+            return said(
+                "kernel.vendor",
+                "written for {vendor} cards, {device}",
+                vendor=self._vendor_names,
+                device=device.spoken,
+            )
         if device.vendor == "interpreter":
             return None
         if device.vendor == "amd":
             if self.amd_features.isdisjoint(device.features):
-                return f"needs {self._amd_features}, {device.spoken}"
+                return _needs(self._amd_features, device)
         elif self.capability is not None and (
             device.capability is None or device.capability < self.capability
         ):
             major, minor = self.capability
-            return f"needs compute capability {major}.{minor}, {device.spoken}"
+            return said(
+                "kernel.capability",
+                "needs compute capability {capability}, {device}",
+                capability=f"{major}.{minor}",
+                device=device.spoken,
+            )
         for feature in sorted(self.features - device.features):
-            return f"needs {_FEATURE_NAMES[feature]}, {device.spoken}"
+            return _needs(_FEATURE_NAMES[feature], device)
         return None
 
     def unmet_by_dtype(self, device: Device, feature_dtype: torch.dtype) -> str | None:
@@ -90,13 +112,24 @@ class Requires:
             return None
         has_bf16 = device.capability is None or device.capability >= (8, 0)
         if feature_dtype == torch.bfloat16 and not has_bf16:
-            return f"bfloat16 was asked for, of which tensor cores need 8.0, {device.spoken}"
+            return said(
+                "kernel.bf16_capability",
+                "bfloat16 was asked for, of which tensor cores need 8.0, {device}",
+                device=device.spoken,
+            )
         if feature_dtype in self.feature_dtypes:
             return None
         name = str(feature_dtype).removeprefix("torch.")
         if feature_dtype == torch.bfloat16:
-            return "bfloat16 was asked for, the kernels read and write float16 alone"
-        return f"{name} was asked for, the kernels' operands are float16"
+            return said(
+                "kernel.fp16_alone",
+                "bfloat16 was asked for, the kernels read and write float16 alone",
+            )
+        return said(
+            "kernel.fp16_operands",
+            "{dtype} was asked for, the kernels' operands are float16",
+            dtype=name,
+        )
 
     def unmet(self, device: Device, problem: Problem) -> str | None:
         """The first requirement that `device` or `problem` does not meet, or None."""
@@ -105,14 +138,35 @@ class Requires:
             return reason
         channels, out = problem.in_channels, problem.out_channels
         if channels % self.in_multiple:
-            return f"needs multiples of {self.in_multiple} input channels, the layer has {channels}"
+            return said(
+                "kernel.in_channels",
+                "needs multiples of {wanted} input channels, the layer has {channels}",
+                wanted=self.in_multiple,
+                channels=channels,
+            )
         if all(out % multiple for multiple in self.out_multiples):
             wanted = " or ".join(map(str, self.out_multiples))
-            return f"needs multiples of {wanted} output channels, the layer has {out}"
+            return said(
+                "kernel.out_channels",
+                "needs multiples of {wanted} output channels, the layer has {channels}",
+                wanted=wanted,
+                channels=out,
+            )
         least, most = self.out_channels
         if not least <= out <= most:
-            wanted = f"at most {most}" if out > most else f"at least {least}"
-            return f"needs {wanted} output channels, the layer has {out}"
+            if out > most:
+                return said(
+                    "kernel.most_channels",
+                    "needs at most {most} output channels, the layer has {channels}",
+                    most=most,
+                    channels=out,
+                )
+            return said(
+                "kernel.least_channels",
+                "needs at least {least} output channels, the layer has {channels}",
+                least=least,
+                channels=out,
+            )
         return None
 
     def describe(self) -> str:

@@ -17,8 +17,9 @@ import torch
 from ..errors import BackendError, first_line
 from ..ops.problem import Operation
 from ..options import BACKENDS, Backend
+from ..said import Said, said
 from .device import Device
-from .kernel import Family, Kernel
+from .kernel import Family, Kernel, no_gpu
 
 _MODULES = {"cuda": ".cuda", "triton": ".triton", "kitchen": ".kitchen"}
 # Python packages without which a family cannot be imported.
@@ -66,7 +67,7 @@ def load(name: str) -> Family | str:
     """The family of this name, or why it cannot be imported."""
     missing = missing_package(name)
     if missing is not None:
-        return f"{missing} is not installed"
+        return _not_installed(missing)
     try:
         module = importlib.import_module(_MODULES[name], __package__)
         family: Family = module.make_family()
@@ -87,24 +88,34 @@ def families_of(requested: Backend, device: Device) -> tuple[str, ...]:
 def auto_reason(device: Device) -> str | None:
     """Why "auto" asks for no kernels on `device`, or None."""
     if device.vendor in ("cpu", "interpreter"):
-        return "no CUDA device"
+        return no_gpu()
     if device.vendor == "nvidia" and (device.capability or (0, 0)) >= AUTO_CAPABILITY:
         return None
     if device.vendor == "amd" and device.architecture.startswith(AUTO_AMD):
         return None
-    return (
-        "used by default on NVIDIA cards of compute capability {}.{} or later and on AMD's {}, {}"
-    ).format(*AUTO_CAPABILITY, ", ".join(AUTO_AMD), device.spoken)
+    return said(
+        "kernel.not_by_default",
+        "used by default on NVIDIA cards of compute capability {capability} or later and on AMD's "
+        "{amd}, {device}",
+        capability="{}.{}".format(*AUTO_CAPABILITY),
+        amd=", ".join(AUTO_AMD),
+        device=device.spoken,
+    )
+
+
+def _not_installed(package: str) -> Said:
+    return said("kernel.not_installed", "{package} is not installed", package=package)
 
 
 def unavailable_reason(name: str, device: Device, feature_dtype: torch.dtype) -> str | None:
     """Why no kernel of the family can run on `device`, or None if one can."""
+    # First: what is not installed changes nothing where there is no card, and PyTorch may have none
+    # of what a family imports there.
+    if device.vendor == "cpu":
+        return no_gpu()
     missing = missing_package(name)
     if missing is not None:
-        return f"{missing} is not installed"
-    # Not imported for nothing: where there is no card, PyTorch may have none of what it needs.
-    if device.vendor == "cpu":
-        return "no CUDA device"
+        return _not_installed(missing)
     family = load(name)
     if isinstance(family, str):
         return family

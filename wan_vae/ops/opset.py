@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from ..options import Axis
+from ..said import said
 from .eager.attention import attention
 from .eager.conv3d import conv2d, conv3d
 from .eager.forms import EagerForms
@@ -162,7 +163,14 @@ class Refusal:
         """The reason, with the number of layers that it concerns."""
         if not self.layers:
             return self.reason
-        return f"{self.reason} ({len(self.layers)} layer{'s' if len(self.layers) > 1 else ''})"
+        if len(self.layers) == 1:
+            return said("kernel.one_layer", "{reason} (1 layer)", reason=self.reason)
+        return said(
+            "kernel.layers",
+            "{reason} ({count} layers)",
+            reason=self.reason,
+            count=len(self.layers),
+        )
 
 
 @dataclass(frozen=True)

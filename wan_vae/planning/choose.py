@@ -20,6 +20,7 @@ from ..network.architecture import residual_convolutions
 from ..ops.eager.forms import EagerForms
 from ..ops.opset import Prepared
 from ..options import PARTS, Operation
+from ..said import said
 from .encode_peak import EncodeMemory
 from .margins import MARGINS
 from .peak import DecodeMemory, WeightFormat
@@ -234,16 +235,34 @@ class _Chooser:
             best = self._fitting_strips_on_the_device(usable, ways)
         if best is None or best.planned_bytes >= smallest.planned_bytes:
             return smallest
-        note = (
-            f"planned {best.strips} strips: {_gib(smallest.planned_bytes)} GiB needed without, "
-            f"{_gib(free)} free; they need {_gib(best.planned_bytes)}, and {best.extra_work:.0%} "
-            "of the work is done twice"
+        note = said(
+            "plan.strips",
+            "planned {strips} strips: {without} GiB needed without, {free} free; they need "
+            "{planned}, and {twice} of the work is done twice",
+            strips=best.strips,
+            without=_gib(smallest.planned_bytes),
+            free=_gib(free),
+            planned=_gib(best.planned_bytes),
+            twice=f"{best.extra_work:.0%}",
         )
         if best.parked:
-            what = "frames" if len(best.lengths) == 1 else "frames and history"
-            note += f"; {what} of strips wait in {_gib(best.host_bytes)} GiB of host memory"
+            host = _gib(best.host_bytes)
+            if len(best.lengths) == 1:
+                note = said(
+                    "plan.parked",
+                    "{note}; frames of strips wait in {host} GiB of host memory",
+                    note=note,
+                    host=host,
+                )
+            else:
+                note = said(
+                    "plan.parked_history",
+                    "{note}; frames and history of strips wait in {host} GiB of host memory",
+                    note=note,
+                    host=host,
+                )
         if best.planned_bytes > usable:
-            note += "; no number of strips is sure to fit"
+            note = said("plan.unsure", "{note}; no number of strips is sure to fit", note=note)
         return replace(best, note=note)
 
     def _strip_counts(self) -> list[int]:

@@ -22,6 +22,7 @@ from ..network.cache import FeatureCache
 from ..options import Gather, RunOptions
 from ..planning.passes import pass_frames
 from ..planning.plan import Plan
+from ..said import said
 from ..sharding.context import SINGLE, ShardContext
 from ..sharding.plan import ShardPlan, plan_shards
 from .engine import Engine, Setup, SetupRequest, latent_statistics, options_of
@@ -346,12 +347,20 @@ class DecodeRun(Run):
         return bool(self._finite)
 
     def _is_not_finite(self) -> None:
-        advice = "decode with precision='fp32'"
+        advice = said("run.use_fp32", "decode with precision='fp32'")
         if self.builder.dtype == torch.float32:
-            advice = "look at the latent's largest values, and for a damaged checkpoint"
+            advice = said(
+                "run.look_for_damage",
+                "look at the latent's largest values, and for a damaged checkpoint",
+            )
         self.builder.warnings.append(
-            f"the decoded pixels hold NaN or inf (computed in {self.builder.dtype}): weights "
-            f"or latent overflow this precision; {advice}"
+            said(
+                "run.not_finite",
+                "the decoded pixels hold NaN or inf (computed in {dtype}): weights or latent "
+                "overflow this precision; {advice}",
+                dtype=self.builder.dtype,
+                advice=advice,
+            )
         )
 
 

@@ -33,6 +33,7 @@ from ..ops.opset import OpSet
 from ..options import Operation
 from ..planning.plan import Plan
 from ..report import BackendOff, DecodeReport, ReportBuilder
+from ..said import said
 from ..sharding.plan import ShardPlan
 from .clock import RunClock
 from .engine import PROOF_BYTES, Engine, Setup, SetupRequest
@@ -75,7 +76,9 @@ class Run(ABC):
         self.builder.imitation = Device.chosen_for(self.device).imitation
         self.builder.latent_shape = setup.request.latent_shape
         self.total_frames = geometry.pixel_shape(setup.request.latent_shape, self.config)[2]
-        self.builder.total_frames = self.total_frames
+        # The videos of a batch go through together: `done_frames` and `total_frames` are of one.
+        self.videos = setup.request.latent_shape[0]
+        self.builder.total_frames = self.videos * self.total_frames
         self.done_frames = 0
         self.report: DecodeReport | None = None
         self._plan: Plan | None = None
@@ -235,17 +238,39 @@ class Run(ABC):
         # The caller's number of free bytes is no measurement.
         free = self.memory.free_bytes()
         now = None if free is None else self._plan_now(failed.whole_frames)
-        text = failure if failed.strips is None else f"{failed.strips} strips: {failure}"
+        text = (
+            failure
+            if failed.strips is None
+            else said(
+                "run.strips", "{strips} strips: {failure}", strips=failed.strips, failure=failure
+            )
+        )
         # Less than all that failed: more strips can take more, and a plan must not come twice.
         is_less = now is not None and now.planned_bytes < self._least_failed
         if now is not None and free is not None and is_less and _may_follow(now, failed):
             self._plan = now
-            text += f"; planned again for {free / 2**30:.2f} GiB that are free now"
             if now.strips is not None and now.strips != failed.strips:
-                text += f": {now.strips} strips"
+                text = said(
+                    "run.planned_strips",
+                    "{failure}; planned again for {free} GiB that are free now: {strips} strips",
+                    failure=text,
+                    free=f"{free / 2**30:.2f}",
+                    strips=now.strips,
+                )
+            else:
+                text = said(
+                    "run.planned",
+                    "{failure}; planned again for {free} GiB that are free now",
+                    failure=text,
+                    free=f"{free / 2**30:.2f}",
+                )
         elif now is not None and _fits(now, failed) and self._may_try_again:
             self._may_try_again = False
-            text += "; tried once more with the memory that was given back"
+            text = said(
+                "run.once_more",
+                "{failure}; tried once more with the memory that was given back",
+                failure=text,
+            )
         else:
             smaller = self._smaller(failed)
             if smaller is None:
@@ -253,7 +278,12 @@ class Run(ABC):
                 self.builder.fallbacks.append(text)
                 raise self._does_not_fit(tried, failure)
             if smaller.lengths != failed.lengths and smaller.strips == failed.strips:
-                text += f"; started again with {smaller.chunk_frames}"
+                text = said(
+                    "run.again",
+                    "{failure}; started again with {frames}",
+                    failure=text,
+                    frames=smaller.chunk_frames,
+                )
             self._plan = self.engine.counted(self.setup, smaller)
         self.builder.strips = self.plan.strips or 1
         self.builder.memory.update(
@@ -332,7 +362,12 @@ class Run(ABC):
         stop = should_stop is not None and should_stop()
         if self.ranks.agree_to_stop(chunk, stop):
             raise DecodeCancelled(
-                f"cancelled after {self.done_frames} of {self.total_frames} frames"
+                said(
+                    "run.cancelled",
+                    "cancelled after {done} of {total} frames",
+                    done=self.videos * self.done_frames,
+                    total=self.builder.total_frames,
+                )
             )
         with self.clock.measure(chunk, self.frames_of(chunk)):
             return in_memory(what, work)
@@ -396,7 +431,8 @@ class Run(ABC):
         on_progress = self.hooks.on_progress
         if on_progress is not None:
             self._fill(wait=False)
-            on_progress(self.done_frames, self.total_frames, self.builder.build("running"))
+            report = self.builder.build("running")
+            on_progress(report.done_frames, report.total_frames, report)
 
     def _translated(self, error: BaseException) -> BaseException:
         """`error`, or for a shard that is out of memory an error that names its rank."""
@@ -438,7 +474,7 @@ class Run(ABC):
     def _fill(self, wait: bool) -> None:
         self.builder.layout["conversions"] = self.counter.conversions
         self.builder.layout["mixed_calls"] = self.counter.mixed_calls
-        self.builder.done_frames = self.done_frames
+        self.builder.done_frames = self.videos * self.done_frames
         self.builder.chunks = self.clock.records(wait)
         self.builder.memory["peak_bytes"] = self.clock.peak_bytes()
 
@@ -453,7 +489,7 @@ def in_memory(what: str, work: Callable[[], T]) -> T:
         failure = first_line(error)
         release_frames(error)
     # Outside of the except block, so that no traceback holds the tensors of the failed attempt.
-    raise DecodeMemoryError(f"{what}: {failure}")
+    raise DecodeMemoryError(said("run.no_memory", "{what}: {failure}", what=what, failure=failure))
 
 
 def granted(

@@ -17,6 +17,7 @@ from ..ops.opset import HaloExchange, LayerChoice
 from ..options import GATHERS, Gather, Operation
 from ..planning.plan import Plan
 from ..report import ReportBuilder, ShardRecord
+from ..said import said
 from ..sharding.context import ShardContext
 from ..sharding.gather import check_gather, gather_picture
 from ..sharding.halo import Shard
@@ -169,8 +170,15 @@ class ShardRanks:
         counter.conversions = sum(row[6] for row in rows)
         if self._shards.idle:
             builder.warnings.append(
-                f"{len(self._shards.idle)} of {self._shards.world_size} ranks stayed idle: the "
-                f"latent has only {self._shards.rows} rows along its {self._shards.axis}"
+                said(
+                    "run.idle_ranks",
+                    "{idle} of {ranks} ranks stayed idle: the latent has only {rows} rows along "
+                    "its {axis}",
+                    idle=len(self._shards.idle),
+                    ranks=self._shards.world_size,
+                    rows=self._shards.rows,
+                    axis=self._shards.axis,
+                )
             )
         return all(row[7] for row in rows)
 

@@ -42,6 +42,7 @@ from ..pipeline import WanVAE, checked_shape
 from ..planning.plan import Plan
 from ..report import DecodeReport
 from ..runs.engine import checked_options
+from ..said import said
 from .devices import Transport, parse_devices, pick_transport
 from .launch import WorkerProcess, receive, settle, spawn, try_send
 from .pipe import ready_of
@@ -54,7 +55,10 @@ Form = Literal["pixels", "image"]
 _CONTROL_BYTES = 4096
 # How long processes wait for the first run that they were started for: a sampler takes minutes.
 _AHEAD_S = 1800.0
-ONE_DEVICE = "one device: nothing to shard; name more devices, or decode without workers"
+ONE_DEVICE = said(
+    "run.one_device",
+    "one device: nothing to shard; name more devices, or decode without workers",
+)
 
 
 @dataclass(frozen=True)

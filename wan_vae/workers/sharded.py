@@ -14,12 +14,18 @@ from ..io.sink import Sink, TensorSink
 from ..options import AxisRequest, Backend, Collect, MemoryFormat, Precision, RunOptions
 from ..pipeline import WanVAE
 from ..runs.decode import DecodeRequest
+from ..said import said
 from .pool import Form, WorkerPool
 
 
 def fallback_note(device: torch.device, error: ShardingError) -> str:
     """The sentence of a report after sharding failed and `device` decoded alone."""
-    return f"decoded on {device} alone, because sharding failed: {error}"
+    return said(
+        "run.alone",
+        "decoded on {device} alone, because sharding failed: {error}",
+        device=device,
+        error=error,
+    )
 
 
 def decode_sharded(

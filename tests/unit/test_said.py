@@ -1,0 +1,145 @@
+"""Sentences of reports: their keys and values travel with them, and Chinese has a text for each."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pickle
+import string
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import wan_vae
+from wan_vae.report import DecodeReport, of_batch
+from wan_vae.said import Said, said, worded
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def templates() -> dict[str, str]:
+    """Key and English text of each `said(...)` in the code; a key is used for one text only."""
+    found: dict[str, str] = {}
+    for folder in ("wan_vae", "nodes"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "said":
+                    key, text = (ast.literal_eval(value) for value in call.args)
+                    assert found.setdefault(key, text) == text, f"{key} has two texts"
+                    assert {word.arg for word in call.keywords} == names(text), (path, key)
+    return found
+
+
+def names(text: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+
+
+def test_chinese_has_every_sentence_with_the_same_values():
+    english = templates()
+    assert len(english) > 30
+    words = json.loads((ROOT / "locales/zh/main.json").read_text(encoding="utf-8"))["wanVae"]
+    chinese = {
+        key.removeprefix("said."): text for key, text in words.items() if key.startswith("said.")
+    }
+    assert sorted(chinese) == sorted(english)
+    for key, text in english.items():
+        assert names(chinese[key]) == names(text), key
+
+
+def test_a_sentence_is_a_string_with_key_and_values():
+    inner = said("a", "no room for {what}", what="it")
+    outer = said("b", "{count} strips: {reason}", count=3, reason=inner)
+    assert outer == "3 strips: no room for it"
+    assert worded([outer, "plain", None]) == {
+        "3 strips: no room for it": {
+            "key": "b",
+            "values": {"count": "3", "reason": "no room for it"},
+        },
+        "no room for it": {"key": "a", "values": {"what": "it"}},
+    }
+    # What goes to another process has no class of ours, which has another name there.
+    assert type(pickle.loads(pickle.dumps(outer))) is str
+    # An error that is raised with it says it.
+    assert isinstance(str(wan_vae.LatentError(outer)), Said)
+
+
+def test_a_report_keeps_the_words_on_its_way_through_another_process():
+    warning = said("c", "{n} frames", n=5)
+    report = DecodeReport("decode", "done", {}, warnings=(warning,), fallbacks=("as it was",))
+    plain = json.loads(json.dumps(report.as_dict()))
+    assert plain["warnings"] == ["5 frames"]
+    assert plain["worded"]["5 frames"] == {"key": "c", "values": {"n": "5"}}
+    again = DecodeReport.from_dict(plain)
+    assert again == report
+    assert worded(again.warnings) == worded((warning,))
+
+
+def test_the_reason_of_the_layout_is_worded(small_vae):
+    small_vae.decode(torch.zeros(1, small_vae.config.z_dim, 1, 4, 4))
+    plain = small_vae.last_report.as_dict()
+    reason = plain["worded"][plain["layout"]["reason"]]
+    assert reason["key"] == "layout.no_gain"
+    assert reason["values"] == {"device": "cpu"}
+    assert all(type(value) is str for value in (plain["layout"]["reason"], *plain["worded"]))
+
+
+@pytest.mark.parametrize("name", ["LatentError", "NotAWanVAEError", "ShardingError", "WanVAEError"])
+def test_errors_name_the_package_and_not_a_folder(name):
+    assert getattr(wan_vae, name).__module__ == "wan_vae"
+
+
+def test_frames_of_a_batch_count_together(small_vae):
+    told = []
+    small_vae.decode(
+        torch.zeros(2, small_vae.config.z_dim, 3, 4, 4),
+        chunk_frames=1,
+        on_progress=lambda done, total, report: told.append((done, total, report.left_ms)),
+    )
+    assert [(done, total) for done, total, _ in told] == [(2, 18), (10, 18), (18, 18)]
+    lefts = [left for *_, left in told]
+    assert lefts[0] > lefts[1] > lefts[2] == 0
+    report = small_vae.last_report
+    assert (report.done_frames, report.total_frames, report.left_ms) == (18, 18, None)
+
+
+def test_the_time_left_is_that_of_the_missing_latent_frames():
+    """One latent frame of 21 is done, which is one frame of 81, after a second."""
+    builder = wan_vae.report.ReportBuilder(
+        "decode", wan_vae.config.wan21(dim=8), torch.device("cpu"), torch.float32
+    )
+    builder.latent_shape, builder.done_frames, builder.total_frames = (1, 16, 21, 4, 4), 1, 81
+    report = builder.build("running")
+    assert report.left_ms == pytest.approx(20 * report.duration_ms)
+
+
+def test_clips_one_after_another_make_one_report():
+    clip = DecodeReport(
+        "decode",
+        "done",
+        {},
+        latent_shape=(1, 16, 3, 4, 4),
+        pixel_shape=(1, 3, 9, 32, 32),
+        done_frames=9,
+        total_frames=9,
+        duration_ms=1000.0,
+        warnings=("NaN",),
+        memory=wan_vae.report.MemoryRecord(peak_bytes=5, output_bytes=7),
+    )
+    second = replace(
+        clip,
+        status="running",
+        done_frames=5,
+        duration_ms=500.0,
+        left_ms=250.0,
+        memory=replace(clip.memory, peak_bytes=4),
+    )
+    both = of_batch([clip, second], 3)
+    assert (both.done_frames, both.total_frames, both.status) == (14, 27, "running")
+    assert both.pixel_shape == (3, 3, 9, 32, 32)
+    assert both.duration_ms == 1500.0
+    assert both.left_ms == 250.0 + 750.0, "the rest of this one, and one like it"
+    assert both.frames_per_s == pytest.approx(14 / 1.5)
+    assert both.warnings == ("NaN",)
+    assert (both.memory.peak_bytes, both.memory.output_bytes) == (5, 14)
