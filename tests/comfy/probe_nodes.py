@@ -72,9 +72,27 @@ class ProbeSink(_Probe):
 _FORMATS = {16: comfy.latent_formats.Wan21, 48: comfy.latent_formats.Wan22}
 
 
+class ProbeHeld:
+    """The latent, once somebody has opened the FIFO at `path` for writing and closed it."""
+
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "hold"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"samples": ("LATENT",), "path": ("STRING", {})}}
+
+    def hold(self, samples, path):
+        with open(path, "rb") as fifo:
+            fifo.read()
+        return (samples,)
+
+
 class ProbeLatent:
     """A latent of any shape from a seed. `kind`: plain, nested, image (4-D), channels_last, nan;
-    flat (3-D), and what is no latent at all: none, keyless, unfilled."""
+    normalised (not with the statistics of a real one), flat (3-D), and what is no latent at all:
+    none, keyless, unfilled."""
 
     RETURN_TYPES = ("LATENT",)
     FUNCTION = "make"
@@ -89,7 +107,7 @@ class ProbeLatent:
     def make(self, batch, channels, frames, height, width, seed, kind):
         generator = torch.Generator().manual_seed(seed)
         latent = torch.randn(batch, channels, frames, height, width, generator=generator)
-        if channels in _FORMATS:  # with the statistics of a real one, as a sampler gives it
+        if channels in _FORMATS and kind != "normalised":  # with the statistics of a real one, as a sampler gives it
             latent = _FORMATS[channels]().process_out(latent)
         if kind == "nested":
             audio = torch.zeros(batch, 8, 5)
@@ -356,6 +374,7 @@ NODE_CLASS_MAPPINGS = {
         ProbeCompareImages,
         ProbeCompareLatents,
         ProbeSink,
+        ProbeHeld,
         ProbeLatent,
         ProbeChoice,
         ProbeFrames,

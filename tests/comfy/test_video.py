@@ -302,7 +302,8 @@ def test_a_latent_that_looks_normalised_gets_a_hint(comfy):
     """Random numbers of a normal distribution are what a normalised latent looks like."""
     hints = []
     for normalized in (False, True):
-        run = comfy.run(decode(latent(frames=2, height=6, seed=77), normalized=normalized))
+        samples = latent(frames=2, height=6, seed=77, kind="normalised")
+        run = comfy.run(decode(samples, normalized=normalized))
         assert run.error is None, run.error
         hints.append(run.report("3")["warnings"])
     assert len(hints[0]) == 1 and hints[1] == []
