@@ -7,6 +7,7 @@ The sources stand in the README itself, in HTML comments; benchmarks/README.md d
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections import Counter
@@ -197,7 +198,8 @@ def _look_up(name: str, path: str, results: Path) -> tuple[float, str]:
     file = results / name
     if not file.is_file():
         raise SourceError(f"there is no benchmarks/results/{name}")
-    *conditions, wanted = (part.strip() for part in path.split(","))
+    # In quotes, a value may have commas.
+    *conditions, wanted = next(csv.reader([path.strip()], skipinitialspace=True))
     rows = [
         row
         for row in _rows(json.loads(file.read_text(encoding="utf-8")))
