@@ -93,7 +93,7 @@ def test_triton_without_a_gpu_says_why(weights, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     rows = rows_of(Ours("triton"), weights)
     assert [(r.kind, r.route) for r in rows] == [("unavailable", r) for r in ("device", "image")]
-    assert "triton" in rows[0].reason or "CUDA" in rows[0].reason
+    assert rows[0].reason == "no GPU"
 
 
 @pytest.mark.parametrize("name", ["wan2.1-narrow", "wan2.2-narrow"])

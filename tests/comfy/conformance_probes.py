@@ -416,7 +416,8 @@ class ProbeCopies(_Probe):
 
 
 class ProbeGiveBack(_Probe):
-    """Gives back `mib` of memory through our `ComfyMemory`, as a run that has too little does.
+    """Gives back `mib` of memory through our `ComfyMemory`, as a run that has too little does, once
+    `image` and `before` are made.
 
     The classes of the models that ComfyUI holds before and after, and what `held` names.
     """
@@ -424,9 +425,10 @@ class ProbeGiveBack(_Probe):
     @classmethod
     def INPUT_TYPES(cls):
         number = ("INT", {"min": 0, "max": 1 << 40})
-        return {"required": {"mib": number, "image": ("IMAGE",), "salt": number}}
+        images = {"image": ("IMAGE",), "before": ("IMAGE",)}
+        return {"required": {"mib": number, **images, "salt": number}}
 
-    def probe(self, mib, image, salt):
+    def probe(self, mib, image, before, salt):
         (module,) = (m for name, m in sys.modules.items() if name.endswith(".nodes.packed"))
         (copy, *_) = reversed(module.COPIES._copies.values())
         memory, manager = copy.memory, module.model_management

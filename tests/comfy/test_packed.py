@@ -134,13 +134,13 @@ def test_a_run_that_has_too_little_moves_other_models_away_and_keeps_its_own(env
     server.install_probe()
 
     def prompt(mib: int) -> dict:
+        salt = uuid.uuid4().int % 2**30
         return {
             "1": load_vae(VAES[0]),
             "2": latent(frames=1, seed=450 + mib % 2),
             "3": node("VAEDecode", vae=["1", 0], samples=["2", 0]),  # loads ComfyUI's own
-            "4": node("ProbeSink", value=["3", 0]),
             "6": node("WanVAEDecode", vae=["1", 0], samples=["2", 0]),
-            "5": node("ProbeGiveBack", mib=mib, image=["6", 0], salt=uuid.uuid4().int % 2**30),
+            "5": node("ProbeGiveBack", mib=mib, image=["6", 0], before=["3", 0], salt=salt),
         }
 
     with server as comfy:

@@ -382,7 +382,7 @@ def test_warm_says_what_was_compiled_for_a_card_that_is_not_here(compiled, monke
         assert f"  {what}: " in said
     assert compiled
     assert main(["warm", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out == "cpu (CPU): nothing to compile (no CUDA device)\n"
+    assert capsys.readouterr().out == "cpu (CPU): nothing to compile (no GPU)\n"
     assert main(["warm", "--card", "GTX 960"]) == 1
     assert "expected a compute capability" in capsys.readouterr().err
 

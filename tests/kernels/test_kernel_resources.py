@@ -59,9 +59,10 @@ def compiled(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     return rows
 
 
-def test_what_hopper_tries_first_compiles_fits_and_does_not_spill(tmp_path):
-    """Both families in one process: most of their kernels are the same."""
-    rows = compiled(tmp_path, "--card", "sm_90")
+@pytest.mark.parametrize("family", ["wan2.1", pytest.param("wan2.2", marks=pytest.mark.full)])
+def test_what_hopper_tries_first_compiles_fits_and_does_not_spill(tmp_path, family):
+    """Most kernels of the second are those of the first."""
+    rows = compiled(tmp_path, "--card", "sm_90", "--family", family)
     assert {row["kernel"].split()[0] for row in rows} == {
         *("latent", "features", "pixels", "norm_conv3d", "head", "norm"),
         *("upsample_conv2d", "strided_conv", "attention"),
@@ -79,7 +80,10 @@ def test_what_cards_without_tma_try_first_compiles_fits_and_does_not_spill(tmp_p
     assert {row["loads"] for row in rows} == {"pointer"}
 
 
-@pytest.mark.parametrize("architecture", ["gfx1100", "gfx1201", "gfx942"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["gfx1100", *(pytest.param(name, marks=pytest.mark.full) for name in ("gfx1201", "gfx942"))],
+)
 def test_what_amds_cards_try_first_compiles_fits_and_does_not_spill(architecture, tmp_path):
     """All layers of a decode and an encode of Wan 2.1; what else is tried, and Wan 2.2, takes
     minutes: `wan-vae bench resources --check`."""
@@ -112,9 +116,10 @@ def nvrtc():
 
 
 @pytest.mark.usefixtures("nvrtc")
-def test_what_a_geforce_tries_first_in_cuda_fits(tmp_path):
-    """Chosen as for a card of capability 8.6, for both models, videos and images."""
-    rows = checked(tmp_path, "--kernels", "cuda", "--card", "sm_86", "--first")
+@pytest.mark.parametrize("family", ["wan2.1", pytest.param("wan2.2", marks=pytest.mark.full)])
+def test_what_a_geforce_tries_first_in_cuda_fits(tmp_path, family):
+    """Chosen as for a card of capability 8.6, for videos and images."""
+    rows = checked(tmp_path, "--kernels", "cuda", "--card", "sm_86", "--first", "--family", family)
     names = [row["kernel"] for row in rows]
     assert {name.split()[0] for name in names} == {
         *("conv3d", "norm_conv3d", "head", "upsample_conv2d", "strided_conv", "attention"),
