@@ -53,6 +53,7 @@ class Session:
         self.warnings: list[str] = []
         self.fallbacks: list[str] = []
         self._packed: Packed | None = None
+        self._memory: ComfyMemory | None = None
         self._before: DecodeReport | None = None
         # Milliseconds of the node's own phases, which the final report gets too.
         self._laps: dict[str, float] = {}
@@ -136,7 +137,9 @@ class Session:
     @property
     def memory(self) -> ComfyMemory:
         """The device's memory, which ComfyUI manages; for the library."""
-        return self.packed.memory
+        if self._memory is None:
+            self._memory = self.packed.memory
+        return self._memory
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -189,7 +192,8 @@ class Session:
                     # Strips compute rows twice: they are for memory that is not there.
                     plan = planned(latent_shape, 1) if smaller.strips else smaller
         with self.timed("room"):
-            self.packed.load(plan.needed_bytes)
+            if not self.memory.has(plan.needed_bytes):
+                self.packed.load(plan.needed_bytes)
         return plan
 
     def look_at(self, latent: torch.Tensor, normalized: bool) -> None:
