@@ -30,6 +30,7 @@ from ..wan_vae.io.sink import Sink
 from ..wan_vae.options import MemoryFormat, Operation, RunOptions
 from ..wan_vae.report import SCHEMA, of_batch
 from ..wan_vae.runs.engine import PROOF_BYTES, SetupRequest
+from ..wan_vae.runs.run import ready
 from . import inputs
 from .device_memory import ComfyMemory
 from .packed import COPIES, Packed
@@ -166,12 +167,17 @@ class Session:
         free that much.
         """
         # Weights first: the device that holds them decides which kernels run.
-        request = SetupRequest(operation, tuple(latent_shape), RunOptions())
+        options = RunOptions(memory_format=memory_format)
+        request = SetupRequest(operation, tuple(latent_shape), options)
         proves = self.wan.engine.may_prove(request, self.packed.device)
         if proves:
             self.enter("compiling")
         if proves or not self.packed.is_ready:
-            self.packed.load(PROOF_BYTES if proves else 0)
+            with self.timed("load"):
+                self.packed.load(PROOF_BYTES if proves else 0)
+        if proves:
+            with self.timed("kernels"):
+                ready(self.wan.engine, request, self.memory)
 
         def planned(shape: Sequence[int], frames: int | None, free_bytes: float = math.inf) -> Plan:
             return self.wan.plan(
