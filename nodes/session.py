@@ -30,6 +30,7 @@ from ..wan_vae.io.sink import Sink
 from ..wan_vae.options import MemoryFormat, Operation, RunOptions
 from ..wan_vae.report import SCHEMA, of_batch
 from ..wan_vae.runs.engine import PROOF_BYTES, SetupRequest
+from ..wan_vae.runs.run import ready
 from . import inputs
 from .device_memory import ComfyMemory
 from .packed import COPIES, Packed
@@ -53,6 +54,7 @@ class Session:
         self.warnings: list[str] = []
         self.fallbacks: list[str] = []
         self._packed: Packed | None = None
+        self._memory: ComfyMemory | None = None
         self._before: DecodeReport | None = None
         # Milliseconds of the node's own phases, which the final report gets too.
         self._laps: dict[str, float] = {}
@@ -136,7 +138,9 @@ class Session:
     @property
     def memory(self) -> ComfyMemory:
         """The device's memory, which ComfyUI manages; for the library."""
-        return self.packed.memory
+        if self._memory is None:
+            self._memory = self.packed.memory
+        return self._memory
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -163,12 +167,17 @@ class Session:
         free that much.
         """
         # Weights first: the device that holds them decides which kernels run.
-        request = SetupRequest(operation, tuple(latent_shape), RunOptions())
+        options = RunOptions(memory_format=memory_format)
+        request = SetupRequest(operation, tuple(latent_shape), options)
         proves = self.wan.engine.may_prove(request, self.packed.device)
         if proves:
             self.enter("compiling")
         if proves or not self.packed.is_ready:
-            self.packed.load(PROOF_BYTES if proves else 0)
+            with self.timed("load"):
+                self.packed.load(PROOF_BYTES if proves else 0)
+        if proves:
+            with self.timed("kernels"):
+                ready(self.wan.engine, request, self.memory)
 
         def planned(shape: Sequence[int], frames: int | None, free_bytes: float = math.inf) -> Plan:
             return self.wan.plan(
@@ -189,7 +198,8 @@ class Session:
                     # Strips compute rows twice: they are for memory that is not there.
                     plan = planned(latent_shape, 1) if smaller.strips else smaller
         with self.timed("room"):
-            self.packed.load(plan.needed_bytes)
+            if not self.memory.has(plan.needed_bytes):
+                self.packed.load(plan.needed_bytes)
         return plan
 
     def look_at(self, latent: torch.Tensor, normalized: bool) -> None:

@@ -131,13 +131,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def free_bytes(device: torch.device) -> int | None:
+def free_bytes(device: torch.device, driver_free: int | None = None) -> int | None:
     """Bytes that a run may still allocate on `device`; None where nobody can say (the CPU,
     DirectML, Intel cards and Macs whose PyTorch or driver does not tell).
 
     On CUDA: what the driver reports, plus what PyTorch's allocator holds and can hand out again,
     within the memory fraction of the process if one was set. On a Mac: what Metal recommends as the
     most, less what this process has. On Intel's cards: as on CUDA.
+
+    driver_free: what the driver of a CUDA device has just reported, where somebody has asked it: on
+    some hosts its answer takes longer than a small decode (13 ms beside an H200).
     """
     if device.type == "mps":
         most = getattr(torch.mps, "recommended_max_memory", None)  # PyTorch 2.5
@@ -146,14 +149,31 @@ def free_bytes(device: torch.device) -> int | None:
         return _xpu_free_bytes(device)
     if device.type != "cuda":
         return None
-    free, total = torch.cuda.mem_get_info(device)
-    taken = torch.cuda.memory_allocated(device) + _unusable_bytes(device)
-    free += torch.cuda.memory_reserved(device) - taken
+    free = torch.cuda.mem_get_info(device)[0] if driver_free is None else driver_free
+    stats = torch.cuda.memory_stats(device)
+    taken = int(stats.get("allocated_bytes.all.current", 0))
+    if allocator_of(device) == "caching":
+        # Held in pieces between tensors that are alive: the allocator cannot give them back, and a
+        # large tensor does not fit into them. Segments that grow give back single pages, and CUDA's
+        # own pool counts no pieces.
+        taken += int(stats.get("inactive_split_bytes.all.current", 0))
+    free += int(stats.get("reserved_bytes.all.current", 0)) - taken
     # PyTorch before 2.8 does not say what was set.
     fraction_of = getattr(torch.cuda, "get_per_process_memory_fraction", None)
     if fraction_of is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
         free = min(free, int(fraction_of(device) * total) - taken)
     return max(0, free)
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """Bytes of the tensors of this process on `device`, as PyTorch counts them without asking
+    anybody; 0 where it does not count (the CPU, DirectML)."""
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    if device.type in ("cuda", "xpu"):
+        return int(getattr(torch, device.type).memory_allocated(device))
+    return 0
 
 
 # Who hands out device memory: PyTorch's caching allocator, the same with segments that grow (its
@@ -175,17 +195,6 @@ def allocator_named(environment: Mapping[str, str]) -> Allocator:
     if "backend:cudamallocasync" in words:
         return "cudaMallocAsync"
     return "expandable_segments" if "expandable_segments:true" in words else "caching"
-
-
-def _unusable_bytes(device: torch.device) -> int:
-    """What the caching allocator holds in pieces between tensors that are alive.
-
-    It cannot give them back, and a large tensor does not fit into them. Segments that grow give
-    back single pages, and CUDA's own pool counts no pieces.
-    """
-    if allocator_of(device) != "caching":
-        return 0
-    return int(torch.cuda.memory_stats(device).get("inactive_split_bytes.all.current", 0))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,14 @@ def _node(class_type: str, **inputs: object) -> dict[str, Any]:
 class ColdRow:
     """One measurement. ms: of the node, by ComfyUI's messages; decode_ms: of these, the decode as
     its report counts it; speed: of the sampler in front of it, steps a second. said: lines of our
-    pack in ComfyUI's log."""
+    pack in ComfyUI's log. host_ms: of the host by phase, by its report."""
 
     what: str
     ms: float
     decode_ms: float
     speed: float | None = None
     said: tuple[str, ...] = ()
+    host_ms: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def own_ms(self) -> float:
@@ -121,7 +122,8 @@ def _measured(
     report = run.report(_DECODE)
     speed = run.outputs[_SAMPLER]["speed"][0] if sample_s else None
     said = tuple(line for line in server.log_text().splitlines() if "Wan VAE:" in line)
-    return ColdRow(what, clock.ms, report["duration_ms"], speed, said)
+    host_ms = report.get("host_ms", {})
+    return ColdRow(what, clock.ms, report["duration_ms"], speed, said, host_ms)
 
 
 def _warm(
@@ -147,5 +149,12 @@ def cold_lines(rows: list[ColdRow]) -> list[str]:
     if len(speeds) == 2 and speeds[0]:
         change = speeds[1] / speeds[0] - 1
         lines += ["", f"The sampler's speed while kernels are compiled: {change:+.1%}."]
+    phases = list(dict.fromkeys(phase for row in rows for phase in row.host_ms))
+    if phases:
+        lines += ["", f"| milliseconds of the host | {' | '.join(phases)} |"]
+        lines.append(f"|---|{'---:|' * len(phases)}")
+    for row in rows if phases else ():
+        numbers = (f"{row.host_ms.get(phase, 0.0):.1f}" for phase in phases)
+        lines.append(f"| {row.what} | {' | '.join(numbers)} |")
     said = dict.fromkeys(line for row in rows for line in row.said)
     return [*lines, *(["", *(f"- {line}" for line in said)] if said else [])]

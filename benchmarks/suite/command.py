@@ -59,6 +59,7 @@ _RUN: dict[str, Callable[[Sequence[str]], int]] = {
     "nodes": _own_process("comfyui_nodes.py"),
     "small": small_cards.main,
     "host": host_memory.main,
+    "start": _own_process("next_process.py"),
     "video": _own_process("video.py"),
     "forms": conv_forms.main,
 }

@@ -15,6 +15,7 @@ OTHER_PARTS = {
     "nodes": "our nodes in a running ComfyUI (COMFYUI_PATH): time and memory",
     "small": "IMAGE and a stream of frames on a card with little memory (a GPU)",
     "video": "a latent to an mp4, beside x264 alone and an IMAGE that is saved",
+    "start": "where the seconds of a process's first decode go, phase by phase",
     "host": "what fresh host memory costs a copy from the GPU",
 }
 

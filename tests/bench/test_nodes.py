@@ -223,7 +223,7 @@ def test_waiting_is_measured_in_three_comfyuis_of_which_one_has_the_caches_of_an
             speed = 2.0 if started[-1][0] == "alone" else 1.99
             return SimpleNamespace(
                 error=None,
-                report=lambda node: {"duration_ms": 40.0},
+                report=lambda node: {"duration_ms": 40.0, "host_ms": {"node: plan": 2.5}},
                 outputs={"3": {"speed": [speed]}},
             )
 
@@ -253,6 +253,8 @@ def test_waiting_is_measured_in_three_comfyuis_of_which_one_has_the_caches_of_an
     assert "The sampler's speed while kernels are compiled: -0.5%." in page
     assert page.count("39 kernels are compiled ahead") == 1
     assert [row.decode_ms for row in rows] == [40.0] * 10
+    assert "| milliseconds of the host | node: plan |" in page
+    assert page.count("| 2.5 |") == 10
 
 
 def test_several_devices_do_the_work_of_one():

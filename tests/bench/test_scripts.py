@@ -6,15 +6,19 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from benchmarks import encode, small_cards
+from benchmarks import encode, next_process, small_cards
 from benchmarks.every_kernel import once, trials
+from tests.conftest import random_state
+from wan_vae.config import wan21
 from wan_vae.kernels.device import CARDS
 from wan_vae.kernels.registry import kernels_of
 from wan_vae.ops.problem import Operation
@@ -39,6 +43,32 @@ def test_a_chunk_is_profiled_whole_and_as_a_shard():
     assert [lines[i].split(",")[0] for i in heads] == ["rank 0 of 1", "rank 0 of 2"]
     assert all(float(lines[i + 1].split()[0]) > 0 for i in heads)
     assert any("convolution" in line for line in lines)
+
+
+def test_a_first_decode_is_timed_phase_by_phase(tmp_path):
+    config = wan21(dim=8)
+    save_file(random_state(config), tmp_path / "vae.safetensors")
+    job = {
+        "file": str(tmp_path / "vae.safetensors"),
+        "device": "cpu",
+        "latent": [1, config.z_dim, 2, 4, 4],
+        "profile": 3,
+        "started_s": time.time(),
+    }
+    found = next_process.process(job)
+    phases = list(found["ms"])
+    assert phases[0] == "Python and PyTorch" and phases[-2:] == [
+        "rest of the decode",
+        "second decode",
+    ]
+    assert all(ms > 0 for ms in found["ms"].values())
+    # Of the whole decode the first pass is the first part.
+    assert found["ms"]["first pass"] > found["ms"]["rest of the decode"]
+    assert [len(lines) for lines in found["functions"].values()] == [3, 3, 3]
+    page = next_process.lines_of(["next"], [found])
+    assert all(any(line.startswith(f"| {phase} |") for line in page) for phase in phases)
+    waited = sum(ms for name, ms in found["ms"].items() if name not in (phases[0], phases[-1]))
+    assert f"| {waited:.1f} |" in page[2 + len(phases)]
 
 
 def test_the_encoder_is_held_against_others_before_it_is_timed(tmp_path, monkeypatch):

@@ -3,10 +3,13 @@
 Copied into the server's custom_nodes as a pack of its own; not part of the pack under test.
 """
 
+import collections
 import copy
 import gc
 import itertools
+import os
 import sys
+import types
 
 import comfy.nested_tensor
 import comfy.sd
@@ -442,11 +445,61 @@ class ProbeGiveBack(_Probe):
         return {"ui": {**found, "free": [free], "ours": [type(copy.wan.model).__name__]}}
 
 
+# Functions by file and name, of what a run may do; of C functions the name alone.
+COUNTED = {
+    ("model_management.py", "get_free_memory"): "asks for free memory",
+    ("model_management.py", "load_models_gpu"): "asks ComfyUI to load or free",
+    ("fingerprint.py", "fingerprint"): "samples of all weights",
+    ("checkpoint.py", "canonical_state_dict"): "copies of all weights",
+    ("choose.py", "choose"): "plans",
+    ("cache.py", "ProofCache._read"): "reads of proofs",
+    ("program.py", "build"): "builds of kernels",
+    ("device.py", "host_free_bytes"): "asks for free host memory",
+    ("reports.py", "Reporter.send"): "reports sent",
+    ("report.py", "DecodeReport.as_dict"): "reports made",
+    ("subprocess.py", "Popen.__init__"): "processes",
+    ("threading.py", "Thread.start"): "threads",
+}
+COUNTED_IN_C = {"openssl_sha256": "hashes", "sha256": "hashes"}
+
+
+class ProbeCounts(_Probe):
+    """Decodes twice with our node, and counts what the second run does, beside the arithmetic."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"samples": ("LATENT",), "vae": ("VAE",)}}
+
+    def probe(self, samples, vae):
+        (module,) = (m for name, m in sys.modules.items() if name.endswith(".nodes.decode"))
+        hidden = types.SimpleNamespace(unique_id="counted", dynprompt=None, extra_pnginfo=None)
+        counted = type("Counted", (module.WanVAEDecode,), {"hidden": hidden})
+        counted.execute(samples, vae)
+        counts = collections.Counter()
+
+        def note(frame, event, called):
+            if event == "call":
+                code = frame.f_code
+                what = COUNTED.get((os.path.basename(code.co_filename), code.co_qualname))
+            else:
+                what = COUNTED_IN_C.get(called.__name__) if event == "c_call" else None
+            if what is not None:
+                counts[what] += 1
+
+        sys.setprofile(note)
+        try:
+            counted.execute(samples, vae)
+        finally:
+            sys.setprofile(None)
+        return {"ui": {"counts": [dict(counts)]}}
+
+
 NODE_CLASS_MAPPINGS = {
     cls.__name__: cls
     for cls in (
         ProbeCompare,
         ProbeGiveBack,
+        ProbeCounts,
         ProbeConditioning,
         ProbeClip,
         ProbeMask,

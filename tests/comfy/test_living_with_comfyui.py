@@ -210,3 +210,22 @@ def test_weights_as_other_packs_leave_them(comfy, kind):
     run = comfy.run(prompt)
     assert run.error is None, run.error
     assert run.outputs["5"]["difference"][0] < (0.05 if "float" in kind else TOLERANCE)
+
+
+def test_what_a_warm_run_does_beside_the_decode(comfy):
+    """Each of these was seen to take milliseconds; an image is decoded in ten."""
+    prompt = {
+        "1": load_vae(),
+        "2": latent(frames=1, seed=17),
+        "3": node("ProbeCounts", samples=["2", 0], vae=["1", 0]),
+    }
+    run = comfy.run(prompt)
+    assert run.error is None, run.error
+    (counts,) = run.outputs["3"]["counts"]
+    once = ("asks for free memory", "samples of all weights", "plans")
+    assert {what: counts.pop(what, 0) for what in once} == dict.fromkeys(once, 1)
+    assert counts.pop("asks for free host memory", 0) <= 1
+    # That it plans, one while it runs, and the last.
+    assert counts.pop("reports sent") <= 3 and counts.pop("reports made") <= 2
+    # Nothing is hashed, read, copied, built or started again.
+    assert counts == {}

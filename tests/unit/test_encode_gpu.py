@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def uses_kernels(vae: WanVAE) -> bool:
     ids=["2.1-480p", "2.1-720p", "2.1-720p-3-strips", "2.1-image", "2.2-720p"],
 )
 def test_the_measured_peak_is_within_15_percent_of_the_plan(
-    config, frames, height, width, strips, backend, memory_format
+    monkeypatch, config, frames, height, width, strips, backend, memory_format
 ):
     vae = vae_of(config)
     image = frames_view(frames_of(frames, height, width))
@@ -77,10 +78,18 @@ def test_the_measured_peak_is_within_15_percent_of_the_plan(
     report = vae.last_report
     found = report.memory
     assert report.fallbacks == ()
-    # As for decodes: for one frame in NCDHW cuDNN takes memory on some cards and none on others.
-    most = 2.0 if (frames, memory_format) == (1, "contiguous") else 1.15
-    assert 0.85 < found.planned_bytes / found.peak_bytes < most, (
-        f"planned {found.planned_bytes / 2**30:.2f} GiB, measured {found.peak_bytes / 2**30:.2f}"
+    planned = [found.planned_bytes]
+    if (frames, memory_format) == (1, "contiguous"):
+        # For one frame in NCDHW cuDNN unfolds columns on some cards, nine operands for which the
+        # plan allows. On others it converts operand and result, as for several frames: of a
+        # 1024x1024 image that is 1.02 GiB in all (measured) instead of 2.4.
+        monkeypatch.setattr("wan_vae.planning.peak._IMAGE_COLUMNS", 2)
+        shape = report.latent_shape
+        plan = vae.plan(shape, operation="encode", free_bytes=math.inf, **options)
+        planned.append(plan.planned_bytes)
+    assert any(0.85 < n / found.peak_bytes < 1.15 for n in planned), (
+        f"planned {[round(n / 2**30, 2) for n in planned]} GiB, "
+        f"measured {found.peak_bytes / 2**30:.2f}"
     )
 
 
@@ -165,10 +174,11 @@ def test_pixels_from_the_host_arrive_as_they_are(strips, dtype):
 
 
 def test_the_clip_never_lies_on_the_card():
+    """In chunks of one length: those that are planned for 81 frames are shorter, and take less."""
     vae = vae_of(wan21())
     image = frames_view(frames_of(161, 256, 256))
     for frames in (81, 161):
-        vae.encode(image[:, :, :frames], unit_range=True)
+        vae.encode(image[:, :, :frames], unit_range=True, chunk_frames=8)
         found = vae.last_report.memory
         if frames == 81:
             first = found.peak_bytes

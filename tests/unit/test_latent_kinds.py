@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import SMALL_CONFIGS
 from wan_vae.config import wan21, wan22
@@ -77,6 +78,48 @@ def test_strides_and_dtype_of_the_latent_do_not_matter():
     last = normalised.contiguous(memory_format=torch.channels_last_3d)
     assert statistics_hint(last, config) == text
     assert statistics_hint(normalised.half(), config) is not None
+
+
+class Reads(TorchDispatchMode):
+    """How many numbers each operation read, and which operations there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.names = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().partition(".")[0].removeprefix("aten::")
+        # A view reads nothing.
+        if not func.is_view:
+            self.names.append(name)
+            sizes = [one.numel() for one in args if isinstance(one, torch.Tensor)]
+            self.largest = max(self.largest, *sizes, 0)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(21, 90, 160), (1, 512, 512), (400, 3, 3), (1, 1, 30000)])
+def test_a_large_latent_is_sampled(shape):
+    """It lies on a device or is some hundred MB, and this is a hint: no copy of it is made."""
+    config = CONFIGS["wan2.1"]
+    noise = torch.randn((2, config.z_dim, *shape), generator=torch.Generator().manual_seed(0))
+    with Reads() as reads:
+        assert statistics_hint(noise, config) is not None
+    assert 1024 * config.z_dim <= reads.largest <= 4096 * config.z_dim
+    # To the host once: what follows is of some channels.
+    assert reads.names.count("stack") == 1
+
+
+@pytest.mark.parametrize("dim", [0, 2, 3, 4])
+def test_the_sample_is_of_all_of_it(dim):
+    """A latent whose first half looks like the other kind is none."""
+    config = CONFIGS["wan2.1"]
+    first, second = (one.repeat(2, 1, 10, 12, 12) for one in kinds(config, 0))
+    assert statistics_hint(first, config) is not None
+    assert statistics_hint(torch.cat((first, second), dim), config) is None
+
+
+def test_a_latent_of_another_vae_is_for_others_to_refuse():
+    assert statistics_hint(torch.randn(1, 48, 2, 4, 4), CONFIGS["wan2.1"]) is None
 
 
 @pytest.mark.parametrize(

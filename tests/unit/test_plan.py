@@ -113,6 +113,45 @@ def test_memory_that_has_gone_since_is_planned_again_and_said(small_vae):
     assert "planned again" in report.plan["notes"][0] and "are free now" in report.plan["notes"][0]
 
 
+class Counted:
+    """A `DeviceMemory` that counts how often it is asked."""
+
+    def __init__(self, free: int):
+        self.free, self.asked = free, 0
+
+    def free_bytes(self) -> int:
+        self.asked += 1
+        return self.free
+
+    def give_back(self, wanted_bytes: int) -> None:
+        """Nothing can be given back."""
+
+    def held(self) -> dict[str, int]:
+        return {}
+
+
+def test_a_plan_that_fits_is_not_made_again(small_vae, monkeypatch):
+    z = latent_of(small_vae, 4, 40, 3)
+    plan = small_vae.plan(z.shape, free_bytes=math.inf)
+    made, real = [], type(small_vae.engine).plan
+
+    def counted(engine, setup, **more):
+        made.append(real(engine, setup, **more))
+        return made[-1]
+
+    monkeypatch.setattr(type(small_vae.engine), "plan", counted)
+    enough, short = Counted(plan.needed_bytes), Counted(plan.needed_bytes - 2)
+    small_vae.decode(z, plan=plan, memory=enough)
+    report = small_vae.last_report
+    assert (enough.asked, made) == (1, [])
+    assert report.memory.free_bytes == plan.needed_bytes and report.plan["notes"] == []
+    # What is missing is two bytes, which a plan for what is free now does without.
+    small_vae.decode(z, plan=plan, memory=short)
+    assert short.asked > 1 and made
+    assert small_vae.last_report.memory.planned_bytes == made[-1].planned_bytes
+    assert made[-1].planned_bytes < plan.planned_bytes
+
+
 def test_a_plan_with_strips_is_made_again_for_a_sink_that_needs_whole_frames(small_vae):
     z = latent_of(small_vae)
     plan = small_vae.plan(z.shape, strips=2, chunk_frames=1)

@@ -104,6 +104,46 @@ def test_every_text_is_one_that_a_platform_says():
 # -- free memory --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("backend", "settings", "free"),
+    [
+        ("native", "", 100 + 50 - 30 - 8),
+        ("native", "expandable_segments:True", 100 + 50 - 30),
+        ("cudaMallocAsync", "", 100 + 50 - 30),
+    ],
+)
+def test_free_memory_of_a_cuda_device_asks_the_driver_once_or_not_at_all(
+    monkeypatch, backend, settings, free
+):
+    asked, card = [], torch.device("cuda", 0)
+    stats = {
+        "allocated_bytes.all.current": 30,
+        "reserved_bytes.all.current": 50,
+        "inactive_split_bytes.all.current": 8,
+    }
+
+    def driver(device):
+        asked.append(device)
+        return 100, 1000
+
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", settings)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", driver)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
+    total = SimpleNamespace(total_memory=1000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
+    share = [1.0]
+    monkeypatch.setattr(
+        torch.cuda, "get_per_process_memory_fraction", lambda device: share[0], raising=False
+    )
+    assert free_bytes(card) == free and asked == [card]
+    assert free_bytes(card, 100) == free and free_bytes(card, 60) == free - 40 and len(asked) == 1
+    # At most a tenth of the card for this process: 100, of which 30 (and pieces) are taken.
+    share[0] = 0.1
+    assert free_bytes(card, 100) == free - 50 and free_bytes(card, 0) == max(0, free - 100)
+
+
 def test_free_memory_of_a_mac(monkeypatch):
     mps = torch.device("mps")
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 5)

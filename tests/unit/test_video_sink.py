@@ -6,6 +6,7 @@ import io
 import threading
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -19,6 +20,7 @@ from wan_vae.io import video_sink
 from wan_vae.io.video_encode import Sound, VideoEncoder, VideoSettings
 from wan_vae.io.video_sink import VideoFileSink, VideoStreamSink
 from wan_vae.io.video_write import TeeSink, to_uint8
+from wan_vae.io.yuv import to_yuv420
 
 HEIGHT, WIDTH = 48, 64
 
@@ -130,6 +132,21 @@ def test_sound_lies_beside_the_pictures_and_ends_with_them(name, channels, rate,
     with av.open(str(tmp_path / name)) as file:
         kinds = [p.stream.type for p in file.demux() if p.dts is not None]
     assert "audio" in kinds[: len(kinds) // 2], "the sound is not written after all pictures"
+
+
+def test_x264_begins_early_in_a_usual_clip(tmp_path, monkeypatch):
+    """What it looks ahead is what the decode must make before x264 has work for its threads."""
+    encoder = VideoEncoder(tmp_path / "clip.mp4", "mp4", (HEIGHT, WIDTH), 16, VideoSettings())
+    encoder._stream.codec_context.thread_count = 1
+    file, packets = encoder._file, []
+    monkeypatch.setattr(encoder, "_file", SimpleNamespace(mux=packets.append, close=file.close))
+    given, planes = 0, to_yuv420(clip(1)[0, :, 0]).numpy()
+    while not packets:
+        encoder.put(planes)
+        given += 1
+    assert 20 < given < 30, "of 81"
+    encoder.finish()
+    assert len(packets) == given
 
 
 def test_an_open_file_gets_the_same_video(tmp_path):

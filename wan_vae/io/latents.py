@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +317,24 @@ def check_pixels(pixels: torch.Tensor, config: WanVAEConfig) -> None:
         raise LatentError(f"the video is of {pixels.dtype}: expected floating values in [-1, 1]")
 
 
+# Numbers of each channel at which `statistics_hint` looks, at most. The deviation of so many is
+# right to two percent, and it is a matter of tens.
+_SAMPLED = 4096
+
+
+def _sample(latent: torch.Tensor) -> torch.Tensor:
+    """Every so-many-th row, column, frame and video of `latent` [B, z, T, H, W]; a view."""
+    b, _, t, h, w = latent.shape
+    steps = [1, 1, 1, 1]
+    sizes = [b, t, h, w]
+    while prod(-(-size // step) for size, step in zip(sizes, steps, strict=True)) > _SAMPLED:
+        # Of the dimension of which most is left; neighbours are alike along each of them.
+        left = [-(-size // step) for size, step in zip(sizes, steps, strict=True)]
+        steps[left.index(max(left))] += 1
+    videos, frames, rows, columns = steps
+    return latent[::videos, :, ::frames, ::rows, ::columns]
+
+
 def statistics_hint(
     latent: torch.Tensor, config: WanVAEConfig, normalized: bool = False
 ) -> str | None:
@@ -325,12 +344,16 @@ def statistics_hint(
     them (`normalized`); or as the VAE makes them, with the statistics in `config`, as ComfyUI does.
     Two signs must agree: which of the two normal distributions fits better, and whether the
     deviations of the channels follow those in `config` (slope 1 on a logarithmic scale) or not
-    (slope 0), which does not depend on the contrast of the picture. It is a sign and no proof.
+    (slope 0), which does not depend on the contrast of the picture. It is a sign and no proof, so a
+    sample of a large latent is enough; it is looked at where the latent is.
     """
     if config.latents_mean is None or config.latents_std is None:
         return None
-    values = latent.detach().float().transpose(0, 1).flatten(1).cpu()
-    mean, std = values.mean(dim=1), values.std(dim=1, correction=0)
+    if latent.shape[1] != config.z_dim:
+        return None  # of another VAE: the decode will say so
+    values = _sample(latent.detach()).float().transpose(0, 1).flatten(1)
+    # Both in one transfer.
+    mean, std = torch.stack((values.mean(dim=1), values.std(dim=1, correction=0))).cpu()
     if not bool((std > 1e-3).all()):
         return None  # a channel without contrast says nothing
     their_mean, their_std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)

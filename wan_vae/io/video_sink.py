@@ -104,7 +104,8 @@ class EncodingThread:
         buffer.tensor.copy_(planes, non_blocking=planes.is_cuda)
         arrived = None
         if planes.is_cuda:
-            arrived = torch.cuda.Event()
+            # Else the thread that waits for it would keep a core busy, which x264 could use.
+            arrived = torch.cuda.Event(blocking=True)
             arrived.record(torch.cuda.current_stream(planes.device))
         self._filled.put(_Filled(buffer, arrived))
 

@@ -162,7 +162,7 @@ class Engine:
         much is free; None is the process itself.
         """
         request, options = setup.request, setup.request.options
-        free = self._free_bytes(options.free_bytes, memory or OwnMemory(self.device))
+        free = self.free_bytes(setup, memory or OwnMemory(self.device))
         choice = choose(self._plan_request(setup, free, whole_frames, lengths))
         part = PARTS[request.operation]
         # Strips that were asked for are taken even if there is only one.
@@ -175,11 +175,7 @@ class Engine:
             dtype=dtype_name(setup.dtype),
             options=options,
             layout=setup.layout,
-            choices=LayerChoices(
-                layer_records(setup.model, (part,), setup.ops),
-                dict(setup.ops.used),
-                setup.ops.refusals,
-            ),
+            choices=self.layer_choices(setup),
             lengths=choice.lengths,
             pass_elements=choice.pass_elements,
             strips=strips,
@@ -195,6 +191,22 @@ class Engine:
             needed_bytes=choice.needed_bytes,
             wanted_bytes=choice.wanted_bytes,
         )
+
+    def free_bytes(self, setup: Setup, memory: DeviceMemory) -> int | None:
+        """Bytes that a plan may count on: what is free now, at most what the caller allows. None:
+        nobody can say, or it is to be planned as if all of it fitted."""
+        asked = setup.request.options.free_bytes
+        if asked == inf:
+            return None
+        counts = (memory.free_bytes(), asked)
+        free = min((n for n in counts if n is not None), default=None)
+        return None if free is None else int(free)
+
+    def layer_choices(self, setup: Setup) -> LayerChoices:
+        """Which function runs each layer of a run."""
+        part, ops = PARTS[setup.request.operation], setup.ops
+        layers = layer_records(setup.model, (part,), ops)
+        return LayerChoices(layers, dict(ops.used), ops.refusals)
 
     def least_bytes(self, setup: Setup, whole_frames: bool) -> int:
         """What the smallest way through takes, by the plan: for the message that even this failed.
@@ -288,14 +300,6 @@ class Engine:
         if self._proofs is None or self._proofs.environment != wanted:
             self._proofs = ProofCache(wanted, cache_folder())
         return self._proofs
-
-    def _free_bytes(self, asked: float | None, memory: DeviceMemory) -> int | None:
-        """Bytes that a plan may count on: what is free, at most `asked`. None: nobody can say."""
-        if asked == inf:
-            return None  # as if all of it fitted
-        counts = (memory.free_bytes(), asked)
-        free = min((n for n in counts if n is not None), default=None)
-        return None if free is None else int(free)
 
     def _plan_request(
         self,

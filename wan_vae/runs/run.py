@@ -21,7 +21,7 @@ import torch
 from .. import geometry
 from ..arithmetic import own_arithmetic
 from ..chunking import Chunk, schedule
-from ..device import is_out_of_memory
+from ..device import dtype_name, is_out_of_memory
 from ..errors import DecodeCancelled, DecodeMemoryError, GeometryError, first_line
 from ..hooks import DeviceMemory, Hooks, OwnMemory
 from ..kernels.device import Device
@@ -103,20 +103,11 @@ class Run(ABC):
         rank calls it.
         """
         notes: tuple[str, ...] = ()
-        now = self._plan_now(whole_frames)
-        wanted = now.wanted_bytes if plan is None else plan.planned_bytes
-        if now.free_bytes is not None and now.planned_bytes < wanted:
-            # Less at a time than in a device with memory to spare: first what nobody uses goes.
-            self.memory.give_back(now.wanted_bytes if plan is None else plan.needed_bytes)
-            now = self._plan_now(whole_frames)
-        if plan is None:
-            plan = now
-        elif reason := self._outdated(plan, now):
-            plan, notes = now, (f"planned again: {reason}",)
+        fitting = None if plan is None else self._fitting(plan, whole_frames)
+        if fitting is None:
+            plan, notes = self._planned(plan, whole_frames)
         else:
-            # Where memory runs out all the same, strips must give what the output needs.
-            whole = plan.whole_frames or whole_frames
-            plan = replace(plan, free_bytes=now.free_bytes, whole_frames=whole)
+            plan = fitting
         lengths = self.ranks.agree_on(plan)
         if lengths != plan.lengths:
             plan = self._plan_now(whole_frames, lengths)
@@ -124,6 +115,40 @@ class Run(ABC):
         self._plan = plan
         self.clock = RunClock(self.device)  # its peak is above what is allocated now
         self.builder.lap("begin")
+
+    def _planned(self, plan: Plan | None, whole_frames: bool) -> tuple[Plan, tuple[str, ...]]:
+        """`plan`, or a new one for what is free now if there is none or it cannot be executed; and
+        notes on why."""
+        now = self._plan_now(whole_frames)
+        wanted = now.wanted_bytes if plan is None else plan.planned_bytes
+        if now.free_bytes is not None and now.planned_bytes < wanted:
+            # Less at a time than in a device with memory to spare: first what nobody uses goes.
+            self.memory.give_back(now.wanted_bytes if plan is None else plan.needed_bytes)
+            now = self._plan_now(whole_frames)
+        if plan is None:
+            return now, ()
+        if reason := self._outdated(plan, now):
+            return now, (f"planned again: {reason}",)
+        # Where memory runs out all the same, strips must give what the output needs.
+        whole = plan.whole_frames or whole_frames
+        return replace(plan, free_bytes=now.free_bytes, whole_frames=whole), ()
+
+    def _fitting(self, plan: Plan, whole_frames: bool) -> Plan | None:
+        """`plan`, made before, if what it needs is free now, so that no new one would take less;
+        else None. Without the time that planning takes.
+
+        Raises GeometryError for the plan of another run.
+        """
+        self._check_run_of(plan)
+        setup, whole = self.setup, plan.whole_frames or whole_frames
+        facts = str(setup.device), dtype_name(setup.dtype), self.engine.layer_choices(setup)
+        is_same = facts == (plan.device, plan.dtype, plan.choices)
+        if not is_same or plan.shards is not None or (plan.strips and whole != plan.whole_frames):
+            return None
+        free = self.engine.free_bytes(setup, self.memory)
+        if free is not None and free < max(plan.needed_bytes, plan.planned_bytes):
+            return None
+        return replace(plan, free_bytes=free, whole_frames=whole)
 
     def _plan_now(self, whole_frames: bool, lengths: tuple[int, ...] | None = None) -> Plan:
         """A plan for what is free now."""
@@ -136,13 +161,7 @@ class Run(ABC):
 
         Raises GeometryError for the plan of another run.
         """
-        request = self.setup.request
-        same = (request.operation, request.latent_shape, request.shards)
-        if (plan.operation, plan.latent_shape, plan.shards) != same:
-            raise GeometryError(
-                f"the plan is for {_what(plan.operation, plan.latent_shape, plan.shards)}: this is "
-                f"{_what(*same)}"
-            )
+        self._check_run_of(plan)
         if (now.device, now.dtype, now.choices) != (plan.device, plan.dtype, plan.choices):
             return "device, dtype or kernels are not those of the plan"
         if now.whole_frames and plan.strips and not plan.whole_frames:
@@ -151,6 +170,16 @@ class Run(ABC):
             planned, free = plan.planned_bytes / 2**30, now.free_bytes / 2**30
             return f"{planned:.2f} GiB were planned, {free:.2f} GiB are free now"
         return None
+
+    def _check_run_of(self, plan: Plan) -> None:
+        """Raise GeometryError unless `plan` was made for this run."""
+        request = self.setup.request
+        same = (request.operation, request.latent_shape, request.shards)
+        if (plan.operation, plan.latent_shape, plan.shards) != same:
+            raise GeometryError(
+                f"the plan is for {_what(plan.operation, plan.latent_shape, plan.shards)}: this is "
+                f"{_what(*same)}"
+            )
 
     def _report_plan(self, plan: Plan, notes: tuple[str, ...]) -> None:
         builder = self.builder
