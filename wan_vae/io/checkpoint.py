@@ -117,6 +117,10 @@ def canonical_state_dict(mapping: Mapping[str, torch.Tensor]) -> Checkpoint:
         raise CheckpointError(
             f"not a state dict of tensors: {_some([str(k) for k in bad])} are something else"
         )
+    # First: they have no shape to ask for.
+    nested = [f"{k} is nested" for k, v in mapping.items() if v.is_nested]
+    if nested:
+        raise CheckpointError(f"{_some(nested)}; expected dense tensors with data")
     prefixes = _prefixes_of(mapping)
     if len(prefixes) > 1:
         raise CheckpointError(

@@ -6,6 +6,7 @@ import io
 import pickle
 import struct
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class Hostile:
         return (Path.touch, (self.path,))
 
 
+Z = torch.ones(2, 2)
 HEADER_BYTES = struct.unpack("<Q", FILE[:8])[0]
 ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 MID = WEIGHT.replace(".", "__")
@@ -196,6 +198,29 @@ CHECKPOINTS: dict[str, tuple[str, bytes | Callable[[], bytes], type, str]] = {
     "pth with sparse tensors": (
         "v.pth", lambda: torch_bytes({**STATE, WEIGHT: STATE[WEIGHT].to_sparse()}),
         CheckpointError, "sparse"),
+    "pth with a nested tensor": (
+        "v.pth", lambda: torch_bytes({**STATE, WEIGHT: torch.nested.nested_tensor([Z, Z])}),
+        CheckpointError, f"{WEIGHT} is nested"),
+    "pth with a deciding nested tensor": (
+        "v.pth",
+        lambda: torch_bytes({
+            **STATE, "decoder.head.2.weight": torch.nested.nested_tensor([Z, Z])
+        }),
+        CheckpointError, "is nested"),
+    "pth with quantized tensors": (
+        "v.pth",
+        lambda: torch_bytes({
+            **STATE, WEIGHT: torch.quantize_per_tensor(STATE[WEIGHT], 0.1, 0, torch.qint8)
+        }),
+        CheckpointError, "qint8"),
+    "pth with settings of a trainer": (
+        "v.pth", lambda: torch_bytes({"model": STATE, "args": Namespace(a=1)}),
+        CheckpointError, "could run code (it holds argparse.Namespace)"),
+    "pth with a module": (
+        "v.pth", lambda: torch_bytes(torch.nn.Linear(2, 2)), CheckpointError,
+        "it holds torch.nn.modules.linear.Linear"),
+    "a state dict in a list": (
+        "v.pth", lambda: torch_bytes([STATE]), CheckpointError, "contains a list"),
     "pth with complex tensors": (
         "v.pth", lambda: torch_bytes({**STATE, WEIGHT: STATE[WEIGHT].to(torch.complex64)}),
         CheckpointError, "complex64"),
