@@ -87,7 +87,7 @@ class Session:
                     advice = "for this one use ComfyUI's own VAE nodes"
                     raise NotAWanVAEError(f"{error}; {advice}") from error
                 self._before = self._packed.wan.last_report
-                self.warnings += ignored(self.vae)
+                self.warnings += [*ignored(self.vae), *self._packed.wan.notes]
         return self._packed
 
     def not_a_wan_vae(self) -> str | None:

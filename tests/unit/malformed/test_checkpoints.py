@@ -179,7 +179,14 @@ CHECKPOINTS: dict[str, tuple[str, bytes | Callable[[], bytes], type, str]] = {
     "the encoder alone": (
         "v.safetensors",
         lambda: save({k: v for k, v in STATE.items() if k.startswith("encoder.")}),
-        NotAWanVAEError, "not a Wan VAE"),
+        NotAWanVAEError, "half a Wan VAE: its encoder"),
+    "scales as ComfyUI writes them now": (
+        "v.safetensors",
+        lambda: changed(**{
+            WEIGHT.removesuffix("weight").replace(".", "__") + "comfy_quant": torch.ones(
+                9, dtype=torch.uint8)
+        }),
+        CheckpointError, "scaled float8"),
     "two prefixes": (
         "v.safetensors",
         lambda: save({("vae." if i % 2 else "model.") + k: v
@@ -281,12 +288,20 @@ def test_missing_checkpoint(tmp_path, capfd, monkeypatch):
         (b'{"_class_name": "AutoencoderKL"}', NotAWanVAEError, "AutoencoderKL"),
         (b'{"_class_name": ["x"]}', NotAWanVAEError, "names the class"),
         (b'{"_class_name": "AutoencoderKLWan"}', CheckpointError, "a folder without"),
+        (b'\xef\xbb\xbf{"_class_name": "AutoencoderKLWan"}', CheckpointError, "a folder without"),
     ],
 )
 def test_malformed_folder(config, expected, words, tmp_path, capfd, monkeypatch):
     if config is not None:
         (tmp_path / "config.json").write_bytes(config)
     check(["inspect", str(tmp_path)], expected, words, capfd, monkeypatch)
+
+
+def test_a_folder_names_what_it_holds(tmp_path, capfd, monkeypatch):
+    for name in ("b.safetensors", "a.pth", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    words = "with a.pth, b.safetensors: pass a checkpoint file"
+    check(["inspect", str(tmp_path)], CheckpointError, words, capfd, monkeypatch)
 
 
 @settings(
