@@ -314,9 +314,11 @@ class VideoClip(Clip):
     def _stream(self, file: Any) -> Any:
         """The stream of pictures. Raises LatentError if there is none."""
         streams = [s for s in file.streams.video if not _disposition(s) & _ATTACHED_PICTURE]
-        if not streams:
+        if not streams and file.streams.audio:
             cover = ", only a cover" if file.streams.video else ""
             raise LatentError(f"{self.path}: has sound and no pictures{cover}: pass a video")
+        if not streams:
+            raise LatentError(f"{self.path}: not a readable {self._what}: no pictures are in it")
         # An animated AVIF has its first picture beside the animation, for other viewers.
         stream = next((s for s in streams if s.frames > 1), streams[0])
         if any(s.metadata.get("title") == "Alpha" for s in streams):

@@ -286,5 +286,5 @@ def test_what_musubi_tuner_generates_is_normalised(tmp_path):
     (tmp_path / "z.safetensors").write_bytes(save({"latent": z}, settings))
     found = read_latent(tmp_path / "z.safetensors")
     assert torch.equal(found.latent, z[None]) and found.is_normalized is True
-    (tmp_path / "z.safetensors").write_bytes(save({"latent": z}, {"prompt": "a cat"}))
-    assert read_latent(tmp_path / "z.safetensors").is_normalized is None
+    (tmp_path / "other.safetensors").write_bytes(save({"latent": z}, {"prompt": "a cat"}))
+    assert read_latent(tmp_path / "other.safetensors").is_normalized is None
