@@ -42,6 +42,9 @@ SAID = [
     "tried to allocate 37984010240 bytes. Error code 12 (Cannot allocate memory)",
     "[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory: you tried "
     "to allocate 911360 bytes.",
+    "std::bad_alloc",
+    "bad allocation",
+    "NPU out of memory. Tried to allocate 2.00 GiB (NPU 0; 29.50 GiB total capacity)",
     "MPS backend out of memory (MPS allocated: 17.21 GB, other allocations: 384.00 KB, max "
     "allowed: 18.13 GB). Tried to allocate 1.07 GB on private pool.",
     "Invalid buffer size: 19.45 GB",
@@ -137,6 +140,17 @@ def test_weights_in_float64_are_never_that_on_the_device():
     with NoFloat64On("meta"):
         model = build_model(config, state, torch.device("meta"), torch.float32)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("here", "chosen"),
+    [((), "cpu"), (("mps",), "mps"), (("xpu",), "xpu"), (("xpu", "mps"), "xpu")],
+)
+def test_without_a_device_named_the_best_one_here_is_taken(here, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: "xpu" in here)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in here)
+    assert devices.pick_device(None).type == chosen
 
 
 # -- free memory --------------------------------------------------------------------------------
@@ -305,6 +319,13 @@ def test_every_command_takes_odd_folders(folder, tmp_path, capfd):
     assert main(["encode", str(video), *vae, "-o", str(again)]) == 0
     assert load_latent(again).shape == (1, 16, 1, 2, 2)
     assert main(["inspect", vae[1]]) == 0
+
+
+def test_a_colon_is_no_part_of_a_name_on_windows(tmp_path):
+    """NTFS would write into a hidden stream of the file "10"."""
+    assert files.impossible_name("10:30.mp4", "linux") is None
+    assert "':'" in files.impossible_name("10:30.mp4", "win32")
+    assert files.impossible_name("10-30.mp4", "win32") is None
 
 
 @pytest.mark.parametrize("command", ["inspect", "decode", "encode"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -416,6 +417,28 @@ def test_an_animated_avif_without_pillows_help_is_no_still(tmp_path, monkeypatch
     first.save(tmp_path / "a.avif", save_all=True, append_images=more, quality=100)
     monkeypatch.setattr(video_read, "_pillow_reads", lambda path: False)
     assert open_clip(tmp_path / "a.avif").frames == 9
+
+
+def parts(*titles: str) -> SimpleNamespace:
+    """A file as PyAV opens it, with a stream for each of `titles`, of a picture's single frame."""
+    streams = [
+        SimpleNamespace(
+            metadata={"title": title}, frames=1, disposition=0, sample_aspect_ratio=None
+        )
+        for title in titles
+    ]
+    return SimpleNamespace(streams=SimpleNamespace(video=streams, audio=[]))
+
+
+def test_a_picture_of_tiles_is_refused_and_not_read_as_its_first_one(tmp_path):
+    """As HEIC photos are; Pillow reads them with a plug-in."""
+    (tmp_path / "p.heic").write_bytes(b"\x00\x00\x00\x20ftypheic" + bytes(40))
+    clip = video_read.VideoClip(tmp_path / "p.heic", may_be_picture=True)
+    with pytest.raises(LatentError, match="a picture of 4 parts"):
+        clip._stream(parts("", "", "", ""))
+    assert clip._stream(parts("Color")).metadata == {"title": "Color"} and not clip.warnings
+    assert clip._stream(parts("Color", "Alpha")).metadata == {"title": "Color"}
+    assert "transparency is not read" in clip.warnings[0]
 
 
 def test_pixels_that_are_not_square_are_said(tmp_path):

@@ -321,8 +321,15 @@ class VideoClip(Clip):
             raise LatentError(f"{self.path}: not a readable {self._what}: no pictures are in it")
         # An animated AVIF has its first picture beside the animation, for other viewers.
         stream = next((s for s in streams if s.frames > 1), streams[0])
-        if any(s.metadata.get("title") == "Alpha" for s in streams):
+        pictures = [s for s in streams if s.metadata.get("title") != "Alpha"]
+        if len(pictures) < len(streams):
             self._warn("its transparency is not read: a newer Pillow reads it")
+        # A photo of a telephone is a grid of tiles, of which FFmpeg gives one after another.
+        if self._what == "image" and stream.frames <= 1 < len(pictures):
+            raise LatentError(
+                f"{self.path}: a picture of {len(pictures)} parts, which PyAV does not put "
+                "together: save it as PNG or JPEG"
+            )
         ratio = stream.sample_aspect_ratio
         if ratio and ratio != 1:
             self._warn(f"its pixels are not square ({ratio}): they are taken as if they were")
