@@ -36,7 +36,8 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> bytes | None:
     on_host: dict[str, np.ndarray] = {}
     on_device: dict[torch.device, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, tensor in sorted(state.items()):
-        if tensor.is_meta:
+        # What has no bits to look at, and what is no tensor, is refused where it is copied.
+        if not _has_bits(tensor):
             return None
         described.append(f"{name} {tuple(tensor.shape)} {tensor.dtype};")
         bits = tensor.detach().view(_BITS[tensor.element_size()])
@@ -57,6 +58,16 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> bytes | None:
     for name in sorted(state):
         digest.update(np.ascontiguousarray(on_host[name]).data)
     return digest.digest()
+
+
+def _has_bits(tensor: object) -> bool:
+    """Whether `tensor` is a dense one with data, of numbers that `_BITS` knows."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and not (tensor.is_nested or tensor.is_meta)
+        and tensor.layout == torch.strided
+        and tensor.element_size() in _BITS
+    )
 
 
 def _sampled(bits: torch.Tensor, at: tuple[torch.Tensor, ...] | None) -> torch.Tensor:

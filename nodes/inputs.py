@@ -9,6 +9,7 @@ import torch
 
 from ..wan_vae import LatentError
 from ..wan_vae.io.image import frames_view
+from ..wan_vae.io.tensors import missing_data
 from ..wan_vae.io.video_encode import Sound
 
 
@@ -28,6 +29,8 @@ def latent(samples: Mapping[str, Any]) -> torch.Tensor:
         tensor = tensor.unbind()[0]
     if not isinstance(tensor, torch.Tensor):
         raise LatentError(f"the latent's 'samples' is a {type(tensor).__name__}: expected a tensor")
+    if kind := missing_data(tensor):
+        raise LatentError(f"the latent is a {kind} tensor: expected a dense one, with data")
     return tensor
 
 
@@ -52,9 +55,10 @@ def latent_5d(samples: Mapping[str, Any]) -> torch.Tensor:
 
 def frames(image: torch.Tensor) -> torch.Tensor:
     """An IMAGE [T, H, W, C >= 3]. Raises LatentError for what is none, or an empty one."""
-    shape = tuple(image.shape) if isinstance(image, torch.Tensor) else None
+    kind = missing_data(image) if isinstance(image, torch.Tensor) else type(image).__name__
+    shape = None if kind else tuple(image.shape)
     if shape is None or len(shape) != 4 or 0 in shape or shape[3] < 3:
-        what = type(image).__name__ if shape is None else f"of shape {shape}"
+        what = f"{kind}, and no dense tensor" if shape is None else f"of shape {shape}"
         raise LatentError(f"the image is {what}: expected frames [T, H, W, 3 or more]")
     return image
 

@@ -24,7 +24,7 @@ from PIL import Image
 from ..wan_vae import DecodeCancelled, DecodeReport, NotAWanVAEError, Plan, WanVAE, WanVAEError
 from ..wan_vae.errors import first_line
 from ..wan_vae.io.image import ImageSink
-from ..wan_vae.io.latents import statistics_hint
+from ..wan_vae.io.latents import check_latent_shape, statistics_hint
 from ..wan_vae.io.preview import PreviewSink
 from ..wan_vae.io.sink import Sink
 from ..wan_vae.options import MemoryFormat, Operation, RunOptions
@@ -89,7 +89,7 @@ class Session:
                     advice = "for this one use ComfyUI's own VAE nodes"
                     raise NotAWanVAEError(f"{error}; {advice}") from error
                 self._before = self._packed.wan.last_report
-                self.warnings += ignored(self.vae)
+                self.warnings += [*ignored(self.vae), *self._packed.wan.notes]
         return self._packed
 
     def not_a_wan_vae(self) -> str | None:
@@ -203,7 +203,11 @@ class Session:
         return plan
 
     def look_at(self, latent: torch.Tensor, normalized: bool) -> None:
-        """Say in the report if `latent` looks like the kind that `normalized` does not say."""
+        """Say in the report if `latent` looks like the kind that `normalized` does not say.
+
+        Raises LatentError for a latent that is none of this VAE.
+        """
+        check_latent_shape(latent, self.wan.config)
         hint = statistics_hint(latent, self.wan.config, normalized)
         if hint is not None and hint not in self.warnings:
             self.warnings.append(hint)

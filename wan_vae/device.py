@@ -33,6 +33,8 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         if torch.cuda.is_available():
             device = "cuda"
+        elif torch.xpu.is_available():
+            device = "xpu"
         elif torch.backends.mps.is_available():
             device = "mps"
         else:
@@ -281,6 +283,11 @@ OUT_OF_MEMORY_TEXTS = MappingProxyType(
         # PyTorch, c10/core/impl/alloc_cpu.cpp: on Linux and macOS, and on Windows.
         "defaultcpuallocator: can't allocate memory": "the CPU",
         "defaultcpuallocator: not enough memory": "the CPU on Windows",
+        # C++'s own, where the library's own code asked: glibc's words, and Microsoft's.
+        "std::bad_alloc": "the CPU",
+        "bad allocation": "the CPU on Windows",
+        # What every caching allocator that was made after CUDA's says (NPU, MLU, MUSA).
+        "out of memory. tried to allocate": "any other device",
         # PyTorch, aten/src/ATen/mps/MPSAllocator.mm: at its limit, and beyond the largest buffer
         # that Metal has ("Invalid buffer size: 19.45 GB", pytorch #141909).
         "mps backend out of memory": "MPS",

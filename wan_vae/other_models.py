@@ -16,6 +16,8 @@ _DIFFUSION = "(the UNET / diffusion model file)"
 # a dot is the start of one. Source: the state-dict keys that each project publishes.
 _KEYS: tuple[tuple[str, str], ...] = (
     ("latent_tensor", "a latent, not a model"),
+    ("encoder.middle.0.residual.0.gamma", "half a Wan VAE: its encoder without the decoder"),
+    ("encoder.mid_block.resnets.0.norm1.gamma", "half a Wan VAE: its encoder without the decoder"),
     ("blocks.0.self_attn.q.weight", f"a Wan diffusion transformer {_DIFFUSION}"),
     ("blocks.0.cross_attn.k.weight", f"a Wan diffusion transformer {_DIFFUSION}"),
     ("blocks.0.attn1.to_q.weight", f"a Wan diffusion transformer {_DIFFUSION}"),
@@ -57,6 +59,9 @@ _KEYS: tuple[tuple[str, str], ...] = (
     ("decoder.1.weight", "a TAEHV / TAESD preview decoder"),
     ("vquantizer.codebook.weight", "a Stable Cascade stage A"),
     ("decoder.layers.1.layers.0.beta", "a Stable Audio VAE"),
+    ("vocoder.backbone.channel_layers.0.0.bias", "an ACE-Step audio VAE"),
+    ("vocoder.activation_post.downsample.lowpass.filter", "an MMAudio VAE"),
+    ("pixel_space_vae", "a pixel-space VAE, which has no weights"),
     ("geo_decoder.cross_attn_decoder.ln_1.bias", "a Hunyuan3D VAE"),
     ("text_model.embeddings.token_embedding.weight", "a CLIP text encoder"),
     ("vision_model.embeddings.patch_embedding.weight", "a CLIP vision encoder"),

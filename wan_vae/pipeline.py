@@ -55,7 +55,7 @@ def load(
 ) -> WanVAE:
     """Load a Wan 2.1 or 2.2 VAE from a checkpoint file or a diffusers folder.
 
-    device: None takes the first CUDA device, else MPS, else the CPU. dtype: "auto", "fp32",
+    device: None takes the first CUDA device, else XPU, MPS or the CPU. dtype: "auto", "fp32",
     "bf16", "fp16" or a torch dtype; auto is bf16 on CUDA and fp32 elsewhere.
     Raises CheckpointError (NotAWanVAEError for another model).
     """

@@ -5,14 +5,18 @@ Copied into the server's custom_nodes as a pack of its own; not part of the pack
 
 import copy
 import gc
+import types
 
 import comfy.latent_formats
 import comfy.ldm.wan.vae2_2
 import comfy.model_management as model_management
 import comfy.model_patcher
 import comfy.nested_tensor
+import comfy.utils
 import torch
 from safetensors.torch import load_file
+
+import nodes
 
 
 def _facts(tensor):
@@ -107,7 +111,8 @@ class ProbeLatent:
     def make(self, batch, channels, frames, height, width, seed, kind):
         generator = torch.Generator().manual_seed(seed)
         latent = torch.randn(batch, channels, frames, height, width, generator=generator)
-        if channels in _FORMATS and kind != "normalised":  # with the statistics of a real one, as a sampler gives it
+        # With the statistics of a real one, as a sampler gives it.
+        if channels in _FORMATS and kind != "normalised":
             latent = _FORMATS[channels]().process_out(latent)
         if kind == "nested":
             audio = torch.zeros(batch, 8, 5)
@@ -335,6 +340,49 @@ class ProbeFileVAE:
         return (made,)
 
 
+class ProbeMalformed(_Probe):
+    """Our nodes with every malformed thing in `file`: {case: (kind, thing)}, a pickle of the test.
+
+    The kinds: "vae" is a state dict of a VAE object, "file" a path that core's loader reads first,
+    "latent" a LATENT, "image" an IMAGE. Shows of each case "done", "core" for what core's own
+    loader refuses, or the name of the error, whether it is one of ours, and its message.
+    """
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"vae": ("VAE",), "file": ("STRING", {"default": ""})}}
+
+    def probe(self, vae, file):
+        cases = torch.load(file, weights_only=False)
+        found = {case: self.outcome(vae, *given) for case, given in cases.items()}
+        return {"ui": {"found": [found]}}
+
+    def outcome(self, vae, kind, thing):
+        if kind == "file":
+            try:
+                kind, thing = "vae", comfy.utils.load_torch_file(thing, safe_load=True)
+            except Exception:
+                return ["core", True, ""]
+        try:
+            if kind == "latent":
+                self.node("WanVAEDecode").execute(thing, vae)
+            elif kind == "image":
+                self.node("WanVAEEncode").execute(thing, vae)
+            else:
+                made = copy.copy(vae)
+                made.get_sd = lambda: thing
+                samples = {"samples": torch.zeros(1, 16, 1, 2, 2)}
+                self.node("WanVAECreateVideo").execute(samples, made, 16.0)
+        except Exception as error:
+            ours = "WanVAEError" in [cls.__name__ for cls in type(error).__mro__]
+            return [type(error).__name__, ours, str(error)]
+        return ["done", True, ""]
+
+    def node(self, name):
+        hidden = types.SimpleNamespace(unique_id=None, dynprompt=None, extra_pnginfo=None)
+        return type(name, (nodes.NODE_CLASS_MAPPINGS[name],), {"hidden": hidden})
+
+
 class ProbeMemory(_Probe):
     """Bytes of all live tensors, and how many models ComfyUI holds."""
 
@@ -385,6 +433,7 @@ NODE_CLASS_MAPPINGS = {
         ProbeForeignVAE,
         ProbeWan22VAE,
         ProbeFileVAE,
+        ProbeMalformed,
         ProbeMemory,
         ProbeUnload,
     )

@@ -129,7 +129,10 @@ def compiled(monkeypatch) -> list[tuple[str, tuple]]:
     build.cache_clear()
 
 
-@pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
+ALPHA = {"alpha": replace(wan21(dim=32), colours=4, decoder_colours=4)}
+
+
+@pytest.mark.parametrize("config", [*SMALL.values(), *ALPHA.values()], ids=[*SMALL, *ALPHA])
 @pytest.mark.parametrize(
     "name",
     ["H100", *(pytest.param(card, marks=pytest.mark.full) for card in ("RTX 4090", "RTX 2060"))],

@@ -6,13 +6,20 @@ behind it, in float32 on the CPU.
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import wan_vae
 from tests.parity.test_diffusers import BOUND, SMALL_22, relative_error
+from wan_vae.config import WanVAEConfig
 from wan_vae.errors import LatentError
-from wan_vae.io.checkpoint import canonical_state_dict
+from wan_vae.io.checkpoint import canonical_state_dict, load_checkpoint
 
 diffusers = pytest.importorskip("diffusers", reason="the parity reference (test extra) is absent")
 
@@ -174,3 +181,52 @@ def test_a_vae_of_images_refuses_videos(qwen21):
         ours.decode(torch.zeros(1, 64, 2, 4, 4))
     with pytest.raises(LatentError, match="images only"):
         ours.encode(torch.zeros(1, 4, 5, 32, 32))
+
+
+# -- formats x dtypes x layouts x names ------------------------------------------------------------
+
+
+@functools.cache
+def stored(variant: str, layout: str) -> tuple[dict[str, torch.Tensor], WanVAEConfig]:
+    """The tensors of a variant under diffusers' keys or native ones, and what they are."""
+    kind, options, *_ = VARIANTS[variant]
+    theirs = reference(kind, options).state_dict()
+    found = canonical_state_dict(theirs)
+    return (found.state if layout == "native" else theirs), found.config
+
+
+def write(state: dict[str, torch.Tensor], path: Path, container: str) -> None:
+    if container == "safetensors":
+        save_file({k: v.contiguous() for k, v in state.items()}, str(path))
+    else:
+        is_zip = container == "zip"
+        torch.save(state, path, _use_new_zipfile_serialization=is_zip)
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    variant=st.sampled_from(sorted(VARIANTS)),
+    layout=st.sampled_from(["native", "diffusers"]),
+    container=st.sampled_from(["safetensors", "zip", "legacy"]),
+    dtype=st.sampled_from([
+        torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn
+    ]),
+    prefix=st.sampled_from(["", "vae.", "first_stage_model.", "ema."]),
+    nesting=st.sampled_from([None, "state_dict", "weights"]),
+    name=st.sampled_from(["v.safetensors", "v.pth", "v", "my vae ü.bin", "V.CKPT", "v.gguf"]),
+)  # fmt: skip
+def test_a_vae_is_read_for_what_it_is(
+    variant, layout, container, dtype, prefix, nesting, name, tmp_path
+):
+    state, config = stored(variant, layout)
+    state = {prefix + key: value.to(dtype) for key, value in state.items()}
+    whole = {nesting: state, "step": 3} if nesting and container != "safetensors" else state
+    write(whole, tmp_path / name, container)
+    found = load_checkpoint(tmp_path / name)
+    assert found.config == config
+    expected = stored(variant, "native")[0]
+    assert found.state.keys() == expected.keys()
+    # Bits, as float8 knows no comparison.
+    for key, value in expected.items():
+        assert found.state[key].dtype == dtype
+        assert torch.equal(found.state[key].float(), value.to(dtype).float()), key

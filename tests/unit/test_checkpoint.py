@@ -15,6 +15,7 @@ from wan_vae.commands.cli import main
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import BackendError, CheckpointError
 from wan_vae.io.checkpoint import CAST_DTYPES, load_checkpoint
+from wan_vae.io.latents import save_latent
 
 FAMILIES = pytest.mark.parametrize("family", SMALL_CONFIGS)
 
@@ -74,6 +75,42 @@ def test_a_trainers_file_with_projection_heads(nesting, tmp_path, capfd):
     assert "projection heads" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("prefix", ["ema.", "pipeline.vae.", "student.net."])
+def test_an_unknown_prefix_and_an_unknown_nesting_are_taken_if_only_one_holds_a_vae(
+    prefix, tmp_path
+):
+    state = random_state(wan21(dim=8))
+    save_file({prefix + k: v for k, v in state.items()}, str(tmp_path / "v.safetensors"))
+    found = load_checkpoint(tmp_path / "v.safetensors")
+    assert_same(found, state)
+    assert found.prefix == prefix
+    torch.save({"weights": state, "step": 3, "optimizer": {"w": torch.ones(1)}}, tmp_path / "v.pth")
+    assert_same(load_checkpoint(tmp_path / "v.pth"), state)
+    torch.save({"a": state, "b": state}, tmp_path / "v.pth")
+    with pytest.raises(CheckpointError, match="not a state dict of tensors: a, b"):
+        load_checkpoint(tmp_path / "v.pth")
+
+
+def test_of_a_model_and_its_average_the_model_is_taken(tmp_path):
+    state, other = random_state(wan21(dim=8)), random_state(wan21(dim=8), seed=1)
+    both = {f"model.{k}": v for k, v in state.items()} | {f"ema.{k}": v for k, v in other.items()}
+    save_file(both, str(tmp_path / "v.safetensors"))
+    assert_same(load_checkpoint(tmp_path / "v.safetensors"), state)
+
+
+def test_weights_that_are_nothing_but_zeros_are_said(tmp_path, capfd):
+    """A download that reserved its space first and broke off has the right size."""
+    state = random_state(wan21(dim=8))
+    zeros = sorted(k for k in state if k.endswith(".weight"))[-9:]
+    save_file({k: v * (k not in zeros) for k, v in state.items()}, str(tmp_path / "v.safetensors"))
+    found = load_checkpoint(tmp_path / "v.safetensors")
+    assert zeros[0] in found.notes[0] and "(9 in all): nothing but zeros" in found.notes[0]
+    save_latent(tmp_path / "z.latent", torch.zeros(1, 16, 1, 2, 2))
+    argv = ["decode", str(tmp_path / "z.latent"), "--vae", str(tmp_path / "v.safetensors")]
+    assert main([*argv, "-o", str(tmp_path / "o.png"), "--device", "cpu"]) == 0
+    assert "nothing but zeros" in capfd.readouterr().err
+
+
 def test_a_flat_trainers_file(tmp_path):
     state = random_state(wan21(dim=8))
     flat = {f"generator.{k}": v for k, v in state.items()} | {"discriminator.w": torch.ones(2)}
@@ -102,6 +139,15 @@ def test_a_sharded_checkpoint(suffix, tmp_path):
     assert_same(load_checkpoint(tmp_path), state)
     with pytest.raises(CheckpointError, match="part 1 of a checkpoint of 2 files: pass diffusion"):
         load_checkpoint(tmp_path / f"diffusion_pytorch_model-00001-of-00002{suffix}")
+
+
+def test_an_index_of_a_variant(tmp_path):
+    """diffusers writes diffusion_pytorch_model.safetensors.index.fp16.json."""
+    state = random_state(wan21(dim=8))
+    index = sharded(tmp_path, state)
+    variant = index.rename(index.with_name("diffusion_pytorch_model.safetensors.index.fp16.json"))
+    assert_same(load_checkpoint(variant), state)
+    assert_same(load_checkpoint(tmp_path), state)
 
 
 def test_an_index_is_not_believed(tmp_path):

@@ -19,7 +19,7 @@ import wan_vae
 from tests.conftest import random_state
 from wan_vae.commands import console
 from wan_vae.commands.cli import main
-from wan_vae.config import wan21, wan22
+from wan_vae.config import WAN21_MEAN, WAN21_STD, wan21, wan22
 from wan_vae.errors import OutputError
 from wan_vae.io import video_read, video_write
 from wan_vae.io.latents import load_latent, save_latent
@@ -33,7 +33,11 @@ def files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     save_file(random_state(wan21(dim=8)), str(folder / "vae.safetensors"))
     vae = wan_vae.load(folder / "vae.safetensors", device="cpu")
-    z = torch.randn(1, 16, 3, 6, 5, generator=torch.Generator().manual_seed(1))
+    normal = torch.randn(1, 16, 3, 6, 5, generator=torch.Generator().manual_seed(1))
+    save_file({"latents": normal}, str(folder / "normalized.safetensors"))
+    # With the statistics of a real one, or each decode would say that it has others.
+    mean, std = (torch.tensor(x).view(1, 16, 1, 1, 1) for x in (WAN21_MEAN, WAN21_STD))
+    z = normal * std + mean
     for name, latent in (("clip", z), ("image", z[:, :, :1])):
         save_latent(folder / f"{name}.latent", latent)
         save_file({"pixels": vae.decode(latent)}, str(folder / f"{name}_pixels.safetensors"))
@@ -45,6 +49,18 @@ def files(tmp_path_factory) -> Path:
 def decode(files: Path, latent: str, output: Path, *options: str) -> int:
     vae = str(files / "vae.safetensors")
     return main(["decode", str(files / latent), "--vae", vae, "-o", str(output), *CPU, *options])
+
+
+def test_a_latent_of_the_other_kind_is_told(files, tmp_path, capfd):
+    """Colours would be off by 19 levels without a word."""
+    assert decode(files, "normalized.safetensors", tmp_path / "a.safetensors") == 0
+    assert "warning: the latent looks normalised" in capfd.readouterr().err
+    assert decode(files, "normalized.safetensors", tmp_path / "b.safetensors", "--normalized") == 0
+    assert decode(files, "clip.latent", tmp_path / "c.safetensors") == 0
+    assert "looks" not in capfd.readouterr().err
+    right, wrong = (load_file(tmp_path / f"{name}.safetensors")["pixels"] for name in "ba")
+    assert torch.allclose(right, pixels_of(files, "clip"), atol=1e-4)
+    assert not torch.allclose(wrong, right, atol=0.1)
 
 
 def pixels_of(files: Path, name: str) -> torch.Tensor:

@@ -154,9 +154,7 @@ def test_importing_the_package_does_not_import_torch():
         "print([getattr(wan_vae, n).__module__ for n in ('load', 'load_latent', 'WanVAEError')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == "['wan_vae.pipeline', 'wan_vae.io.latents', 'wan_vae.errors']\n", (
-        done.stderr
-    )
+    assert done.stdout == "['wan_vae.pipeline', 'wan_vae.io.latents', 'wan_vae']\n", done.stderr
 
 
 @pytest.mark.parametrize("name", wan_vae.__all__)
@@ -271,9 +269,8 @@ def test_encode_takes_a_backend(good, tmp_path, capsys):
         "--backend",
     ]
     assert cli.main([*argv, "cuda"]) == 1
-    # Without Triton each family has a reason of its own.
     said = capsys.readouterr().err
-    assert "backend 'cuda' cannot run: " in said and "no GPU" in said
+    assert "backend 'cuda' cannot run: no GPU" in said
     assert not (tmp_path / "z.latent").exists()
     assert cli.main([*argv, "eager"]) == 0
 

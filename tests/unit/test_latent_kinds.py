@@ -70,6 +70,13 @@ def test_what_says_nothing_gets_no_hint():
     assert statistics_hint(torch.randn(1, 8, 2, 4, 4), unknown) is None
 
 
+@pytest.mark.parametrize(
+    "shape", [(1, 48, 2, 4, 4), (16, 2, 4, 4), (1, 16, 0, 4, 4), (0, 16, 1, 4, 4)]
+)
+def test_a_latent_of_another_vae_gets_no_hint_and_no_error(shape):
+    assert statistics_hint(torch.randn(shape), CONFIGS["wan2.1"]) is None
+
+
 def test_strides_and_dtype_of_the_latent_do_not_matter():
     config = CONFIGS["wan2.1"]
     normalised = kinds(config, 1)[0]

@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.conftest import pass_elements
+from tests.conftest import pass_elements, random_state
 from tests.unit.counted import TensorCounter
 from tests.unit.decodes import relative_error, vae_of
 from tests.unit.fake_layers import fake_layers
-from wan_vae import CallbackSink, DecodeCancelled, geometry
+from wan_vae import CallbackSink, DecodeCancelled, WanVAE, geometry
 from wan_vae.chunking import chunk_lengths
 from wan_vae.config import wan21
 from wan_vae.planning.choose import PlanRequest, choose
@@ -96,6 +96,26 @@ def test_the_bits_are_those_of_strips_that_stay_on_the_device(
     assert report.done_frames == report.total_frames == size[0] * got.pixels.shape[2]
     # Handed out a few at a time, not a chunk at a time.
     assert max(part.shape[2] for part in got.parts) <= vae.config.temporal_factor
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"colours": 4, "decoder_colours": 4},
+        {"decoder_colours": 1},
+        {"decoder_patch_size": 2},
+        {"colours": 4, "decoder_colours": 4, "decoder_patch_size": 2},
+    ],
+    ids=["alpha", "grey", "doubled", "alpha, doubled"],
+)
+def test_pictures_of_other_colours_and_sizes_wait_too(changes):
+    config = replace(wan21(dim=8), **changes)
+    vae = WanVAE.from_state_dict(random_state(config), device="cpu")
+    z = torch.randn(1, 16, 3, 30, 2)
+    got = Frames()
+    vae.decode(z, plan=plan_of(vae, z, 2, 2), sink=got)
+    assert vae.last_report.plan["parked"]
+    assert relative_error(got.pixels, vae.decode(z)) < 1e-5
 
 
 def test_an_ordinary_caller_may_leave_inference_mode_between_frames():

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import random_state
 from wan_vae import device as devices
@@ -24,10 +25,12 @@ from wan_vae.errors import DecodeMemoryError, OutputError
 from wan_vae.io import files
 from wan_vae.io.files import check_output, nearest_folder, too_long_note
 from wan_vae.io.latents import load_latent, save_latent
+from wan_vae.io.pixels import PixelSource
 from wan_vae.kernels.cache_folder import cache_folder, write_whole
 from wan_vae.kernels.cuda import driver
 from wan_vae.kernels.proof.cache import ProofCache
 from wan_vae.kernels.proof.prove import Verdict
+from wan_vae.network.model import build_model
 from wan_vae.runs.run import in_memory
 from wan_vae.workers import shared
 from wan_vae.workers.shared import SharedBuffer
@@ -39,6 +42,9 @@ SAID = [
     "tried to allocate 37984010240 bytes. Error code 12 (Cannot allocate memory)",
     "[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory: you tried "
     "to allocate 911360 bytes.",
+    "std::bad_alloc",
+    "bad allocation",
+    "NPU out of memory. Tried to allocate 2.00 GiB (NPU 0; 29.50 GiB total capacity)",
     "MPS backend out of memory (MPS allocated: 17.21 GB, other allocations: 384.00 KB, max "
     "allowed: 18.13 GB). Tried to allocate 1.07 GB on private pool.",
     "Invalid buffer size: 19.45 GB",
@@ -99,6 +105,52 @@ def test_every_text_is_one_that_a_platform_says():
     assert all(text == text.lower() for text in texts)
     for text in texts:
         assert not [other for other in texts if other != text and other in text], text
+
+
+# -- dtypes that a device lacks -----------------------------------------------------------------
+
+
+class NoFloat64On(TorchDispatchMode):
+    """A device without float64, as MPS is one: every operation that would make it there fails."""
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.device.type == self.device:
+            assert result.dtype != torch.float64, f"{func}: {self.device} has no float64"
+        return result
+
+
+@pytest.mark.parametrize("unit_range", [False, True])
+def test_pixels_in_float64_are_never_that_on_the_device(unit_range):
+    pixels = torch.rand(1, 3, 5, 16, 16, dtype=torch.float64)
+    source = PixelSource(pixels, torch.device("meta"), torch.float32, unit_range=unit_range)
+    with NoFloat64On("meta"):
+        with pytest.raises(AssertionError, match="no float64"):
+            pixels.to("meta")
+        assert source.fetch(0, 5).dtype == torch.float32
+
+
+def test_weights_in_float64_are_never_that_on_the_device():
+    config = wan21(dim=8)
+    state = {name: value.double() for name, value in random_state(config).items()}
+    with NoFloat64On("meta"):
+        model = build_model(config, state, torch.device("meta"), torch.float32)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("here", "chosen"),
+    [((), "cpu"), (("mps",), "mps"), (("xpu",), "xpu"), (("xpu", "mps"), "xpu")],
+)
+def test_without_a_device_named_the_best_one_here_is_taken(here, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: "xpu" in here)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in here)
+    assert devices.pick_device(None).type == chosen
 
 
 # -- free memory --------------------------------------------------------------------------------
@@ -307,6 +359,13 @@ def test_every_command_takes_odd_folders(folder, tmp_path, capfd):
     assert main(["encode", str(video), *vae, "-o", str(again)]) == 0
     assert load_latent(again).shape == (1, 16, 1, 2, 2)
     assert main(["inspect", vae[1]]) == 0
+
+
+def test_a_colon_is_no_part_of_a_name_on_windows(tmp_path):
+    """NTFS would write into a hidden stream of the file "10"."""
+    assert files.impossible_name("10:30.mp4", "linux") is None
+    assert "':'" in files.impossible_name("10:30.mp4", "win32")
+    assert files.impossible_name("10-30.mp4", "win32") is None
 
 
 @pytest.mark.parametrize("command", ["inspect", "decode", "encode"])

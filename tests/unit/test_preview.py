@@ -41,6 +41,18 @@ def test_each_frame_is_shown_small_where_time_allows(pixels):
     assert {frame.dtype for frame in shown} == {torch.uint8}
 
 
+@pytest.mark.parametrize(
+    ("channels", "shown"),
+    [([0.0], [128, 128, 128]), ([1.0, -1.0, 0.0, 0.0], [255, 128, 191])],
+    ids=["grey", "alpha"],
+)
+def test_a_frame_of_any_colours_is_shown_in_three(channels, shown):
+    """ComfyUI sends it as a JPEG, which knows no alpha; alpha of a half lies on white."""
+    values = torch.tensor(channels).view(1, -1, 1, 1, 1)
+    frames = previewed(values.expand(1, -1, 2, HEIGHT, WIDTH).contiguous())
+    assert [frame[0, 0].tolist() for frame in frames] == [shown] * 2
+
+
 def test_no_more_often_than_asked(pixels):
     assert len(previewed(pixels, interval_s=3600.0)) == 1
 

@@ -6,7 +6,9 @@ Runs on the oldest PyAV that ComfyUI allows and on the newest one: `make test-vi
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from wan_vae import WanVAE
 from wan_vae.commands.cli import main
 from wan_vae.config import wan21
 from wan_vae.errors import LatentError, ShardingError
+from wan_vae.io import video_read
 from wan_vae.io.latents import load_latent
 from wan_vae.io.video_read import Clip, open_clip, read_pixels
 from wan_vae.io.video_write import VideoFileSink
@@ -308,3 +311,141 @@ def test_encode_with_alpha(tmp_path, capfd):
     assert "flattened" not in capfd.readouterr().err
     expected = vae.encode(read_pixels(tmp_path / "p.png", colours=4))
     assert torch.equal(load_latent(tmp_path / "z.latent"), expected)
+
+
+# -- what is there and is not read by itself ------------------------------------------------------
+
+
+def write_frames(path, codec, pix_fmt, planes, count=5, options=None, tags=None) -> None:
+    """A video of 48 x 64 whose frames are all alike: a level for each plane."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=16, options=options or {})
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, pix_fmt
+        stream.metadata.update(tags or {})
+        for _ in range(count):
+            frame = av.VideoFrame(WIDTH, HEIGHT, pix_fmt)
+            for plane, level in zip(frame.planes, planes, strict=True):
+                plane.update(np.full((plane.height, plane.line_size), level, np.uint8).tobytes())
+            for packet in stream.encode(frame):
+                file.mux(packet)
+        for packet in stream.encode(None):
+            file.mux(packet)
+
+
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_alpha_of_a_webm_is_kept_or_flattened_and_said(codec, tmp_path):
+    """FFmpeg's own decoders of VP8 and VP9 leave alpha out without a word."""
+    options = {"auto-alt-ref": "0", "crf": "4", "b": "4M"}
+    planes, tags = (235, 128, 128, 0), {"alpha_mode": "1"}
+    write_frames(tmp_path / "v.webm", codec, "yuva420p", planes, options=options, tags=tags)
+    kept = open_clip(tmp_path / "v.webm").with_colours(4)
+    assert kept.shape == (1, 4, 5, HEIGHT, WIDTH) and kept.has_alpha
+    assert kept.read(0, 5)[0, 3].max() <= 4
+    flat = open_clip(tmp_path / "v.webm").with_colours(3)
+    assert "flattened on white" in " ".join(flat.warnings)
+
+
+def test_alpha_that_cannot_be_read_is_said(tmp_path, monkeypatch):
+    options = {"auto-alt-ref": "0"}
+    write_frames(
+        tmp_path / "v.webm", "libvpx", "yuva420p", (9, 9, 9, 9), options=options,
+        tags={"alpha_mode": "1"},
+    )  # fmt: skip
+    monkeypatch.setitem(video_read._WITH_ALPHA, "vp8", "no_such_decoder")
+    clip = open_clip(tmp_path / "v.webm")
+    assert clip.frames == 5 and "no no_such_decoder" in clip.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("v.mkv", "ffv1"), ("v.webm", "libvpx-vp9"), ("v.avi", "mpeg4")]
+)
+def test_a_video_that_is_cut_short_says_so(name, codec, tmp_path):
+    noise = np.random.default_rng(0)
+    with av.open(str(tmp_path / name), "w") as file:
+        stream = file.add_stream(codec, rate=16)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        for _ in range(16):
+            picture = noise.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+            for packet in stream.encode(frame):
+                file.mux(packet)
+        for packet in stream.encode(None):
+            file.mux(packet)
+    assert open_clip(tmp_path / name).warnings == []
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) * 6 // 10])
+    clip = open_clip(tmp_path / name)
+    assert 0 < clip.frames < 16
+    assert f"{clip.frames} frames could be read" in clip.warnings[0]
+    assert "cut short" in clip.warnings[0]
+
+
+def test_a_damaged_mp4_says_after_how_many_frames(tmp_path):
+    with av.open(str(tmp_path / "v.mp4"), "w", options={"movflags": "faststart"}) as file:
+        stream = file.add_stream("libx264", rate=16, options={"bf": "0"})
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        noise = np.random.default_rng(0)
+        for _ in range(16):
+            picture = noise.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+            for packet in stream.encode(frame):
+                file.mux(packet)
+        for packet in stream.encode(None):
+            file.mux(packet)
+    whole = (tmp_path / "v.mp4").read_bytes()
+    (tmp_path / "v.mp4").write_bytes(whole[: len(whole) * 8 // 10])
+    with pytest.raises(LatentError, match=r"after \d+ frames: damaged or cut short") as caught:
+        open_clip(tmp_path / "v.mp4")
+    assert "Errno" not in str(caught.value)
+
+
+def test_a_song_has_no_pictures(tmp_path):
+    with av.open(str(tmp_path / "a.m4a"), "w", format="mp4") as file:
+        stream = file.add_stream("aac", rate=44100, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.rate = 44100
+        for packet in (*stream.encode(frame), *stream.encode(None)):
+            file.mux(packet)
+    with pytest.raises(LatentError, match="has sound and no pictures"):
+        open_clip(tmp_path / "a.m4a")
+
+
+@pytest.mark.skipif("AVIF" not in ANIMATIONS, reason="this Pillow writes no AVIF")
+def test_an_animated_avif_without_pillows_help_is_no_still(tmp_path, monkeypatch):
+    """Its first picture lies beside the animation; older Pillow reads neither."""
+    first, *more = pictures()
+    first.save(tmp_path / "a.avif", save_all=True, append_images=more, quality=100)
+    monkeypatch.setattr(video_read, "_pillow_reads", lambda path: False)
+    assert open_clip(tmp_path / "a.avif").frames == 9
+
+
+def parts(*titles: str) -> SimpleNamespace:
+    """A file as PyAV opens it, with a stream for each of `titles`, of a picture's single frame."""
+    streams = [
+        SimpleNamespace(
+            metadata={"title": title}, frames=1, disposition=0, sample_aspect_ratio=None
+        )
+        for title in titles
+    ]
+    return SimpleNamespace(streams=SimpleNamespace(video=streams, audio=[]))
+
+
+def test_a_picture_of_tiles_is_refused_and_not_read_as_its_first_one(tmp_path):
+    """As HEIC photos are; Pillow reads them with a plug-in."""
+    (tmp_path / "p.heic").write_bytes(b"\x00\x00\x00\x20ftypheic" + bytes(40))
+    clip = video_read.VideoClip(tmp_path / "p.heic", may_be_picture=True)
+    with pytest.raises(LatentError, match="a picture of 4 parts"):
+        clip._stream(parts("", "", "", ""))
+    assert clip._stream(parts("Color")).metadata == {"title": "Color"} and not clip.warnings
+    assert clip._stream(parts("Color", "Alpha")).metadata == {"title": "Color"}
+    assert "transparency is not read" in clip.warnings[0]
+
+
+def test_pixels_that_are_not_square_are_said(tmp_path):
+    with av.open(str(tmp_path / "v.mkv"), "w") as file:
+        stream = file.add_stream("libx264", rate=16)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        for packet in (*stream.encode(av.VideoFrame(WIDTH, HEIGHT, "yuv420p")), *stream.encode()):
+            file.mux(packet)
+    assert "not square (4/3)" in open_clip(tmp_path / "v.mkv").warnings[0]

@@ -1,5 +1,7 @@
 """Runs the unit tests under Windows' Python (README.md), one process for each file.
 
+Each start takes some fifteen seconds, so the fast set is one process.
+
     python tests/windows/run_tests.py [--fast] [--torch VERSION] [FILE]...
 
 Sets up what is missing first. Prints a line for each file; 1 if one failed or ended without a
@@ -13,6 +15,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +23,9 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 # Only what hangs takes so long.
 PATIENCE_S = 1200
-# What Windows decides: paths, files that are open, code pages, streams, processes.
-FAST = ("test_files", "test_platforms", "test_layout", "test_image_sink", "test_console")
+# What Windows decides and what needs no process of its own: paths, files that are open, names,
+# drives, line ends, memory formats. In the order in which a fault would be noticed.
+FAST = ("test_files", "test_platforms", "test_image_sink", "test_layout", "test_latent_kinds")
 # Files that cannot run there, and why.
 LEFT_OUT: dict[str, str] = {}
 # pytest's last line: "40 passed, 2 skipped in 3.21s".
@@ -55,15 +59,20 @@ def summary_of(output: str) -> str:
     return found[-1] if found else ""
 
 
-def run_file(path: Path, torch: str | None) -> Outcome:
-    """Run one file of tests."""
+def run_files(name: str, paths: Sequence[Path], torch: str | None) -> Outcome:
+    """Run files of tests in one process; once more if Wine ended it before pytest's summary."""
+    outcome = _run(name, paths, torch)
+    return outcome if outcome.summary else _run(name, paths, torch)
+
+
+def _run(name: str, paths: Sequence[Path], torch: str | None) -> Outcome:
     chosen = [] if torch is None else ["--torch", torch]
     began = time.monotonic()
     done = subprocess.run(
         [
             *(HERE / "run.sh", "--seconds", str(PATIENCE_S), *chosen),
-            *("-m", "pytest", path.relative_to(REPOSITORY).as_posix(), "-q", "-rs"),
-            *("-p", "no:cacheprovider"),
+            *("-m", "pytest", *(path.relative_to(REPOSITORY).as_posix() for path in paths)),
+            *("-q", "-rs", "-p", "no:cacheprovider"),
         ],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
@@ -71,7 +80,7 @@ def run_file(path: Path, torch: str | None) -> Outcome:
         encoding="utf-8",
         errors="replace",
     )
-    return Outcome(path.stem, summary_of(done.stdout), done.stdout, time.monotonic() - began)
+    return Outcome(name, summary_of(done.stdout), done.stdout, time.monotonic() - began)
 
 
 def wanted(names: list[Path], fast: bool) -> list[Path]:
@@ -80,7 +89,7 @@ def wanted(names: list[Path], fast: bool) -> list[Path]:
     if fast:
         return [folder / f"{name}.py" for name in FAST]
     if not names:
-        found = sorted(folder.glob("test_*.py"))
+        found = sorted(folder.rglob("test_*.py"))
         return [p for p in found if p.stem not in LEFT_OUT and not p.stem.endswith("_gpu")]
     missing = [str(name) for name in names if not name.is_file()]
     if missing:
@@ -91,16 +100,17 @@ def wanted(names: list[Path], fast: bool) -> list[Path]:
 def main() -> int:
     """Set up, run, print."""
     parser = argparse.ArgumentParser(description="The unit tests under Windows' Python and Wine.")
-    parser.add_argument("--fast", action="store_true", help="the files that CI runs")
+    parser.add_argument("--fast", action="store_true", help="five files, in one process")
     parser.add_argument("--torch", help="a version of PyTorch (default: that of setup.sh)")
     parser.add_argument("file", nargs="*", type=Path)
     args = parser.parse_args()
     files = wanted(args.file, args.fast)
     chosen = [] if args.torch is None else ["--torch", args.torch]
     subprocess.run([HERE / "setup.sh", *chosen], check=True)
+    groups = [("the fast set", files)] if args.fast else [(path.stem, [path]) for path in files]
     outcomes = []
-    for path in files:
-        outcome = run_file(path, args.torch)
+    for name, paths in groups:
+        outcome = run_files(name, paths, args.torch)
         outcomes.append(outcome)
         print(outcome.line, flush=True)
         if not outcome.is_right:
@@ -108,7 +118,7 @@ def main() -> int:
     for name, reason in LEFT_OUT.items():
         print(f"left out: {name}: {reason}")
     failed = [outcome.name for outcome in outcomes if not outcome.is_right]
-    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} files passed under Windows' Python")
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs passed under Windows' Python")
     return 1 if failed else 0
 
 

@@ -10,7 +10,7 @@ import torch
 
 from .. import geometry
 from ..errors import OutputError, WanVAEError
-from ..io.latents import LatentFile, check_latent, read_latent
+from ..io.latents import LatentFile, check_latent, read_latent, statistics_hint
 from ..io.sink import Sink
 from ..io.video_write import TeeSink, check_sink
 from ..options import RunOptions
@@ -85,14 +85,12 @@ def _decode(
         log(f"wan-vae: {path}: {note}")
     outputs = outputs_of_batch(output, file.latent.shape[0])
     parts = file.latent.split(1) if len(outputs) > 1 else [file.latent]
+    normalized = request.normalized or file.is_normalized is True
     for part, place in zip(parts, outputs, strict=True):
+        if hint := statistics_hint(part, vae.config, normalized):
+            log(f"wan-vae: {path}: warning: {hint}")
         yield decode_to_file(
-            vae,
-            part,
-            place,
-            request.options,
-            normalized=request.normalized or file.is_normalized is True,
-            fps=request.fps,
+            vae, part, place, request.options, normalized=normalized, fps=request.fps
         )
 
 

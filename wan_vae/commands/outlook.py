@@ -60,7 +60,7 @@ def random_vae(device: torch.device) -> WanVAE:
 
 def outlook(vae: WanVAE) -> list[str]:
     """The lines. Kernels that were never checked on the device are checked now."""
-    factor, lines = vae.config.spatial_factor, []
+    factor, lines = vae.config.decoded_factor, []
     found: dict[str, Plan | str] = {}
     for name, frames, height, width in PICTURES:
         latent = (1, vae.config.z_dim, 1 + (frames - 1) // vae.config.temporal_factor)

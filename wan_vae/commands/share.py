@@ -85,7 +85,7 @@ def without_folders(text: str) -> str:
 
 
 def _latent_shape(vae: WanVAE) -> tuple[int, ...]:
-    factor = vae.config.spatial_factor
+    factor = vae.config.decoded_factor
     if vae.device.type == "cpu":
         size = (_FRAMES_ELSEWHERE, _SIDE_ELSEWHERE // factor, _SIDE_ELSEWHERE // factor)
     else:

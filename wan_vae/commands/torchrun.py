@@ -21,7 +21,7 @@ import torch
 from .. import geometry
 from ..device import pick_device
 from ..errors import DecodeCancelled, OutputError, ShardingError, WanVAEError, first_line
-from ..io.latents import LatentFile, check_latent, read_latent
+from ..io.latents import LatentFile, check_latent, read_latent, statistics_hint
 from ..io.sink import NullSink, Sink
 from ..pipeline import WanVAE
 from ..sharding.context import SINGLE, ShardContext
@@ -241,7 +241,8 @@ class _NodeRun:
                 fps = frame_rate(self.request.fps, self.vae.config)
                 written, warnings = open_output(output, shape, fps)
                 sink = DeferredErrorSink(written)
-                for text in (*file.notes, *warnings):
+                hint = statistics_hint(file.latent, self.vae.config, self._is_normalized(file))
+                for text in (*file.notes, *warnings, *([] if hint is None else [hint])):
                     log(f"wan-vae: {path}: {text}")
         except WanVAEError as failure:
             error = failure
@@ -263,7 +264,7 @@ class _NodeRun:
 
     def _run(self, file: LatentFile, sink: DeferredErrorSink, output: Path) -> WanVAEError | None:
         """Decode; returns the error of the sink, after which the ranks are still in step."""
-        request, options = self.request, self.request.options
+        options = self.request.options
         bar = ProgressBar(output.name) if self.info.rank == 0 else None
         try:
             self.vae.decode(
@@ -271,7 +272,7 @@ class _NodeRun:
                 shard=self.context,
                 gather="rank0",
                 sink=sink,
-                normalized=request.normalized or file.is_normalized is True,
+                normalized=self._is_normalized(file),
                 chunk_frames=options.chunk_frames,
                 memory_format=options.memory_format,
                 precision=options.precision,
@@ -288,6 +289,9 @@ class _NodeRun:
             if bar is not None:
                 bar.close()
         return sink.error
+
+    def _is_normalized(self, file: LatentFile) -> bool:
+        return self.request.normalized or file.is_normalized is True
 
     def _of_rank_0(self, number: int) -> int:
         """The `number` of rank 0."""

@@ -20,9 +20,10 @@ from ..config import WanVAEConfig, detect_config
 from ..errors import CheckpointError, NotAWanVAEError, first_line
 from ..network.model import expected_shapes
 from .files import unreadable_reason
-from .tensors import missing_data, read_tensors
+from .tensors import PYTORCH_SUFFIXES, missing_data, read_tensors
 
-# Prefixes that trainers and bundles put in front of every key.
+# Prefixes that trainers and bundles put in front of every key; another one is taken if it is the
+# only one.
 PREFIXES = (
     "first_stage_model.",
     "vae.",
@@ -48,20 +49,24 @@ CAST_DTYPES = (
 # (Matrix-Game 3.0's MG-LightVAE: "dynamic_feature_projection_heads.0.weight").
 _PROJECTION_HEAD = re.compile(r"\w*projection_heads?\.")
 # What ComfyUI's and other tools' scaled float8 files have beside their weights.
-_SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale")
+_SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant")
 # What holds a VAE in a folder: diffusers' names, the safe ones first, and Wan's own.
 FOLDER_FILES = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.fp16.safetensors",
     "diffusion_pytorch_model.bf16.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors.index.fp16.json",
+    "diffusion_pytorch_model.safetensors.index.bf16.json",
     "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.fp16.bin",
     "diffusion_pytorch_model.bin.index.json",
     "Wan2.1_VAE.pth",
     "Wan2.2_VAE.pth",
 )
+_INDEX = re.compile(r".+\.index(\.\w+)?\.json")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
+_SUFFIXES = (".safetensors", ".sft", *PYTORCH_SUFFIXES)
 # Classes of diffusers whose networks are made of these blocks.
 DIFFUSERS_CLASSES = ("AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLQwenImage21")
 # How many names an error lists; it only counts the others.
@@ -117,6 +122,10 @@ def canonical_state_dict(mapping: Mapping[str, torch.Tensor]) -> Checkpoint:
         raise CheckpointError(
             f"not a state dict of tensors: {_some([str(k) for k in bad])} are something else"
         )
+    # First: they have no shape to ask for.
+    nested = [f"{k} is nested" for k, v in mapping.items() if v.is_nested]
+    if nested:
+        raise CheckpointError(f"{_some(nested)}; expected dense tensors with data")
     prefixes = _prefixes_of(mapping)
     if len(prefixes) > 1:
         raise CheckpointError(
@@ -133,9 +142,14 @@ def canonical_state_dict(mapping: Mapping[str, torch.Tensor]) -> Checkpoint:
     notes = (f"{_some(heads)}: ignored, as nothing runs these projection heads",) if heads else ()
     state = _with_frames({k: v for k, v in state.items() if k not in set(heads)})
     config = detect_config(state)
-    if config.image_only:
-        state = _causal(state, config)
+    stored, state = state, _causal(state, config) if config.image_only else state
     _check(state, config)
+    if zeros := [key for key, value in stored.items() if _is_zero(key, value)]:
+        notes = (
+            *notes,
+            f"{_some(zeros)}: nothing but zeros; if the picture is wrong, the download broke off "
+            "with the full size",
+        )
     return Checkpoint(state, key_layout, prefix, None, config, notes)
 
 
@@ -145,15 +159,22 @@ _MARKERS = ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.no
 
 
 def _prefixes_of(mapping: Mapping[str, object]) -> list[str]:
-    """The prefixes of the Wan VAEs in `mapping`: one, or more if there are several VAEs."""
+    """The prefixes of the Wan VAEs in `mapping`: one, or more if there are several VAEs.
+
+    A known prefix goes before others, as "model." before "ema." of its average.
+    """
     candidates = {
-        key.removesuffix(marker) for key in mapping for marker in _MARKERS if key.endswith(marker)
+        prefix
+        for key in mapping
+        for marker in _MARKERS
+        if key.endswith(marker) and (prefix := key.removesuffix(marker))[-1:] in ("", ".")
     }
-    return sorted(
+    known = [
         prefix
         for prefix in candidates
         if all(f"{part}." in PREFIXES for part in prefix.split(".") if part)
-    )
+    ]
+    return sorted(known or candidates)
 
 
 _RESNET = {
@@ -322,6 +343,13 @@ def _check(state: Mapping[str, torch.Tensor], config: WanVAEConfig) -> None:
         )
 
 
+def _is_zero(key: str, x: torch.Tensor) -> bool:
+    """Whether a weight is all zeros; a look at its first output channel suffices for most."""
+    if not key.endswith(".weight") or x.is_meta:
+        return False
+    return not any(bool(part.float().any()) for part in (x[:1], x))
+
+
 def _is_finite(x: torch.Tensor) -> bool:
     # Float8 has no isfinite; float64 is asked what remains of it.
     return bool(torch.isfinite(x if x.dtype in FLOAT_DTYPES else x.float()).all())
@@ -349,15 +377,18 @@ def _find_file(path: Path) -> Path:
         for name in FOLDER_FILES:
             if os.path.isfile(folder / name):
                 return folder / name
+    files = sorted(p.name for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+    holds = f", with {_some(files)}" if files else ""
     raise CheckpointError(
-        f"a folder without {FOLDER_FILES[0]}: pass a checkpoint file or a diffusers VAE folder"
+        f"a folder without {FOLDER_FILES[0]}{holds}: pass a checkpoint file or a diffusers VAE "
+        "folder"
     )
 
 
 def _read_json(path: Path) -> dict[str, object]:
     """The object in a JSON file; an empty one if it holds something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is not readable JSON: {first_line(error)}") from error
     return found if isinstance(found, dict) else {}
@@ -373,7 +404,7 @@ def _check_diffusers_config(path: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
-    if path.name.endswith(".index.json"):
+    if _INDEX.fullmatch(path.name):
         return _read_shards(path)
     if shard := _SHARD.fullmatch(path.name):
         raise CheckpointError(
@@ -413,5 +444,12 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"contains a {type(loaded).__name__}: expected a dict of tensors")
     for _ in range(_NESTED_DEPTH):  # a pickle can hold a dict that holds itself
         nested = [loaded[k] for k in _NESTED if isinstance(loaded.get(k), Mapping)]
+        if not nested:  # under another name, if only one holds a VAE
+            others = [v for v in loaded.values() if isinstance(v, Mapping) and _holds_a_vae(v)]
+            nested = others if len(others) == 1 else []
         loaded = nested[0] if nested else loaded
     return dict(loaded)
+
+
+def _holds_a_vae(mapping: Mapping[object, object]) -> bool:
+    return any(isinstance(key, str) and key.endswith(_MARKERS) for key in mapping)

@@ -66,6 +66,16 @@ def too_long_note(path: PurePath, platform: str, more: int = 0) -> str:
     )
 
 
+def impossible_name(name: str, platform: str) -> str | None:
+    """Why `platform` has no file of this name, where it would not say so itself; None if it has.
+
+    On Windows, "10:30.mp4" would be a stream of the file "10", which nobody sees.
+    """
+    if platform == "win32" and ":" in name:
+        return "a file name cannot contain ':' on Windows"
+    return None
+
+
 def nearest_folder(path: Path, exists: Callable[[Path], bool] = os.path.lexists) -> Path | None:
     """The lowest of the folders above `path` that exists; None on a drive or share that is not
     there."""
@@ -83,6 +93,8 @@ def check_output(path: Path, *, is_folder: bool = False) -> None:
         )
     if "\0" in str(path):
         raise OutputError(f"{str(path)!r}: cannot be written: a file name cannot contain NUL")
+    if reason := impossible_name(name, sys.platform):
+        raise OutputError(f"{path}: cannot be written: {reason}")
     if any(len(os.fsencode(part)) > _NAME_BYTES for part in path.parts):
         raise OutputError(f"{path}: cannot be written: file name too long")
     with writing(path):

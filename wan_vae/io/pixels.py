@@ -92,6 +92,8 @@ class PixelSource:
             part = self._pixels[:, :, first:last, rows]
         else:
             part = self._pixels.part(first, last, rows)
+        if part.dtype == torch.float64 and not self._is_staged:
+            part = part.float()  # where they are: MPS has no float64
         buffer: _Buffer | None = None
         if self._is_staged:
             buffer, x = self._stage(part)

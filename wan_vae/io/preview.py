@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..clock import Mark
-from .sink import Sink, sink_bytes
+from .sink import Sink, rgb_of, sink_bytes
 
 # As often as ComfyUI's samplers, whose steps take about that long, show a preview.
 INTERVAL_S = 0.25
@@ -41,24 +41,24 @@ class PreviewSink:
         self._waiting: tuple[torch.Tensor, Mark] | None = None
 
     def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
-        """Take pixels [B, 3, t, rows, W'] float32 in [-1, 1]; see `sink.Sink`."""
+        """Take pixels [B, C, t, rows, W'] float32 in [-1, 1]; see `sink.Sink`."""
         self._sink.write(pixels, start_frame, first_row)
         if self._waiting is not None and self._waiting[1].is_past():
             self._show_waiting()
         now = time.monotonic()
         if self._waiting is None and now >= self._due_s and pixels.shape[3] == self._height:
             self._due_s = now + self._interval_s
-            frame = self._small(pixels[0, :, -1])
+            frame = self._small(pixels[:1, :, -1])
             self._waiting = frame, Mark.now(pixels.device)
             if not pixels.is_cuda:
                 self._show_waiting()
 
     def _small(self, frame: torch.Tensor) -> torch.Tensor:
-        """`frame` [3, H, W] in [-1, 1] as uint8 [h, w, 3] on its way to the host."""
-        height, width = frame.shape[1:]
+        """`frame` [1, C, H, W] in [-1, 1] as uint8 [h, w, 3] on its way to the host."""
+        height, width = frame.shape[2:]
         factor = min(1.0, self._most / max(height, width))
         size = max(1, round(height * factor)), max(1, round(width * factor))
-        small = F.interpolate(frame.unsqueeze(0), size, mode="area")[0]
+        small = F.interpolate(rgb_of(frame), size, mode="area")[0]
         levels = ((small + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         levels = levels.movedim(0, -1).contiguous()
         if not levels.is_cuda:

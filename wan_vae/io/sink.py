@@ -120,6 +120,17 @@ class CallbackSink:
         """Nothing to undo."""
 
 
+def rgb_of(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels [B, 1, 3 or 4, ...] in [-1, 1] as [B, 3, ...]: grey is repeated, alpha is flattened on
+    white."""
+    if pixels.shape[1] == 1:
+        return pixels.expand(-1, 3, *pixels.shape[2:])
+    if pixels.shape[1] == 3:
+        return pixels
+    opacity = (pixels[:, 3:] + 1) / 2
+    return (pixels[:, :3] - 1) * opacity + 1
+
+
 class RgbSink:
     """Gives another sink three colours: grey is repeated, alpha is flattened on white."""
 
@@ -129,12 +140,7 @@ class RgbSink:
 
     def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
         """Pass pixels [B, 1 or 4, t, rows, W'] on as [B, 3, t, rows, W']."""
-        if pixels.shape[1] == 1:
-            rgb = pixels.expand(-1, 3, -1, -1, -1)
-        else:
-            opacity = (pixels[:, 3:] + 1) / 2
-            rgb = (pixels[:, :3] - 1) * opacity + 1
-        self._sink.write(rgb, start_frame, first_row)
+        self._sink.write(rgb_of(pixels), start_frame, first_row)
 
     def finish(self) -> None:
         """Finish the other sink, if it has a first phase of closing."""

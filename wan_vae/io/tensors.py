@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -104,10 +105,22 @@ def read_pytorch(path: Path) -> object:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             "refused: the pickle contains more than tensors and could run code "
-            f"({first_line(error)}); if you trust it, convert it to safetensors"
+            f"({_refused(error)}); if you trust it, convert it to safetensors"
         ) from error
     except _DAMAGED_PTH as error:
         raise CheckpointError(f"not a readable PyTorch file: {first_line(error)}") from error
+
+
+# What the unpickler refuses stands behind advice of several lines to load the file all the same.
+_REFUSED = re.compile(r"GLOBAL ([\w.]+)|(Unsupported \w+ \w+)")
+
+
+def _refused(error: pickle.UnpicklingError) -> str:
+    """What of a pickle was refused: "it holds argparse.Namespace"."""
+    found = _REFUSED.search(str(error))
+    if found is None:
+        return first_line(error)
+    return found[2] or f"it holds {found[1]}"
 
 
 # Names that people give to PyTorch files.

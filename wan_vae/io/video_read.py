@@ -43,6 +43,10 @@ _MATRICES = {
 _UNTAGGED, _FULL_RANGE = 2, 2
 # FFmpeg's numbers of the transfer functions of high dynamic range: PQ and HLG.
 _HDR = (16, 18)
+# FFmpeg's flag of a stream that is the cover of a song, and the decoders of codecs whose alpha its
+# own decoders leave out.
+_ATTACHED_PICTURE = 0x400
+_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Untagged pictures of this size are taken as BT.709, smaller ones as BT.601, as players do it.
 _HD_ROWS, _HD_COLUMNS = 720, 1280
 
@@ -288,18 +292,82 @@ class VideoClip(Clip):
         self._what = "image" if may_be_picture and kind_group(path) == "picture" else "video"
 
     def _read_all(self) -> Iterator[Frame]:
-        av = self._av
+        av, count = self._av, 0
         try:
             with av.open(ffmpeg_name(self.path)) as file:
+                stream = self._stream(file)
                 conversion: _Conversion | None = None
-                for frame in file.decode(video=0):
-                    conversion = self._conversion(file.streams.video[0], frame, conversion)
+                end_s: float | None = None
+                for frame in self._decoded(file, stream):
+                    conversion = self._conversion(stream, frame, conversion)
                     yield _upright(self._rgb(frame, conversion), frame, self.path)
+                    count, end_s = count + 1, frame.time
+                self._look_for_an_end(file, stream, count, end_s)
         except (av.FFmpegError, OSError, ValueError, IndexError, MemoryError) as error:
             said = what_is_it(self.path, "video") if kind_group(self.path) is None else None
+            words = getattr(error, "strerror", None) or first_line(error)
+            after = f" after {count} frames: damaged or cut short" if count else ""
             raise LatentError(
-                f"{self.path}: not a readable {self._what}: {said or first_line(error)}"
+                f"{self.path}: not a readable {self._what}: {said or words + after}"
             ) from error
+
+    def _stream(self, file: Any) -> Any:
+        """The stream of pictures. Raises LatentError if there is none."""
+        streams = [s for s in file.streams.video if not _disposition(s) & _ATTACHED_PICTURE]
+        if not streams and file.streams.audio:
+            cover = ", only a cover" if file.streams.video else ""
+            raise LatentError(f"{self.path}: has sound and no pictures{cover}: pass a video")
+        if not streams:
+            raise LatentError(f"{self.path}: not a readable {self._what}: no pictures are in it")
+        # An animated AVIF has its first picture beside the animation, for other viewers.
+        stream = next((s for s in streams if s.frames > 1), streams[0])
+        pictures = [s for s in streams if s.metadata.get("title") != "Alpha"]
+        if len(pictures) < len(streams):
+            self._warn("its transparency is not read: a newer Pillow reads it")
+        # A photo of a telephone is a grid of tiles, of which FFmpeg gives one after another.
+        if self._what == "image" and stream.frames <= 1 < len(pictures):
+            raise LatentError(
+                f"{self.path}: a picture of {len(pictures)} parts, which PyAV does not put "
+                "together: save it as PNG or JPEG"
+            )
+        ratio = stream.sample_aspect_ratio
+        if ratio and ratio != 1:
+            self._warn(f"its pixels are not square ({ratio}): they are taken as if they were")
+        return stream
+
+    def _decoded(self, file: Any, stream: Any) -> Iterator[VideoFrame]:
+        """The frames of `stream`, with alpha where the file has it."""
+        tags = {key.lower(): value for key, value in stream.metadata.items()}
+        decoder = _WITH_ALPHA.get(stream.codec_context.name)
+        if decoder is None or tags.get("alpha_mode") != "1":
+            yield from file.decode(stream)
+            return
+        try:
+            context = self._av.CodecContext.create(decoder, "r")
+        except ValueError:  # PyAV's error for a codec that this FFmpeg lacks is one
+            self._warn(f"its transparency is not read: this PyAV has no {decoder}")
+            yield from file.decode(stream)
+            return
+        for packet in file.demux(stream):
+            yield from context.decode(packet if packet.size else None)
+
+    def _look_for_an_end(self, file: Any, stream: Any, count: int, last_s: float | None) -> None:
+        """Warn if a file that was read to its end says that there is more: it is cut short.
+
+        Only of formats that are read to where they are cut; an MP4 gives an error.
+        """
+        rate, stated = stream.average_rate, None
+        if "avi" in file.format.name and stream.frames > count:
+            stated = f"{stream.frames} frames"
+        if "matroska" in file.format.name and rate and last_s is not None:
+            end_s, own_s = last_s + 1 / float(rate), _seconds(stream.metadata.get("DURATION"))
+            # The length of the file is that of its longest stream.
+            if own_s is None and len(file.streams) == 1 and file.duration:
+                own_s = file.duration / 1e6
+            if own_s is not None and own_s > end_s + 1.5 / float(rate):
+                stated = f"{own_s:.2f} s, of which {end_s:.2f} s are there"
+        if stated:
+            self._warn(f"{count} frames could be read, and the file says {stated}: it is cut short")
 
     def _conversion(self, stream: Any, frame: VideoFrame, last: _Conversion | None) -> _Conversion:
         """The filters for `frame`: the last ones, while nothing about the frames changes.
@@ -347,6 +415,10 @@ class VideoClip(Clip):
         transfer = getattr(stream.codec_context, "color_trc", None)
         if transfer is not None and int(transfer) in _HDR:
             self._warn("high dynamic range: its values are taken as they are, without tone mapping")
+        if "f32" in name or "f16" in name:
+            self._warn("numbers of linear light: they are taken as they are, and above 1 is white")
+        if frame.interlaced_frame:
+            self._warn("interlaced: both fields of a frame are encoded as one picture")
         if frame.format.is_rgb or "pal8" in name or len(frame.format.components) < 3:
             return (None if frame.format.is_rgb or "pal8" in name else "bt601"), full
         number = int(frame.colorspace)
@@ -383,6 +455,21 @@ class VideoClip(Clip):
     def _warn(self, text: str) -> None:
         if text not in self.warnings:
             self.warnings.append(text)
+
+
+def _disposition(stream: Any) -> int:
+    """What FFmpeg says a stream is for: a number, or a flag around it in older PyAV."""
+    value = getattr(stream, "disposition", 0)
+    return int(getattr(value, "value", value))
+
+
+def _seconds(tag: str | None) -> float | None:
+    """Seconds of Matroska's tag "00:00:02.063000000"; None if it is something else."""
+    try:
+        hours, minutes, seconds = (tag or "").split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    except ValueError:
+        return None
 
 
 # Exact rounding, and chroma between its samples for every pixel.

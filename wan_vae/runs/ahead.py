@@ -288,7 +288,8 @@ def run_on_meta(layers: _Layers, ops: OpSet) -> None:
         else:
             first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, config)
             side = _SIDE * config.spatial_factor
-            pixels = torch.empty((1, 3, last - first, side, side), dtype=dtype, device=device)
+            size = 1, config.colours, last - first, side, side
+            pixels = torch.empty(size, dtype=dtype, device=device)
             model.encode_chunk(pixels, step)
 
 

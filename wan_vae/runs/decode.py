@@ -228,10 +228,10 @@ class DecodeRun(Run):
         the history of the other strips waits too. Whole frames in order; see `parked`."""
         strips = geometry.strips(self.z.shape[3], count, self.config)
         longest = max(self.frames_of(chunk) for chunk in self._schedule())
-        b, _, _, height, width = self.pixel_shape
+        b, colours, _, height, width = self.pixel_shape
         frames = in_memory(
             f"{longest} frames in host memory",
-            partial(HostFrames, (b, 3, longest, height, width), self.device),
+            partial(HostFrames, (b, colours, longest, height, width), self.device),
         )
         histories = StripHistories(count, self.device)
         try:
@@ -253,7 +253,7 @@ class DecodeRun(Run):
             for i, strip in enumerate(strips):
                 if is_only_chunk:
                     cache = FeatureCache()
-                top, at = strip.start * self.config.spatial_factor, 0
+                top, at = strip.start * self.config.decoded_factor, 0
                 for rows in self._strip_passes(features, strip, cache, chunk):
                     frames.write(rows, at, top)
                     at += rows.shape[2]

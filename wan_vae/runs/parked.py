@@ -20,7 +20,7 @@ from ..network.cache import FeatureCache
 
 
 class HostFrames:
-    """The frames [B, 3, t, H, W] float32 of one chunk, in host memory, put together of strips.
+    """The frames [B, C, t, H, W] float32 of one chunk, in host memory, put together of strips.
 
     Copies from CUDA run beside the computation of the next pass. Close it in every case.
     """
@@ -36,7 +36,7 @@ class HostFrames:
         self._is_new = True
 
     def write(self, pixels: torch.Tensor, start: int, first_row: int) -> None:
-        """Take pixels [B, 3, t, rows, W]: of frames from `start` on, rows from `first_row` on."""
+        """Take pixels [B, C, t, rows, W]: of frames from `start` on, rows from `first_row` on."""
         stop, rows = start + pixels.shape[2], slice(first_row, first_row + pixels.shape[3])
         frames = self._memory[:, :, :, rows].permute(1, 2, 0, 3, 4)
         target = frames[:, :, start:stop]
@@ -49,7 +49,7 @@ class HostFrames:
         self._copier.copy(pixels.contiguous(), target, ahead)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Frames [start, stop) on the device, [B, 3, t, H, W]. Raises the first error of a copy."""
+        """Frames [start, stop) on the device, [B, C, t, H, W]. Raises the first error of a copy."""
         if self._copier is not None:
             copier, self._copier = self._copier, None
             copier.finish()

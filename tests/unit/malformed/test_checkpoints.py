@@ -6,6 +6,7 @@ import io
 import pickle
 import struct
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class Hostile:
         return (Path.touch, (self.path,))
 
 
+Z = torch.ones(2, 2)
 HEADER_BYTES = struct.unpack("<Q", FILE[:8])[0]
 ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 MID = WEIGHT.replace(".", "__")
@@ -177,7 +179,14 @@ CHECKPOINTS: dict[str, tuple[str, bytes | Callable[[], bytes], type, str]] = {
     "the encoder alone": (
         "v.safetensors",
         lambda: save({k: v for k, v in STATE.items() if k.startswith("encoder.")}),
-        NotAWanVAEError, "not a Wan VAE"),
+        NotAWanVAEError, "half a Wan VAE: its encoder"),
+    "scales as ComfyUI writes them now": (
+        "v.safetensors",
+        lambda: changed(**{
+            WEIGHT.removesuffix("weight").replace(".", "__") + "comfy_quant": torch.ones(
+                9, dtype=torch.uint8)
+        }),
+        CheckpointError, "scaled float8"),
     "two prefixes": (
         "v.safetensors",
         lambda: save({("vae." if i % 2 else "model.") + k: v
@@ -196,6 +205,29 @@ CHECKPOINTS: dict[str, tuple[str, bytes | Callable[[], bytes], type, str]] = {
     "pth with sparse tensors": (
         "v.pth", lambda: torch_bytes({**STATE, WEIGHT: STATE[WEIGHT].to_sparse()}),
         CheckpointError, "sparse"),
+    "pth with a nested tensor": (
+        "v.pth", lambda: torch_bytes({**STATE, WEIGHT: torch.nested.nested_tensor([Z, Z])}),
+        CheckpointError, f"{WEIGHT} is nested"),
+    "pth with a deciding nested tensor": (
+        "v.pth",
+        lambda: torch_bytes({
+            **STATE, "decoder.head.2.weight": torch.nested.nested_tensor([Z, Z])
+        }),
+        CheckpointError, "is nested"),
+    "pth with quantized tensors": (
+        "v.pth",
+        lambda: torch_bytes({
+            **STATE, WEIGHT: torch.quantize_per_tensor(STATE[WEIGHT], 0.1, 0, torch.qint8)
+        }),
+        CheckpointError, "qint8"),
+    "pth with settings of a trainer": (
+        "v.pth", lambda: torch_bytes({"model": STATE, "args": Namespace(a=1)}),
+        CheckpointError, "could run code (it holds argparse.Namespace)"),
+    "pth with a module": (
+        "v.pth", lambda: torch_bytes(torch.nn.Linear(2, 2)), CheckpointError,
+        "it holds torch.nn.modules.linear.Linear"),
+    "a state dict in a list": (
+        "v.pth", lambda: torch_bytes([STATE]), CheckpointError, "contains a list"),
     "pth with complex tensors": (
         "v.pth", lambda: torch_bytes({**STATE, WEIGHT: STATE[WEIGHT].to(torch.complex64)}),
         CheckpointError, "complex64"),
@@ -256,12 +288,20 @@ def test_missing_checkpoint(tmp_path, capfd, monkeypatch):
         (b'{"_class_name": "AutoencoderKL"}', NotAWanVAEError, "AutoencoderKL"),
         (b'{"_class_name": ["x"]}', NotAWanVAEError, "names the class"),
         (b'{"_class_name": "AutoencoderKLWan"}', CheckpointError, "a folder without"),
+        (b'\xef\xbb\xbf{"_class_name": "AutoencoderKLWan"}', CheckpointError, "a folder without"),
     ],
 )
 def test_malformed_folder(config, expected, words, tmp_path, capfd, monkeypatch):
     if config is not None:
         (tmp_path / "config.json").write_bytes(config)
     check(["inspect", str(tmp_path)], expected, words, capfd, monkeypatch)
+
+
+def test_a_folder_names_what_it_holds(tmp_path, capfd, monkeypatch):
+    for name in ("b.safetensors", "a.pth", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    words = "with a.pth, b.safetensors: pass a checkpoint file"
+    check(["inspect", str(tmp_path)], CheckpointError, words, capfd, monkeypatch)
 
 
 @settings(

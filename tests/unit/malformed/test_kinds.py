@@ -19,7 +19,7 @@ from tests.unit.malformed.cases import check, decode_argv, encode_argv
 from wan_vae.errors import CheckpointError, LatentError, NotAWanVAEError
 from wan_vae.io.checkpoint import load_checkpoint
 from wan_vae.io.kinds import kind_of
-from wan_vae.io.latents import load_latent
+from wan_vae.io.latents import load_latent, read_latent
 
 
 def zipped(**files: bytes) -> bytes:
@@ -243,22 +243,48 @@ def test_a_latent_is_read_for_what_it_is(writer, dtype, shape, name, tmp_path):
     assert torch.equal(got.flatten(), z.float().flatten())
 
 
-def test_a_workflow_of_the_wrapper_is_read_as_normalised(tmp_path):
-    from wan_vae.io.latents import read_latent
+def graph(source: str, **inputs: str) -> dict[str, str]:
+    """The graph that ComfyUI writes beside a latent which node `source` made."""
+    nodes = {
+        "3": {"class_type": source, "inputs": inputs},
+        "4": {"class_type": "SaveLatent", "inputs": {"samples": ["3", 0]}},
+    }
+    return {"prompt": json.dumps(nodes)}
 
-    def graph(sampler: str) -> dict[str, str]:
-        nodes = {
-            "3": {"class_type": sampler, "inputs": {}},
-            "4": {"class_type": "SaveLatent", "inputs": {"samples": ["3", 0]}},
-        }
-        return {"prompt": json.dumps(nodes)}
 
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        (graph("WanVideoSampler"), True),
+        (graph("WanVideoSamplerv2"), True),
+        (graph("WanVideoEncode"), True),
+        (graph("WanVideoLatentReScale", direction="comfy_to_wrapper"), True),
+        (graph("WanVideoLatentReScale", direction="wrapper_to_comfy"), None),
+        (graph("WanVideoLatentReScale"), None),
+        (graph("KSampler"), None),
+        ({"prompt": "[" * 5000}, None),
+        ({"prompt": '{"4": {"class_type": "SaveLatent"}}'}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_latents_of_the_wrapper_are_read_as_normalised(metadata, expected, tmp_path):
     tensors = {"latent_tensor": torch.zeros(1, 16, 1, 4, 4), "latent_format_version_0": Z0}
-    for sampler, expected in (("WanVideoSampler", True), ("KSampler", None)):
-        (tmp_path / "z.latent").write_bytes(save(tensors, graph(sampler)))
-        assert read_latent(tmp_path / "z.latent").is_normalized is expected
-    (tmp_path / "z.latent").write_bytes(save(tensors, {"prompt": "[" * 5000}))
-    assert read_latent(tmp_path / "z.latent").is_normalized is None
+    (tmp_path / "z.latent").write_bytes(save(tensors, metadata))
+    found = read_latent(tmp_path / "z.latent")
+    assert found.is_normalized is expected
+    assert len(found.notes) == (1 if expected else 0)
 
 
 Z0 = torch.empty(0)
+
+
+def test_what_musubi_tuner_generates_is_normalised(tmp_path):
+    """`--output_type latent`: [z, T, H, W] under "latent", with its settings."""
+    settings = {"seeds": "1", "infer_steps": "20", "guidance_scale": "5.0", "prompt": "a cat"}
+    z = torch.randn(16, 2, 4, 4)
+    (tmp_path / "z.safetensors").write_bytes(save({"latent": z}, settings))
+    found = read_latent(tmp_path / "z.safetensors")
+    assert torch.equal(found.latent, z[None]) and found.is_normalized is True
+    (tmp_path / "other.safetensors").write_bytes(save({"latent": z}, {"prompt": "a cat"}))
+    assert read_latent(tmp_path / "other.safetensors").is_normalized is None

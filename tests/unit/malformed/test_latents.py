@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import pickle
 import struct
+import sys
+from argparse import Namespace
 from collections.abc import Callable
 
 import numpy as np
@@ -34,6 +37,10 @@ def npy_header(text: str) -> bytes:
 
 
 Z = torch.zeros(1, 16, 2, 4, 4)
+# Windows says of such a name that there is no such file; what we add tells why.
+TOO_LONG = "characters" if sys.platform == "win32" else "too long"
+# What musubi-tuner's scripts write beside a latent that they generate.
+MUSUBI = {"seeds": "1", "prompt": "a cat", "infer_steps": "20", "guidance_scale": "5.0"}
 LATENTS: dict[str, tuple[str, bytes | Callable[[], bytes], str]] = {
     "empty file": ("z.latent", b"", "an empty file"),
     "cut": ("z.latent", latent_file(Z)[:-7], "cut short: 2209 of 2216 bytes"),
@@ -93,7 +100,7 @@ LATENTS: dict[str, tuple[str, bytes | Callable[[], bytes], str]] = {
     ),
     "npz of several arrays": ("z.npy", lambda: npz_bytes(a=Z.numpy(), b=Z.numpy()), "--key"),
     "npz cut": ("z.npz", lambda: npz_bytes(latent=Z.numpy())[:-30], "cut short"),
-    "npz of integers": ("z.npz", lambda: npz_bytes(latent=np.zeros(4, int)), "int64"),
+    "npz of integers": ("z.npz", lambda: npz_bytes(latent=np.zeros(4, np.int64)), "int64"),
     "PyTorch file of text": ("z.pt", lambda: torch_bytes("hello"), "contains a str"),
     "PyTorch file of two": ("z.pt", lambda: torch_bytes([Z, Z]), "contains a list"),
     "PyTorch file cut": ("z.pt", lambda: torch_bytes(Z)[:-300], "cut short"),
@@ -104,12 +111,35 @@ LATENTS: dict[str, tuple[str, bytes | Callable[[], bytes], str]] = {
         save({"latents_2x4x4_float32": Z[0]}, {"architecture": "hunyuan_video"}),
         "a latent of hunyuan_video, which another VAE decodes",
     ),
+    "a latent that musubi-tuner made with FramePack": (
+        "z.safetensors",
+        save({"latent": Z[0]}, {**MUSUBI, "latent_window_size": "9"}),
+        "another VAE decodes",
+    ),
+    "frames before channels": (
+        "z.latent", latent_file(Z.transpose(1, 2)), "looks like [B, T, z, H, W]"),
+    "channels last": ("z.pt", lambda: torch_bytes(Z.movedim(1, -1)), "looks like [B, T, H, W, z]"),
+    "PyTorch file of a nested tensor": (
+        "z.pt", lambda: torch_bytes(torch.nested.nested_tensor([Z[0], Z[0]])), "a nested tensor"),
+    "PyTorch file of a meta tensor": ("z.pt", lambda: torch_bytes(Z.to("meta")), "a meta tensor"),
+    "PyTorch file of settings": (
+        "z.pt", lambda: torch_bytes({"latents": Z, "args": Namespace(a=1)}),
+        "could run code (it holds argparse.Namespace); if you trust it"),
+    "a plain pickle": ("z.pt", pickle.dumps({"latents": [1.5]}, protocol=4), "Unsupported operand"),
+    "4 bits": ("z.pt", lambda: torch_bytes(four_bits(Z)), "expected a"),
     "a musubi cache of two": (
         "z.safetensors",
         save({"latents_2x4x4_float32": Z[0], "latents_1x4x4_float32": Z[0, :, :1].clone()}),
         "name one with --key",
     ),
-}
+}  # fmt: skip
+
+
+def four_bits(z: torch.Tensor) -> torch.Tensor:
+    """A dtype of two numbers a byte, which PyTorch has since 2.8; before, quantized numbers."""
+    if hasattr(torch, "float4_e2m1fn_x2"):
+        return z.to(torch.uint8).view(torch.float4_e2m1fn_x2)
+    return torch.quantize_per_tensor(z, 0.1, 0, torch.quint4x2)
 
 
 def npz_bytes(**arrays: np.ndarray) -> bytes:
@@ -135,7 +165,7 @@ def test_malformed_latent(case, tmp_path, good, capfd, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("none.latent", "no such file"), (".", "a folder"), ("x" * 300 + ".latent", "too long")],
+    [("none.latent", "no such file"), (".", "a folder"), ("x" * 300 + ".latent", TOO_LONG)],
 )
 def test_missing_latent(name, words, tmp_path, good, capfd, monkeypatch):
     argv = decode_argv(tmp_path / name, good, tmp_path / "out.mp4")
