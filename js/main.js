@@ -5,7 +5,7 @@ import { app } from "/scripts/app.js";
 import { WanVAELine, WanVAEText } from "./line.js";
 import { WanVAEPanel } from "./panel.js";
 import { showNode } from "./show.js";
-import { nodeOf, ReportStore, vaeNodeOf } from "./store.js";
+import { makerOf, nodeOf, ReportStore } from "./store.js";
 import { translator } from "./strings.js";
 import {
   accelerate,
@@ -92,7 +92,7 @@ function addElement(node, name, height, maximum) {
     find: () =>
       store.findLast((message) => {
         const graph = rootGraph();
-        return nodeOf(message, graph) === node || vaeNodeOf(message, graph) === node;
+        return nodeOf(message, graph) === node || makerOf(message, graph) === node;
       }),
     openPanel: () => openPanel(node),
   };

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
@@ -20,7 +21,7 @@ import comfy.model_management as model_management
 import torch
 from comfy_api.latest import Input, InputImpl, Types
 
-from ..wan_vae import OutputError, geometry
+from ..wan_vae import DecodeReport, OutputError, geometry
 from ..wan_vae.config import WanVAEConfig
 from ..wan_vae.io.image import as_rgb
 from ..wan_vae.io.sink import with_colours
@@ -29,7 +30,8 @@ from ..wan_vae.io.video_sink import VideoFileSink, VideoStreamSink
 from ..wan_vae.options import MemoryFormat
 from . import inputs
 from .executing import executing_node
-from .session import session
+from .reports import NodeId
+from .session import Session, session
 
 # What FFmpeg, and so other VIDEOs, call the container that `get_stream_source` writes.
 _CONTAINER_NAME = "mov,mp4,m4a,3gp,3g2,mj2"
@@ -39,7 +41,8 @@ _CONTAINER_NAME = "mov,mp4,m4a,3gp,3g2,mj2"
 class Decoding:
     """What is to be decoded and how: the inputs of WanVAECreateVideo, for one latent [1, ...].
 
-    config: of the VAE. node: the id of the node, for the panel.
+    config: of the VAE. node: the id of the node, for the panel. place: in the batch. read: the
+    reports of the batch's videos so far, by the node that read them and their place.
     """
 
     latent: torch.Tensor
@@ -54,6 +57,7 @@ class Decoding:
     chunk_frames: int = 0
     normalized: bool = False
     node: str | None = None
+    read: dict[str | None, dict[int, DecodeReport]] = field(default_factory=dict)
 
     @property
     def pixel_shape(self) -> tuple[int, ...]:
@@ -166,9 +170,20 @@ class LazyVideo(Input.Video):
             self.get_stream_source(), start_time=start, duration=min(wanted, left)
         )
 
-    def _session(self) -> Any:
-        decoding = self._decoding
-        return session(executing_node(), decoding.vae, decoding.precision, "decode", decoding.node)
+    @contextmanager
+    def _session(self) -> Iterator[Session]:
+        """A run for the node that reads the video, whose report counts the batch's earlier ones."""
+        decoding, reader = self._decoding, executing_node()
+        node = NodeId.of(reader)
+        read = decoding.read.setdefault(None if node is None else node.node, {})
+        if decoding.place in read:
+            read.clear()  # it begins anew
+        with session(reader, decoding.vae, decoding.precision, "decode", decoding.node) as run:
+            run.continues(list(read.values()))
+            yield run
+            report = run.wan.last_report
+            assert report is not None  # of the decode that the caller made
+            read[decoding.place] = report
 
 
 def _word(value: Any) -> str:

@@ -47,12 +47,16 @@ SUMMARY = (
 # Operations of our nodes, to say what a result from ComfyUI's cache is.
 OPERATIONS = {
     "WanVAEAccelerate": "accelerate",
+    "WanVAECreateVideo": "video",
     "WanVAEDecode": "decode",
     "WanVAEDecodeSharded": "decode",
     "WanVAEDecodeToVideo": "decode",
     "WanVAEEncode": "encode",
     "WanVAEInspect": "inspect",
 }
+
+# Nodes that make what other nodes decode with; these report for both.
+MAKERS = ("WanVAEAccelerate", "WanVAECreateVideo")
 
 HIDDEN = (io.Hidden.unique_id, io.Hidden.dynprompt, io.Hidden.extra_pnginfo)
 
@@ -99,7 +103,7 @@ class NodeId:
     """Which node of which workflow a report belongs to; `workflow` is None for API prompts.
 
     kind: the node's class, which tells a page whether its node with this id is meant. vae: the id
-    of the WanVAEAccelerate node through which another node got here. signature: see `signature`.
+    of the node of MAKERS through which another node got here. signature: see `signature`.
     What API clients send is theirs to choose: anything but a workflow with an id is none.
     """
 
@@ -248,7 +252,7 @@ def from_cache(client: str, prompt_id: str, nodes: Iterable[str]) -> list[Kept]:
             continue
         if made is not None:
             vae = made.node.vae
-            if vae is not None and prompt.get(vae, {}).get("class_type") == "WanVAEAccelerate":
+            if vae is not None and prompt.get(vae, {}).get("class_type") in MAKERS:
                 place = replace(place, vae=vae)
             report = made.report
         elif kind in OPERATIONS:
