@@ -2,6 +2,7 @@
 import { api } from "/scripts/api.js";
 import { app } from "/scripts/app.js";
 
+import { sayer } from "./formatting.js";
 import { WanVAELine, WanVAEText } from "./line.js";
 import { WanVAEPanel } from "./panel.js";
 import { showNode } from "./show.js";
@@ -48,9 +49,9 @@ async function ask(route, body = null) {
   };
   const answer = await api.fetchApi(route, options ?? undefined);
   if (!answer.ok) throw new Error(`${route} answered ${answer.status}`);
-  const { reports, notices } = await answer.json();
+  const { reports, notices, worded } = await answer.json();
   store.merge(reports);
-  return notices ?? [];
+  return (notices ?? []).map(sayer({ worded }, t));
 }
 
 const warn = (error) => console.warn("Wan VAE: no reports from the server:", error);

@@ -28,6 +28,7 @@ from ..wan_vae.io.sink import with_colours
 from ..wan_vae.io.video_encode import Codec, Container, VideoSettings, frame_rate
 from ..wan_vae.io.video_sink import VideoFileSink, VideoStreamSink
 from ..wan_vae.options import MemoryFormat
+from ..wan_vae.said import said
 from . import inputs
 from .executing import executing_node
 from .reports import NodeId
@@ -131,7 +132,13 @@ class LazyVideo(Input.Video):
         bit_depth: None takes the one that the video was created with. Raises OutputError.
         """
         if color_space not in (None, "auto", "sRGB"):
-            raise OutputError(f"a decoded video has the colours sRGB: it cannot be {color_space}")
+            raise OutputError(
+                said(
+                    "video.colours",
+                    "a decoded video has the colours sRGB: it cannot be {wanted}",
+                    wanted=color_space,
+                )
+            )
         settings = VideoSettings(
             codec=cast("Codec", _word(codec)),
             crf=crf,

@@ -17,6 +17,7 @@ from comfy_execution.graph_utils import is_link
 from server import PromptServer
 
 from ..wan_vae.report import SCHEMA
+from ..wan_vae.said import worded
 from .twice import NOTICES
 
 # A report as plain values: `DecodeReport.as_dict`.
@@ -290,7 +291,8 @@ def add_routes() -> None:
         return web.json_response({"reports": [one.message() for one in kept], **more})
 
     async def reports(request: web.Request) -> web.Response:
-        return answer(STORE.of_client(request.query.get("client_id", "")), notices=NOTICES)
+        kept = STORE.of_client(request.query.get("client_id", ""))
+        return answer(kept, notices=NOTICES, worded=worded(NOTICES))
 
     async def cached(request: web.Request) -> web.Response:
         asked = await request.json()

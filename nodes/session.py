@@ -30,7 +30,7 @@ from ..wan_vae.io.sink import Sink
 from ..wan_vae.options import MemoryFormat, Operation, RunOptions
 from ..wan_vae.report import SCHEMA, of_batch
 from ..wan_vae.runs.engine import PROOF_BYTES, SetupRequest
-from ..wan_vae.said import worded
+from ..wan_vae.said import said, worded
 from . import inputs
 from .device_memory import ComfyMemory
 from .packed import COPIES, Packed
@@ -87,8 +87,13 @@ class Session:
                 except NotAWanVAEError as error:
                     if not has_weights(self.vae):
                         raise
-                    advice = "for this one use ComfyUI's own VAE nodes"
-                    raise NotAWanVAEError(f"{error}; {advice}") from error
+                    raise NotAWanVAEError(
+                        said(
+                            "vae.advice",
+                            "{error}; for this one use ComfyUI's own VAE nodes",
+                            error=error,
+                        )
+                    ) from error
                 self._before = self._packed.wan.last_report
                 self.warnings += ignored(self.vae)
         return self._packed
