@@ -107,7 +107,8 @@ class ProbeLatent:
     def make(self, batch, channels, frames, height, width, seed, kind):
         generator = torch.Generator().manual_seed(seed)
         latent = torch.randn(batch, channels, frames, height, width, generator=generator)
-        if channels in _FORMATS and kind != "normalised":  # with the statistics of a real one, as a sampler gives it
+        # With the statistics of a real one, as a sampler gives it.
+        if channels in _FORMATS and kind != "normalised":
             latent = _FORMATS[channels]().process_out(latent)
         if kind == "nested":
             audio = torch.zeros(batch, 8, 5)

@@ -102,6 +102,8 @@ test("a message finds its node by id and class", () => {
   assert.equal(makerOf(said, graph), vae);
   assert.equal(makerOf({ ...said, vae: null }, graph), null);
   assert.equal(makerOf({ ...said, vae: "3" }, graph), null, "no node that makes VAEs");
+  vae.comfyClass = "WanVAECreateVideo";
+  assert.equal(makerOf(said, graph), vae, "its VIDEO was read");
   assert.equal(makerOf({ ...said, workflow: "b" }, graph), null);
 });
 
