@@ -179,7 +179,7 @@ def decode_workflow(vae: str, latent: str) -> dict:
             ["auto", "auto", 0],
             inputs=[("samples", "LATENT", 2), ("vae", "VAE", 1)],
             outputs=[("IMAGE", "IMAGE", [3])],
-            size=(390, 210),
+            size=(390, 150),
         ),
         _node(
             4,
