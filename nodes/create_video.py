@@ -79,7 +79,7 @@ class WanVAECreateVideo(io.ComfyNode):
         normalized: bool = False,
     ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "video") as run:
-            clips = hand_over.clips(run, samples)
+            clips = hand_over.clips(run, samples, normalized)
             if clips is None:
                 latent, node = inputs.latent_5d(samples), NodeId.of(cls.hidden)
                 config = run.wan.config

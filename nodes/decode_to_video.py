@@ -156,7 +156,7 @@ class WanVAEDecodeToVideo(io.ComfyNode):
             def settings(place: int) -> VideoSettings:
                 return VideoSettings(codec, crf, bit_depth, tags, inputs.sound(audio, place))
 
-            clips = hand_over.clips(run, samples)
+            clips = hand_over.clips(run, samples, normalized)
             if clips is not None:
                 for place, clip in enumerate(clips):
                     shape = (1, 3, *clip.shape[:3])

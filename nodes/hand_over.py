@@ -26,9 +26,12 @@ FPS = 24.0
 _AT_A_TIME = 8
 
 
-def decode(run: Session, samples: Mapping[str, Any]) -> torch.Tensor | None:
-    """The IMAGE [N, H, W, C] of `samples` by ComfyUI's VAE; None for a Wan VAE, which is ours."""
-    image = _decoded(run, samples)
+def decode(run: Session, samples: Mapping[str, Any], normalized: bool) -> torch.Tensor | None:
+    """The IMAGE [N, H, W, C] of `samples` by ComfyUI's VAE; None for a Wan VAE, which is ours.
+
+    normalized: what the user said of the latent. It is not followed, and the report says so.
+    """
+    image = _decoded(run, samples, normalized)
     if image is None:
         return None
     image = image.flatten(0, -4) if image.ndim > 4 else image
@@ -36,10 +39,10 @@ def decode(run: Session, samples: Mapping[str, Any]) -> torch.Tensor | None:
     return image
 
 
-def clips(run: Session, samples: Mapping[str, Any]) -> list[torch.Tensor] | None:
+def clips(run: Session, samples: Mapping[str, Any], normalized: bool) -> list[torch.Tensor] | None:
     """The videos [T, H, W, C] of `samples` by ComfyUI's VAE, and images as frames of one video;
-    None for a Wan VAE, which is ours."""
-    image = _decoded(run, samples)
+    None for a Wan VAE, which is ours. normalized: see `decode`."""
+    image = _decoded(run, samples, normalized)
     if image is None:
         return None
     made = list(image) if image.ndim == 5 else [image]
@@ -47,9 +50,12 @@ def clips(run: Session, samples: Mapping[str, Any]) -> list[torch.Tensor] | None
     return made
 
 
-def encode(run: Session, pixels: torch.Tensor) -> torch.Tensor | None:
-    """The latent of `pixels` [N, H, W, C] by ComfyUI's VAE; None for a Wan VAE, which is ours."""
-    if not _is_another(run):
+def encode(run: Session, pixels: torch.Tensor, normalized: bool) -> torch.Tensor | None:
+    """The latent of `pixels` [N, H, W, C] by ComfyUI's VAE; None for a Wan VAE, which is ours.
+
+    normalized: see `decode`.
+    """
+    if not _is_another(run, normalized):
         return None
     image = inputs.frames(pixels)
     channels = getattr(run.vae, "image_channels", 3)
@@ -82,20 +88,24 @@ def write(sink: Sink, clip: torch.Tensor) -> None:
         failed.pop_all()
 
 
-def _is_another(run: Session) -> bool:
+def _is_another(run: Session, normalized: bool) -> bool:
     """Whether ComfyUI's own code does it; if so, the report says why."""
     reason = run.not_a_wan_vae()
     if reason is not None:
         run.fallbacks.append(
             said("vae.not_wan", "ComfyUI's own VAE code did it: {reason}", reason=reason)
         )
+        if normalized:
+            run.warnings.append(
+                said("vae.not_normalised", "`normalized` is ignored: it is for latents of Wan VAEs")
+            )
         run.enter("comfyui")
     return reason is not None
 
 
-def _decoded(run: Session, samples: Mapping[str, Any]) -> torch.Tensor | None:
+def _decoded(run: Session, samples: Mapping[str, Any], normalized: bool) -> torch.Tensor | None:
     """Images [N, H, W, C] or videos [B, T, H, W, C] of another VAE; None for a Wan VAE."""
-    if not _is_another(run):
+    if not _is_another(run, normalized):
         return None
     image: torch.Tensor = run.vae.decode(inputs.latent(samples))
     return image

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from io import BytesIO
@@ -23,6 +23,7 @@ from comfy_api.latest import Input, InputImpl, Types
 
 from ..wan_vae import DecodeReport, OutputError, geometry
 from ..wan_vae.config import WanVAEConfig
+from ..wan_vae.io.files import reserved
 from ..wan_vae.io.image import as_rgb
 from ..wan_vae.io.sink import with_colours
 from ..wan_vae.io.video_encode import Codec, Container, VideoSettings, frame_rate
@@ -148,7 +149,10 @@ class LazyVideo(Input.Video):
         )
         decoding = self._decoding
         shape = decoding.pixel_shape
-        with self._session() as run:
+        # Core has chosen the name before the decode, and another server may choose meanwhile.
+        is_file = isinstance(path, (str, os.PathLike))
+        name = reserved(Path(path)) if is_file else nullcontext()
+        with name, self._session() as run:
             run.look_at(decoding.latent, decoding.normalized)
             plan = run.plan(
                 tuple(decoding.latent.shape),

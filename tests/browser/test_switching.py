@@ -9,7 +9,9 @@ from tests.browser.workflows import accelerated_workflow, workflow
 pytestmark = pytest.mark.browser
 
 # What a graph is to a user: nodes by place with their looks, links by the places that they join.
-PICTURE = """() => {
+PICTURE = """async () => {
+  // A group asks for the area of a node, which is known when it has been drawn.
+  for (let i = 0; i < 2; i += 1) await new Promise((drawn) => requestAnimationFrame(drawn));
   const graphs = [];
   const walk = (graph) => {
     const name = (id) => ({ "-10": "in", "-20": "out" })[id] ??

@@ -125,9 +125,16 @@ def test_core_saves_our_video_while_it_is_decoded(comfy, sample):
     made["7"] = node(
         "SaveVideo", video=["6", 0], filename_prefix="video/core", format="mp4", codec="h264"
     )
-    sent = []
-    run = comfy.run(made, on_message=sent.append, pnginfo=PNGINFO)
+    sent, held = [], []
+
+    def listen(message):
+        sent.append(message)
+        if message["type"] == "wan_vae.report" and message["data"]["node"] == "4":
+            held.append(len(list((comfy.base / "output" / "video").glob("lazy_*"))))
+
+    run = comfy.run(made, on_message=listen, pnginfo=PNGINFO)
     path = saved(comfy, run, "4")
+    assert held[0] == 1, "its name is taken before the decode: another server counts it"
     theirs = np.abs(frames(saved(comfy, run, "7")) - sample).mean()
     assert np.abs(frames(path) - sample).mean() < 1.1 * theirs < 5
     with av.open(str(path)) as file:
