@@ -83,7 +83,6 @@ test-windows:
 	$(PYTHON) tests/windows/run_tests.py $(WINDOWS)
 
 pictures: $(VENV)/.test
-	$(RUN) pytest tests/browser -k valid_prompt
 	$(RUN) tests.browser.pictures
 
 # COMFYUI_PATH names a ComfyUI checkout to compare with; BENCH holds options (wan-vae bench --help).

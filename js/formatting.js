@@ -135,7 +135,10 @@ export function lineParts({ report, cached }, t) {
   let parts;
   if (report.status === "failed") parts = [t("line.failed", { error: sayer(report, t)(report.error ?? "") })];
   else if (report.phase) parts = [phaseText(report, t)];
-  else if (report.operation === "accelerate") parts = [t("line.accelerate"), ...where];
+  else if (report.operation === "accelerate") {
+    const as = report.fallbacks?.length ? "line.unchanged" : "line.accelerate";
+    parts = [t(as), ...where];
+  } else if (report.operation === "video") parts = [t("line.video"), size, ...where];
   else if (report.operation === "inspect") parts = [FAMILIES[report.config?.family], ...where];
   else if (report.status === "done" && !report.total_frames) parts = where;
   else if (report.status === "running") {

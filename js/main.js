@@ -2,10 +2,11 @@
 import { api } from "/scripts/api.js";
 import { app } from "/scripts/app.js";
 
+import { sayer } from "./formatting.js";
 import { WanVAELine, WanVAEText } from "./line.js";
 import { WanVAEPanel } from "./panel.js";
 import { showNode } from "./show.js";
-import { nodeOf, ReportStore, vaeNodeOf } from "./store.js";
+import { makerOf, nodeOf, ReportStore } from "./store.js";
 import { translator } from "./strings.js";
 import {
   accelerate,
@@ -48,9 +49,9 @@ async function ask(route, body = null) {
   };
   const answer = await api.fetchApi(route, options ?? undefined);
   if (!answer.ok) throw new Error(`${route} answered ${answer.status}`);
-  const { reports, notices } = await answer.json();
+  const { reports, notices, worded } = await answer.json();
   store.merge(reports);
-  return notices ?? [];
+  return (notices ?? []).map(sayer({ worded }, t));
 }
 
 const warn = (error) => console.warn("Wan VAE: no reports from the server:", error);
@@ -92,7 +93,7 @@ function addElement(node, name, height, maximum) {
     find: () =>
       store.findLast((message) => {
         const graph = rootGraph();
-        return nodeOf(message, graph) === node || vaeNodeOf(message, graph) === node;
+        return nodeOf(message, graph) === node || makerOf(message, graph) === node;
       }),
     openPanel: () => openPanel(node),
   };

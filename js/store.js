@@ -4,7 +4,7 @@
  * A message is what the server sends: `{node, workflow, kind, vae, cached, sent_s, report}`. `node`
  * is the execution id ("5", or "5:3" inside a subgraph) and `kind` the class of the node that ran,
  * one of ours or any other; `workflow` is the id of the workflow or null for API prompts. `vae` is
- * the execution id of the WanVAEAccelerate node whose VAE another node used, else null. `cached`:
+ * the execution id of the node of ours whose VAE or VIDEO another node used, else null. `cached`:
  * the result came from ComfyUI's cache, and the report (if anything is known) is of the run that
  * made it. `sent_s`: when the server made the message, in seconds.
  *
@@ -99,11 +99,14 @@ export function nodeOf(message, graph) {
   return node && node.comfyClass === message.kind ? node : null;
 }
 
-/** The WanVAEAccelerate node of `graph` whose VAE the node of a message used, or null. */
-export function vaeNodeOf(message, graph) {
+/** Nodes that make what other nodes decode with; their line shows what these did. */
+const MAKERS = ["WanVAEAccelerate", "WanVAECreateVideo"];
+
+/** The node of `graph` whose VAE or VIDEO the node of a message used, or null. */
+export function makerOf(message, graph) {
   if (!message.vae || nodeOf(message, graph) === null) return null;
   const node = nodeByExecutionId(graph, message.vae);
-  return node?.comfyClass === "WanVAEAccelerate" ? node : null;
+  return MAKERS.includes(node?.comfyClass) ? node : null;
 }
 
 /** True if a message belongs to the workflow on screen: never one of an API prompt, without an id. */

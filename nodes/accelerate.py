@@ -10,6 +10,7 @@ from ..wan_vae.device import dtype_name
 from ..wan_vae.options import MemoryFormat
 from ..wan_vae.report import SCHEMA
 from ..wan_vae.workers.devices import parse_devices
+from . import hand_over
 from .accelerated import Options, accelerated
 from .ahead import ask
 from .reports import HIDDEN, NodeId
@@ -71,28 +72,24 @@ class WanVAEAccelerate(io.ComfyNode):
         devices: str = ONE_DEVICE,
     ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "accelerate") as run:
-            node, sharding = NodeId.of(cls.hidden), _sharding(devices, vae)
-            if sharding is not None:
-                POOLS.start_ahead(devices, vae.device)
-            options = Options(
-                memory_layout,
-                precision,
-                sharding,
-                None if node is None else node.node,
-            )
-            made = accelerated(vae, options)
-            # Packs the weights: what is no Wan VAE is refused here, not later in the workflow.
-            wan = run.wan
-            # Where no file was found behind the prompt, what the VAE is known now.
-            ask(wan.config, vae.device, precision, ("decoder", "encoder"))
-            run.report = {
-                "schema": SCHEMA,
-                "operation": "accelerate",
-                "status": "done",
-                "dtype": dtype_name(wan.dtype),
-                "device": str(vae.device),
-                "warnings": list(run.warnings),
-            }
+            # Packs the weights: what is wrong with them is said here, not later in the workflow.
+            if hand_over.unchanged(run):
+                made = vae
+            else:
+                node, sharding = NodeId.of(cls.hidden), _sharding(devices, vae)
+                if sharding is not None:
+                    POOLS.start_ahead(devices, vae.device)
+                own = None if node is None else node.node
+                made = accelerated(vae, Options(memory_layout, precision, sharding, own))
+                # Where no file was found behind the prompt, what the VAE is known now.
+                ask(run.wan.config, vae.device, precision, ("decoder", "encoder"))
+                run.report = {
+                    "schema": SCHEMA,
+                    "operation": "accelerate",
+                    "status": "done",
+                    "dtype": dtype_name(run.wan.dtype),
+                    "device": str(vae.device),
+                }
         return io.NodeOutput(made, ui=run.ui)
 
 

@@ -17,6 +17,7 @@ import torch
 from ..wan_vae import NotAWanVAEError, geometry
 from ..wan_vae.io.image import as_rgb
 from ..wan_vae.options import MemoryFormat
+from ..wan_vae.said import said
 from . import inputs, shards
 from .executing import executing_node
 from .session import session
@@ -176,8 +177,13 @@ def accelerated(vae: Any, options: Options) -> AcceleratedVAE:
     """
     if not isinstance(vae, comfy.sd.VAE):
         raise NotAWanVAEError(
-            f"this VAE is a {type(vae).__name__} of {type(vae).__module__}: expected one of "
-            "ComfyUI's own Load VAE (comfy.sd.VAE)"
+            said(
+                "vae.foreign_class",
+                "this VAE is a {name} of {module}: expected one of ComfyUI's own Load VAE "
+                "(comfy.sd.VAE)",
+                name=type(vae).__name__,
+                module=type(vae).__module__,
+            )
         )
     made: AcceleratedVAE = object.__new__(_class_over(type(vae)))
     made.__dict__.update(vars(vae))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import InputImpl, Types, io
 
+from ..wan_vae import DecodeReport, geometry
+from ..wan_vae.device import dtype_name
+from ..wan_vae.io.image import as_rgb
 from ..wan_vae.io.latents import check_latent_shape
 from ..wan_vae.options import MemoryFormat
-from . import inputs
+from ..wan_vae.report import SCHEMA
+from . import hand_over, inputs
 from .lazy_video import Decoding, LazyVideo
-from .packed import COPIES
 from .reports import HIDDEN, NodeId
 from .schema import (
     audio_input,
@@ -25,6 +29,7 @@ from .schema import (
     schema,
     vae_input,
 )
+from .session import session
 
 
 class WanVAECreateVideo(io.ComfyNode):
@@ -73,27 +78,47 @@ class WanVAECreateVideo(io.ComfyNode):
         chunk_frames: int = 0,
         normalized: bool = False,
     ) -> io.NodeOutput:
-        latent = inputs.latent_5d(samples)
-        config = COPIES.get(vae, precision).wan.config
-        check_latent_shape(latent, config)  # here, and not in the node that reads the video
-        node = NodeId.of(cls.hidden)
-        videos = [
-            LazyVideo(
-                Decoding(
-                    latent=part,
-                    vae=vae,
-                    config=config,
-                    fps=fps or config.default_fps,
-                    bit_depth=bit_depth,
-                    audio=audio,
-                    place=place,
-                    memory_layout=memory_layout,
-                    precision=precision,
-                    chunk_frames=chunk_frames,
-                    normalized=normalized,
-                    node=None if node is None else node.node,
-                )
-            )
-            for place, part in enumerate(latent.split(1))
-        ]
-        return io.NodeOutput(videos)
+        with session(cls.hidden, vae, precision, "video") as run:
+            clips = hand_over.clips(run, samples, normalized)
+            if clips is None:
+                latent, node = inputs.latent_5d(samples), NodeId.of(cls.hidden)
+                config = run.wan.config
+                check_latent_shape(latent, config)  # here, and not in the node that reads the video
+                read: dict[str | None, dict[int, DecodeReport]] = {}
+                videos = [
+                    LazyVideo(
+                        Decoding(
+                            latent=part,
+                            vae=vae,
+                            config=config,
+                            fps=fps or config.default_fps,
+                            bit_depth=bit_depth,
+                            audio=audio,
+                            place=place,
+                            memory_layout=memory_layout,
+                            precision=precision,
+                            chunk_frames=chunk_frames,
+                            normalized=normalized,
+                            node=None if node is None else node.node,
+                            read=read,
+                        )
+                    )
+                    for place, part in enumerate(latent.split(1))
+                ]
+                run.report = {
+                    "schema": SCHEMA,
+                    "operation": "video",
+                    "status": "done",
+                    "dtype": dtype_name(run.wan.dtype),
+                    "device": str(vae.device),
+                    "pixel_shape": list(geometry.pixel_shape(tuple(latent.shape), config)),
+                }
+            else:
+                rate = Fraction(fps or hand_over.FPS).limit_denominator(1001)
+                videos = [
+                    InputImpl.VideoFromComponents(
+                        Types.VideoComponents(images=as_rgb(clip), audio=audio, frame_rate=rate)
+                    )
+                    for clip in clips
+                ]
+        return io.NodeOutput(videos, ui=run.ui)

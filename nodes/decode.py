@@ -69,7 +69,7 @@ class WanVAEDecode(io.ComfyNode):
         normalized: bool = False,
     ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "decode") as run:
-            image = hand_over.decode(run, samples)
+            image = hand_over.decode(run, samples, normalized)
             if image is None:
                 latent = inputs.latent_5d(samples)
                 run.look_at(latent, normalized)

@@ -118,7 +118,7 @@ class WanVAEDecodeSharded(io.ComfyNode):
     ) -> io.NodeOutput:
         sharding = Sharding(devices, axis, gather, allow_fallback, timeout_s)
         with session(cls.hidden, vae, precision, "decode") as run:
-            image = hand_over.decode(run, samples)
+            image = hand_over.decode(run, samples, normalized)
             if image is None:
                 latent = inputs.latent_5d(samples)
                 run.look_at(latent, normalized)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management as model_management
@@ -11,12 +12,12 @@ from comfy_api.latest import InputImpl, io
 
 from ..wan_vae import geometry
 from ..wan_vae.io.image import EndFrames
-from ..wan_vae.io.sink import with_colours
+from ..wan_vae.io.sink import Sink, with_colours
 from ..wan_vae.io.video_encode import CODECS, Codec, VideoSettings
 from ..wan_vae.io.video_sink import VideoFileSink
 from ..wan_vae.io.video_write import TeeSink
 from ..wan_vae.options import MemoryFormat
-from . import inputs
+from . import hand_over, inputs
 from .reports import HIDDEN
 from .saved_video import FOLDERS, FORMATS, Folder, SavedVideo, metadata
 from .schema import (
@@ -32,7 +33,7 @@ from .schema import (
     schema,
     vae_input,
 )
-from .session import session
+from .session import Session, session
 
 
 class WanVAEDecodeToVideo(io.ComfyNode):
@@ -148,41 +149,73 @@ class WanVAEDecodeToVideo(io.ComfyNode):
         normalized: bool = False,
         audio: Mapping[str, Any] | None = None,
     ) -> io.NodeOutput:
-        videos: list[Any] = []
-        shown: list[dict[str, str]] = []
-        first: list[torch.Tensor] = []
-        last: list[torch.Tensor] = []
+        tags = metadata(cls.hidden)
         with session(cls.hidden, vae, precision, "decode") as run:
-            fps = fps or run.wan.config.default_fps
-            for place, latent in enumerate(run.one_by_one(inputs.latent_5d(samples))):
-                shape = geometry.pixel_shape(tuple(latent.shape), run.wan.config)
-                saved = SavedVideo(filename_prefix, save_to, format, shape[4], shape[3])
-                run.look_at(latent, normalized)
-                plan = run.plan(
-                    tuple(latent.shape),
-                    memory_format=memory_layout,
-                    chunk_frames=chunk_frames,
-                    whole_frames=True,
-                )
-                ends = EndFrames(shape[2], vae.output_device, inputs.output_dtype(vae))
-                file = VideoFileSink(
-                    next(saved.names),
-                    shape[3],
-                    shape[4],
-                    fps,
-                    VideoSettings(
-                        codec, crf, bit_depth, metadata(cls.hidden), inputs.sound(audio, place)
-                    ),
-                    names=saved.names,
-                    should_stop=model_management.processing_interrupted,
-                )
-                sink = with_colours(TeeSink(file, ends), shape[1])
-                run.decode_into(sink, latent, plan, normalized=normalized)
-                run.warnings += [text for text in file.warnings if text not in run.warnings]
-                videos.append(InputImpl.VideoFromFile(str(file.path)))
-                shown.append(saved.as_ui(file.path))
-                first.append(ends.first)
-                last.append(ends.last)
+            out = _Clips(run, filename_prefix, save_to, format)
+
+            def settings(place: int) -> VideoSettings:
+                return VideoSettings(codec, crf, bit_depth, tags, inputs.sound(audio, place))
+
+            clips = hand_over.clips(run, samples, normalized)
+            if clips is not None:
+                for place, clip in enumerate(clips):
+                    shape = (1, 3, *clip.shape[:3])
+                    saved = out.name(shape)
+                    with out.open(saved, shape, fps or hand_over.FPS, settings(place)) as sink:
+                        hand_over.write(sink, clip)
+            else:
+                fps = fps or run.wan.config.default_fps
+                for place, latent in enumerate(run.one_by_one(inputs.latent_5d(samples))):
+                    shape = geometry.pixel_shape(tuple(latent.shape), run.wan.config)
+                    saved = out.name(shape)
+                    run.look_at(latent, normalized)
+                    plan = run.plan(
+                        tuple(latent.shape),
+                        memory_format=memory_layout,
+                        chunk_frames=chunk_frames,
+                        whole_frames=True,
+                    )
+                    with out.open(saved, shape, fps, settings(place)) as sink:
+                        run.decode_into(sink, latent, plan, normalized=normalized)
         # `images` with `animated` is how ComfyUI's own Save Video has its file shown on the node.
-        ui = {"images": shown, "animated": (True,), **run.ui}
-        return io.NodeOutput(videos, first, last, ui=ui)
+        ui = {"images": out.shown, "animated": (True,), **run.ui}
+        return io.NodeOutput(out.videos, out.first, out.last, ui=ui)
+
+
+class _Clips:
+    """The files of one run, and what the node gives of those that are complete."""
+
+    def __init__(self, run: Session, prefix: str, folder: Folder, container: str):
+        self._run, self._prefix, self._folder, self._container = run, prefix, folder, container
+        self.videos: list[Any] = []
+        self.shown: list[dict[str, str]] = []
+        self.first: list[torch.Tensor] = []
+        self.last: list[torch.Tensor] = []
+
+    def name(self, shape: tuple[int, ...]) -> SavedVideo:
+        """Names for a video of `shape` [1, C, T, H, W]. Raises OutputError."""
+        return SavedVideo(self._prefix, self._folder, self._container, shape[4], shape[3])
+
+    @contextmanager
+    def open(
+        self, saved: SavedVideo, shape: tuple[int, ...], fps: float, settings: VideoSettings
+    ) -> Iterator[Sink]:
+        """A sink for the pixels of a video; whoever writes them closes it, or aborts it."""
+        vae = self._run.vae
+        ends = EndFrames(shape[2], vae.output_device, inputs.output_dtype(vae))
+        file = VideoFileSink(
+            next(saved.names),
+            shape[3],
+            shape[4],
+            fps,
+            settings,
+            names=saved.names,
+            should_stop=model_management.processing_interrupted,
+        )
+        yield with_colours(TeeSink(file, ends), shape[1])
+        warnings = self._run.warnings
+        warnings += [text for text in file.warnings if text not in warnings]
+        self.videos.append(InputImpl.VideoFromFile(str(file.path)))
+        self.shown.append(saved.as_ui(file.path))
+        self.first.append(ends.first)
+        self.last.append(ends.last)

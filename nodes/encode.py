@@ -77,7 +77,7 @@ class WanVAEEncode(io.ComfyNode):
         normalized: bool = False,
     ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "encode") as run:
-            latent = hand_over.encode(run, pixels)
+            latent = hand_over.encode(run, pixels, normalized)
             if latent is None:
                 config = run.wan.config
                 images = batch or config.image_only

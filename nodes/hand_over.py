@@ -6,53 +6,125 @@ So one workflow with a switch between models needs no second set of nodes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
+import comfy.model_management as model_management
 import torch
 
 from ..wan_vae.device import dtype_name
+from ..wan_vae.io.image import as_rgb, frames_to_pixels
+from ..wan_vae.io.sink import Sink
 from ..wan_vae.report import SCHEMA
-from ..wan_vae.said import said, worded
+from ..wan_vae.said import said
 from . import inputs
 from .session import Session
 
+# Frames a second of a video whose model we do not know.
+FPS = 24.0
+# Frames that go to an encoder at a time, as float pixels.
+_AT_A_TIME = 8
 
-def decode(run: Session, samples: Mapping[str, Any]) -> torch.Tensor | None:
-    """The IMAGE [N, H, W, C] of `samples` by ComfyUI's VAE; None for a Wan VAE, which is ours."""
-    reason = run.not_a_wan_vae()
-    if reason is None:
+
+def decode(run: Session, samples: Mapping[str, Any], normalized: bool) -> torch.Tensor | None:
+    """The IMAGE [N, H, W, C] of `samples` by ComfyUI's VAE; None for a Wan VAE, which is ours.
+
+    normalized: what the user said of the latent. It is not followed, and the report says so.
+    """
+    image = _decoded(run, samples, normalized)
+    if image is None:
         return None
-    latent = inputs.latent(samples)
-    image: torch.Tensor = run.vae.decode(latent)
     image = image.flatten(0, -4) if image.ndim > 4 else image
-    _report(run, reason, frames=image.shape[0], height=image.shape[1], width=image.shape[2])
+    _report(run, (1, 3, *image.shape[:3]))
     return image
 
 
-def encode(run: Session, pixels: torch.Tensor) -> torch.Tensor | None:
-    """The latent of `pixels` [N, H, W, C] by ComfyUI's VAE; None for a Wan VAE, which is ours."""
-    reason = run.not_a_wan_vae()
-    if reason is None:
+def clips(run: Session, samples: Mapping[str, Any], normalized: bool) -> list[torch.Tensor] | None:
+    """The videos [T, H, W, C] of `samples` by ComfyUI's VAE, and images as frames of one video;
+    None for a Wan VAE, which is ours. normalized: see `decode`."""
+    image = _decoded(run, samples, normalized)
+    if image is None:
+        return None
+    made = list(image) if image.ndim == 5 else [image]
+    _report(run, (len(made), 3, *made[0].shape[:3]))
+    return made
+
+
+def encode(run: Session, pixels: torch.Tensor, normalized: bool) -> torch.Tensor | None:
+    """The latent of `pixels` [N, H, W, C] by ComfyUI's VAE; None for a Wan VAE, which is ours.
+
+    normalized: see `decode`.
+    """
+    if not _is_another(run, normalized):
         return None
     image = inputs.frames(pixels)
     channels = getattr(run.vae, "image_channels", 3)
     latent: torch.Tensor = run.vae.encode(image[..., :channels])
-    _report(run, reason, frames=image.shape[0], height=image.shape[1], width=image.shape[2])
+    _report(run, (1, 3, *image.shape[:3]))
     return latent
 
 
-def _report(run: Session, reason: str, *, frames: int, height: int, width: int) -> None:
-    note = said("vae.not_wan", "ComfyUI's own VAE code did it: {reason}", reason=reason)
+def unchanged(run: Session) -> bool:
+    """Whether the VAE stays as it is, because it is no Wan VAE."""
+    reason = run.not_a_wan_vae()
+    if reason is not None:
+        run.fallbacks.append(
+            said("vae.unchanged", "the VAE goes on as it came: {reason}", reason=reason)
+        )
+        _report(run)
+    return reason is not None
+
+
+def write(sink: Sink, clip: torch.Tensor) -> None:
+    """Write the frames [T, H, W, C] in [0, 1] of a video to `sink`, which is closed, or aborted
+    after an error or a cancel."""
+    with ExitStack() as failed:
+        failed.callback(sink.abort)
+        for start in range(0, len(clip), _AT_A_TIME):
+            model_management.throw_exception_if_processing_interrupted()
+            part = as_rgb(clip[start : start + _AT_A_TIME])
+            sink.write(frames_to_pixels(part), start, 0)
+        sink.close()
+        failed.pop_all()
+
+
+def _is_another(run: Session, normalized: bool) -> bool:
+    """Whether ComfyUI's own code does it; if so, the report says why."""
+    reason = run.not_a_wan_vae()
+    if reason is not None:
+        run.fallbacks.append(
+            said("vae.not_wan", "ComfyUI's own VAE code did it: {reason}", reason=reason)
+        )
+        if normalized:
+            run.warnings.append(
+                said("vae.not_normalised", "`normalized` is ignored: it is for latents of Wan VAEs")
+            )
+        run.enter("comfyui")
+    return reason is not None
+
+
+def _decoded(run: Session, samples: Mapping[str, Any], normalized: bool) -> torch.Tensor | None:
+    """Images [N, H, W, C] or videos [B, T, H, W, C] of another VAE; None for a Wan VAE."""
+    if not _is_another(run, normalized):
+        return None
+    image: torch.Tensor = run.vae.decode(inputs.latent(samples))
+    return image
+
+
+def _report(run: Session, shape: tuple[int, ...] | None = None) -> None:
+    """shape: [B, 3, T, H, W] of pixels; None if none were decoded or encoded."""
     run.report = {
         "schema": SCHEMA,
         "operation": run.operation,
         "status": "done",
         "device": str(run.vae.device),
         "dtype": dtype_name(run.vae.vae_dtype),
-        "pixel_shape": [1, 3, frames, height, width],
-        "done_frames": frames,
-        "total_frames": frames,
-        **run.speed(frames),
-        "fallbacks": [str.__str__(note)],
-        "worded": worded([note]),
     }
+    if shape is not None:
+        frames = shape[0] * shape[2]
+        run.report |= {
+            "pixel_shape": list(shape),
+            "done_frames": frames,
+            "total_frames": frames,
+            **run.speed(frames),
+        }

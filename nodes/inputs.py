@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,18 @@ from ..wan_vae import LatentError
 from ..wan_vae.io.image import frames_view
 from ..wan_vae.io.tensors import missing_data
 from ..wan_vae.io.video_encode import Sound
+from ..wan_vae.said import said
+
+
+def expected_one_of(name: str, value: object, words: Iterable[str]) -> str:
+    """The sentence about an input `name` whose `value` is none of `words`."""
+    return said(
+        "input.expected",
+        "{name} is {value}: expected one of {words}",
+        name=name,
+        value=repr(value),
+        words=", ".join(map(repr, words)),
+    )
 
 
 def latent(samples: Mapping[str, Any]) -> torch.Tensor:
@@ -21,16 +33,32 @@ def latent(samples: Mapping[str, Any]) -> torch.Tensor:
     if not isinstance(samples, Mapping) or "samples" not in samples:
         keys = f"keys {sorted(map(str, samples))}" if isinstance(samples, Mapping) else None
         raise LatentError(
-            f"the latent is no LATENT ({keys or type(samples).__name__}): expected a dictionary "
-            "with a tensor 'samples', as samplers and Load Latent give"
+            said(
+                "latent.none",
+                "the latent is no LATENT ({what}): expected a dictionary with a tensor 'samples', "
+                "as samplers and Load Latent give",
+                what=keys or type(samples).__name__,
+            )
         )
     tensor = samples["samples"]
     if getattr(tensor, "is_nested", False):
         tensor = tensor.unbind()[0]
     if not isinstance(tensor, torch.Tensor):
-        raise LatentError(f"the latent's 'samples' is a {type(tensor).__name__}: expected a tensor")
+        raise LatentError(
+            said(
+                "latent.no_tensor",
+                "the latent's 'samples' is a {what}: expected a tensor",
+                what=type(tensor).__name__,
+            )
+        )
     if kind := missing_data(tensor):
-        raise LatentError(f"the latent is a {kind} tensor: expected a dense one, with data")
+        raise LatentError(
+            said(
+                "latent.no_data",
+                "the latent is a {kind} tensor: expected a dense one, with data",
+                kind=kind,
+            )
+        )
     return tensor
 
 
@@ -43,12 +71,20 @@ def latent_5d(samples: Mapping[str, Any]) -> torch.Tensor:
         tensor = tensor.unsqueeze(2)
     if tensor.ndim != 5:
         raise LatentError(
-            f"the latent has shape {shape}: expected [B, C, T, H, W] of a video or [B, C, H, W] "
-            "of an image"
+            said(
+                "latent.shape",
+                "the latent has shape {shape}: expected [B, C, T, H, W] of a video or [B, C, H, W] "
+                "of an image",
+                shape=shape,
+            )
         )
     if 0 in shape:
         raise LatentError(
-            f"the latent is empty, its shape is {shape}: expected every size to be above 0"
+            said(
+                "latent.empty",
+                "the latent is empty, its shape is {shape}: expected every size to be above 0",
+                shape=shape,
+            )
         )
     return tensor
 
@@ -59,7 +95,13 @@ def frames(image: torch.Tensor) -> torch.Tensor:
     shape = None if kind else tuple(image.shape)
     if shape is None or len(shape) != 4 or 0 in shape or shape[3] < 3:
         what = f"{kind}, and no dense tensor" if shape is None else f"of shape {shape}"
-        raise LatentError(f"the image is {what}: expected frames [T, H, W, 3 or more]")
+        raise LatentError(
+            said(
+                "encode.no_image",
+                "the image is {what}: expected frames [T, H, W, 3 or more]",
+                what=what,
+            )
+        )
     return image
 
 
@@ -79,7 +121,9 @@ def videos(image: torch.Tensor, are_images: bool, colours: int = 3) -> torch.Ten
         clips = [image]
     pixels = [frames_view(frames(clip), colours) for clip in clips]
     if not pixels:
-        raise LatentError("the batch of videos to encode is empty: expected one or more")
+        raise LatentError(
+            said("encode.no_video", "the batch of videos to encode is empty: expected one or more")
+        )
     return pixels[0] if len(pixels) == 1 else torch.cat(pixels)
 
 
@@ -93,7 +137,13 @@ def sound(audio: Mapping[str, Any] | None, place: int = 0) -> Sound | None:
     waveform, rate = audio["waveform"], audio["sample_rate"]
     if not isinstance(waveform, torch.Tensor) or waveform.ndim != 3 or 0 in waveform.shape:
         what = tuple(waveform.shape) if isinstance(waveform, torch.Tensor) else type(waveform)
-        raise LatentError(f"the audio's waveform is {what}: expected [batch, channels, samples]")
+        raise LatentError(
+            said(
+                "video.no_audio",
+                "the audio's waveform is {what}: expected [batch, channels, samples]",
+                what=what,
+            )
+        )
     return Sound(waveform[min(place, len(waveform) - 1)], int(rate))
 
 

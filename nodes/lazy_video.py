@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
@@ -20,16 +21,19 @@ import comfy.model_management as model_management
 import torch
 from comfy_api.latest import Input, InputImpl, Types
 
-from ..wan_vae import OutputError, geometry
+from ..wan_vae import DecodeReport, OutputError, geometry
 from ..wan_vae.config import WanVAEConfig
+from ..wan_vae.io.files import reserved
 from ..wan_vae.io.image import as_rgb
 from ..wan_vae.io.sink import with_colours
 from ..wan_vae.io.video_encode import Codec, Container, VideoSettings, frame_rate
 from ..wan_vae.io.video_sink import VideoFileSink, VideoStreamSink
 from ..wan_vae.options import MemoryFormat
+from ..wan_vae.said import said
 from . import inputs
 from .executing import executing_node
-from .session import session
+from .reports import NodeId
+from .session import Session, session
 
 # What FFmpeg, and so other VIDEOs, call the container that `get_stream_source` writes.
 _CONTAINER_NAME = "mov,mp4,m4a,3gp,3g2,mj2"
@@ -39,7 +43,8 @@ _CONTAINER_NAME = "mov,mp4,m4a,3gp,3g2,mj2"
 class Decoding:
     """What is to be decoded and how: the inputs of WanVAECreateVideo, for one latent [1, ...].
 
-    config: of the VAE. node: the id of the node, for the panel.
+    config: of the VAE. node: the id of the node, for the panel. place: in the batch. read: the
+    reports of the batch's videos so far, by the node that read them and their place.
     """
 
     latent: torch.Tensor
@@ -54,6 +59,7 @@ class Decoding:
     chunk_frames: int = 0
     normalized: bool = False
     node: str | None = None
+    read: dict[str | None, dict[int, DecodeReport]] = field(default_factory=dict)
 
     @property
     def pixel_shape(self) -> tuple[int, ...]:
@@ -127,7 +133,13 @@ class LazyVideo(Input.Video):
         bit_depth: None takes the one that the video was created with. Raises OutputError.
         """
         if color_space not in (None, "auto", "sRGB"):
-            raise OutputError(f"a decoded video has the colours sRGB: it cannot be {color_space}")
+            raise OutputError(
+                said(
+                    "video.colours",
+                    "a decoded video has the colours sRGB: it cannot be {wanted}",
+                    wanted=color_space,
+                )
+            )
         settings = VideoSettings(
             codec=cast("Codec", _word(codec)),
             crf=crf,
@@ -137,7 +149,10 @@ class LazyVideo(Input.Video):
         )
         decoding = self._decoding
         shape = decoding.pixel_shape
-        with self._session() as run:
+        # Core has chosen the name before the decode, and another server may choose meanwhile.
+        is_file = isinstance(path, (str, os.PathLike))
+        name = reserved(Path(path)) if is_file else nullcontext()
+        with name, self._session() as run:
             run.look_at(decoding.latent, decoding.normalized)
             plan = run.plan(
                 tuple(decoding.latent.shape),
@@ -166,9 +181,20 @@ class LazyVideo(Input.Video):
             self.get_stream_source(), start_time=start, duration=min(wanted, left)
         )
 
-    def _session(self) -> Any:
-        decoding = self._decoding
-        return session(executing_node(), decoding.vae, decoding.precision, "decode", decoding.node)
+    @contextmanager
+    def _session(self) -> Iterator[Session]:
+        """A run for the node that reads the video, whose report counts the batch's earlier ones."""
+        decoding, reader = self._decoding, executing_node()
+        node = NodeId.of(reader)
+        read = decoding.read.setdefault(None if node is None else node.node, {})
+        if decoding.place in read:
+            read.clear()  # it begins anew
+        with session(reader, decoding.vae, decoding.precision, "decode", decoding.node) as run:
+            run.continues(list(read.values()))
+            yield run
+            report = run.wan.last_report
+            assert report is not None  # of the decode that the caller made
+            read[decoding.place] = report
 
 
 def _word(value: Any) -> str:

@@ -32,6 +32,7 @@ from ..wan_vae.options import PRECISIONS
 from ..wan_vae.runs.engine import count_weight_formats
 from .device_memory import ComfyMemory, loaded
 from .fingerprint import fingerprint
+from .inputs import expected_one_of
 from .weights import state_of
 
 # A workflow may use both generations of Wan, or one of them in two precisions. A copy of Wan 2.1 in
@@ -114,8 +115,7 @@ class PackedCopies:
         unknown precision, NotAWanVAEError with the name of the model it is, and CheckpointError.
         """
         if precision != "auto" and precision not in DTYPES:
-            expected = ", ".join(map(repr, PRECISIONS))
-            raise BackendError(f"precision is {precision!r}: expected one of {expected}")
+            raise BackendError(expected_one_of("precision", precision, PRECISIONS))
         state = state_of(vae)
         model = vae.first_stage_model
         source = self._source(model, state)

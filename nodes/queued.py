@@ -13,6 +13,7 @@ PARTS: Mapping[str, tuple[Part, ...]] = {
     "WanVAEDecode": ("decoder",),
     "WanVAEDecodeSharded": ("decoder",),
     "WanVAEDecodeToVideo": ("decoder",),
+    "WanVAECreateVideo": ("decoder",),
     "WanVAEEncode": ("encoder",),
     "WanVAEAccelerate": ("decoder", "encoder"),
 }

@@ -17,6 +17,7 @@ from comfy_execution.graph_utils import is_link
 from server import PromptServer
 
 from ..wan_vae.report import SCHEMA
+from ..wan_vae.said import worded
 from .twice import NOTICES
 
 # A report as plain values: `DecodeReport.as_dict`.
@@ -47,12 +48,16 @@ SUMMARY = (
 # Operations of our nodes, to say what a result from ComfyUI's cache is.
 OPERATIONS = {
     "WanVAEAccelerate": "accelerate",
+    "WanVAECreateVideo": "video",
     "WanVAEDecode": "decode",
     "WanVAEDecodeSharded": "decode",
     "WanVAEDecodeToVideo": "decode",
     "WanVAEEncode": "encode",
     "WanVAEInspect": "inspect",
 }
+
+# Nodes that make what other nodes decode with; these report for both.
+MAKERS = ("WanVAEAccelerate", "WanVAECreateVideo")
 
 HIDDEN = (io.Hidden.unique_id, io.Hidden.dynprompt, io.Hidden.extra_pnginfo)
 
@@ -99,7 +104,7 @@ class NodeId:
     """Which node of which workflow a report belongs to; `workflow` is None for API prompts.
 
     kind: the node's class, which tells a page whether its node with this id is meant. vae: the id
-    of the WanVAEAccelerate node through which another node got here. signature: see `signature`.
+    of the node of MAKERS through which another node got here. signature: see `signature`.
     What API clients send is theirs to choose: anything but a workflow with an id is none.
     """
 
@@ -248,7 +253,7 @@ def from_cache(client: str, prompt_id: str, nodes: Iterable[str]) -> list[Kept]:
             continue
         if made is not None:
             vae = made.node.vae
-            if vae is not None and prompt.get(vae, {}).get("class_type") == "WanVAEAccelerate":
+            if vae is not None and prompt.get(vae, {}).get("class_type") in MAKERS:
                 place = replace(place, vae=vae)
             report = made.report
         elif kind in OPERATIONS:
@@ -286,7 +291,8 @@ def add_routes() -> None:
         return web.json_response({"reports": [one.message() for one in kept], **more})
 
     async def reports(request: web.Request) -> web.Response:
-        return answer(STORE.of_client(request.query.get("client_id", "")), notices=NOTICES)
+        kept = STORE.of_client(request.query.get("client_id", ""))
+        return answer(kept, notices=NOTICES, worded=worded(NOTICES))
 
     async def cached(request: web.Request) -> web.Response:
         asked = await request.json()

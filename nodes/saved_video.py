@@ -13,6 +13,8 @@ import folder_paths
 from comfy.cli_args import args
 
 from ..wan_vae import OutputError
+from ..wan_vae.said import said
+from .inputs import expected_one_of
 
 # The words of core's Save Video: containers, of which auto is mp4.
 FORMATS = ("auto", "mp4", "mkv", "webm")
@@ -31,13 +33,17 @@ class SavedVideo:
     def __init__(self, prefix: str, folder: Folder, container: str, width: int, height: int):
         """Raises OutputError for a prefix without a name, or a folder that is none of FOLDERS."""
         if folder not in FOLDERS:
-            raise OutputError(f"save_to is {folder!r}: expected {' or '.join(FOLDERS)}")
+            raise OutputError(expected_one_of("save_to", folder, FOLDERS))
         if container not in FORMATS:
-            raise OutputError(f"format is {container!r}: expected one of {', '.join(FORMATS)}")
+            raise OutputError(expected_one_of("format", container, FORMATS))
         if os.path.basename(os.path.normpath(prefix.strip())) in ("", ".", ".."):
             raise OutputError(
-                f"filename_prefix is {prefix!r}, which names no file: expected a name, or a folder "
-                "and a name, such as video/WanVAE"
+                said(
+                    "video.no_name",
+                    "filename_prefix is {prefix}, which names no file: expected a name, or a "
+                    "folder and a name, such as video/WanVAE",
+                    prefix=repr(prefix),
+                )
             )
         root = {
             "output": folder_paths.get_output_directory,

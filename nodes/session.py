@@ -31,6 +31,7 @@ from ..wan_vae.options import MemoryFormat, Operation, RunOptions
 from ..wan_vae.report import SCHEMA, of_batch
 from ..wan_vae.runs.engine import PROOF_BYTES, SetupRequest
 from ..wan_vae.runs.run import ready
+from ..wan_vae.said import said, worded
 from . import inputs
 from .device_memory import ComfyMemory
 from .packed import COPIES, Packed
@@ -60,13 +61,15 @@ class Session:
         self._laps: dict[str, float] = {}
         # The final report as the panel reads it.
         self.report: dict[str, Any] = {}
-        # Of the clips of a batch that are done, and how many there are; see `one_by_one`.
+        # Of the clips of a batch that are done, and how many there are; see `one_by_one` and
+        # `continues`.
         self._done: list[DecodeReport] = []
         self._clips = 1
         self.enter("planning")
 
     def enter(self, phase: str, **numbers: int) -> None:
-        """Say what the run does before its first frames: planning, compiling, starting_workers."""
+        """Say what the run does before its first frames: planning, compiling, starting_workers,
+        or comfyui, whose own VAE does all of it."""
         self._reporter.send(
             {
                 "schema": SCHEMA,
@@ -86,8 +89,13 @@ class Session:
                 except NotAWanVAEError as error:
                     if not has_weights(self.vae):
                         raise
-                    advice = "for this one use ComfyUI's own VAE nodes"
-                    raise NotAWanVAEError(f"{error}; {advice}") from error
+                    raise NotAWanVAEError(
+                        said(
+                            "vae.advice",
+                            "{error}; for this one use ComfyUI's own VAE nodes",
+                            error=error,
+                        )
+                    ) from error
                 self._before = self._packed.wan.last_report
                 self.warnings += [*ignored(self.vae), *self._packed.wan.notes]
         return self._packed
@@ -134,6 +142,10 @@ class Session:
             report = self.wan.last_report
             assert report is not None  # the run that the caller made of this clip
             self._done.append(report)
+
+    def continues(self, done: Sequence[DecodeReport]) -> None:
+        """The run makes one report with those of clips that were `done` before it."""
+        self._done, self._clips = list(done), len(done) + 1
 
     @property
     def memory(self) -> ComfyMemory:
@@ -284,8 +296,11 @@ class Session:
             self._bar.update_absolute(report.done_frames, report.total_frames)
 
     def finish(self) -> None:
-        """Send the library's report of the run that is done, or `report` if the node has set it."""
-        if not self.report and (last := self.wan.last_report) is not None:
+        """Send the library's report of the run that is done, or `report` if the node has set it,
+        with what ComfyUI's side has to say."""
+        if self.report:
+            self.report = {**self._notes(), **self.report}
+        elif (last := self.wan.last_report) is not None:
             self.report = self.with_notes(last).as_dict()
         self._reporter.send(self.report)
 
@@ -296,12 +311,21 @@ class Session:
             self.report = self.with_notes(replace(report, status=status, error=error)).as_dict()
         else:
             self.report = {
+                **self._notes(error),
                 "schema": SCHEMA,
                 "operation": self.operation,
                 "status": status,
-                "error": error,
+                "error": str.__str__(error),
             }
         self._reporter.send(self.report)
+
+    def _notes(self, error: str | None = None) -> dict[str, Any]:
+        """What a report that is not the library's says beside its numbers, as plain values."""
+        return {
+            "warnings": list(map(str.__str__, self.warnings)),
+            "fallbacks": list(map(str.__str__, self.fallbacks)),
+            "worded": worded((error, *self.warnings, *self.fallbacks)),
+        }
 
     def _of_batch(self, report: DecodeReport) -> DecodeReport:
         """`report` of the clip at work (or of the last one) with those that are done."""
@@ -327,8 +351,8 @@ def session(
 ) -> Iterator[Session]:
     """Run a node's work with progress, cancel and reports.
 
-    hidden: what ComfyUI gives the node as hidden inputs. through: the id of the WanVAEAccelerate
-    node that made `vae`, where the node is not one of ours. A cancel raises ComfyUI's own
+    hidden: what ComfyUI gives the node as hidden inputs. through: the id of the node that
+    made `vae` or the video, where the node is not one of ours. A cancel raises ComfyUI's own
     exception. Every other error is raised again, after its report was sent: otherwise the panel
     would still show the previous run.
     """

@@ -14,6 +14,7 @@ import torch
 from ..wan_vae import ShardingError, geometry
 from ..wan_vae.options import AxisRequest, Collect, MemoryFormat, Operation
 from ..wan_vae.runs.engine import PROOF_BYTES
+from ..wan_vae.said import said
 from ..wan_vae.workers.devices import parse_devices, worth_sharing
 from ..wan_vae.workers.pool import ONE_DEVICE, WorkerPool
 from ..wan_vae.workers.sharded import fallback_note
@@ -38,9 +39,11 @@ class Sharding:
         if len(parse_devices(self.devices, own)) < 2:
             return ONE_DEVICE
         if self.devices.strip() == "all" and not worth_sharing(pixel_shape):
-            return (
-                f"done on {own} alone: several devices are slower with so few pixels; name the "
-                "devices (0,1) to share them all the same"
+            return said(
+                "run.few_pixels",
+                "done on {device} alone: several devices are slower with so few pixels; name the "
+                "devices (0,1) to share them all the same",
+                device=own,
             )
         return None
 
@@ -109,7 +112,7 @@ class Pools:
         theirs. The memory of other processes is not ComfyUI's to see.
         """
         if self._pool is None:
-            raise ShardingError("workers are counted before there are any")
+            raise ShardingError(said("run.no_workers", "workers are counted before there are any"))
         theirs = device in self._pool.devices
         size = weights_bytes if theirs else 1
         if self._patcher is None or self._patcher.load_device != device:

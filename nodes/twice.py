@@ -27,7 +27,7 @@ def is_first_copy() -> bool:
     if first is sys.modules[__name__]:
         return True
     loaded: Path = first.FOLDER
-    notice = advice(loaded, FOLDER)
+    notice = first.advice(loaded, FOLDER)
     logging.error(notice)
     first.NOTICES.append(notice)
     return False
@@ -35,11 +35,21 @@ def is_first_copy() -> bool:
 
 def advice(loaded: Path, other: Path) -> str:
     """A sentence for the user: where the two copies are, and which of them to delete."""
+    # Not above: a copy that is not loaded leaves its library alone.
+    from ..wan_vae.said import said
+
     delete = min((other, loaded), key=_worth)
     kept = loaded if delete == other else other
-    return (
-        f"Wan VAE is installed twice: {loaded} {_words(loaded)} is loaded, {other} {_words(other)} "
-        f"is not. Delete {delete} and keep {kept}, then start ComfyUI again."
+    return said(
+        "pack.twice",
+        "Wan VAE is installed twice: {loaded} {about_loaded} is loaded, {other} {about_other} is "
+        "not. Delete {delete} and keep {kept}, then start ComfyUI again.",
+        loaded=loaded,
+        about_loaded=_words(loaded),
+        other=other,
+        about_other=_words(other),
+        delete=delete,
+        kept=kept,
     )
 
 

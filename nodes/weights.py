@@ -37,14 +37,22 @@ def state_of(vae: Any) -> dict[str, torch.Tensor]:
     model = getattr(vae, "first_stage_model", None)
     if not has_weights(vae):
         raise NotAWanVAEError(
-            "this VAE holds no weights (the checkpoint that it was loaded from has no VAE): "
-            "load a Wan VAE file with Load VAE"
+            said(
+                "vae.no_weights",
+                "this VAE holds no weights (the checkpoint that it was loaded from has no VAE): "
+                "load a Wan VAE file with Load VAE",
+            )
         )
     patched = getattr(getattr(vae, "patcher", None), "patches", {})
     if patched:
         raise CheckpointError(
-            f"another node has patched {len(patched)} weights of this VAE ({_names(patched)}), "
-            "which a copy of its weights cannot follow: use ComfyUI's own VAE nodes for this one"
+            said(
+                "vae.patched",
+                "another node has patched {count} weights of this VAE ({names}), which a copy of "
+                "its weights cannot follow: use ComfyUI's own VAE nodes for this one",
+                count=len(patched),
+                names=_names(patched),
+            )
         )
     state: dict[str, torch.Tensor] = dict(vae.get_sd())
     # Several patchers may share one network. The one that is loaded has patched it, and the VAE's

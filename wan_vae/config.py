@@ -13,6 +13,7 @@ import torch
 
 from .errors import CheckpointError, NotAWanVAEError
 from .other_models import identify_other_model
+from .said import said
 
 Family = Literal["wan2.1", "wan2.2", "qwen-image-2.1"]
 
@@ -231,12 +232,22 @@ def detect_config(state: Mapping[str, torch.Tensor]) -> WanVAEConfig:
         sample = ", ".join(sorted(state)[:3])
         if other:
             raise NotAWanVAEError(
-                f"this is {other}, not a Wan VAE (first keys: {sample}): load a Wan 2.1 or 2.2 VAE "
-                "such as wan_2.1_vae.safetensors"
+                said(
+                    "vae.other_model",
+                    "this is {other}, not a Wan VAE (first keys: {sample}): load a Wan 2.1 or 2.2 "
+                    "VAE such as wan_2.1_vae.safetensors",
+                    other=other,
+                    sample=sample,
+                )
             )
         raise NotAWanVAEError(
-            f"not a Wan VAE: no tensor decoder.middle.0.residual.0.gamma among {len(state)} "
-            f"(first keys: {sample}): load a Wan 2.1 or 2.2 VAE such as wan_2.1_vae.safetensors"
+            said(
+                "vae.unknown",
+                "not a Wan VAE: no tensor decoder.middle.0.residual.0.gamma among {count} (first "
+                "keys: {sample}): load a Wan 2.1 or 2.2 VAE such as wan_2.1_vae.safetensors",
+                count=len(state),
+                sample=sample,
+            )
         )
     is_residual = "decoder.upsamples.0.upsamples.0.residual.2.weight" in state
     outputs, _, frames = _shape(state, "decoder.head.2.weight", 5)[:3]

@@ -10,6 +10,7 @@ import torch
 from .chunking import whole_number
 from .config import WanVAEConfig
 from .errors import GeometryError
+from .said import said
 
 
 def pixel_frames(latent_frames: int, config: WanVAEConfig) -> int:
@@ -41,8 +42,14 @@ def latent_shape(pixels: tuple[int, ...], config: WanVAEConfig) -> tuple[int, ..
     s = config.spatial_factor
     if t < 1 or h < s or w < s:
         raise GeometryError(
-            f"a video of {t} frames of {h}x{w} pixels is too small to encode: "
-            f"need at least 1 frame of {s}x{s}"
+            said(
+                "encode.too_small",
+                "a video of {frames} frames of {size} pixels is too small to encode: need at least "
+                "1 frame of {least}",
+                frames=t,
+                size=f"{h}x{w}",
+                least=f"{s}x{s}",
+            )
         )
     return (b, config.z_dim, latent_frames(t, config), h // s, w // s)
 

@@ -9,7 +9,9 @@ from tests.browser.workflows import accelerated_workflow, workflow
 pytestmark = pytest.mark.browser
 
 # What a graph is to a user: nodes by place with their looks, links by the places that they join.
-PICTURE = """() => {
+PICTURE = """async () => {
+  // A group asks for the area of a node, which is known when it has been drawn.
+  for (let i = 0; i < 2; i += 1) await new Promise((drawn) => requestAnimationFrame(drawn));
   const graphs = [];
   const walk = (graph) => {
     const name = (id) => ({ "-10": "in", "-20": "out" })[id] ??
@@ -204,3 +206,29 @@ def test_one_command_for_the_whole_workflow(frontend):
     assert image.startswith("VAEAccelerate 0 ")
     undo(frontend)
     assert picture(frontend) == before
+
+
+def test_a_right_click_on_the_node_offers_it(frontend):
+    """The menu that the frontend draws itself, on the canvas or over it, and a click in it."""
+    frontend.load(of_core(f"click-{frontend.name}-{frontend.mode}"))
+    frontend.fit()
+    x, y = frontend.page.evaluate(
+        """() => {
+          const { canvas, graph } = window.app;
+          const node = graph.nodes.find(({ type }) => type === "VAEDecodeTiled");
+          const area = canvas.canvas.getBoundingClientRect();
+          const [left, top] = [node.pos[0] + 60, node.pos[1] - 12]; // in its title
+          return [
+            (left + canvas.ds.offset[0]) * canvas.ds.scale + area.left,
+            (top + canvas.ds.offset[1]) * canvas.ds.scale + area.top,
+          ];
+        }"""
+    )
+    frontend.page.mouse.click(x, y, button="right")
+    item = frontend.page.get_by_text("Use Wan VAE Decode", exact=True)
+    item.first.wait_for()
+    frontend.shot("menu")
+    item.first.click()
+    frontend.page.wait_for_function(
+        "() => window.app.graph.nodes.some(({ type }) => type === 'WanVAEDecode')"
+    )

@@ -96,6 +96,29 @@ def accelerated_workflow(seed: int, identity: str) -> dict:
     return made | {"last_node_id": 5, "last_link_id": 4}
 
 
+def video_workflow(kind: str, identity: str) -> dict:
+    """A latent and the VAE into node 3, which saves a video, or makes one for Save Video (4)."""
+    made = workflow(seed=sum(map(ord, identity)), identity=identity)
+    made["nodes"][2] |= {"type": kind, "size": [340, 400]}
+    made["nodes"][2]["outputs"] = [{"name": "VIDEO", "type": "VIDEO", "links": [3]}]
+    if kind == "WanVAEDecodeToVideo":
+        made["nodes"][2]["widgets_values"] = [16, f"video/{identity}", "auto", "auto", 0]
+        made["nodes"][2]["outputs"][0]["links"] = []
+        del made["nodes"][3], made["links"][2]
+    else:
+        made["nodes"][2]["widgets_values"] = [16]
+        made["nodes"][3] = _node(
+            4,
+            "SaveVideo",
+            (800, 80),
+            [f"video/{identity}", "mp4", "h264"],
+            inputs=[("video", "VIDEO", 3)],
+            size=(300, 320),
+        )
+        made["links"][2] = [3, 3, 0, 4, 0, "VIDEO"]
+    return made
+
+
 def cat_workflow() -> dict:
     """The sample latent and the miniature VAE of the repository, to a preview. Node 3 decodes."""
     nodes = [
@@ -156,7 +179,7 @@ def decode_workflow(vae: str, latent: str) -> dict:
             ["auto", "auto", 0],
             inputs=[("samples", "LATENT", 2), ("vae", "VAE", 1)],
             outputs=[("IMAGE", "IMAGE", [3])],
-            size=(390, 210),
+            size=(390, 150),
         ),
         _node(
             4,

@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from tests.comfy.graphs import OTHER_VAE, VAES, latent, load_vae, node
+from tests.comfy.graphs import VAES, latent, load_vae, node
 from tests.comfy.server import Run
 
 pytestmark = pytest.mark.comfy
@@ -384,7 +384,6 @@ def test_another_scale_of_pixels_is_followed(comfy):
 @pytest.mark.parametrize(
     ("vae", "kind", "words"),
     [
-        (load_vae(OTHER_VAE), "NotAWanVAEError", "Stable Diffusion.*own VAE nodes"),
         ("disguised", "NotAWanVAEError", "a _Disguised of .*expected one of ComfyUI's own"),
         ("weights", "CheckpointError", r"patched 1 weights of this VAE \(decoder\.head\.2"),
     ],
@@ -396,6 +395,27 @@ def test_what_we_cannot_do_is_refused_by_the_node_in_words(comfy, vae, kind, wor
     assert run.error["exception_type"].endswith(kind)
     assert re.search(words, run.error["exception_message"], re.DOTALL)
     assert run_report(comfy, "2")["report"]["status"] == "failed"
+
+
+def test_a_vae_that_is_no_wan_vae_goes_on_as_it_came(comfy):
+    """One workflow with a switch between models works; the line says so in amber."""
+    prompt = {
+        "0": load_vae(),
+        "1": node("ProbeForeignVAE", vae=["0", 0]),
+        "2": node("WanVAEAccelerate", vae=["1", 0]),
+        "z": latent(channels=4, kind="image", seed=90),
+        "d": node("VAEDecode", vae=["2", 0], samples=["z", 0]),
+        "e": node("VAEDecode", vae=["1", 0], samples=["z", 0]),
+        "s": node("ProbeCompareImages", a=["d", 0], b=["e", 0]),
+    }
+    run = comfy.run(prompt)
+    assert run.error is None, run.error
+    assert run.outputs["s"]["difference"] == [0.0]
+    report = run.report("2")
+    (note,) = report["fallbacks"]
+    assert note.startswith("the VAE goes on as it came: ")
+    assert report["worded"][note]["key"] == "vae.unchanged"
+    assert report["status"] == "done" and report["operation"] == "accelerate"
 
 
 def test_a_missing_gpu_is_named_at_once(comfy):

@@ -313,14 +313,18 @@ def test_another_vae_is_encoded_by_comfyui_itself(comfy):
         "0": load_vae(),
         "1": node("ProbeForeignVAE", vae=["0", 0]),
         "2": frames,
-        "3": node("WanVAEEncode", vae=["1", 0], pixels=["2", 0]),
+        "3": node("WanVAEEncode", vae=["1", 0], pixels=["2", 0], normalized=True),
         "4": node("VAEEncode", vae=["1", 0], pixels=["2", 0]),
         "5": node("ProbeCompareLatents", a=["3", 0], b=["4", 0]),
     }
     run = comfy.run(prompt)
     assert run.error is None, run.error
     assert run.outputs["5"]["difference"] == [0.0]
-    assert "ComfyUI's own" in run.report("3")["fallbacks"][0]
+    report = run.report("3")
+    assert "ComfyUI's own" in report["fallbacks"][0]
+    assert report["warnings"] == ["`normalized` is ignored: it is for latents of Wan VAEs"]
+    phases = [m["report"].get("phase") for m in run.of_type("wan_vae.report")]
+    assert {"name": "comfyui"} in phases, "who works"
 
 
 def test_cancel_at_the_third_chunk_and_run_again(comfy):

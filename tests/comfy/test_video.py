@@ -125,9 +125,16 @@ def test_core_saves_our_video_while_it_is_decoded(comfy, sample):
     made["7"] = node(
         "SaveVideo", video=["6", 0], filename_prefix="video/core", format="mp4", codec="h264"
     )
-    sent = []
-    run = comfy.run(made, on_message=sent.append, pnginfo=PNGINFO)
+    sent, held = [], []
+
+    def listen(message):
+        sent.append(message)
+        if message["type"] == "wan_vae.report" and message["data"]["node"] == "4":
+            held.append(len(list((comfy.base / "output" / "video").glob("lazy_*"))))
+
+    run = comfy.run(made, on_message=listen, pnginfo=PNGINFO)
     path = saved(comfy, run, "4")
+    assert held[0] == 1, "its name is taken before the decode: another server counts it"
     theirs = np.abs(frames(saved(comfy, run, "7")) - sample).mean()
     assert np.abs(frames(path) - sample).mean() < 1.1 * theirs < 5
     with av.open(str(path)) as file:
@@ -164,6 +171,62 @@ def test_other_nodes_read_our_video(comfy):
     assert "mp4" in found["container"][0] and found["bytes"][0] > 500
     if "9" in made:
         assert run.outputs["9"]["duration"][0] == pytest.approx(0.2)
+
+
+def test_a_batch_that_is_read_one_after_another_counts_together(comfy):
+    """Save Video is executed for each video of the list: the line shows what it has done."""
+    prefix = f"video/{uuid.uuid4().hex}"
+    run = comfy.run(
+        {
+            "1": load_vae(),
+            "2": latent(batch=2, frames=2, seed=91),
+            "3": node("WanVAECreateVideo", vae=["1", 0], samples=["2", 0], fps=16.0),
+            "4": node(
+                "SaveVideo", video=["3", 0], filename_prefix=prefix, format="mp4", codec="h264"
+            ),
+        }
+    )
+    assert run.error is None, run.error
+    assert len(run.outputs["4"]["images"]) == 2
+    report = run.report("4")
+    assert (report["status"], report["done_frames"], report["total_frames"]) == ("done", 10, 10)
+    made = run.report("3")
+    assert (made["operation"], made["pixel_shape"]) == ("video", [2, 3, 5, 64, 96])
+    assert run.message("4")["vae"] == "3"
+
+
+def test_videos_of_a_vae_that_is_no_wan_vae(comfy):
+    """ComfyUI decodes; both nodes make the files of it, and the notes say so."""
+    prefix = f"video/{uuid.uuid4().hex}"
+    inputs = {"vae": ["1", 0], "samples": ["2", 0], "fps": 0.0}
+    made = {
+        "0": load_vae(),
+        "1": node("ProbeForeignVAE", vae=["0", 0]),
+        "2": latent(batch=2, channels=4, frames=11, height=32, width=48, seed=92),
+        "3": node("WanVAEDecodeToVideo", filename_prefix=prefix, **inputs),
+        "4": node("WanVAECreateVideo", **inputs),
+        "5": node(
+            "SaveVideo", video=["4", 0], filename_prefix=f"{prefix}c", format="mp4", codec="h264"
+        ),
+        "6": node("VAEDecode", vae=["1", 0], samples=["2", 0]),
+        "7": node("ImageFromBatch", image=["6", 0], batch_index=10, length=1),
+        "8": node("ProbeCompareImages", a=["3", 2], b=["7", 0]),
+    }
+    run = comfy.run(made)
+    assert run.error is None, run.error
+    for place in ("3", "5"):
+        shown = run.outputs[place]["images"]
+        assert len(shown) == 2
+        for one in shown:
+            path = comfy.base / "output" / one["subfolder"] / one["filename"]
+            assert frames(path).shape == (11, 32, 48, 3)
+            with av.open(str(path)) as file:
+                assert float(file.streams.video[0].average_rate) == 24
+    for place in ("3", "4"):
+        report = run.report(place)
+        (note,) = report["fallbacks"]
+        assert report["worded"][note]["key"] == "vae.not_wan"
+        assert (report["done_frames"], report["pixel_shape"]) == (22, [2, 3, 11, 32, 48])
 
 
 @pytest.mark.parametrize("prefix", ["", "  ", ".", "video/.."])

@@ -43,11 +43,24 @@ test("the line of the other outcomes", () => {
   assert.equal(inspected, "Wan 2.1 · cuda:0 · bf16");
 });
 
+test("the line of a node that makes a VAE or a video for others", () => {
+  const made = (changes) => line({ total_frames: 0, ...changes });
+  assert.match(made({ operation: "accelerate" }), /^ready: no node has used it yet · cuda:0/);
+  const handed = { operation: "accelerate", fallbacks: ["the VAE goes on as it came"] };
+  assert.match(made(handed), /^as it came: no Wan VAE · /);
+  assert.equal(f.toneOf({ ...report, ...handed }), "notice");
+  assert.equal(
+    made({ operation: "video" }),
+    "ready: decoded when a node reads it · 1280×720 · cuda:0 · bf16",
+  );
+});
+
 test("the line before the first frames", () => {
   const phase = (name, more) => line({ status: "running", phase: { name, ...more } });
   assert.equal(phase("planning"), "planning");
   assert.equal(phase("compiling"), "compiling kernels");
   assert.equal(phase("starting_workers", { count: 2 }), "starting 2 workers");
+  assert.equal(phase("comfyui"), "ComfyUI's own VAE works");
 });
 
 test("the line of a result from the cache says so, and what is known", () => {

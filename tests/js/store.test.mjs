@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { fitsWorkflow, nodeByExecutionId, nodeOf, ReportStore, vaeNodeOf } from "../../js/store.js";
+import { fitsWorkflow, makerOf, nodeByExecutionId, nodeOf, ReportStore } from "../../js/store.js";
 
 const message = (node, status = "done", workflow = null) => ({
   node,
@@ -99,10 +99,12 @@ test("a message finds its node by id and class", () => {
   assert.equal(nodeOf({ ...said, kind: null }, graph), null);
   assert.equal(nodeOf({ ...said, workflow: "b" }, graph), null);
   assert.equal(nodeOf(said, null), null);
-  assert.equal(vaeNodeOf(said, graph), vae);
-  assert.equal(vaeNodeOf({ ...said, vae: null }, graph), null);
-  assert.equal(vaeNodeOf({ ...said, vae: "3" }, graph), null, "no node that makes VAEs");
-  assert.equal(vaeNodeOf({ ...said, workflow: "b" }, graph), null);
+  assert.equal(makerOf(said, graph), vae);
+  assert.equal(makerOf({ ...said, vae: null }, graph), null);
+  assert.equal(makerOf({ ...said, vae: "3" }, graph), null, "no node that makes VAEs");
+  vae.comfyClass = "WanVAECreateVideo";
+  assert.equal(makerOf(said, graph), vae, "its VIDEO was read");
+  assert.equal(makerOf({ ...said, workflow: "b" }, graph), null);
 });
 
 test("a report fits its own workflow, and without an id none", () => {

@@ -211,6 +211,35 @@ def test_troubleshooting_quotes_messages_that_exist():
     assert missing == []
 
 
+# What people type into ComfyUI's search box, and one node that they must find.
+SEARCHES = {
+    "tiled": "WanVAEDecode",
+    "seamless": "WanVAEDecode",
+    "qwen vae": "WanVAEDecode",
+    "vae encode tiled": "WanVAEEncode",
+    "vhs": "WanVAEDecodeToVideo",
+    "video combine": "WanVAEDecodeToVideo",
+    "latent to video": "WanVAECreateVideo",
+    "image to video": "WanVAEAccelerate",
+    "two gpus": "WanVAEDecodeSharded",
+    "out of memory": "WanVAEDecode",
+    "memory format": "WanVAEInspect",
+}
+
+
+def test_the_search_finds_the_nodes_by_what_people_type():
+    aliases: dict[str, list[str]] = {}
+    for path in (REPOSITORY / "nodes").glob("*.py"):
+        for call in ast.walk(ast.parse(text_of(path))):
+            if isinstance(call, ast.Call):
+                named = {word.arg: word.value for word in call.keywords}
+                if "search_aliases" in named:
+                    node = ast.literal_eval(named["node_id"])
+                    aliases[node] = ast.literal_eval(named["search_aliases"])
+    assert len(aliases) == 7
+    assert [text for text, node in SEARCHES.items() if text not in aliases[node]] == []
+
+
 def test_the_english_locale_says_what_the_nodes_say():
     nodes = json.loads(text_of(REPOSITORY / "locales/en/nodeDefs.json"))
     texts = [

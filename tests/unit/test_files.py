@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from wan_vae.errors import LatentError, OutputError
 from wan_vae.io import video_read, video_write
-from wan_vae.io.files import Partial
+from wan_vae.io.files import Partial, reserved
 from wan_vae.io.latents import load_latent
 
 SHAPE = (1, 3, 2, 16, 32)
@@ -129,6 +129,21 @@ def test_a_link_stands_for_its_folder(exists, tmp_path):
     sink.close()
     assert (tmp_path / "link").is_symlink()
     assert sorted(p.name for p in target.iterdir()) == ["frame_000000.png", "frame_000001.png"]
+
+
+def test_a_reserved_name_is_counted_and_goes_after_an_error(tmp_path):
+    """Core has chosen a name for a video that is still being decoded."""
+    path, mine = tmp_path / "clip_00001_.mp4", tmp_path / "mine.mp4"
+    mine.write_bytes(b"mine")
+    with reserved(path), reserved(tmp_path / "no" / "folder.mp4"):
+        assert [p.name for p in tmp_path.iterdir() if p != mine] == [path.name]
+        path.write_bytes(b"the result")
+    assert path.read_bytes() == b"the result"
+    for name, left in ((tmp_path / "clip_00002_.mp4", False), (mine, True)):
+        with pytest.raises(OutputError), reserved(name):
+            raise OutputError("cancelled")
+        assert name.exists() == left
+    assert mine.read_bytes() == b"mine"
 
 
 def test_a_link_to_itself_is_refused_in_words(tmp_path):

@@ -6,6 +6,7 @@ import ast
 import json
 import pickle
 import string
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,11 @@ import pytest
 import torch
 
 import wan_vae
+from wan_vae.config import detect_config, wan21
+from wan_vae.io.latents import encode_notices, statistics_hint
 from wan_vae.report import DecodeReport, of_batch
 from wan_vae.said import Said, said, worded
+from wan_vae.workers.devices import parse_devices
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,6 +50,94 @@ def test_chinese_has_every_sentence_with_the_same_values():
     assert sorted(chinese) == sorted(english)
     for key, text in english.items():
         assert names(chinese[key]) == names(text), key
+
+
+def is_plain(value: ast.expr) -> bool:
+    """Whether `value` is a sentence in English alone: a text, or texts in a sum or a list."""
+    match value:
+        case ast.Constant(value=str()) | ast.JoinedStr():
+            return True
+        case ast.BinOp(left=left, right=right):
+            return is_plain(left) or is_plain(right)
+        case ast.IfExp(body=one, orelse=other):
+            return is_plain(one) or is_plain(other)
+        case ast.List(elts=elements) | ast.Tuple(elts=elements):
+            return any(map(is_plain, elements))
+        case ast.ListComp(elt=element) | ast.GeneratorExp(elt=element):
+            return is_plain(element)
+    return False
+
+
+def sentences(tree: ast.AST) -> Iterator[ast.expr]:
+    """What is added to warnings, fallbacks or notices, also as arguments of these names."""
+    lists = ("warnings", "fallbacks", "notices", "NOTICES")
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Attribute(value=owner, attr="append" | "extend"), args=[value]):
+                if getattr(owner, "attr", getattr(owner, "id", "")) in lists:
+                    yield value
+            case ast.AugAssign(target=owner, value=value):
+                if getattr(owner, "attr", getattr(owner, "id", "")) in lists:
+                    yield value
+            case ast.keyword(arg="warnings" | "fallbacks", value=value):
+                yield value
+
+
+# What only the command line says, which is English: about files of videos to read.
+ENGLISH_ALONE = {"wan_vae/io/video_read.py"}
+
+
+def test_what_reports_and_nodes_say_has_a_key():
+    """No warning, fallback or notice, and no error of a node, is in English alone."""
+    plain, seen = [], 0
+    for folder in ("wan_vae", "nodes"):
+        for path in (ROOT / folder).rglob("*.py"):
+            name = path.relative_to(ROOT).as_posix()
+            if name in ENGLISH_ALONE or name.startswith("wan_vae/commands/"):
+                continue
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            found = list(sentences(tree))
+            if folder == "nodes":
+                calls = (node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise))
+                found += [call.args[0] for call in calls if getattr(call, "args", None)]
+            seen += len(found)
+            plain += [f"{name}:{value.lineno}" for value in found if is_plain(value)]
+    assert plain == []
+    assert seen > 40
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        *encode_notices((1, 3, 7, 67, 90), 4, wan21(dim=8)),
+        *encode_notices((1, 3, 5, 64, 64), 6, wan21(dim=8)),
+        statistics_hint(torch.randn(1, 16, 3, 32, 32), wan21(dim=8), False),
+    ],
+)
+def test_notices_of_latents_and_images_are_worded(sentence):
+    assert isinstance(sentence, Said)
+    for value in sentence.values.values():  # numbers and names; what is words has a key of its own
+        assert isinstance(value, Said) or " " not in value, value
+
+
+def error_of(call: Callable[[], object]) -> str:
+    with pytest.raises(wan_vae.WanVAEError) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_errors_that_users_of_nodes_meet_are_worded(small_vae):
+    config = small_vae.config
+    nan = torch.full((1, config.z_dim, 1, 4, 4), float("nan"))
+    calls = [
+        lambda: small_vae.decode(torch.zeros(1, 4, 1, 4, 4)),
+        lambda: small_vae.decode(nan),
+        lambda: small_vae.encode(torch.zeros(1, 3, 1, 4, 4)),
+        lambda: detect_config({"decoder.conv_in.weight": torch.zeros(1)}),
+        lambda: parse_devices("tpu,tpu", torch.device("cpu")),
+    ]
+    for call in calls:
+        assert isinstance(error_of(call), Said), error_of(call)
 
 
 def test_a_sentence_is_a_string_with_key_and_values():

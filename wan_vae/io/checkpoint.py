@@ -19,6 +19,7 @@ import torch
 from ..config import WanVAEConfig, detect_config
 from ..errors import CheckpointError, NotAWanVAEError, first_line
 from ..network.model import expected_shapes
+from ..said import said
 from .files import unreadable_reason
 from .tensors import PYTORCH_SUFFIXES, missing_data, read_tensors
 
@@ -139,7 +140,14 @@ def canonical_state_dict(mapping: Mapping[str, torch.Tensor]) -> Checkpoint:
         key_layout = "diffusers"
         state = _native_keys(state)
     heads = [key for key in state if _PROJECTION_HEAD.match(key)]
-    notes = (f"{_some(heads)}: ignored, as nothing runs these projection heads",) if heads else ()
+    notes: tuple[str, ...] = ()
+    if heads:
+        ignored = said(
+            "vae.heads",
+            "{names}: ignored, as nothing runs these projection heads",
+            names=_some(heads),
+        )
+        notes = (ignored,)
     state = _with_frames({k: v for k, v in state.items() if k not in set(heads)})
     config = detect_config(state)
     stored, state = state, _causal(state, config) if config.image_only else state

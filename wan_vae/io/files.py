@@ -12,7 +12,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePath
 from types import ModuleType
 
@@ -133,6 +133,21 @@ def _reserve(path: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+@contextmanager
+def reserved(path: Path) -> Iterator[None]:
+    """Hold the name `path` with an empty file, until a result takes its place: whoever counts files
+    to find a free name counts it. It goes after an error.
+
+    A file of that name stays until then. Nothing is held where the folder is not there yet.
+    """
+    is_ours = path.parent.is_dir() and _reserve(path)
+    with ExitStack() as failed:
+        if is_ours:
+            failed.callback(path.unlink, missing_ok=True)
+        yield
+        failed.pop_all()
 
 
 class Partial:

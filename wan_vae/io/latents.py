@@ -296,7 +296,9 @@ def check_latent_values(latent: torch.Tensor) -> None:
     """Raise LatentError unless every value of `latent` [B, z, T, H, W] is finite."""
     # One pass over memory.
     extremes = torch.stack(latent.detach().aminmax()).tolist()
-    consequence = "the sampler overflowed, and any decoder would return black frames"
+    consequence = said(
+        "latent.overflow", "the sampler overflowed, and any decoder would return black frames"
+    )
     if error := not_finite(extremes, latent, "latent", consequence):
         raise error
 
@@ -330,8 +332,14 @@ def check_frames(frames: int, config: WanVAEConfig, what: str) -> None:
     """Raise LatentError for several frames of a VAE of images."""
     if config.image_only and frames > 1:
         raise LatentError(
-            f"the {what} has {frames} frames: this {config.family} VAE has two-dimensional kernels "
-            "and knows images only; give them as a batch of images"
+            said(
+                "latent.images_only",
+                "the {what} has {frames} frames: this {family} VAE has two-dimensional kernels and "
+                "knows images only; give them as a batch of images",
+                what=what,
+                frames=frames,
+                family=config.family,
+            )
         )
 
 
@@ -340,10 +348,22 @@ def check_channels(channels: int, config: WanVAEConfig) -> None:
     if channels == config.z_dim:
         return
     other = {16: "Wan 2.1", 48: "Wan 2.2 (5B)", 64: "Qwen-Image 2.1"}.get(channels)
-    hint = f"; {other} latents have {channels} channels" if other else ""
-    raise LatentError(
-        f"the latent has {channels} channels: this {config.family} VAE decodes {config.z_dim}{hint}"
+    text: str = said(
+        "latent.channels",
+        "the latent has {channels} channels: this {family} VAE decodes {own}",
+        channels=channels,
+        family=config.family,
+        own=config.z_dim,
     )
+    if other:
+        text = said(
+            "latent.channels_of",
+            "{text}; {other} latents have {channels} channels",
+            text=text,
+            other=other,
+            channels=channels,
+        )
+    raise LatentError(text)
 
 
 def check_pixels(pixels: torch.Tensor, config: WanVAEConfig) -> None:
@@ -407,17 +427,31 @@ def statistics_hint(
     if (normalized, looks_normalized, looks_raw) not in ((False, True, False), (True, False, True)):
         return None
     widest = int(their_std.argmax())
-    numbers = (
-        f"its channels have standard deviations of {std.min():.2f} to {std.max():.2f}, and those "
-        f"of this VAE {their_std.min():.2f} to {their_std.max():.2f} (channel {widest}: "
-        f"{std[widest]:.2f} and {their_std[widest]:.2f}; slope {slope:.2f}, where 1 means as "
-        "ComfyUI holds latents and 0 normalised)"
+    numbers = said(
+        "latent.deviations",
+        "its channels have standard deviations of {least} to {most}, and those of this VAE "
+        "{their_least} to {their_most} (channel {channel}: {own} and {theirs}; slope {slope}, "
+        "where 1 means as ComfyUI holds latents and 0 normalised)",
+        least=f"{std.min():.2f}",
+        most=f"{std.max():.2f}",
+        their_least=f"{their_std.min():.2f}",
+        their_most=f"{their_std.max():.2f}",
+        channel=widest,
+        own=f"{std[widest]:.2f}",
+        theirs=f"{their_std[widest]:.2f}",
+        slope=f"{slope:.2f}",
     )
     if normalized:
-        return f"the latent looks as ComfyUI holds it: {numbers}; should `normalized` be off?"
-    return (
-        "the latent looks normalised, as diffusers and WanVideoWrapper hold latents: "
-        f"{numbers}; should `normalized` be on?"
+        return said(
+            "latent.looks_raw",
+            "the latent looks as ComfyUI holds it: {numbers}; should `normalized` be off?",
+            numbers=numbers,
+        )
+    return said(
+        "latent.looks_normalised",
+        "the latent looks normalised, as diffusers and WanVideoWrapper hold latents: {numbers}; "
+        "should `normalized` be on?",
+        numbers=numbers,
     )
 
 
@@ -430,21 +464,44 @@ def encode_notices(pixels: tuple[int, ...], channels: int, config: WanVAEConfig)
     _, _, frames, height, width = pixels
     kept = geometry.pixel_shape(geometry.latent_shape(pixels, config), config)
     if channels > max(config.colours, 3):
-        used = "red, green, blue and alpha" if config.colours == 4 else "red, green and blue"
-        left = channels - max(config.colours, 3)
-        ignored = "alpha is" if channels == 4 else f"{left} channels are"
+        if config.colours == 4:
+            used = said("encode.rgba", "red, green, blue and alpha")
+        else:
+            used = said("encode.rgb", "red, green and blue")
+        if channels == 4:
+            ignored = said("encode.no_alpha", "alpha is ignored")
+        else:
+            left = channels - max(config.colours, 3)
+            ignored = said("encode.fewer_channels", "{count} channels are ignored", count=left)
         notices.append(
-            f"the images have {channels} channels: {used} are encoded, and {ignored} ignored"
+            said(
+                "encode.channels",
+                "the images have {channels} channels: {used} are encoded, and {ignored}",
+                channels=channels,
+                used=used,
+                ignored=ignored,
+            )
         )
     if kept[2] != frames:
         notices.append(
-            f"{kept[2]} of {frames} frames are encoded: the last {frames - kept[2]} are past "
-            f"{config.temporal_factor}n + 1"
+            said(
+                "encode.frames",
+                "{kept} of {frames} frames are encoded: the last {left} are past {factor}n + 1",
+                kept=kept[2],
+                frames=frames,
+                left=frames - kept[2],
+                factor=config.temporal_factor,
+            )
         )
     if kept[3:] != (height, width):
         notices.append(
-            f"cropped from {width}x{height} to {kept[4]}x{kept[3]}: sizes are multiples of "
-            f"{config.spatial_factor}"
+            said(
+                "encode.cropped",
+                "cropped from {size} to {kept}: sizes are multiples of {factor}",
+                size=f"{width}x{height}",
+                kept=f"{kept[4]}x{kept[3]}",
+                factor=config.spatial_factor,
+            )
         )
     return tuple(notices)
 
@@ -488,6 +545,14 @@ def not_finite(
         return None
     shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
     return LatentError(
-        f"the {what} itself contains NaN or inf in {len(bad)} of {len(finite)} frames "
-        f"({shown}): {consequence}"
+        said(
+            "latent.not_finite",
+            "the {what} itself contains NaN or inf in {count} of {frames} frames ({shown}): "
+            "{consequence}",
+            what=what,
+            count=len(bad),
+            frames=len(finite),
+            shown=shown,
+            consequence=consequence,
+        )
     )

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from ..errors import OutputError
+from ..said import said
 from .files import ffmpeg_name, import_package, writing
 
 Container = Literal["mp4", "mov", "mkv", "webm"]
@@ -120,13 +121,26 @@ class VideoEncoder:
         if codec not in _ENCODERS:
             raise OutputError(f"{self._name}: codec is {settings.codec!r}: expected {CODECS}")
         if container == "webm" and codec != "av1":
-            raise OutputError(f"{self._name}: webm cannot hold H.264: choose av1, or mp4 or mkv")
+            raise OutputError(
+                said(
+                    "video.webm",
+                    "{file}: webm cannot hold H.264: choose av1, or mp4 or mkv",
+                    file=self._name,
+                )
+            )
         if settings.bit_depth not in BIT_DEPTHS:
             raise OutputError(f"{self._name}: bit_depth is {settings.bit_depth}: expected 8 or 10")
         highest = 51 if codec == "h264" else 63
         if settings.crf is not None and not 0 <= settings.crf <= highest:
             raise OutputError(
-                f"{self._name}: crf is {settings.crf:g}: expected 0 to {highest} for {codec}"
+                said(
+                    "video.crf",
+                    "{file}: crf is {crf}: expected 0 to {most} for {codec}",
+                    file=self._name,
+                    crf=f"{settings.crf:g}",
+                    most=highest,
+                    codec=codec,
+                )
             )
 
     def _choose(self, codec: Codec, settings: VideoSettings) -> str:
@@ -135,22 +149,51 @@ class VideoEncoder:
         found = next((name for name in wanted if self._is_there(name)), None)
         if found is None:
             raise OutputError(
-                f"{self._name}: this PyAV has no encoder for {codec} (none of "
-                f"{', '.join(wanted)}): write a folder of frames, or choose another codec"
+                said(
+                    "video.no_encoder",
+                    "{file}: this PyAV has no encoder for {codec} (none of {names}): write a "
+                    "folder of frames, or choose another codec",
+                    file=self._name,
+                    codec=codec,
+                    names=", ".join(wanted),
+                )
             )
         if settings.bit_depth != 8 and found not in _WITH_CRF:
             raise OutputError(
-                f"{self._name}: {found} cannot encode 10 bits, and this PyAV has no {wanted[0]}: "
-                "choose 8 bits"
+                said(
+                    "video.no_ten_bits",
+                    "{file}: {found} cannot encode 10 bits, and this PyAV has no {wanted}: choose "
+                    "8 bits",
+                    file=self._name,
+                    found=found,
+                    wanted=wanted[0],
+                )
             )
         if found == "mpeg4":
             self.warnings.append(
-                "this PyAV has no H.264 encoder: wrote MPEG-4 part 2, which browsers do not play"
+                said(
+                    "video.mpeg4",
+                    "this PyAV has no H.264 encoder: wrote MPEG-4 part 2, which browsers do not "
+                    "play",
+                )
             )
         elif found != wanted[0]:
-            self.warnings.append(f"this PyAV has no {wanted[0]}: {found} encoded the video")
+            self.warnings.append(
+                said(
+                    "video.other_encoder",
+                    "this PyAV has no {wanted}: {found} encoded the video",
+                    wanted=wanted[0],
+                    found=found,
+                )
+            )
         if found not in _WITH_CRF and settings.crf is not None:
-            self.warnings.append(f"{found} knows no crf: the quality is its own default")
+            self.warnings.append(
+                said(
+                    "video.no_crf",
+                    "{found} knows no crf: the quality is its own default",
+                    found=found,
+                )
+            )
         return found
 
     def _is_there(self, name: str) -> bool:

@@ -23,6 +23,7 @@ import torch
 from ..errors import DecodeCancelled, OutputError, WanVAEError
 from ..hooks import ShouldStop
 from ..report import VideoRecord
+from ..said import said
 from .file_sink import FileSink
 from .video_encode import Container, VideoEncoder, VideoSettings
 from .yuv import even, frame_rows, to_yuv420
@@ -253,7 +254,13 @@ class VideoFileSink(_VideoSink, FileSink):
             self._partial.discard()
             raise
         if size != (height, width):
-            self.warnings.append(f"{width}x{height} is odd: the last row or column is repeated")
+            self.warnings.append(
+                said(
+                    "video.odd",
+                    "{size} is odd: the last row or column is repeated",
+                    size=f"{width}x{height}",
+                )
+            )
         self.warnings += encoder.warnings
         self._frames = _Frames(encoder, *size, should_stop)
 

@@ -15,11 +15,14 @@ from ..config import WanVAEConfig
 from ..errors import CheckpointError
 from ..geometry import Strip
 from ..ops.opset import OpSet
+from ..said import said
 from .blocks import CausalConv3d, Step
 from .decoder import Decoder, join_passes
 from .encoder import Encoder, PixelSource
 
-NO_ENCODER = "this checkpoint has no encoder: load a full VAE file to encode"
+NO_ENCODER = said(
+    "vae.no_encoder", "this checkpoint has no encoder: load a full VAE file to encode"
+)
 
 
 class WanVAEModel(nn.Module):

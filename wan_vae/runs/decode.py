@@ -276,7 +276,11 @@ class DecodeRun(Run):
                 self._given_frames = stop
         if self.device.type == "cuda" and not histories.is_locked:
             self.builder.fallbacks.append(
-                "history waited in pageable host memory, which is slower: no more could be locked"
+                said(
+                    "run.pageable",
+                    "history waited in pageable host memory, which is slower: no more could be "
+                    "locked",
+                )
             )
 
     def _strips_one_after_another(self, count: int) -> Iterator[Piece]:
@@ -337,8 +341,15 @@ class DecodeRun(Run):
     def _does_not_fit(self, tried: str, reason: str) -> DecodeMemoryError:
         error = self.ranks.out_of_memory(reason)
         return error or DecodeMemoryError(
-            f"out of memory on {self.device} {tried}: {reason}; {self.shortage()}free device "
-            "memory, or decode on the CPU"
+            said(
+                "run.decode_out_of_memory",
+                "out of memory on {device} {tried}: {reason}; {shortage}free device memory, or "
+                "decode on the CPU",
+                device=self.device,
+                tried=tried,
+                reason=reason,
+                shortage=self.shortage(),
+            )
         )
 
     # -- the end ---------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from ..network.model import result_of
 from ..options import Gather, RunOptions
 from ..planning.passes import encoder_latent_rows, encoder_pass_frames
 from ..planning.plan import Plan
+from ..said import said
 from ..sharding.context import SINGLE, ShardContext
 from .decode import join_ranks, shards_of
 from .engine import Engine, SetupRequest, latent_statistics, options_of
@@ -242,9 +243,18 @@ class EncodeRun(Run):
         error = self.ranks.out_of_memory(reason)
         tried = f", {tried}" if tried else ""
         return error or DecodeMemoryError(
-            f"out of memory on {self.device} while encoding {self.total_frames} frames of "
-            f"{height}x{width}{tried}: {reason}; {self.shortage()}free device memory, encode a "
-            "smaller video, or encode on the CPU"
+            said(
+                "run.encode_out_of_memory",
+                "out of memory on {device} while encoding {frames} frames of {size}{tried}: "
+                "{reason}; {shortage}free device memory, encode a smaller video, or encode on the "
+                "CPU",
+                device=self.device,
+                frames=self.total_frames,
+                size=f"{height}x{width}",
+                tried=tried,
+                reason=reason,
+                shortage=self.shortage(),
+            )
         )
 
 

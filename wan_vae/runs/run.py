@@ -540,8 +540,13 @@ def granted(
     except DecodeMemoryError as error:
         failure = str(error)
     raise DecodeMemoryError(
-        f"out of memory on {device}: {failure}; {who_holds(device, memory, wanted_bytes)}free "
-        "device memory, or run on the CPU"
+        said(
+            "run.out_of_memory",
+            "out of memory on {device}: {failure}; {shortage}free device memory, or run on the CPU",
+            device=device,
+            failure=failure,
+            shortage=who_holds(device, memory, wanted_bytes),
+        )
     )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from ..device import pick_device
 from ..errors import BackendError, ShardingError
+from ..said import said
 
 Transport = Literal["nccl", "gloo"]
 
@@ -38,20 +39,30 @@ def parse_devices(
             return [torch.device(own.type, i) for i in range(count)] if count > 1 else [own]
         text = [part.strip() for part in text.split(",") if part.strip()]
     if not text:
-        raise ShardingError("no device was named: expected 'all', '0,1' or 'cpu,cpu'")
+        raise ShardingError(
+            said("run.no_device", "no device was named: expected 'all', '0,1' or 'cpu,cpu'")
+        )
     devices = []
     for rank, part in enumerate(text):
         name = f"cuda:{part}" if isinstance(part, str) and part.isdigit() else part
         if isinstance(name, str) and not name.startswith(_KINDS):
             raise ShardingError(
-                f"rank {rank} cannot start: device {part!r} is unknown: expected 'all', '0,1' or "
-                "'cpu,cpu'",
+                said(
+                    "run.unknown_device",
+                    "rank {rank} cannot start: device {name} is unknown: expected 'all', '0,1' or "
+                    "'cpu,cpu'",
+                    rank=rank,
+                    name=repr(part),
+                ),
                 rank=rank,
             )
         try:
             devices.append(pick_device(name))
         except BackendError as error:
-            raise ShardingError(f"rank {rank} cannot start: {error}", rank=rank) from None
+            text = said(
+                "run.cannot_start", "rank {rank} cannot start: {error}", rank=rank, error=error
+            )
+            raise ShardingError(text, rank=rank) from None
     return devices
 
 
