@@ -427,9 +427,10 @@ class ProbeGiveBack(_Probe):
     @classmethod
     def INPUT_TYPES(cls):
         number = ("INT", {"min": 0, "max": 1 << 40})
-        return {"required": {"mib": number, "image": ("IMAGE",), "salt": number}}
+        required = {"mib": number, "image": ("IMAGE",), "salt": number}
+        return {"required": required, "optional": {"after": ("IMAGE",)}}
 
-    def probe(self, mib, image, salt):
+    def probe(self, mib, image, salt, after=None):
         (module,) = (m for name, m in sys.modules.items() if name.endswith(".nodes.packed"))
         (copy, *_) = reversed(module.COPIES._copies.values())
         memory, manager = copy.memory, module.model_management

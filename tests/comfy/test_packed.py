@@ -140,7 +140,14 @@ def test_a_run_that_has_too_little_moves_other_models_away_and_keeps_its_own(env
             "3": node("VAEDecode", vae=["1", 0], samples=["2", 0]),  # loads ComfyUI's own
             "4": node("ProbeSink", value=["3", 0]),
             "6": node("WanVAEDecode", vae=["1", 0], samples=["2", 0]),
-            "5": node("ProbeGiveBack", mib=mib, image=["6", 0], salt=uuid.uuid4().int % 2**30),
+            # Behind both, in whatever order ComfyUI takes them.
+            "5": node(
+                "ProbeGiveBack",
+                mib=mib,
+                image=["6", 0],
+                after=["3", 0],
+                salt=uuid.uuid4().int % 2**30,
+            ),
         }
 
     with server as comfy:
