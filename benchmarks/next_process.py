@@ -5,8 +5,9 @@
 The first process finds the caches of this user as they are, or with `--empty` none; the next one
 finds what the first has left, and so does the last one, which is what a user waits for after each
 start of ComfyUI. Each does what a node does: it packs the weights of a file on the host, moves them
-to the device, chooses kernels, plans, decodes. Without a GPU the model is narrow and the picture
-small. `--profile`: the functions that took most of a phase, of the main thread; it takes time too.
+to the device, chooses kernels, plans, and decodes a latent on the host to an IMAGE there. Without a
+GPU the model is narrow and the picture small. `--profile`: the functions that took most of a phase,
+of the main thread; it takes time too.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ def process(job: dict[str, Any]) -> dict[str, Any]:
     phases.ms["Python and PyTorch"] = (time.time() - job["started_s"]) * 1e3
     with phases.of("this package"):
         from wan_vae.io.checkpoint import load_checkpoint
+        from wan_vae.io.image import ImageSink
         from wan_vae.kernels import registry
         from wan_vae.kernels.device import Device
         from wan_vae.options import RunOptions
@@ -124,13 +126,17 @@ def process(job: dict[str, Any]) -> dict[str, Any]:
             wait()
             ends.append(time.perf_counter())
 
+    def image() -> ImageSink:
+        """Where the nodes put frames: host memory."""
+        return ImageSink.allocate(shape, vae.config, torch.device("cpu"))
+
     began = time.perf_counter()
     with phases.of("first pass", wait):  # of which the whole decode is profiled
-        vae.decode(z, plan=plan, on_progress=progress)
+        vae.decode(z, plan=plan, sink=image(), on_progress=progress)
     phases.ms["rest of the decode"] = (time.perf_counter() - ends[0]) * 1e3
     phases.ms["first pass"] = (ends[0] - began) * 1e3
     with phases.of("second decode", wait):
-        vae.decode(z, plan=plan)
+        vae.decode(z, plan=plan, sink=image())
     report = vae.last_report
     assert report is not None
     return {

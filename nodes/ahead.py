@@ -1,4 +1,5 @@
-"""Compiles kernels while a prompt waits and samples, so that its first decode need not.
+"""Compiles kernels while a prompt waits and samples, so that its first decode need not; and gets
+this process ready for them.
 
 As soon as a prompt with one of our nodes is queued, a process of low priority compiles for the card
 and the VAE; see `wan_vae/workers/ahead.py`. `WAN_VAE_AHEAD=0` switches it off.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +24,7 @@ from ..wan_vae.kernels import registry
 from ..wan_vae.kernels.device import Device
 from ..wan_vae.kernels.proof.cache import environment
 from ..wan_vae.options import Part
-from ..wan_vae.runs.ahead import AheadJob, jobs_of_work
+from ..wan_vae.runs.ahead import AheadJob, get_ready, jobs_of_work
 from ..wan_vae.workers.ahead import BUSY, AheadCompiler, Ended
 from .queued import wishes
 
@@ -46,11 +48,40 @@ def _tell(ended: Ended) -> None:
 COMPILER = AheadCompiler(_tell)
 
 
+class Readiness:
+    """This process gets ready for its first decode, in a thread, once; see `runs.ahead.get_ready`.
+
+    Importing a family and hashing a compiler take 1 to 2 seconds, which a sampler does not notice.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    def begin(self, device: torch.device) -> None:
+        """Start the thread, unless it was; returns at once."""
+        if self._thread is not None:
+            return
+        try:
+            card, known = Device.chosen_for(device), environment(device)
+        except BackendError:
+            return  # of what the environment says of the card: the node will say so
+        name = "wan_vae_get_ready"
+        self._thread = threading.Thread(
+            target=get_ready, args=(card, known), name=name, daemon=True
+        )
+        self._thread.start()
+
+
+READINESS = Readiness()
+
+
 def on_prompt(data: dict[str, Any]) -> dict[str, Any]:
     """For `PromptServer.add_on_prompt_handler`: looks at a prompt, and changes nothing in it."""
+    wanted, device = wishes(data.get("prompt"), _path_of), model_management.vae_device()
+    if wanted:
+        READINESS.begin(device)
     if os.environ.get(SWITCH) != "0":
-        device = model_management.vae_device()
-        for wish in wishes(data.get("prompt"), _path_of):
+        for wish in wanted:
             ask(wish.file, device, wish.precision, wish.parts, wish.images_first)
     return data
 

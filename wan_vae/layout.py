@@ -10,7 +10,7 @@ A tensor that fits neither, such as a permuted or expanded view, is `other`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -26,6 +26,8 @@ Requested = Literal["auto", "contiguous", "channels_last_3d"]
 FORMATS: tuple[Format, ...] = ("contiguous", "channels_last_3d", "either", "other")
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+# Dimensions as they lie in memory, innermost first: contiguous, and with channels last.
+_INNERMOST_FIRST = {4: ((3, 2, 1, 0), (1, 3, 2, 0)), 5: ((4, 3, 2, 1, 0), (1, 4, 3, 2, 0))}
 
 
 def detect(x: torch.Tensor) -> Format:
@@ -36,9 +38,8 @@ def detect(x: torch.Tensor) -> Format:
     """
     if x.ndim not in _CHANNELS_LAST:
         raise LayoutError(f"memory format of a {x.ndim}-D tensor: expected 4 or 5 dimensions")
-    dims = list(range(x.ndim))
-    first = _dense_in_order(x, dims)
-    last = _dense_in_order(x, [0, *dims[2:], 1])
+    shape, strides = x.shape, x.stride()
+    first, last = (_is_dense(shape, strides, order) for order in _INNERMOST_FIRST[x.ndim])
     if first and last:
         return "either"
     if first:
@@ -46,14 +47,15 @@ def detect(x: torch.Tensor) -> Format:
     return "channels_last_3d" if last else "other"
 
 
-def _dense_in_order(x: torch.Tensor, order: list[int]) -> bool:
-    """True if the elements are dense when dimensions are ordered as `order`, outermost first."""
+def _is_dense(shape: Sequence[int], strides: Sequence[int], order: Iterable[int]) -> bool:
+    """Whether elements are dense when dimensions are ordered as `order`, innermost first."""
     expected = 1
-    for dim in reversed(order):
-        if x.shape[dim] != 1:
-            if x.stride(dim) != expected:
+    for dim in order:
+        size = shape[dim]
+        if size != 1:
+            if strides[dim] != expected:
                 return False
-            expected *= x.shape[dim]
+            expected *= size
     return True
 
 
@@ -222,7 +224,7 @@ class DenseForm:
     @classmethod
     def of(cls, x: torch.Tensor) -> DenseForm:
         """The form of `x`. Raises LayoutError for a tensor with gaps."""
-        if not _dense_in_order(x, list(memory_order(x))):
+        if not _is_dense(x.shape, x.stride(), reversed(memory_order(x))):
             raise LayoutError(f"a tensor of {tuple(x.shape)} with strides {x.stride()} has gaps")
         return cls(tuple(x.shape), x.stride(), x.dtype)
 

@@ -226,7 +226,13 @@ def _jsonable_fields(record: object) -> dict[str, object]:
     return {name: _jsonable(value) for name, value in vars(record).items()}
 
 
+# What JSON has as it is; not classes made of them, such as `said.Said`.
+_PLAIN = (int, float, bool, str, type(None))
+
+
 def _jsonable(value: object) -> object:
+    if type(value) in _PLAIN:
+        return value
     if is_dataclass(value) and not isinstance(value, type):
         return _jsonable_fields(value)
     if isinstance(value, dict):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tests.comfy.server import PACK, REPOSITORY, Comfy, Run
+from wan_vae.runs.engine import PROOF_BYTES
 
 VAE_FILE = "wan2.1_random.safetensors"
 VAE_FILE_22 = "wan2.2_random.safetensors"
@@ -279,8 +280,10 @@ class NodeRow:
         again = any(note.startswith("planned again") for note in self.report["plan"]["notes"])
         # Results from before reports had needed_bytes asked for the planned bytes.
         needed = self.report["plan"].get("needed_bytes", planned)
-        if self.asked_bytes and self.asked_bytes[-1] != needed and not again:
-            asked = self.asked_bytes[-1]
+        # A node that brings its weights asks for nothing else, or for what proofs take. It asks for
+        # what the plan needs only where that is not free.
+        asked = self.asked_bytes[-1] if self.asked_bytes else 0
+        if asked not in (0, PROOF_BYTES, needed) and not again:
             found.append(f"{self.node}: {needed} bytes are needed, ComfyUI was asked for {asked}")
         if self.report.get("restarts", 0) and not self.after:
             found.append(f"{self.node}: memory ran out, {self.report['fallbacks']}")

@@ -445,6 +445,22 @@ class ProbeGiveBack(_Probe):
         return {"ui": {**found, "free": [free], "ours": [type(copy.wan.model).__name__]}}
 
 
+class ProbeReady(_Probe):
+    """Which thread got the process ready for its first decode, and whether it has ended."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"salt": ("INT", {"min": 0, "max": 1 << 40})}}
+
+    def probe(self, salt):
+        (module,) = (m for name, m in sys.modules.items() if name.endswith(".nodes.ahead"))
+        thread = module.READINESS._thread
+        if thread is None:
+            return {"ui": {"threads": []}}
+        thread.join(60)
+        return {"ui": {"threads": [id(thread)], "alive": [thread.is_alive()]}}
+
+
 # Functions by file and name, of what a run may do; of C functions the name alone.
 COUNTED = {
     ("model_management.py", "get_free_memory"): "asks for free memory",
@@ -500,6 +516,7 @@ NODE_CLASS_MAPPINGS = {
         ProbeCompare,
         ProbeGiveBack,
         ProbeCounts,
+        ProbeReady,
         ProbeConditioning,
         ProbeClip,
         ProbeMask,

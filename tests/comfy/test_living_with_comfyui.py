@@ -229,3 +229,16 @@ def test_what_a_warm_run_does_beside_the_decode(comfy):
     assert counts.pop("reports sent") <= 3 and counts.pop("reports made") <= 2
     # Nothing is hashed, read, copied, built or started again.
     assert counts == {}
+
+
+def test_the_process_gets_ready_for_its_first_decode_once(comfy):
+    def threads():
+        run = comfy.run({"9": node("ProbeReady", salt=uuid.uuid4().int % 2**30)})
+        assert run.error is None, run.error
+        assert run.outputs["9"].get("alive") == [False]
+        return run.outputs["9"]["threads"]
+
+    comfy.run(decode(latent(frames=1, seed=18)))
+    first = threads()
+    comfy.run(decode(latent(frames=1, seed=19)))
+    assert threads() == first and len(first) == 1

@@ -140,6 +140,7 @@ def test_a_run_that_has_too_little_moves_other_models_away_and_keeps_its_own(env
             "2": latent(frames=1, seed=450 + mib % 2),
             "3": node("VAEDecode", vae=["1", 0], samples=["2", 0]),  # loads ComfyUI's own
             "6": node("WanVAEDecode", vae=["1", 0], samples=["2", 0]),
+            # Behind both, in whatever order ComfyUI takes them.
             "5": node("ProbeGiveBack", mib=mib, image=["6", 0], before=["3", 0], salt=salt),
         }
 

@@ -25,6 +25,7 @@ from wan_vae.errors import BackendError
 from wan_vae.kernels import contenders, registry, select
 from wan_vae.kernels.cuda import driver, program
 from wan_vae.kernels.device import CARDS, IMITATE, Device
+from wan_vae.kernels.kernel import Family
 from wan_vae.kernels.proof.cache import ProofCache
 from wan_vae.kernels.proof.choice import EAGER, Choice
 from wan_vae.kernels.proof.prove import Verdict
@@ -450,3 +451,43 @@ def test_a_prompt_names_the_file_behind_our_nodes(queued):
 )
 def test_a_prompt_without_a_file_is_no_wish(queued, prompt):
     assert queued.wishes(prompt, path_of) == []
+
+
+# -- the process that decodes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("winners", "got_ready"),
+    [
+        ((), ["cuda", "triton"]),  # a new machine, on which all of them are proven
+        (("cuda mma: a: b", EAGER), ["cuda"]),
+        (("cuda mma: a: b", "triton narrow: c: d"), ["cuda", "triton"]),
+    ],
+)
+def test_a_process_gets_ready_for_the_kernels_that_are_chosen(
+    winners, got_ready, own_cache, monkeypatch
+):
+    known, ready = {"device": "a card"}, []
+    for place, winner in enumerate(winners):
+        ProofCache(known, own_cache).keep_choice(f"class {place}", Choice(winner, {winner: 1.0}))
+
+    def family(name: str):
+        return Family(name, (), lambda device: None, get_ready=lambda: ready.append(name))
+
+    monkeypatch.setattr(registry, "load", family)
+    ahead.get_ready(CARDS["H100"], known)
+    assert ready == got_ready
+    ahead.get_ready(CARDS["CPU"], known)
+    assert ready == got_ready, "there are no kernels for it"
+    monkeypatch.setattr(registry, "load", lambda name: "cannot be imported: no libcuda")
+    ahead.get_ready(CARDS["H100"], known)
+
+
+def test_what_a_first_launch_hashes_is_hashed_before():
+    from triton.runtime.cache import triton_key
+
+    triton_key.cache_clear()
+    family = registry.load("triton")
+    assert isinstance(family, Family)
+    family.get_ready()
+    assert triton_key.cache_info().currsize == 1

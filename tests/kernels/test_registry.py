@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
@@ -69,9 +71,27 @@ def test_requests_are_those_of_the_options():
 @pytest.fixture
 def forgotten():
     """Families are imported again, before and after."""
-    registry.load.cache_clear()
+    registry._load.cache_clear()
     yield
-    registry.load.cache_clear()
+    registry._load.cache_clear()
+
+
+def test_two_threads_import_a_family_once(forgotten, monkeypatch):
+    """The thread that gets a process ready, and a decode, which must not see half of a package."""
+    entered, second = [], threading.Event()
+    real = importlib.import_module
+
+    def slow(name, package=None):
+        entered.append(name)
+        if len(entered) > 1:
+            second.set()
+        second.wait(0.3)  # a second thread has the time to come in
+        return real(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, other = pool.map(registry.load, ["cuda", "cuda"])
+    assert entered == [".cuda"] and first is other
 
 
 def test_without_triton_the_other_family_stays(forgotten, monkeypatch):

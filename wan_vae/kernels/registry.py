@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import threading
 from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Any
@@ -62,9 +63,19 @@ _UNIMPORTABLE = (
 )
 
 
-@functools.cache
+# A family may be imported by the thread that gets a process ready, and by a decode: the second one
+# waits, because half of a package is no reason to do without its kernels.
+_IMPORTING = threading.RLock()
+
+
 def load(name: str) -> Family | str:
     """The family of this name, or why it cannot be imported."""
+    with _IMPORTING:
+        return _load(name)
+
+
+@functools.cache
+def _load(name: str) -> Family | str:
     missing = missing_package(name)
     if missing is not None:
         return _not_installed(missing)

@@ -38,7 +38,7 @@ from ..kernels.contenders import (
     wanted_builds,
 )
 from ..kernels.device import Device
-from ..kernels.kernel import BuildError
+from ..kernels.kernel import BuildError, Family
 from ..kernels.proof.cache import ProofCache
 from ..kernels.table import LayerTable
 from ..network.blocks import Step
@@ -172,6 +172,24 @@ def _digest_of_sources() -> str:
             if file.name.endswith((".py", ".cu", ".cuh")):
                 digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+# -- in the process that decodes -----------------------------------------------------------------
+
+
+def get_ready(device: Device, environment: Mapping[str, str], backend: Backend = "auto") -> None:
+    """Do what the first decode of this process would do and needs no card for: import the families
+    of kernels for `device`, and let those get ready whose kernels are chosen, or all of them where
+    nothing is chosen yet.
+
+    For a thread beside other work. environment: see `AheadJob`. Raises BackendError for an unknown
+    backend.
+    """
+    chosen = ProofCache(environment, cache_folder()).families
+    for name in registry.families_of(backend, device):
+        family = registry.load(name)
+        if isinstance(family, Family) and (not chosen or name in chosen):
+            family.get_ready()
 
 
 # -- what is compiled ------------------------------------------------------------------------------

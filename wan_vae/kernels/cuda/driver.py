@@ -188,6 +188,11 @@ def unavailable_reason() -> str | None:
     return None
 
 
+def get_ready() -> None:
+    """Load NVRTC and the driver's library, which takes a first launch 0.1 s."""
+    unavailable_reason()
+
+
 def has_tensor_maps() -> bool:
     """Whether the driver can describe a tensor to the copy engine: CUDA 12 or later.
 

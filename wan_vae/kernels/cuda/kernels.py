@@ -278,4 +278,4 @@ KERNELS: tuple[Kernel[Any, Any], ...] = (
 
 def make_family() -> Family:
     """This family."""
-    return Family("cuda", KERNELS, unavailable_reason)
+    return Family("cuda", KERNELS, unavailable_reason, get_ready=driver.get_ready)

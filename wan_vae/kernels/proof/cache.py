@@ -14,7 +14,7 @@ import torch
 from ...device import device_name, versions
 from ..cache_folder import write_whole
 from ..device import Device
-from .choice import Choice
+from .choice import EAGER, Choice
 from .prove import Verdict
 
 SCHEMA = "wan_vae.proof/3"
@@ -97,6 +97,13 @@ class ProofCache:
             known = self._choices[key] = choice
             self._write()
         return known
+
+    @property
+    def families(self) -> frozenset[str]:
+        """The families of the kernels that are chosen; empty where nothing is."""
+        winners = {choice.winner for choice in self._choices.values()} - {EAGER}
+        # A proof key begins with the family.
+        return frozenset(winner.partition(" ")[0] for winner in winners)
 
     def __len__(self) -> int:
         return len(self._verdicts)

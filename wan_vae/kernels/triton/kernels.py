@@ -46,6 +46,7 @@ from .configs import (
 )
 from .conv3d import Launch, precision_of
 from .head import pack_head
+from .launch import get_ready
 from .layers import (
     OPERAND,
     TritonAttention,
@@ -334,4 +335,4 @@ def unavailable_reason(device: Device) -> str | None:
 
 def make_family() -> Family:
     """This family."""
-    return Family("triton", KERNELS, unavailable_reason)
+    return Family("triton", KERNELS, unavailable_reason, get_ready=get_ready)
