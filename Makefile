@@ -19,7 +19,7 @@ help:
 	@echo "make demo      decode the sample latents to $(OUT)/ (mp4, contact sheet, layout report)"
 	@echo "make test      check, and run the tests without the expensive variants"
 	@echo "make test-all  check, and run every test that this machine can run"
-	@echo "make test-video  read videos with the oldest PyAV that ComfyUI allows"
+	@echo "make test-video  read and write videos with the oldest PyAV that ComfyUI allows"
 	@echo "make check     lint, format, spelling, large files, types (Linux, Windows, macOS)"
 	@echo "make test-gpu  run the tests that need a CUDA device (PYTHON with its own torch: VENV=...)"
 	@echo "make test-windows  run the unit tests under Windows' Python and Wine (WINDOWS=--fast)"
@@ -73,7 +73,7 @@ $(VENV)/av-$(OLD_AV): $(VENV)/.test
 	$(PIP) --no-deps --target $@ "av==$(OLD_AV)"
 
 test-video: $(VENV)/av-$(OLD_AV)
-	PYTHONPATH=$< $(RUN) pytest -q tests/unit/test_video_read.py
+	PYTHONPATH=$< $(RUN) pytest -q tests/unit/test_video_read.py tests/unit/test_video_sink.py
 
 test-gpu:
 	$(PYTHON) -m pytest -m "gpu or nccl"

@@ -24,7 +24,7 @@ from comfy_api.latest import Input, InputImpl, Types
 from ..wan_vae import DecodeReport, OutputError, geometry
 from ..wan_vae.config import WanVAEConfig
 from ..wan_vae.io.files import reserved
-from ..wan_vae.io.image import as_rgb
+from ..wan_vae.io.image import as_rgb, on_white
 from ..wan_vae.io.sink import with_colours
 from ..wan_vae.io.video_encode import Codec, Container, VideoSettings, frame_rate
 from ..wan_vae.io.video_sink import VideoFileSink, VideoStreamSink
@@ -111,8 +111,15 @@ class LazyVideo(Input.Video):
                 chunk_frames=decoding.chunk_frames,
             )
             image = run.decode(decoding.latent, plan, normalized=decoding.normalized)
+        frames, alpha = as_rgb(image.flatten(0, 1)), {}
+        # What takes the components of a VIDEO takes three colours, and newer ComfyUI alpha beside.
+        if frames.shape[-1] == 4 and "alpha" in Types.VideoComponents.__dataclass_fields__:
+            frames, alpha = frames[..., :3], {"alpha": frames[..., 3:]}
+        elif frames.shape[-1] == 4:
+            frames = on_white(frames)
         return Types.VideoComponents(
-            images=as_rgb(image.flatten(0, 1)),
+            **alpha,
+            images=frames,
             audio=cast("Any", decoding.audio),
             frame_rate=self.get_frame_rate(),
         )

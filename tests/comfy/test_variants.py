@@ -122,12 +122,23 @@ def test_our_nodes_give_the_size_and_the_colours_of_the_vae(comfy, name):
                 fps=16.0,
                 filename_prefix=f"video/{file.stem}",
             ),
+            "12": node("WanVAECreateVideo", vae=["1", 0], samples=["2", 0], fps=16.0),
+            "13": node("GetVideoComponents", video=["12", 0]),
+            "14": node("ProbeSink", value=["13", 0]),
+            "15": node(
+                "SaveVideo",
+                video=["12", 0],
+                filename_prefix=f"video/{file.stem}_lazy",
+                format="auto",
+                codec="auto",
+            ),
         }
     )
     assert run.error is None, run.error
     image = run.outputs["6"]
     assert image["a"][0]["shape"] == image["b"][0]["shape"] == shape
     assert image["difference"] == [0.0] and image["spread"][0] > 0.01
+    assert run.outputs["14"]["shape"] == [[*shape[:3], 3]], "no node takes a VIDEO of four colours"
     coded = run.outputs["10"]
     # Five images of a VAE of images, or one video of five frames.
     batch, length = (5, 1) if config.image_only else (1, 2)

@@ -203,7 +203,7 @@ def write(state: dict[str, torch.Tensor], path: Path, container: str) -> None:
         torch.save(state, path, _use_new_zipfile_serialization=is_zip)
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     variant=st.sampled_from(sorted(VARIANTS)),
     layout=st.sampled_from(["native", "diffusers"]),
@@ -218,6 +218,8 @@ def write(state: dict[str, torch.Tensor], path: Path, container: str) -> None:
 def test_a_vae_is_read_for_what_it_is(
     variant, layout, container, dtype, prefix, nesting, name, tmp_path
 ):
+    if container == "legacy" and dtype == torch.float8_e4m3fn:
+        container = "zip"  # PyTorch itself cannot read such a file back
     state, config = stored(variant, layout)
     state = {prefix + key: value.to(dtype) for key, value in state.items()}
     whole = {nesting: state, "step": 3} if nesting and container != "safetensors" else state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -120,7 +121,8 @@ def test_directml_is_a_device_where_its_package_is(tmp_path, monkeypatch):
     with pytest.raises(BackendError, match="PyTorch sees none of its kind"):
         pick_device("privateuseone:0")
     (tmp_path / "torch_directml.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
+    # Not `syspath_prepend`, which trips over importlib where Python's parts are of two releases.
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert pick_device("privateuseone:0") == torch.device("privateuseone", 0)
     assert torch.device("privateuseone", 0) in doctor._devices(None)
 

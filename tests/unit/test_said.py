@@ -191,7 +191,8 @@ def test_frames_of_a_batch_count_together(small_vae):
     )
     assert [(done, total) for done, total, _ in told] == [(2, 18), (10, 18), (18, 18)]
     lefts = [left for *_, left in told]
-    assert lefts[0] > lefts[1] > lefts[2] == 0
+    # How long a pass takes depends on who else computes.
+    assert min(lefts[:2]) > 0 == lefts[2]
     report = small_vae.last_report
     assert (report.done_frames, report.total_frames, report.left_ms) == (18, 18, None)
 

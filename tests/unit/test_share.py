@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import platform
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pytest
 import torch
@@ -65,3 +65,8 @@ def test_folders_are_left_out(text, left):
 def test_the_home_folder_is_left_out_whatever_its_name(monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: Path("/home/Jane Doe"))
     assert share.without_folders("in /home/Jane Doe/cache/a.json") == "in a.json"
+    assert share.without_folders(f"in {Path('/home/Jane Doe/cache/a.json')}") == "in a.json"
+    monkeypatch.setattr(Path, "home", lambda: PureWindowsPath(r"C:\Users\Jane Doe"))
+    for stroke in ("\\", "/"):
+        said = "in " + stroke.join(("C:", "Users", "Jane Doe", "cache", "a.json"))
+        assert share.without_folders(said) == "in a.json"

@@ -93,6 +93,54 @@ def test_colours_are_right_in_every_matrix_and_range(rgb, full, matrix, pix_fmt,
     assert not clip.warnings
 
 
+@pytest.mark.parametrize(
+    "pix_fmt",
+    [
+        *("yuv420p", "yuv422p", "yuv444p", "yuva420p", "yuva444p"),
+        *("yuv420p10le", "yuv422p10le", "yuv444p16le", "yuva444p10le", "gbrp10le", "gbrap10le"),
+    ],
+)
+def test_every_row_and_column_is_where_it_was(pix_fmt, tmp_path):
+    """FFmpeg 8 gets the rows of packed 16-bit colours wrong, which one colour does not show."""
+    y, x = np.mgrid[0:HEIGHT, 0:80] / 80
+    want = np.stack((x, y, 1 - (x + y) / 2), axis=-1)
+    picture = np.round(want * 65535).astype("<u2")
+    with av.open(str(tmp_path / "v.mkv"), "w") as file:
+        stream = file.add_stream("ffv1", rate=16)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, 80, pix_fmt
+        if not pix_fmt.startswith("gbr"):
+            stream.codec_context.colorspace, stream.codec_context.color_range = 1, 1
+        frame = planar(picture, pix_fmt)
+        for packet in (*stream.encode(frame), *stream.encode(None)):
+            file.mux(packet)
+    clip = open_clip(tmp_path / "v.mkv")
+    got = clip.read(0, 1)[0, :, 0].permute(1, 2, 0).float().numpy() / clip.white
+    assert np.abs(got - want).max() < (0.01 if "444" in pix_fmt or "gbr" in pix_fmt else 0.03)
+
+
+def planar(picture: np.ndarray, pix_fmt: str) -> av.VideoFrame:
+    """16-bit colours [H, W, 3] as planes of `pix_fmt`, by the definition of BT.709 (limited)."""
+    frame = av.VideoFrame(picture.shape[1], picture.shape[0], pix_fmt)
+    bits = frame.format.components[0].bits
+    most = (1 << bits) - 1
+    r, g, b = np.moveaxis(picture / 65535, -1, 0)
+    if pix_fmt.startswith("gbr"):
+        planes = [g * most, b * most, r * most, np.full(g.shape, most)]
+    else:
+        luma, scale = 0.2126 * r + 0.7152 * g + 0.0722 * b, 1 << (bits - 8)
+        cb, cr = (b - luma) / 1.8556, (r - luma) / 1.5748
+        planes = [(16 + 219 * luma) * scale, (128 + 224 * cb) * scale, (128 + 224 * cr) * scale]
+        planes.append(np.full(luma.shape, most))
+    for plane, values in zip(frame.planes, planes, strict=False):
+        rows, columns = values.shape[0] // plane.height, values.shape[1] // plane.width
+        values = values.reshape(plane.height, rows, plane.width, columns).mean((1, 3))
+        dtype = np.dtype("u1" if bits == 8 else "<u2")
+        padded = np.zeros((plane.height, plane.line_size // dtype.itemsize), dtype)
+        padded[:, : plane.width] = np.round(values)
+        plane.update(padded.tobytes())
+    return frame
+
+
 def test_white_and_black_of_ten_bits_are_the_ends(tmp_path):
     for full in (False, True):
         for rgb in ((255, 255, 255), (0, 0, 0)):

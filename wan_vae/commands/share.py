@@ -80,7 +80,9 @@ def without_folders(text: str) -> str:
     The user's own folder first: its name may hold spaces.
     """
     with suppress(RuntimeError):  # neither HOME nor an entry for this user
-        text = text.replace(str(Path.home()), "")
+        home = Path.home()
+        # With the system's own strokes, and with those that libraries write on Windows too.
+        text = text.replace(str(home), "").replace(home.as_posix(), "")
     return _FOLDERS.sub("", text)
 
 

@@ -49,6 +49,11 @@ def as_rgb(image: torch.Tensor) -> torch.Tensor:
     return image.expand(*image.shape[:-1], 3).contiguous()
 
 
+def on_white(image: torch.Tensor) -> torch.Tensor:
+    """Frames [..., 4] in [0, 1], whose last channel is alpha, as [..., 3] on white."""
+    return (image[..., :3] - 1) * image[..., 3:] + 1
+
+
 def frames_to_pixels(image: torch.Tensor) -> torch.Tensor:
     """Convert frames [T, H, W, C >= 3] in [0, 1] to pixels [1, 3, T, H, W] in [-1, 1]."""
     return frames_view(image) * 2 - 1

@@ -382,10 +382,12 @@ class VideoClip(Clip):
         if last is not None and last.key == key:
             return last
         self.white = 255 if bits <= 8 else 65535
+        # Planes for 16 bits: to rgb48 and rgba64, FFmpeg 8 gets every row but the first one wrong
+        # with these flags.
         target = (
             ("rgba" if has_alpha else "rgb24")
             if bits <= 8
-            else ("rgba64le" if has_alpha else "rgb48le")
+            else ("gbrap16le" if has_alpha else "gbrp16le")
         )
         graph = self._av.filter.Graph()
         source = graph.add_buffer(
@@ -438,15 +440,15 @@ class VideoClip(Clip):
     def _rgb(self, frame: VideoFrame, conversion: _Conversion) -> Frame:
         conversion.graph.push(frame)
         made = conversion.graph.pull()
-        plane, channels = made.planes[0], len(made.format.components)
-        numbers = np.frombuffer(
-            memoryview(plane), np.uint8 if self.white == 255 else np.dtype("<u2")
-        )
-        rows = numbers.reshape(made.height, -1)[:, : made.width * channels]
-        # A copy: the memory of `made` is used again.
-        picture: Frame = rows.reshape(made.height, made.width, channels).copy()
+        channels = len(made.format.components)
         if self.white == 255:
+            rows = _rows(made.planes[0], np.uint8, made)[:, : made.width * channels]
+            # A copy: the memory of `made` is used again.
+            picture: Frame = rows.reshape(made.height, made.width, channels).copy()
             return picture
+        planes = [_rows(plane, np.dtype("<u2"), made)[:, : made.width] for plane in made.planes]
+        green, blue, red, *alpha = planes
+        picture = np.stack((red, green, blue, *alpha), axis=-1)
         white = np.full(channels, conversion.white, np.float32)
         white[3:] = conversion.opaque
         scaled: Frame = picture.astype(np.float32) * (self.white / white)
@@ -455,6 +457,11 @@ class VideoClip(Clip):
     def _warn(self, text: str) -> None:
         if text not in self.warnings:
             self.warnings.append(text)
+
+
+def _rows(plane: Any, dtype: npt.DTypeLike, frame: VideoFrame) -> Frame:
+    """The rows of a plane, with what FFmpeg has behind each of them."""
+    return np.frombuffer(memoryview(plane), dtype).reshape(frame.height, -1)
 
 
 def _disposition(stream: Any) -> int:

@@ -105,8 +105,10 @@ class FrameFolderSink(FileSink):
 
     def __init__(self, path: Path):
         path = Path(path)
-        with writing(path, RuntimeError):  # RuntimeError: a link to itself
+        with writing(path, RuntimeError):  # RuntimeError: a link to itself, before Python 3.13
             path = path.resolve() if path.is_symlink() else path
+        if path.is_symlink():
+            raise OutputError(f"{path}: cannot be written: a link to itself")
         _old_frames(path)
         super().__init__(path, is_folder=True)
 
