@@ -61,7 +61,7 @@ def test_loads_without_missing_nodes_and_makes_a_valid_prompt(frontend, name):
                 == node["widgets_values"]
             )
     if name == "wan_try_it":
-        if (frontend.name, frontend.mode) == ("pinned", "nodes2"):  # of the thumbnails
+        if (frontend.name, frontend.mode) == ("pinned", "nodes2"):  # it takes long
             runs_at_once(frontend)
         return
     models = [n["properties"].get("models") for n in workflow["nodes"] if "Loader" in n["type"]]

@@ -19,6 +19,7 @@ OURS = (
     "WanVAEAccelerate",
     "WanVAEInspect",
     "WanVAEDecodeToVideo",
+    "WanVAECreateVideo",
 )
 SIZES = """() => Object.fromEntries(
   window.app.graph.nodes.map((node) => [node.type, [...node.size].map(Math.round)]))"""
