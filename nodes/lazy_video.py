@@ -157,8 +157,7 @@ class LazyVideo(Input.Video):
         decoding = self._decoding
         shape = decoding.pixel_shape
         # Core has chosen the name before the decode, and another server may choose meanwhile.
-        is_file = isinstance(path, (str, os.PathLike))
-        name = reserved(Path(path)) if is_file else nullcontext()
+        name = reserved(Path(path)) if isinstance(path, (str, os.PathLike)) else nullcontext()
         with name, self._session() as run:
             run.look_at(decoding.latent, decoding.normalized)
             plan = run.plan(
