@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from io import BytesIO
@@ -157,7 +157,9 @@ class LazyVideo(Input.Video):
         decoding = self._decoding
         shape = decoding.pixel_shape
         # Core has chosen the name before the decode, and another server may choose meanwhile.
-        name = reserved(Path(path)) if isinstance(path, (str, os.PathLike)) else nullcontext()
+        name: AbstractContextManager[None] = nullcontext()
+        if isinstance(path, (str, os.PathLike)):
+            name = reserved(Path(path))
         with name, self._session() as run:
             run.look_at(decoding.latent, decoding.normalized)
             plan = run.plan(
