@@ -57,7 +57,7 @@ windows_pip() { # install or download, and its arguments: wheels for Windows' Py
         --platform win_amd64 --implementation cp --python-version 3.11 "${@:2}"
 }
 
-sources() { cat "$here"/*.{c,py,rc,manifest} | sha256sum | cut -c-16; }
+sources() { cat "$here"/*.{c,rc,manifest} "$here/python3_def.py" | sha256sum | cut -c-16; }
 
 compile() {
     ZIG_GLOBAL_CACHE_DIR="$scratch/zig-cache" ZIG_LOCAL_CACHE_DIR="$scratch/zig-cache" \
