@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from ..wan_vae.io.tensors import missing_data
+
 # Samples in each row (output channel) of a weight. They lie side by side, so that a row is one wait
 # for memory: reading those of Wan 2.1 (127 million parameters, float32, on a CPU) took 1.7 ms, and
 # 2.7 ms where they were spread over the row.
@@ -64,9 +66,9 @@ def _has_bits(tensor: object) -> bool:
     """Whether `tensor` is a dense one with data, of numbers that `_BITS` knows."""
     return (
         isinstance(tensor, torch.Tensor)
-        and not (tensor.is_nested or tensor.is_meta)
-        and tensor.layout == torch.strided
+        and missing_data(tensor) is None
         and tensor.element_size() in _BITS
+        and not (tensor.is_conj() or tensor.is_neg())  # its bits are not those of its numbers
     )
 
 

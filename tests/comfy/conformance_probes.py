@@ -337,7 +337,7 @@ class ProbePatchedVAE:
             made.process_output = lambda image: image.add_(1).mul_(127.5).clamp_(0, 255)
             made.process_input = lambda image: image / 127.5 - 1
         elif kind == "disguised":
-            return (_Disguised(),)
+            return (_Disguised(vae),)
         return (made,)
 
 
@@ -362,7 +362,13 @@ class OtherVAE(comfy.sd.VAE):
 
 
 class _Disguised:
-    first_stage_model = None
+    """What another pack has written itself: it answers as the VAE does, and is of no class of it."""
+
+    def __init__(self, vae):
+        self._vae = vae
+
+    def __getattr__(self, name):
+        return getattr(self._vae, name)
 
 
 class ProbeExtra(_Probe):

@@ -371,8 +371,8 @@ class ProbeMalformed(_Probe):
             else:
                 made = copy.copy(vae)
                 made.get_sd = lambda: thing
-                samples = {"samples": torch.zeros(1, 16, 1, 2, 2)}
-                self.node("WanVAECreateVideo").execute(samples, made, 16.0)
+                # The others hand a VAE that is no Wan VAE to ComfyUI.
+                self.node("WanVAEInspect").execute(made)
         except Exception as error:
             ours = "WanVAEError" in [cls.__name__ for cls in type(error).__mro__]
             return [type(error).__name__, ours, str(error)]

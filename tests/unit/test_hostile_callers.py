@@ -136,12 +136,21 @@ def hollow(kind: str, like: torch.Tensor) -> torch.Tensor:
             return torch.empty(like.shape)
     if kind == "sparse":
         return like.to_sparse()
+    if kind == "quantized":
+        return torch.quantize_per_tensor(like, 0.1, 0, torch.qint8)
+    if kind == "freed":  # as a module's weights are once their memory was given back
+        freed = like.clone()
+        freed.untyped_storage().resize_(0)
+        return freed
     layout = torch.jagged if kind == "jagged" else torch.strided
     return torch.nested.nested_tensor(list(like), layout=layout)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("kind", ["meta", "fake", "sparse", "nested", "jagged"])
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    "kind", ["meta", "fake", "sparse", "quantized", "freed", "nested", "jagged"]
+)
 def test_tensors_without_plain_memory_are_refused_by_name(vae, z, expected, kind):
     """As latent, as video, as output and as weight."""
     name = "nested" if kind == "jagged" else kind
@@ -152,7 +161,7 @@ def test_tensors_without_plain_memory_are_refused_by_name(vae, z, expected, kind
     with pytest.raises(OutputError, match=f"out is a {name}"):
         check_out(hollow(kind, expected), tuple(expected.shape))
     weight = "decoder.middle.0.residual.2.weight"
-    if kind in ("meta", "fake", "sparse"):  # the others have no shape to be checked
+    if kind not in ("nested", "jagged"):  # they have no shape to be checked
         with pytest.raises(CheckpointError, match=f"{weight} is {kind}"):
             WanVAE.from_state_dict(STATE | {weight: hollow(kind, STATE[weight])}, device="cpu")
 

@@ -19,14 +19,27 @@ from .kinds import PYTORCH, Wanted, is_safetensors, kind_of
 
 
 def missing_data(x: torch.Tensor) -> str | None:
-    """ "nested", "sparse", "fake" or "meta" if `x` has no dense storage; None if it has."""
+    """Why the numbers of `x` do not lie in its memory: "nested", "sparse", "quantized", "fake",
+    "meta" or "freed" (its memory was given back); None if they do."""
     if x.is_nested:  # first: nested tensors refuse some of the other questions
         return "nested"
     if x.layout != torch.strided:
         return f"sparse ({x.layout})"
+    if x.is_quantized:  # PyTorch takes its bits for numbers, and crashes over them
+        return "quantized"
     if any(t.__name__ == "FakeTensor" for t in type(x).__mro__):
         return "fake"
-    return "meta" if x.is_meta else None
+    if x.is_meta:
+        return "meta"
+    return "freed" if _needed_bytes(x) > x.untyped_storage().nbytes() else None
+
+
+def _needed_bytes(x: torch.Tensor) -> int:
+    """Bytes of storage up to the last number of `x`."""
+    if x.numel() == 0:
+        return 0
+    last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    return (x.storage_offset() + last + 1) * x.element_size()
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
