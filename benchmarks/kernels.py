@@ -189,7 +189,7 @@ class Bench:
             if not isinstance(kernel, NormConvMma):
                 continue
             once = kernel.variant(layer.problem, config, self.card)
-            frames = (t + 1) // 2 * 4 if once.is_pairs else t + 2
+            frames = once.transform.operand_frames(t, 2)
             operand = self.random(1, frames, h, w, c).permute(0, 4, 1, 2, 3)
             products = layer.flops * {"winograd": 2 / 3, "winograd2d": 4 / 9}.get(once.form, 1.0)
             cells = []

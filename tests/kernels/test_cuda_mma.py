@@ -11,6 +11,7 @@ from wan_vae.kernels.cuda.conv3x3_mma import Variant, conv3x3, pack, pack_double
 from wan_vae.kernels.cuda.program import build
 from wan_vae.kernels.device import CARDS, Device
 from wan_vae.kernels.weights import fold_upsample
+from wan_vae.kernels.winograd import PAIRS
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 # Relative errors that rounding alone makes: of the result, of sums in float16.
@@ -127,7 +128,7 @@ class Case:
         joined = F.silu(random(b, past + t, h, w, v.cin)).to(HALF).permute(0, 4, 1, 2, 3)
         weight = (random(v.cout, v.cin, 3, 3, 3) / (27 * v.cin) ** 0.5).to(HALF)
         self.v, self.frames, self.padding = v, t, padding
-        self.operand = pairs(joined, t) if v.is_pairs else joined
+        self.operand = pairs(joined, t) if v.transform == PAIRS else joined
         self.bias, self.packed = random(v.cout), pack(weight, v)
         used = weight[:, :, 3 - v.taps :].float()
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -204,7 +205,7 @@ def test_bits_do_not_depend_on_the_place(config):
     case.expected = case.expected[:, :, :, 4:16]
     assert torch.equal(case.run(True), whole[:, :, :, 4:16])
     # The last two frames.
-    last = operand[:, :, 4:] if case.v.is_pairs else operand[:, :, 2:]
+    last = operand[:, :, 4:] if case.v.transform == PAIRS else operand[:, :, 2:]
     case.operand = last.contiguous(memory_format=torch.channels_last_3d)
     case.residual, case.padding, case.frames = residual[:, :, 2:], (1, 1), 2
     case.expected = torch.empty_like(whole[:, :, 2:])

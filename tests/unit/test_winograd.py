@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import winograd_error
-from wan_vae.kernels.winograd import POINTS, Points, quad_phases, quads
+from wan_vae.kernels.winograd import DIRECT, PAIRS, POINTS, QUADS, Points, quad_phases
 
 
 @pytest.mark.parametrize("points", winograd_error.TRIED, ids=lambda p: f"{p.p:.3g}-{p.q:.3g}")
@@ -35,9 +35,11 @@ def test_phases_of_a_weight():
     assert torch.allclose(phases[:, 1, 2, 0, 1], POINTS.weights @ taps, rtol=1e-12)
 
 
-@pytest.mark.parametrize("frames,expected", [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
-def test_quads_of_a_call(frames, expected):
-    assert quads(frames) == expected
+@pytest.mark.parametrize("frames,groups", [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
+def test_quads_of_a_call(frames, groups):
+    assert QUADS.groups(frames) == groups and QUADS.operand_frames(frames, 2) == 6 * groups
+    assert DIRECT.groups(frames) == frames and DIRECT.operand_frames(frames, 2) == frames + 2
+    assert PAIRS.operand_frames(frames, 2) == (frames + 1) // 2 * 4
 
 
 def test_the_error_stays_under_the_rounding_of_bfloat16(capsys):

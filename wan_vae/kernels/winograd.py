@@ -1,4 +1,4 @@
-"""Winograd F(4,3) along time: the matrices, and which frames make a quad.
+"""Winograd along time: which frames are made together, and the matrices of F(4,3).
 
 Four output frames y of a 3-tap convolution g of six frames d are y = A' ((G g) * (B' d)): six
 products instead of twelve (F(2,3): four for two). The points are 0, p, -p, q, -q and infinity.
@@ -20,8 +20,25 @@ from dataclasses import dataclass
 
 import torch
 
-# Frames of a quad, and its transformed ones.
-QUAD, QUAD_PRODUCTS = 4, 6
+
+@dataclass(frozen=True)
+class Transform:
+    """frames: how many of the result a convolution makes together, from `products` frames of its
+    operand. (1 from 1: nothing is transformed.)"""
+
+    frames: int
+    products: int
+
+    def groups(self, frames: int) -> int:
+        """Pairs, quads or frames of a call that makes `frames` frames."""
+        return -(-frames // self.frames)
+
+    def operand_frames(self, frames: int, past: int) -> int:
+        """Of the operand of such a call, with `past` history frames if nothing is transformed."""
+        return past + frames if self.frames == 1 else self.groups(frames) * self.products
+
+
+DIRECT, PAIRS, QUADS = Transform(1, 1), Transform(2, 4), Transform(4, 6)
 
 
 @dataclass(frozen=True)
@@ -34,7 +51,7 @@ class Points:
 
     p: float
     q: float
-    scales: tuple[float, ...] = (1.0,) * QUAD_PRODUCTS
+    scales: tuple[float, ...] = (1.0,) * QUADS.products
 
     @property
     def into(self) -> torch.Tensor:
@@ -93,11 +110,6 @@ class Points:
 # float32, the one with the smallest error on random frames (`wan-vae bench winograd`). The scales
 # keep numbers below four times the frames', as F(2,3) in two dimensions does.
 POINTS = Points(11 / 16, 11 / 8, (2.0, 2.0, 1.0, 1.0, 2.0, 2.0))
-
-
-def quads(frames: int) -> int:
-    """Quads of a call that makes `frames` frames."""
-    return -(-frames // QUAD)
 
 
 def quad_phases(weight: torch.Tensor) -> torch.Tensor:

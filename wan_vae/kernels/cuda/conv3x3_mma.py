@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 from ...errors import LayoutError
+from ..winograd import DIRECT, PAIRS, Transform
 from .driver import Argument
 from .program import Program, integers, launch_persistent
 
@@ -30,6 +31,7 @@ _NUMBERS: dict[Form, int] = {
     "doubled": 2,
     "winograd2d": 3,
 }
+_TRANSFORMS: dict[Form, Transform] = {"winograd": PAIRS, "winograd2d": PAIRS}
 _OUT = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _CONFIG = re.compile(r"(direct1|direct3|winograd|doubled|winograd2d)_(\d+x\d+)(_halfsums)?")
 
@@ -140,9 +142,9 @@ class Variant:
         return 1 if self.form in ("direct1", "doubled") else 3
 
     @property
-    def is_pairs(self) -> bool:
-        """Whether it reads frames that are transformed along time."""
-        return self.form in ("winograd", "winograd2d")
+    def transform(self) -> Transform:
+        """How the frames that it reads are transformed along time."""
+        return _TRANSFORMS.get(self.form, DIRECT)
 
     @property
     def config(self) -> str:
@@ -195,7 +197,7 @@ def pack(weight: torch.Tensor, variant: Variant) -> torch.Tensor:
     The Winograd transform is computed in float32 and rounded once.
     """
     taps = weight.detach().float().unbind(2)
-    if not variant.is_pairs:
+    if variant.transform == DIRECT:
         phases = torch.stack(taps[3 - variant.taps :])
     elif variant.form == "winograd":
         phases = torch.stack(_transformed(*taps))
@@ -313,8 +315,9 @@ def conv3x3(
     out = torch.empty(shape, dtype=variant.out, device=buffer.device)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last_3d)
-    groups = (frames + 1) // 2 if variant.is_pairs else frames
-    sizes = (frames, h, w, height, width, groups, 4 if variant.is_pairs else 1, frames_in, *padding)
+    transform = variant.transform
+    groups, stride = transform.groups(frames), transform.products
+    sizes = (frames, h, w, height, width, groups, stride, frames_in, *padding)
     _launch(variant, (buffer, packed, bias, residual, out), sizes, b)
     return out if is_planar else out.permute(0, 4, 1, 2, 3)
 

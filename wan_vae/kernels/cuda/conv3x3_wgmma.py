@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ...errors import LayoutError
+from ..winograd import DIRECT, PAIRS, Transform
 from .driver import Argument, frames_map
 from .program import Program, integers, launch_persistent
 
@@ -52,9 +53,9 @@ class Variant:
         return 1 if one else 2
 
     @property
-    def is_pairs(self) -> bool:
-        """Whether it reads frames that are transformed along time."""
-        return self.winograd
+    def transform(self) -> Transform:
+        """How the frames that it reads are transformed along time."""
+        return PAIRS if self.winograd else DIRECT
 
     @property
     def shared_bytes(self) -> int:
@@ -135,10 +136,11 @@ def conv3x3(
     out = torch.empty(
         (b, frames, height, width, variant.cout), dtype=variant.out, device=buffer.device
     )
-    groups = (frames + 1) // 2 if variant.winograd else frames
+    transform = variant.transform
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last_3d)
-    sizes = (frames, height, width, groups, 4 if variant.winograd else 1, frames_in, *padding)
+    groups, stride = transform.groups(frames), transform.products
+    sizes = (frames, height, width, groups, stride, frames_in, *padding)
     operand = buffer.data_ptr(), (b * frames_in, h, w, c)
     _launch(variant, _Call(operand, packed, bias, out, residual, sizes, b))
     return out.permute(0, 4, 1, 2, 3)

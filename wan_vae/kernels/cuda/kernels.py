@@ -74,8 +74,8 @@ class NormConvWgmma(_Wgmma):
         variant, (scale, bias) = _variant(problem, config), behind_norm(weights)
         packed = conv3x3_wgmma.pack(weights.weight, variant)
         conv = partial(conv3x3_wgmma.conv3x3, packed=packed, bias=bias, variant=variant)
-        norm = make_norm(device.machine_code)
-        return CudaNormConv(self.name, config, scale, norm, conv, variant.taps, variant.is_pairs)
+        norm, transform = make_norm(device.machine_code).of(variant.transform), variant.transform
+        return CudaNormConv(self.name, config, scale, norm, conv, variant.taps, transform)
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,8 @@ class NormConvMma(_Mma):
         variant, (scale, bias) = self.variant(problem, config, device), behind_norm(weights)
         packed = conv3x3_mma.pack(weights.weight, variant)
         conv = partial(conv3x3_mma.conv3x3, packed=packed, bias=bias, variant=variant)
-        norm, is_pairs = make_norm(device.machine_code), variant.is_pairs
-        return CudaNormConv(self.name, config, scale, norm, conv, variant.taps, is_pairs)
+        norm, transform = make_norm(device.machine_code).of(variant.transform), variant.transform
+        return CudaNormConv(self.name, config, scale, norm, conv, variant.taps, transform)
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def _norm_of(
     """The norm that writes the operand."""
     past = variant.taps - 1
     return norm_program(
-        problem.in_channels, problem.feature_dtype, past, variant.is_pairs, device.machine_code
+        problem.in_channels, problem.feature_dtype, past, variant.transform, device.machine_code
     )
 
 
