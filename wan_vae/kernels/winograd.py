@@ -116,3 +116,9 @@ def quad_phases(weight: torch.Tensor) -> torch.Tensor:
     """[O, C, 3, kH, kW] -> [6, O, C, kH, kW] float64: the weights of the products, in order."""
     into = POINTS.weights.to(weight.device)
     return torch.einsum("pt,octhw->pochw", into, weight.detach().double())
+
+
+def grown_quad_phases(weight: torch.Tensor) -> torch.Tensor:
+    """As `quad_phases`, times the growth of the frames that they meet: for a bound on the sums."""
+    growth = POINTS.growth.to(weight.device)
+    return quad_phases(weight) * growth[:, None, None, None, None]

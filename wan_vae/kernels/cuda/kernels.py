@@ -15,6 +15,7 @@ from ..bounds import Bound, float16_sums_bound, winograd_phases
 from ..device import Device
 from ..kernel import BuildError, Family, Kernel, Requires
 from ..weights import behind_norm, fold_upsample
+from ..winograd import QUADS, grown_quad_phases
 from . import conv3x3_mma, conv3x3_wgmma, driver
 from .attention import ATTENTION_KERNELS
 from .base import CudaKernel
@@ -23,7 +24,8 @@ from .layers import OPERAND, CudaNormConv, CudaUpsample
 from .norm import make_norm, norm_program
 from .program import Program
 
-# Winograd's transforms along time and rows make numbers four times as large.
+# Winograd along time and rows, or F(4,3) along time, makes numbers up to four times as
+# large.
 _LARGEST = torch.finfo(OPERAND).max / 4
 # wgmma is Hopper's alone.
 _HOPPER = Requires(
@@ -171,6 +173,15 @@ class NormConvMma(_Mma):
             names = [*conv3x3_mma.half_sums(names)[:1], *names[:2]]
         return self._fitting(names, problem, device)
 
+    def experiments(self, problem: NormConvProblem | HeadProblem, device: Device) -> Sequence[str]:
+        """F(4,3) where a latent frame is a quad. See `CudaKernel`."""
+        if problem.operation == "head" or not _has_quads(problem):
+            return ()
+        names = conv3x3_mma.configs("winograd4", problem.out_channels)
+        if device.has_slow_float32_sums:
+            names += conv3x3_mma.half_sums(names)
+        return self._fitting(names, problem, device)
+
     def bound(self, weights: LayerWeights, problem: Any, config: str) -> Bound | None:
         """See `Kernel`: of sums in float16."""
         form, tile, half_sums = conv3x3_mma.parse(config)
@@ -179,6 +190,8 @@ class NormConvMma(_Mma):
         taps, channels = weights.weight.detach(), tile.summed_channels
         if form == "winograd":
             return float16_sums_bound(weights.gamma, winograd_phases(taps), 2, channels)
+        if form == "winograd4":
+            return float16_sums_bound(weights.gamma, grown_quad_phases(taps), 1, channels)
         if form == "winograd2d":
             # Along rows too, whose taps stand where those of time stood: three columns are left.
             rows = winograd_phases(taps).flatten(0, 1).unsqueeze(3)
@@ -235,6 +248,11 @@ def _form(problem: NormConvProblem | HeadProblem) -> conv3x3_mma.Form:
         return "direct1"
     # Where a latent frame is one frame there are no pairs.
     return "winograd" if problem.frames > 1 else "direct3"
+
+
+def _has_quads(problem: NormConvProblem | HeadProblem) -> bool:
+    """Whether the frames that a layer makes of a latent frame are a quad."""
+    return not problem.only_frame and problem.frames == QUADS.frames
 
 
 def _norm_of(
