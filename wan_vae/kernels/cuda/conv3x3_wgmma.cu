@@ -5,6 +5,10 @@
 //               transformed frames a pair; A gathers m1, B m2, then (A, B) = (A + B, A - B), then
 //               m0 is added to A and m3 (its weights negated) to B.
 //               Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2015).
+//   QUADS 1:    (beside WINOGRAD) the four output frames of a quad, Winograd F(4,3) along time, of 8 x
+//               16 pixels: the input holds six transformed frames a quad, in the order of their use.
+//               The products of the first four go to accumulators of their own, which become the four
+//               frames; those of the last two are added to the first and the last. See winograd.py.
 //   WINOGRAD 0: one output frame, KT input frames; A and B are two blocks of BN channels (NB 2),
 //               or A alone (NB 1).
 //   DOUBLED 1:  the input is doubled in height and width first. That folds the 3 x 3 taps to 2 x 2,
@@ -18,12 +22,17 @@
 // A residual comes through the ring of halo tiles too, behind the last of them: 16 x 16 pixels x 32
 // channels a stage, in the order in which the accumulators are stored.
 //
-// Warpgroup 0 loads; warpgroups 1 and 2 compute the upper and lower eight rows. The sum of an
+// Warpgroup 0 loads; warpgroups 1 and 2 compute the upper and lower eight rows (QUADS: the left and
+// right eight columns). The sum of an
 // output pixel runs over (phase, 32 channels, ky, kx, 16 channels) whatever its place in tile and
 // picture: its bits depend on nothing but its inputs.
 //
-// Compiled at run time with these macros: CIN, COUT, WINOGRAD, DOUBLED, KT, BN, NB, BF16_OUT, and
-// BF16_IN: input and weights are bfloat16, not float16.
+// CLUSTER 2: two programs that run side by side share the weights. Each loads half of a stage into the
+// shared memory of both. So a stage is free when the warps of both have left it, both make the same
+// number of tiles (one that does not exist is not stored), and none ends before the other.
+//
+// Compiled at run time with these macros: CIN, COUT, WINOGRAD, QUADS, CLUSTER, DOUBLED, KT, BN, NB,
+// BF16_OUT, and BF16_IN: input and weights are bfloat16, not float16.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -32,27 +41,35 @@ struct alignas(64) TensorMap { char bytes[128]; };
 
 constexpr int kBlockK = 32;                      // channels of one halo tile
 constexpr int kChunks = CIN / kBlockK;
-constexpr int kPhases = WINOGRAD ? 4 : DOUBLED ? 2 : KT;
+constexpr int kPhases = QUADS ? 6 : WINOGRAD ? 4 : DOUBLED ? 2 : KT;
+constexpr int kFrames = QUADS ? 4 : WINOGRAD ? 2 : 1;  // that a tile makes
+constexpr int kRows = QUADS ? 8 : 16;            // of 16 pixels, of a tile
+constexpr int kHalves = QUADS ? 1 : 2;           // of a tile's columns, that a warpgroup has
 constexpr int kHalo = 18;
 constexpr int kPixelBytes = kBlockK * 2;
 constexpr int kRowBytes = kHalo * kPixelBytes;
-constexpr int kInputBytes = kHalo * kRowBytes;   // what a load brings
+constexpr int kInputBytes = (kRows + 2) * kRowBytes;  // what a load brings
 constexpr int kInputStage = (kInputBytes + 1023) / 1024 * 1024;
 constexpr int kWeightTap = BN * kPixelBytes;
 constexpr int kRegisters = BN / 2;              // of one accumulator of 64 pixels, per thread
 constexpr int kWeightStage = (DOUBLED ? 4 : 3) * kWeightTap;  // one row of taps; DOUBLED: of both
 constexpr int kRowsOfTaps = DOUBLED ? 2 : 3 * (WINOGRAD ? 1 : NB);  // for each halo tile
 // What fits, as it was measured to be fastest.
-constexpr int kInputStages = WINOGRAD && CIN > 96 ? 4 : 3;
+constexpr int kInputStages = QUADS ? 5 : WINOGRAD && CIN > 96 ? 4 : 3;
 constexpr int kWeightStages = (kInputStages == 4 ? (BN == 96 ? 7 : 10) : (BN == 96 ? 8 : 12)) * 3 /
                               (DOUBLED ? 4 : 3);
 constexpr int kGroups = BN / 32;                 // of 32 channels that are stored together
-constexpr int kResidualBytes = 16 * 16 * 64;
+constexpr int kResidualBytes = kRows * 16 * 64;
 constexpr int kOutputBlocks = COUT / (BN * (WINOGRAD ? 1 : NB));
 // Shared memory, from a base aligned to 1024 bytes: inputs, weights, bias, barriers.
 constexpr int kWeightsAt = kInputStages * kInputStage;
 constexpr int kBiasAt = kWeightsAt + kWeightStages * kWeightStage;
 constexpr int kBarriersAt = kBiasAt + COUT * 4;
+constexpr int kComputingWarps = 8;
+constexpr int kWeightPart = kWeightStage / CLUSTER;  // what each program of a cluster loads
+static_assert(CLUSTER == 1 || CLUSTER == 2, "clusters of two");
+static_assert(!QUADS || WINOGRAD, "quads are a form of Winograd");
+static_assert(kWeightPart % 16 == 0, "what the copy engine moves");
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
   return static_cast<u32>(__cvta_generic_to_shared(p));
@@ -69,6 +86,56 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
 
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// At this barrier of the other program of the cluster; what this thread has read is read.
+__device__ __forceinline__ void barrier_arrive_other(u32 barrier) {
+#if CLUSTER == 2
+  asm volatile(
+      "{\n"
+      ".reg .b32 rank, at;\n"
+      "mov.u32 rank, %%cluster_ctarank;\n"
+      "xor.b32 rank, rank, 1;\n"
+      "mapa.shared::cluster.u32 at, %0, rank;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [at];\n"
+      "}\n" ::"r"(barrier)
+      : "memory");
+#endif
+}
+
+// All threads of the cluster: none goes on before all have come.
+__device__ __forceinline__ void cluster_sync() {
+#if CLUSTER == 2
+  __syncwarp();
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;\n" ::
+          : "memory");
+#endif
+}
+
+__device__ __forceinline__ u32 cluster_rank() {
+#if CLUSTER == 2
+  u32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return 0;
+#endif
+}
+
+// For what threads of the other program have arrived at, too.
+__device__ __forceinline__ void barrier_wait_cluster(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n"
+      "}\n" ::"r"(barrier), "r"(parity)
+      : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
@@ -99,6 +166,20 @@ __device__ __forceinline__ void load_bytes(u32 to, const void* from, u32 bytes, 
           to),
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
+}
+
+// This program's part of a stage of weights, to the same place in both programs of the cluster, each of
+// which is told at its own barrier.
+__device__ __forceinline__ void load_shared_part(u32 to, const void* from, u32 bytes, u32 barrier) {
+#if CLUSTER == 2
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(static_cast<unsigned short>(3))
+      : "memory");
+#else
+  load_bytes(to, from, bytes, barrier);
+#endif
 }
 
 // Operand of the tensor cores in shared memory: rows of 64 bytes with the 64-byte swizzle, groups
@@ -192,10 +273,19 @@ struct Barriers {
 };
 
 struct Tile {
-  int block, x, y, group;  // block of output channels, first column and row, pair or frame
-  __device__ __forceinline__ Tile(int index, int columns, int rows, int groups) {
+  int block, x, y, group;  // block of output channels, first column and row, pair, quad or frame
+  bool exists;             // the last cluster's second tile may not
+  // index: this program's, of `tiles`. Programs of a cluster have the same block of channels.
+  __device__ __forceinline__ Tile(int index, int tiles, int columns, int rows, int groups) {
     block = index % kOutputBlocks;
     index /= kOutputBlocks;
+    exists = true;
+#if CLUSTER == 2
+    const int last = tiles / kOutputBlocks - 1;
+    index = 2 * index + static_cast<int>(cluster_rank());
+    exists = index <= last;
+    index = min(index, last);
+#endif
 #if WINOGRAD
     // The pairs of a clip side by side: the next one reads two of the same frames, then from L2.
     const int in_clip = index % groups;
@@ -203,13 +293,19 @@ struct Tile {
 #endif
     x = index % columns * 16;
     index /= columns;
-    y = index % rows * 16;
+    y = index % rows * kRows;
     group = index / rows;
 #if WINOGRAD
     group = group * groups + in_clip;
 #endif
   }
 };
+
+// The first frame of a pair or a quad in its clip. They end with the last frame: those of the first
+// one that have a negative number are of the past.
+__device__ __forceinline__ int first_frame(int group, int frames) {
+  return group * kFrames - (-frames & (kFrames - 1));
+}
 
 __device__ __forceinline__ u32 pack(float low, float high) {
   u32 word;
@@ -250,6 +346,20 @@ __device__ __forceinline__ void sum_and_difference(float& a, float& b) {
   b = __fmaf_rn(-2.0f, b, a);
 }
 
+// The sums of the products of p, -p, q and -q -> four frames, which the products of 0 and infinity are
+// missing: A' of winograd.py. In place for the same reason.
+__device__ __forceinline__ void frames_of_quad(float& y0, float& y1, float& y2, float& y3) {
+  constexpr float kP = 0.6875f, kQ = 1.375f, kPP = kP * kP, kRest = kQ * kQ - kPP;
+  y0 += y1;  // even and odd part of p, then of q
+  y1 = __fmaf_rn(-2.0f, y1, y0);
+  y2 += y3;
+  y3 = __fmaf_rn(-2.0f, y3, y2);
+  y0 += y2;
+  y2 = __fmaf_rn(kPP, y0, kRest * y2);
+  y1 = __fmaf_rn(kP, y1, kQ * y3);
+  y3 = __fmaf_rn(kPP, y1, kQ * kRest * y3);
+}
+
 // Where a warpgroup's part of a tile goes: `pixel` is the index of this lane's upper left pixel, the
 // others are a row below, `below` pixels on, and eight columns; `inside` has a bit for each of them.
 struct Place {
@@ -266,12 +376,12 @@ __device__ __forceinline__ int pixels_inside(int x, int y, int width, int height
 // 32 channels of an accumulator -> out, with bias and residual, rounded once. `residual`: address of
 // this warp's first pixel in a stage of the ring, or 0.
 template <int GROUP>
-__device__ __forceinline__ void store_channels(const float (&d)[2][kRegisters], const Place& to,
+__device__ __forceinline__ void store_channels(const float (&d)[kHalves][kRegisters], const Place& to,
                                                const float* bias, int channel, u32 residual,
                                                int lane) {
   const int q = lane & 3;
 #pragma unroll
-  for (int part = 0; part < 4; ++part) {
+  for (int part = 0; part < 2 * kHalves; ++part) {
     const int half = part / 2, lower = part % 2;
     const int in_tile = lower * 16 + half * 8 + lane / 4;  // pixel within the warp's two rows
     u32 words[4];
@@ -308,6 +418,8 @@ struct Pending {
 
 __device__ __forceinline__ void give_back(const Barriers& barriers, Pending& pending, bool leader) {
   if (leader && pending.weight >= 0) barrier_arrive(barriers.weight_empty(pending.weight));
+  if (CLUSTER == 2 && leader && pending.weight >= 0)
+    barrier_arrive_other(barriers.weight_empty(pending.weight));
   if (leader && pending.input >= 0) barrier_arrive(barriers.input_empty(pending.input));
   pending.weight = pending.input = -1;
 }
@@ -320,7 +432,7 @@ struct Consumer {
   bool leader;
 
   // One row of taps into d: three taps, twice 16 channels, both halves of the tile's columns.
-  __device__ __forceinline__ void row_of_taps(float (&d)[2][kRegisters], int ky, int add) {
+  __device__ __forceinline__ void row_of_taps(float (&d)[kHalves][kRegisters], int ky, int add) {
     barrier_wait(barriers.weight_full(weight.stage), weight.parity);
     const u64 a = descriptor(inputs + input.stage * kInputStage + ky * kRowBytes, kRowBytes);
     const u64 b = descriptor(weights + weight.stage * kWeightStage, 8 * kPixelBytes);
@@ -330,7 +442,7 @@ struct Consumer {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < kHalves; ++half) {
           wgmma(d[half], a + (kx * kPixelBytes + k * 32 + half * 8 * kPixelBytes) / 16,
                 b + (kx * kWeightTap + k * 32) / 16, (kx | k) ? 1 : add);
         }
@@ -341,8 +453,8 @@ struct Consumer {
 
   // The same where the input was doubled: two taps for the even columns into a, two for the odd ones
   // into b, on the rows of pixels `row` of the halo tile.
-  __device__ __forceinline__ void row_of_folded_taps(float (&a)[2][kRegisters],
-                                                     float (&b)[2][kRegisters], int row, int add) {
+  __device__ __forceinline__ void row_of_folded_taps(float (&a)[kHalves][kRegisters],
+                                                     float (&b)[kHalves][kRegisters], int row, int add) {
     barrier_wait(barriers.weight_full(weight.stage), weight.parity);
     const u64 x = descriptor(inputs + input.stage * kInputStage + row * kRowBytes, kRowBytes);
     const u64 w = descriptor(weights + weight.stage * kWeightStage, 8 * kPixelBytes);
@@ -385,7 +497,7 @@ struct Consumer {
   }
 
   // An accumulator -> out; a residual's stages are given back one by one.
-  __device__ __forceinline__ void store(const float (&d)[2][kRegisters], const Place& to,
+  __device__ __forceinline__ void store(const float (&d)[kHalves][kRegisters], const Place& to,
                                         const float* bias, int channel, bool has_residual,
                                         u32 in_stage, int lane) {
     store_group<0>(d, to, bias, channel, has_residual, in_stage, lane);
@@ -394,7 +506,7 @@ struct Consumer {
   }
 
   template <int GROUP>
-  __device__ __forceinline__ void store_group(const float (&d)[2][kRegisters], const Place& to,
+  __device__ __forceinline__ void store_group(const float (&d)[kHalves][kRegisters], const Place& to,
                                               const float* bias, int channel, bool has_residual,
                                               u32 in_stage, int lane) {
     u32 residual = 0;
@@ -411,7 +523,7 @@ struct Consumer {
   }
 
   // One phase of Winograd: a transformed frame times its weights.
-  __device__ __forceinline__ void phase(float (&d)[2][kRegisters], int add) {
+  __device__ __forceinline__ void phase(float (&d)[kHalves][kRegisters], int add) {
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       wait_input();
 #pragma unroll
@@ -421,11 +533,15 @@ struct Consumer {
   }
 };
 
-// x: [frames, H, W, CIN] behind `map`. weights: packed, see conv3x3.py. out, and with `has_residual`
-// what `residual` maps: [clips * frames, height, width, COUT]. A group is a pair (WINOGRAD) or a
-// frame: `groups` of them in each clip, whose input begins `group_stride` frames after each other
-// and `batch_stride` a clip.
-extern "C" __global__ void __launch_bounds__(384, 1)
+// x: [frames, H, W, CIN] behind `map`. weights: packed, see conv3x3_wgmma.py. out, and with `has_residual`
+// what `residual` maps: [clips * frames, height, width, COUT]. A group is a pair (WINOGRAD), a
+// quad or a frame: `groups` of them in each clip, whose input begins `group_stride` frames after each
+// other and `batch_stride` a clip. tiles: of all programs.
+extern "C" __global__ void
+#if CLUSTER == 2
+__cluster_dims__(2, 1, 1)
+#endif
+__launch_bounds__(384, 1)
 conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap residual,
         const char* weights, const float* bias, u32* out, int has_residual, int frames, int height,
         int width, int groups, int group_stride, int batch_stride, int pad_y, int pad_x,
@@ -435,28 +551,34 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
   char* shared = raw + (base - shared_address(raw));
   const Barriers barriers{base + kBarriersAt};
   float* bias_shared = reinterpret_cast<float*>(shared + kBiasAt);
-  const int columns = (width + 15) / 16, rows = (height + 15) / 16;
+  const int columns = (width + 15) / 16, rows = (height + kRows - 1) / kRows;
+  // A cluster makes two tiles a turn.
+  const int turns = CLUSTER == 1
+                        ? tiles
+                        : (tiles / kOutputBlocks + CLUSTER - 1) / CLUSTER * kOutputBlocks;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < kInputStages; ++s) {
       barrier_init(barriers.input_full(s), 1);
-      barrier_init(barriers.input_empty(s), 8);  // each warp that computes
+      barrier_init(barriers.input_empty(s), kComputingWarps);
     }
     for (int s = 0; s < kWeightStages; ++s) {
       barrier_init(barriers.weight_full(s), 1);
-      barrier_init(barriers.weight_empty(s), 8);
+      barrier_init(barriers.weight_empty(s), CLUSTER * kComputingWarps);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
   for (int c = threadIdx.x; c < COUT; c += 384) bias_shared[c] = bias[c];
   __syncthreads();
+  cluster_sync();  // before this, the other program's barriers do not exist
 
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) {
       Ring input{0, 1}, weight{0, 1};  // an empty ring needs no waiting in its first round
-      constexpr int kRows = kPhases * kChunks * kRowsOfTaps;
+      constexpr int kStagesOfBlock = kPhases * kChunks * kRowsOfTaps;
+      const u32 part = cluster_rank() * kWeightPart;
       const auto load_input = [&](const TensorMap* from, int bytes, int channel, int x, int y,
                                   int frame) {
         barrier_wait(barriers.input_empty(input.stage), input.parity);
@@ -465,32 +587,37 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
                   x, y, frame);
         input.next<kInputStages>();
       };
-      for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-        const Tile tile(index, columns, rows, groups);
+      for (int index = blockIdx.x / CLUSTER; index < turns; index += gridDim.x / CLUSTER) {
+        const Tile tile(index, tiles, columns, rows, groups);
         const int clip = tile.group / groups, group = tile.group % groups;
         const int first = clip * batch_stride + group * group_stride;
-        const char* w = weights + static_cast<long long>(tile.block) * kRows * kWeightStage;
+        const char* w =
+            weights + static_cast<long long>(tile.block) * kStagesOfBlock * kWeightStage + part;
         for (int step = 0; step < kPhases; ++step) {
-          // Winograd's products in the order 1, 2, 0, 3: see the top of the file.
-          const int frame = WINOGRAD ? (step == 0 ? 1 : step == 1 ? 2 : step == 2 ? 0 : 3)
+          // The products of F(2,3) in the order 1, 2, 0, 3: see the top of the file.
+          const int frame = QUADS ? step : WINOGRAD ? (step == 0 ? 1 : step == 1 ? 2 : step == 2 ? 0 : 3)
                                      : DOUBLED ? 0 : step;
           for (int chunk = 0; chunk < kChunks; ++chunk) {
             load_input(&map, kInputBytes, chunk * kBlockK, tile.x - pad_x, tile.y - pad_y,
                        first + frame);
             for (int r = 0; r < kRowsOfTaps; ++r) {
+#if CLUSTER == 2
+              barrier_wait_cluster(barriers.weight_empty(weight.stage), weight.parity);
+#else
               barrier_wait(barriers.weight_empty(weight.stage), weight.parity);
+#endif
               barrier_expect(barriers.weight_full(weight.stage), kWeightStage);
-              load_bytes(base + kWeightsAt + weight.stage * kWeightStage, w, kWeightStage,
-                         barriers.weight_full(weight.stage));
+              load_shared_part(base + kWeightsAt + weight.stage * kWeightStage + part, w, kWeightPart,
+                               barriers.weight_full(weight.stage));
               w += kWeightStage;
               weight.next<kWeightStages>();
             }
           }
         }
         if (!has_residual) continue;
-        for (int i = 0; i < (WINOGRAD ? 2 : NB) * kGroups; ++i) {
-          // The first frame of a pair is of the past if there is an odd number: not stored either.
-          const int frame = WINOGRAD ? group * 2 - (frames & 1) + i / kGroups : group;
+        for (int i = 0; i < (WINOGRAD ? kFrames : NB) * kGroups; ++i) {
+          // A frame of the past is another clip's, or none: it is not stored.
+          const int frame = first_frame(group, frames) + (WINOGRAD ? i / kGroups : 0);
           const int channel = tile.block * BN * (WINOGRAD ? 1 : NB) +
                               (WINOGRAD ? i % kGroups : i) * 32;
           load_input(&residual, kResidualBytes, channel, tile.x, tile.y, clip * frames + frame);
@@ -500,11 +627,25 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    Consumer consumer{barriers, base + group * 8 * kRowBytes, base + kWeightsAt,
-                      Ring{0, 0}, Ring{0, 0}, Pending{-1, -1}, lane == 0};
-    float a[2][kRegisters], b[2][kRegisters];
-    for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-#if WINOGRAD
+    const u32 first_pixel = base + group * 8 * (QUADS ? kPixelBytes : kRowBytes);
+    Consumer consumer{barriers,   first_pixel, base + kWeightsAt, Ring{0, 0},
+                      Ring{0, 0}, Pending{-1, -1}, lane == 0};
+    float a[kHalves][kRegisters], b[kHalves][kRegisters];
+#if QUADS
+    float c[kHalves][kRegisters], d[kHalves][kRegisters];
+#endif
+    for (int index = blockIdx.x / CLUSTER; index < turns; index += gridDim.x / CLUSTER) {
+#if QUADS
+      consumer.phase(a, 0);
+      consumer.phase(b, 0);
+      consumer.phase(c, 0);
+      consumer.phase(d, 0);
+      consumer.drain();
+#pragma unroll
+      for (int i = 0; i < kRegisters; ++i) frames_of_quad(a[0][i], b[0][i], c[0][i], d[0][i]);
+      consumer.phase(a, 1);
+      consumer.phase(d, 1);
+#elif WINOGRAD
       consumer.phase(a, 0);
       consumer.phase(b, 0);
       consumer.drain();
@@ -524,7 +665,7 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
           consumer.leave_input();
         }
         consumer.drain();
-        const Tile tile(index, columns, rows, groups);
+        const Tile tile(index, tiles, columns, rows, groups);
         const int x = tile.x + lane / 4, y = tile.y + group * 8 + warp * 2;
         const long long row = static_cast<long long>(tile.group) * 2 * height + 2 * y + odd;
         const long long pixel = row * 2 * width + 2 * x;
@@ -549,24 +690,31 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
 #endif
 #if !DOUBLED
       consumer.drain();
-      const Tile tile(index, columns, rows, groups);
+      const Tile tile(index, tiles, columns, rows, groups);
       const int clip = tile.group / groups, in_clip = tile.group % groups;
-      const int x = tile.x + lane / 4, y = tile.y + group * 8 + warp * 2;
-      const int inside = pixels_inside(x, y, width, height);
-      const long long plane = static_cast<long long>(height) * width;
-#if WINOGRAD
-      // Pairs end with the last frame: of an odd number the first pair's first is of the past.
-      const int first = in_clip * 2 - (frames & 1);
+#if QUADS
+      const int x = tile.x + group * 8 + lane / 4, y = tile.y + warp * 2;
+      const u32 in_stage = base + (warp * 2 * 16 + group * 8) * 64;
 #else
-      const int first = in_clip;
+      const int x = tile.x + lane / 4, y = tile.y + group * 8 + warp * 2;
+      const u32 in_stage = base + (group * 8 + warp * 2) * 16 * 64;
 #endif
+      const int inside = tile.exists ? pixels_inside(x, y, width, height) : 0;
+      const long long plane = static_cast<long long>(height) * width;
+      const int first = first_frame(in_clip, frames);
       const long long pixel = (static_cast<long long>(clip) * frames + first) * plane +
                               static_cast<long long>(y) * width + x;
       const int channel = tile.block * BN * (WINOGRAD ? 1 : NB);
-      const u32 in_stage = base + (group * 8 + warp * 2) * 16 * 64;
       consumer.store(a, Place{out, pixel, width, first < 0 ? 0 : inside}, bias_shared, channel,
                      has_residual, in_stage, lane);
-#if WINOGRAD
+#if QUADS
+      consumer.store(b, Place{out, pixel + plane, width, first < -1 ? 0 : inside}, bias_shared,
+                     channel, has_residual, in_stage, lane);
+      consumer.store(c, Place{out, pixel + 2 * plane, width, first < -2 ? 0 : inside}, bias_shared,
+                     channel, has_residual, in_stage, lane);
+      consumer.store(d, Place{out, pixel + 3 * plane, width, inside}, bias_shared, channel,
+                     has_residual, in_stage, lane);
+#elif WINOGRAD
       consumer.store(b, Place{out, pixel + plane, width, inside}, bias_shared, channel,
                      has_residual, in_stage, lane);
 #elif NB == 2
@@ -576,4 +724,5 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
 #endif
     }
   }
+  cluster_sync();  // the other one still loads into this program's memory, or arrives at its barriers
 }

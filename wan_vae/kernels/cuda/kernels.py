@@ -62,6 +62,11 @@ class NormConvWgmma(_Wgmma):
         """See `Kernel`."""
         return (_form(problem),)
 
+    def experiments(self, problem: NormConvProblem, device: Device) -> Sequence[str]:
+        """F(4,3) where a latent frame is a quad: alone, and with weights that two programs share.
+        See `CudaKernel`."""
+        return ("winograd4", "winograd4_cluster") if _has_quads(problem) else ()
+
     def programs(
         self, problem: NormConvProblem, config: str, device: Device
     ) -> tuple[Program, ...]:
@@ -108,9 +113,11 @@ def _variant(problem: NormConvProblem, config: str) -> conv3x3_wgmma.Variant:
     return conv3x3_wgmma.Variant(
         problem.in_channels,
         problem.out_channels,
-        config == "winograd",
+        config.startswith("winograd"),
         1 if config == "direct1" else 3,
         problem.out_dtype,
+        quads=config.startswith("winograd4"),
+        cluster=2 if config == "winograd4_cluster" else 1,
     )
 
 
