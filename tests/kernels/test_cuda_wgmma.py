@@ -1,4 +1,4 @@
-"""The convolution in CUDA C++: what surrounds it on the CPU, the kernel itself on a Hopper GPU."""
+"""The convolution for Hopper: on a CPU by emulation, and the same on a Hopper GPU."""
 
 import os
 from dataclasses import replace
@@ -133,6 +133,93 @@ def test_pairs_do_not_depend_on_the_chunks():
         assert torch.equal(torch.cat((first, rest), 2), whole)
 
 
+class Case:
+    """Random inputs of one convolution behind a norm, and what should come out of it."""
+
+    def __init__(self, variant: Variant, size: tuple[int, ...], padding: tuple[int, int], device):
+        torch.manual_seed(0)
+        b, t, h, w = size
+        x = features(b, t, h, w, variant.cin, dtype=BF16, device=device)
+        history = features(b, 2, h, w, variant.cin, device=device)
+        scale = norm_scale(torch.randn(variant.cin, device=device))
+        self.variant, self.frames, self.padding = variant, t, padding
+        self.bias = torch.randn(variant.cout, device=device)
+        shape = (variant.cout, variant.cin, 3, 3, 3)
+        weight = (torch.randn(shape, device=device) / 50).to(HALF)
+        self.packed = pack(weight, variant)
+        past = variant.taps - 1
+        before = history if past else None
+        joined, _ = NORM.join(NormCall(x, scale, before, past, dtype=HALF))
+        self.operand = joined
+        if variant.winograd:
+            call = NormCall(x, scale, history, dtype=HALF)
+            self.operand, _ = NORM.of(variant.transform)(call)
+        rows, columns = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            used = weight[:, :, 3 - variant.taps :].float()
+            self.expected = F.conv3d(joined.float(), used, self.bias, padding=(0, *padding))
+        made = (b, t, rows, columns, variant.cout)
+        self.residual = features(*made, dtype=variant.out, device=device)
+
+    def run(self, with_residual: bool) -> torch.Tensor:
+        """The kernel's result; its memory held NaN before."""
+        poison = torch.full_like(self.expected, float("nan"), dtype=self.variant.out)
+        del poison
+        residual = self.residual if with_residual else None
+        return conv3x3(
+            self.operand, self.packed, self.bias, residual, self.variant, self.frames, self.padding
+        )
+
+    def check(self, got: torch.Tensor, with_residual: bool) -> None:
+        expected = self.expected + self.residual.float() if with_residual else self.expected
+        error = ((got.float() - expected).norm() / expected.norm()).item()
+        of_half = 1.2e-3 if self.variant.quads else 8e-4
+        assert error < (3e-3 if self.variant.out == BF16 else of_half)
+
+
+def label(variant: Variant) -> str:
+    return f"{variant.name}-{variant.cin}x{variant.cout}"
+
+
+# More tiles than programs, an odd number of them, frames of the past, several clips and blocks.
+EMULATED = [
+    (Variant(32, 96, True, 3, HALF), (1, 3, 5, 20), (1, 1)),
+    (Variant(64, 64, True, 3, BF16), (2, 2, 18, 5), (0, 1)),
+    (Variant(32, 192, False, 3, HALF), (1, 2, 5, 7), (1, 1)),
+    (Variant(32, 96, False, 1, BF16), (1, 3, 5, 7), (1, 0)),
+    *(
+        (Variant(*channels, True, 3, out, quads=True, cluster=cluster), size, padding)
+        for cluster in (1, 2)
+        for channels, out, size, padding in (
+            ((32, 96), HALF, (1, 5, 9, 18), (1, 0)),
+            ((64, 64), BF16, (1, 1, 5, 7), (1, 1)),
+        )
+    ),
+    (Variant(32, 192, True, 3, BF16, quads=True, cluster=2), (2, 2, 5, 20), (0, 1)),
+]
+
+
+@pytest.mark.parametrize(
+    "variant,size,padding", EMULATED, ids=lambda v: label(v) if isinstance(v, Variant) else ""
+)
+def test_the_kernel_on_a_cpu(emulated, poisoned_outputs, variant, size, padding):
+    """Copies land and products are made as late as the waits allow."""
+    case = Case(variant, size, padding, "cpu")
+    case.check(case.run(False), False)
+    case.check(emulated.in_every_order(lambda: case.run(True)), True)
+
+
+@pytest.mark.usefixtures("emulated", "poisoned_outputs")
+def test_the_kernel_of_an_up_sampler_on_a_cpu():
+    torch.manual_seed(0)
+    variant = Variant(32, 64, False, 1, BF16, doubled=True)
+    x = torch.randn(3, 5, 20, 32).to(BF16).permute(0, 3, 1, 2)
+    weight, bias = (torch.randn(64, 32, 3, 3) / 17).to(HALF), torch.randn(64)
+    got = upsample_conv3x3(x, pack_doubled(fold_upsample(weight), variant), bias, variant)
+    expected = upsampled(x, weight, bias)
+    assert ((got - expected).norm() / expected.norm()).item() < 6e-3
+
+
 def upsampled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding=(1, 1)):
     """The float32 twin, without the outermost rows or columns where there is no padding."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -251,37 +338,11 @@ hopper = pytest.mark.skipif(
 )
 def test_on_the_gpu_fifty_times(variant, padding, size):
     """Poisoned outputs, with and without a residual; equal bits in every run."""
-    torch.manual_seed(0)
-    b, t, h, w = size
-    x = features(b, t, h, w, variant.cin, dtype=BF16, device="cuda")
-    history = features(b, 2, h, w, variant.cin, device="cuda")
-    scale = norm_scale(torch.randn(variant.cin, device="cuda"))
-    bias = torch.randn(variant.cout, device="cuda")
-    weight = (torch.randn(variant.cout, variant.cin, 3, 3, 3, device="cuda") / 50).to(HALF)
-    packed = pack(weight, variant)
-    past = variant.taps - 1
-    before = history if past else None
-    joined, _ = NORM.join(NormCall(x, scale, before, past, dtype=HALF))
-    operand = joined
-    if variant.winograd:
-        operand, _ = NORM.of(variant.transform)(NormCall(x, scale, history, dtype=HALF))
-    rows, columns = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        used = weight[:, :, 3 - variant.taps :].float()
-        exact = F.conv3d(joined.float(), used, bias, padding=(0, *padding))
-    for residual in (
-        None,
-        features(b, t, rows, columns, variant.cout, dtype=variant.out, device="cuda"),
-    ):
-        expected = exact if residual is None else exact + residual.float()
-        runs = []
-        for _ in range(50):
-            poison = torch.full_like(expected, float("nan"), dtype=variant.out)
-            del poison
-            runs.append(conv3x3(operand, packed, bias, residual, variant, t, padding))
+    case = Case(variant, size, padding, "cuda")
+    for with_residual in (False, True):
+        runs = [case.run(with_residual) for _ in range(50)]
         assert all(torch.equal(run, runs[0]) for run in runs)
-        error = ((runs[0].float() - expected).norm() / expected.norm()).item()
-        assert error < (3e-3 if variant.out == BF16 else 1.2e-3 if variant.quads else 8e-4)
+        case.check(runs[0], with_residual)
 
 
 @pytest.mark.gpu

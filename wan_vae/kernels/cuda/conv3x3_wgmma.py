@@ -246,6 +246,6 @@ def program(variant: Variant) -> Program:
         ARCHITECTURE,
         threads=384,
         shared_bytes=variant.shared_bytes,
-        headers=(),
+        headers=("hopper.cuh",),
         cluster=variant.cluster,
     )
