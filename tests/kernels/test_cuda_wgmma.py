@@ -1,6 +1,7 @@
 """The convolution for Hopper: on a CPU by emulation, and the same on a Hopper GPU."""
 
 import os
+import sys
 from dataclasses import replace
 
 import pytest
@@ -21,9 +22,10 @@ from wan_vae.kernels.cuda.norm import make_norm
 from wan_vae.kernels.cuda.program import build
 from wan_vae.kernels.device import CARDS
 from wan_vae.kernels.kernel import BuildError, NormCall
+from wan_vae.kernels.proof.cases import prove_kernel
 from wan_vae.kernels.registry import kernels_of
 from wan_vae.kernels.weights import fold_upsample, norm_scale
-from wan_vae.kernels.winograd import DIRECT, POINTS, QUADS
+from wan_vae.kernels.winograd import DIRECT, POINTS, QUADS, quad_phases
 from wan_vae.ops.eager.norm import rms_norm_silu
 from wan_vae.ops.problem import NormConvProblem
 
@@ -273,6 +275,31 @@ def test_quads_are_an_experiment():
         assert (macros["QUADS"], macros["CLUSTER"]) == (config != "winograd", cluster)
         assert conv.cluster == cluster and conv.shared_bytes <= card.shared_bytes
         assert norm.entry == ("norm_pairs" if config == "winograd" else "norm_quads")
+
+
+@pytest.mark.usefixtures("emulated", "poisoned_outputs")
+@pytest.mark.parametrize("axis", [None, "height"])
+@pytest.mark.parametrize("name,config", [("wgmma", "winograd4_cluster"), ("mma", "winograd4_4x96")])
+def test_quads_have_to_prove_themselves_like_candidates(name, config, axis, monkeypatch):
+    """By the proof of every first use: with the first quad's past and a whole one behind it."""
+    (kernel,) = (k for k in kernels_of("norm_conv3d", ("cuda",)) if k.name == name)
+    problem, card, cpu = NormConvProblem(32, 96, BF16, 4), CARDS["H100"], torch.device("cpu")
+    assert config in kernel.experiments(problem, card)
+    size = (5, 5, 7)
+    verdict = prove_kernel(kernel, problem, config, card, cpu, axis, size)
+    assert verdict.passed and verdict.error is not None and verdict.error < 3e-3
+    # Weights of another order of the products: wrong, and refused.
+    module = sys.modules[f"wan_vae.kernels.cuda.conv3x3_{name}"]
+    monkeypatch.setattr(module, "quad_phases", lambda weight: quad_phases(weight).flip(0))
+    verdict = prove_kernel(kernel, problem, config, card, cpu, axis, size)
+    assert not verdict.passed and verdict.reason
+
+    def fails(*_: object) -> None:
+        raise BuildError("planted")
+
+    monkeypatch.setattr(program_module, "_queue", fails)
+    verdict = prove_kernel(kernel, problem, config, card, cpu, axis, size)
+    assert not verdict.passed and "planted" in verdict.reason
 
 
 def test_clusters_are_launched_whole(monkeypatch):

@@ -8,7 +8,8 @@ frame.
 
 Quads end with a call's last frame. Behind a video's first frame, which stands alone, each latent
 frame is four frames, so quads are latent frames, however the video is cut into chunks, as long as
-each pass has whole latent frames. Of the first quad three frames are of the past.
+each pass has whole latent frames (today's have an even number of frames: see
+`planning/passes.py`). Of the first quad three frames are of the past.
 
 Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2015); points:
 benchmarks/winograd_error.py.
