@@ -166,9 +166,7 @@ def test_pairs_behind_any_past(device, frames, has_history, keep):
         assert (kept.data_ptr() == call.history.data_ptr()) == (keep == "overwrite")
 
 
-@pytest.mark.parametrize(
-    "dtype,channels", [(BF16, 16), (BF16, 96), (BF16, 192), (BF16, 256), (HALF, 40), (F32, 96)]
-)
+@pytest.mark.parametrize("dtype,channels", [(BF16, 96), (BF16, 256), (HALF, 40), (F32, 96)])
 @pytest.mark.parametrize("frames", [1, 4])
 def test_quads_are_transformed_from_the_rounded_frames(device, dtype, channels, frames):
     x, gamma = features(2, channels, frames, 3, 5, dtype=dtype), gain(channels)
@@ -398,7 +396,8 @@ def test_compiles_for(entry, machine_code):
         driver.nvrtc_version()
     except OSError as error:
         pytest.skip(f"no NVRTC here (pip install nvidia-cuda-nvrtc): {error}")
-    for silu, halo in ((True, ""), (False, "height"), (True, "width")):
+    used = [(True, ""), (False, "height"), (True, "width")]
+    for silu, halo in used[:1] if entry == "norm_quads" else used:
         variant = Variant(entry, 96, 96, BF16, HALF, 2, silu, halo)
         made = program(variant, machine_code)
         assert driver.compile_source(made.source, dict(made.defines), machine_code, None)
