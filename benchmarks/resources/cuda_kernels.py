@@ -27,17 +27,22 @@ class Job:
 
 
 def jobs(
-    problems: Iterable[Problem], device: Device, first: bool, only: str | None = None
+    problems: Iterable[Problem],
+    device: Device,
+    first: bool,
+    only: str | None = None,
+    experiments: bool = False,
 ) -> Iterator[Job]:
     """What layers run on `device`, each program once.
 
-    first: only what is tried first. only: the kernels of this name, instead of all. The first
+    first: only what is tried first. only: the kernels of this name, instead of all. experiments:
+    instead of what is tried, what no layer is given yet (`CudaKernel.experiments`). The first
     program of a kernel has the layer's name; those beside it, which other layers have too, have a
     name of their own.
     """
     seen = set()
     for problem in problems:
-        for kernel, config in _configurations(problem, device, first, only):
+        for kernel, config in _configurations(problem, device, first, only, experiments):
             layer, *others = kernel.programs(problem, config, device)
             for job in (
                 Job(problem.key(), f"{kernel.name} {config}", layer),
@@ -49,14 +54,15 @@ def jobs(
 
 
 def _configurations(
-    problem: Problem, device: Device, first: bool, only: str | None
+    problem: Problem, device: Device, first: bool, only: str | None, experiments: bool
 ) -> Iterator[tuple[Any, str]]:
     """Kernels that name their programs, each with its configurations."""
     for kernel in kernels_of(problem.operation, ("cuda",)):
         if only not in (None, kernel.name) or not isinstance(kernel, CompiledKernel):
             continue
         if kernel.requires.unmet(device, problem) is None:
-            configs = kernel.candidates(problem, device)
+            listed = kernel.experiments if experiments else kernel.candidates
+            configs = listed(problem, device)
             for config in configs[:1] if first else configs:
                 yield kernel, config
             if first and configs:

@@ -15,6 +15,7 @@ from benchmarks import (
     encode,
     host_memory,
     small_cards,
+    winograd_error,
 )
 from benchmarks.suite import compare
 from benchmarks.suite.parts import OTHER_PARTS
@@ -55,6 +56,7 @@ _RUN: dict[str, Callable[[Sequence[str]], int]] = {
     "predictions": card_predictions.main,
     "profile": chunk_profile.main,
     "kernels": _own_process("kernels.py"),
+    "winograd": winograd_error.main,
     "resources": _own_process("kernel_resources.py"),
     "nodes": _own_process("comfyui_nodes.py"),
     "small": small_cards.main,

@@ -11,6 +11,7 @@ OTHER_PARTS = {
     "profile": "which kernels a chunk takes, of the whole picture and of a shard",
     "kernels": "our kernels by configuration, next to the library's (a GPU)",
     "forms": "convolutions without cuDNN, by form, next to the library's (a GPU)",
+    "winograd": "errors of Winograd F(4,3) in float16, by its points (no GPU)",
     "resources": "registers and shared memory of the Triton kernels (no GPU)",
     "nodes": "our nodes in a running ComfyUI (COMFYUI_PATH): time and memory",
     "small": "IMAGE and a stream of frames on a card with little memory (a GPU)",

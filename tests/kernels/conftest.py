@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.emulation.emulate import Emulation
-from wan_vae.kernels.cuda import program
+from tests.kernels.emulation.emulate import Emulation, frames_map
+from wan_vae.kernels.cuda import conv3x3_wgmma, program
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +32,7 @@ def emulated(emulated_programs, monkeypatch):
         pytest.skip("no g++ on Linux here, which compiles the CUDA C++ kernels for the CPU")
     with Emulation(emulated_programs) as emulation:
         monkeypatch.setattr(program, "_queue", emulation.queue)
+        monkeypatch.setattr(conv3x3_wgmma, "frames_map", frames_map)
         yield emulation
 
 

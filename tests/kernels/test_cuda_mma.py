@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,12 @@ from wan_vae.kernels.cuda import conv3x3_mma, driver
 from wan_vae.kernels.cuda.conv3x3_mma import Variant, conv3x3, pack, pack_doubled, upsample_conv3x3
 from wan_vae.kernels.cuda.program import build
 from wan_vae.kernels.device import CARDS, Device
+from wan_vae.kernels.registry import kernels_of
 from wan_vae.kernels.weights import fold_upsample
+from wan_vae.kernels.winograd import DIRECT, PAIRS, POINTS, QUADS, Transform
+from wan_vae.ops.eager.norm import rms_norm_silu
+from wan_vae.ops.opset import CallSize, HaloRows, Workspace
+from wan_vae.ops.problem import HeadProblem, LayerWeights, NormConvProblem
 
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 # Relative errors that rounding alone makes: of the result, of sums in float16.
@@ -44,6 +51,15 @@ BEHIND_NORM = [
     variant(64, 96, "winograd2d_12x96_halfsums", HALF),
     variant(64, 128, "winograd2d_12x64_halfsums", HALF),
     variant(24, 64, "winograd2d_12x64"),
+    variant(96, 96, "winograd4_8x96"),
+    variant(32, 192, "winograd4_4x96", HALF),
+    variant(64, 128, "winograd4_8x64_halfsums", HALF),
+    variant(32, 64, "winograd4_12x64"),
+    variant(40, 80, "winograd4_8x80"),
+    variant(48, 48, "winograd4_8x48"),
+    variant(32, 32, "winograd4_8x32", HALF),
+    variant(24, 24, "winograd4_16x24"),
+    variant(16, 16, "winograd4_16x16", HALF),
     variant(64, 96, "direct3_16x96", HALF),
     variant(32, 128, "direct3_16x64"),
     variant(40, 80, "direct3_16x80"),
@@ -71,6 +87,10 @@ WIDE = [
     *(variant(c, c, f"winograd_{t}x96") for c in (96, 192, 384) for t in (8, 12)),
     *(variant(256, 256, f"winograd_{t}x64{h}") for t in (16, 18) for h in ("", "_halfsums")),
     *(variant(c, c, f"winograd2d_{t}x96") for c in (96, 384) for t in (8, 12)),
+    *(variant(c, c, f"winograd4_{t}x96") for c in (96, 192) for t in (4, 8)),
+    *(variant(256, 256, f"winograd4_{t}x64") for t in (8, 12)),
+    variant(256, 256, "winograd4_8x64_halfsums"),
+    variant(160, 160, "winograd4_8x80"),
     variant(384, 384, "winograd_12x96_halfsums"),
     variant(384, 384, "winograd2d_12x96_halfsums", HALF),
     variant(512, 256, "winograd2d_12x64_halfsums"),
@@ -88,6 +108,10 @@ WIDE_DOUBLED = [
     variant(192, 96, "doubled_8x96", HALF),
     variant(1024, 512, "doubled_16x64"),
 ]
+# Four frames d0 to d3 -> the operand of F(2,3).
+PAIRS_INTO = torch.tensor(
+    [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], dtype=torch.float64
+)
 SIZES = [(1, 1, 5, 7), (2, 2, 9, 18), (1, 3, 20, 5)]
 PADDINGS = [(1, 1), (0, 1), (1, 0)]
 
@@ -100,17 +124,14 @@ def error_of(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got.float() - expected).norm() / expected.norm()).item()
 
 
-def pairs(joined: torch.Tensor, frames: int) -> torch.Tensor:
-    """[B, C, 2 + frames, H, W] float16 -> the operand of Winograd's forms, as a norm writes it."""
-    x = joined.float()
-    if frames % 2:  # the first pair's first new frame is of the past, and its d0 is not used
-        x = torch.cat((torch.zeros_like(x[:, :, :1]), x), 2)
-    made = []
-    for g in range((frames + 1) // 2):
-        d0, d1, d2, d3 = x[:, :, 2 * g : 2 * g + 4].unbind(2)
-        made += [d0 - d2, d1 + d2, d2 - d1, d1 - d3]
-    operand = torch.stack(made, 2).to(HALF)
-    return operand.contiguous(memory_format=torch.channels_last_3d)
+def operand_of(joined: torch.Tensor, frames: int, transform: Transform) -> torch.Tensor:
+    """[B, C, 2 + frames, H, W] float16 -> what a norm writes of it for a form of Winograd."""
+    into = PAIRS_INTO if transform == PAIRS else POINTS.into
+    # Frames of the past that no history reaches, in the first pair or quad.
+    x = F.pad(joined.double(), (0, 0, 0, 0, -frames % transform.frames, 0))
+    windows = [x[:, :, i : i + len(into)] for i in range(0, frames, transform.frames)]
+    made = [torch.einsum("pf,bcfhw->bcphw", into.to(x.device), window) for window in windows]
+    return torch.cat(made, 2).to(HALF).contiguous(memory_format=torch.channels_last_3d)
 
 
 class Case:
@@ -127,7 +148,7 @@ class Case:
         joined = F.silu(random(b, past + t, h, w, v.cin)).to(HALF).permute(0, 4, 1, 2, 3)
         weight = (random(v.cout, v.cin, 3, 3, 3) / (27 * v.cin) ** 0.5).to(HALF)
         self.v, self.frames, self.padding = v, t, padding
-        self.operand = pairs(joined, t) if v.is_pairs else joined
+        self.operand = joined if v.transform == DIRECT else operand_of(joined, t, v.transform)
         self.bias, self.packed = random(v.cout), pack(weight, v)
         used = weight[:, :, 3 - v.taps :].float()
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -156,8 +177,14 @@ class Case:
         assert error_of(got, expected) < bound
 
 
+def in_short(v: Variant):
+    """Of the tiles that no layer is given, two are enough for a short run."""
+    is_long = v.form == "winograd4" and v.tile.name not in ("8x96", "16x24")
+    return pytest.param(v, marks=pytest.mark.full) if is_long else v
+
+
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("v", BEHIND_NORM, ids=name)
+@pytest.mark.parametrize("v", [in_short(v) for v in BEHIND_NORM], ids=name)
 def test_behind_a_norm(v):
     for i, size in enumerate(SIZES[:2] if v.cout > 64 else SIZES):
         case = Case(v, size, PADDINGS[i], "cpu")
@@ -192,10 +219,14 @@ def test_behind_an_up_sampler(v):
 
 
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("config", ["winograd_16x16", "winograd2d_8x96", "direct3_16x16"])
+@pytest.mark.parametrize(
+    "config", ["winograd_16x16", "winograd2d_8x96", "winograd4_16x16", "direct3_16x16"]
+)
 def test_bits_do_not_depend_on_the_place(config):
     """A part of the picture, and a part of the frames, have the bits of the whole."""
-    case = Case(variant(16, 16 if "16x16" in config else 96, config), (1, 4, 20, 21), (1, 1), "cpu")
+    v = variant(16, 16 if "16x16" in config else 96, config)
+    frames = 5 if v.transform == QUADS else 4
+    case = Case(v, (1, frames, 20, 21), (1, 1), "cpu")
     whole = case.run(True)
     operand, residual = case.operand, case.residual
     # Rows 4 to 15 with the rows around them in the operand: as a shard has them.
@@ -203,12 +234,13 @@ def test_bits_do_not_depend_on_the_place(config):
     case.residual, case.padding = residual[:, :, :, 4:16], (0, 1)
     case.expected = case.expected[:, :, :, 4:16]
     assert torch.equal(case.run(True), whole[:, :, :, 4:16])
-    # The last two frames.
-    last = operand[:, :, 4:] if case.v.is_pairs else operand[:, :, 2:]
+    # The last two frames, or the last quad.
+    kept = 4 if v.transform == QUADS else 2
+    last = operand[:, :, -v.transform.operand_frames(kept, 2) :]
     case.operand = last.contiguous(memory_format=torch.channels_last_3d)
-    case.residual, case.padding, case.frames = residual[:, :, 2:], (1, 1), 2
-    case.expected = torch.empty_like(whole[:, :, 2:])
-    assert torch.equal(case.run(True), whole[:, :, 2:])
+    case.residual, case.padding, case.frames = residual[:, :, -kept:], (1, 1), kept
+    case.expected = torch.empty_like(whole[:, :, -kept:])
+    assert torch.equal(case.run(True), whole[:, :, -kept:])
 
 
 # -- without a card --------------------------------------------------------------------------------
@@ -228,6 +260,76 @@ def test_configurations_are_read_back():
     for wrong in ("winograd", "winograd_7x96", "direct2_16x96", "winograd_8x96_half"):
         with pytest.raises(ValueError, match="is no configuration"):
             conv3x3_mma.parse(wrong)
+
+
+def test_quads_are_an_experiment_of_layers_that_make_four_frames_of_a_latent_frame():
+    """And given to no layer until a card has measured them."""
+    (kernel,) = (k for k in kernels_of("norm_conv3d", ("cuda",)) if k.name == "mma")
+    problem = NormConvProblem(192, 192, BF16, 4)
+    for card, expected in (
+        (CARDS["A100"], {"winograd4_8x96", "winograd4_4x96", "winograd4_12x64"}),
+        (CARDS["RTX 4090"], {"winograd4_8x96_halfsums", "winograd4_4x96"}),
+    ):
+        assert expected <= set(kernel.experiments(problem, card))
+        assert not any("winograd4" in name for name in kernel.candidates(problem, card))
+        for other in (
+            NormConvProblem(192, 192, BF16, 2),
+            NormConvProblem(192, 192, BF16, 4, only_frame=True),
+        ):
+            assert kernel.experiments(other, card) == ()
+    (head,) = (k for k in kernels_of("head", ("cuda",)) if k.name == "mma")
+    assert head.experiments(HeadProblem(96, 3, BF16, 4), CARDS["A100"]) == ()
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("cuts", [(1,), (5,), (1, 5)], ids=str)
+def test_a_layer_of_quads_has_the_same_bits_for_every_cut_into_latent_frames(cuts):
+    """Norm and convolution together, with halo rows too, and the bytes that it says it takes."""
+    (kernel,) = (k for k in kernels_of("norm_conv3d", ("cuda",)) if k.name == "mma")
+    problem, card = NormConvProblem(16, 16, HALF, 4), CARDS["A100"]
+    (config,) = kernel.experiments(problem, card)
+    torch.manual_seed(0)
+    weights = LayerWeights(
+        torch.randn(16, 16, 3, 3, 3) / 20, torch.randn(16), 1 + torch.randn(16, 1, 1, 1) / 5
+    )
+    layer = kernel.prepare(weights, problem, config, card)
+    x = torch.randn(1, 9, 5, 7, 16).to(HALF).permute(0, 4, 1, 2, 3)
+
+    def run(cuts: tuple[int, ...], rows: slice, halo: bool) -> torch.Tensor:
+        history, made = None, []
+        for start, stop in pairwise((0, *cuts, 9)):
+            part, around = x[:, :, start:stop], None
+            if halo:
+                frames = part.permute(0, 2, 3, 4, 1)
+                edges = (
+                    frames[:, :, rows.start - 1 : rows.start],
+                    frames[:, :, rows.stop :][:, :, :1],
+                )
+                around = HaloRows("height", *(edge.contiguous() for edge in edges))
+            own = part[:, :, :, rows]
+            operand, history = layer.operand(
+                own, history, only_frame=False, keep=True, overwrite=True, halo=around
+            )
+            if not halo:
+                size = CallSize(1, stop - start, own.shape[3], 7)
+                taken = (t.numel() * t.element_size() for t in (operand, history))
+                assert layer.workspace(size) == Workspace(*taken)
+            padding = (0, 1) if halo else (1, 1)
+            made.append(
+                layer.convolve(operand, stop - start, None, padding=padding, only_frame=False)
+            )
+        return torch.cat(made, 2)
+
+    whole = run((), slice(0, 5), False)
+    expected = F.conv3d(
+        F.pad(rms_norm_silu(x.float(), weights.gamma), (0, 0, 0, 0, 2, 0)),
+        weights.weight,
+        weights.bias,
+        padding=(0, 1, 1),
+    )
+    assert error_of(whole, expected) < 1e-3
+    assert torch.equal(run(cuts, slice(0, 5), False), whole)
+    assert torch.equal(run(cuts, slice(1, 4), True), whole[:, :, :, 1:4])
 
 
 @pytest.mark.parametrize("v", [*WIDE[::4], *WIDE_DOUBLED, *BEHIND_NORM[::5]], ids=name)

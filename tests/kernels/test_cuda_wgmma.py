@@ -1,12 +1,15 @@
-"""The convolution in CUDA C++: what surrounds it on the CPU, the kernel itself on a Hopper GPU."""
+"""The convolution for Hopper: on a CPU by emulation, and the same on a Hopper GPU."""
 
 import os
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from wan_vae.kernels.cuda import driver
+from wan_vae.kernels.cuda import program as program_module
 from wan_vae.kernels.cuda.conv3x3_wgmma import (
     Variant,
     conv3x3,
@@ -19,8 +22,10 @@ from wan_vae.kernels.cuda.norm import make_norm
 from wan_vae.kernels.cuda.program import build
 from wan_vae.kernels.device import CARDS
 from wan_vae.kernels.kernel import BuildError, NormCall
+from wan_vae.kernels.proof.cases import prove_kernel
 from wan_vae.kernels.registry import kernels_of
 from wan_vae.kernels.weights import fold_upsample, norm_scale
+from wan_vae.kernels.winograd import DIRECT, POINTS, QUADS, quad_phases
 from wan_vae.ops.eager.norm import rms_norm_silu
 from wan_vae.ops.problem import NormConvProblem
 
@@ -38,6 +43,12 @@ VARIANTS = [
     Variant(160, 320, True, 3, BF16),
     Variant(320, 640, False, 3, BF16),
 ]
+# F(4,3), which no layer is given: each program alone, and in clusters of two.
+QUADRUPLES = [
+    Variant(cin, cout, True, 3, out, quads=True, cluster=cluster)
+    for cin, cout, out in ((96, 96, BF16), (192, 192, HALF), (96, 192, BF16), (256, 256, BF16))
+    for cluster in (1, 2)
+]
 DOUBLED = [
     Variant(192, 96, False, 1, BF16, doubled=True),
     Variant(384, 192, False, 1, HALF, doubled=True),
@@ -53,7 +64,8 @@ def features(*shape: int, dtype=HALF, device="cpu") -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, variant: Variant) -> torch.Tensor:
     """The weights [phase, O, C, 3, 3] behind `pack`, as the kernel reads them."""
-    phases, n = 4 if variant.winograd else variant.taps, variant.blocks
+    transform, n = variant.transform, variant.blocks
+    phases = variant.taps if transform == DIRECT else transform.products
     p = packed.view(
         variant.cout // variant.block // n, phases, variant.cin // 32, 3, n, 3, variant.block, 4, 8
     )
@@ -73,6 +85,12 @@ def by_packed_weights(operand: torch.Tensor, packed: torch.Tensor, variant: Vari
     def product(frame: int, phase: int) -> torch.Tensor:
         return F.conv2d(x[:, :, frame], phases[phase], padding=1)
 
+    if variant.quads:
+        made = []
+        for quad in range(QUADS.groups(frames)):
+            products = torch.stack([product(6 * quad + i, i) for i in range(6)])
+            made += torch.einsum("fp,pbohw->fbohw", POINTS.out.float(), products).unbind()
+        return torch.stack(made[len(made) - frames :], 2)
     if not variant.winograd:
         made = [sum(product(t + k, k) for k in range(variant.taps)) for t in range(frames)]
         return torch.stack(made, 2)
@@ -85,7 +103,7 @@ def by_packed_weights(operand: torch.Tensor, packed: torch.Tensor, variant: Vari
 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("width", [192, 128])
-@pytest.mark.parametrize("frames", [1, 2, 3, 4])
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5])
 def test_operand_and_packed_weights_make_the_convolution(frames, width):
     torch.manual_seed(0)
     variant = Variant(32, width, True, 3, HALF)
@@ -96,6 +114,11 @@ def test_operand_and_packed_weights_make_the_convolution(frames, width):
     assert torch.equal(kept, also_kept)
     expected = F.conv3d(joined.float(), weight, padding=(0, 1, 1))
     got = by_packed_weights(operand, pack(weight, variant), variant, frames)
+    assert ((got - expected).norm() / expected.norm()).item() < 1e-3
+    quads = Variant(32, width, True, 3, HALF, quads=True)
+    operand, kept = NORM.quads(NormCall(x, scale, history, keep=True, dtype=HALF))
+    assert torch.equal(kept, also_kept)
+    got = by_packed_weights(operand, pack(weight, quads), quads, frames)
     assert ((got - expected).norm() / expected.norm()).item() < 1e-3
     direct = Variant(32, width, False, 3, HALF)
     got = by_packed_weights(joined, pack(weight, direct), direct, frames)
@@ -110,6 +133,92 @@ def test_pairs_do_not_depend_on_the_chunks():
         first, history = NORM.pairs(NormCall(x[:, :, :cut], scale, keep=True, dtype=HALF))
         rest, _ = NORM.pairs(NormCall(x[:, :, cut:], scale, history, dtype=HALF))
         assert torch.equal(torch.cat((first, rest), 2), whole)
+
+
+class Case:
+    """Random inputs of one convolution behind a norm, and what should come out of it."""
+
+    def __init__(self, variant: Variant, size: tuple[int, ...], padding: tuple[int, int], device):
+        torch.manual_seed(0)
+        b, t, h, w = size
+        x = features(b, t, h, w, variant.cin, dtype=BF16, device=device)
+        history = features(b, 2, h, w, variant.cin, device=device)
+        scale = norm_scale(torch.randn(variant.cin, device=device))
+        self.variant, self.frames, self.padding = variant, t, padding
+        self.bias = torch.randn(variant.cout, device=device)
+        shape = (variant.cout, variant.cin, 3, 3, 3)
+        weight = (torch.randn(shape, device=device) / 50).to(HALF)
+        self.packed = pack(weight, variant)
+        past = variant.taps - 1
+        before = history if past else None
+        joined, _ = NORM.join(NormCall(x, scale, before, past, dtype=HALF))
+        self.operand = joined
+        if variant.winograd:
+            call = NormCall(x, scale, history, dtype=HALF)
+            self.operand, _ = NORM.of(variant.transform)(call)
+        rows, columns = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            used = weight[:, :, 3 - variant.taps :].float()
+            self.expected = F.conv3d(joined.float(), used, self.bias, padding=(0, *padding))
+        made = (b, t, rows, columns, variant.cout)
+        self.residual = features(*made, dtype=variant.out, device=device)
+
+    def run(self, with_residual: bool) -> torch.Tensor:
+        """The kernel's result; its memory held NaN before."""
+        poison = torch.full_like(self.expected, float("nan"), dtype=self.variant.out)
+        del poison
+        residual = self.residual if with_residual else None
+        return conv3x3(
+            self.operand, self.packed, self.bias, residual, self.variant, self.frames, self.padding
+        )
+
+    def check(self, got: torch.Tensor, with_residual: bool) -> None:
+        expected = self.expected + self.residual.float() if with_residual else self.expected
+        error = ((got.float() - expected).norm() / expected.norm()).item()
+        of_half = 1.2e-3 if self.variant.quads else 8e-4
+        assert error < (3e-3 if self.variant.out == BF16 else of_half)
+
+
+def label(variant: Variant) -> str:
+    return f"{variant.name}-{variant.cin}x{variant.cout}"
+
+
+# More tiles than programs, an odd number of them, frames of the past, several clips and blocks.
+EMULATED = [
+    (Variant(32, 96, True, 3, HALF), (1, 3, 5, 20), (1, 1)),
+    (Variant(32, 192, False, 3, HALF), (1, 2, 5, 7), (1, 1)),
+    (Variant(32, 96, True, 3, HALF, quads=True), (1, 5, 9, 18), (1, 0)),
+    (Variant(32, 192, True, 3, BF16, quads=True, cluster=2), (2, 2, 5, 20), (0, 1)),
+]
+ALSO_EMULATED = [
+    (Variant(64, 64, True, 3, BF16), (2, 2, 18, 5), (0, 1)),
+    (Variant(32, 96, False, 1, BF16), (1, 3, 5, 7), (1, 0)),
+    (Variant(32, 96, True, 3, HALF, quads=True, cluster=2), (1, 5, 9, 18), (1, 0)),
+    (Variant(64, 64, True, 3, BF16, quads=True, cluster=2), (1, 1, 5, 7), (1, 1)),
+]
+
+
+@pytest.mark.parametrize(
+    "variant,size,padding",
+    [*EMULATED, *(pytest.param(*case, marks=pytest.mark.full) for case in ALSO_EMULATED)],
+    ids=lambda v: label(v) if isinstance(v, Variant) else "",
+)
+def test_the_kernel_on_a_cpu(emulated, poisoned_outputs, variant, size, padding):
+    """Copies land and products are made as late as the waits allow."""
+    case = Case(variant, size, padding, "cpu")
+    case.check(case.run(False), False)
+    case.check(emulated.in_every_order(lambda: case.run(True)), True)
+
+
+@pytest.mark.usefixtures("emulated", "poisoned_outputs")
+def test_the_kernel_of_an_up_sampler_on_a_cpu():
+    torch.manual_seed(0)
+    variant = Variant(32, 64, False, 1, BF16, doubled=True)
+    x = torch.randn(3, 5, 20, 32).to(BF16).permute(0, 3, 1, 2)
+    weight, bias = (torch.randn(64, 32, 3, 3) / 17).to(HALF), torch.randn(64)
+    got = upsample_conv3x3(x, pack_doubled(fold_upsample(weight), variant), bias, variant)
+    expected = upsampled(x, weight, bias)
+    assert ((got - expected).norm() / expected.norm()).item() < 6e-3
 
 
 def upsampled(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding=(1, 1)):
@@ -152,6 +261,60 @@ def test_widths_that_have_a_kernel():
     assert fits(256, 256) and not fits(16, 96) and not fits(96, 3) and not fits(96, 80)
 
 
+def test_quads_are_an_experiment():
+    """Of layers that make four frames of a latent frame; nothing tries them."""
+    (kernel,) = (k for k in kernels_of("norm_conv3d", ("cuda",)) if k.name == "wgmma")
+    problem, card = NormConvProblem(96, 96, BF16, 4), CARDS["H100"]
+    assert kernel.candidates(problem, card) == ("winograd",)
+    assert kernel.experiments(problem, card) == ("winograd4", "winograd4_cluster")
+    assert kernel.experiments(NormConvProblem(96, 96, BF16, 2), card) == ()
+    for config, cluster in (("winograd", 1), ("winograd4", 1), ("winograd4_cluster", 2)):
+        conv, norm = kernel.programs(problem, config, card)
+        macros = dict(conv.defines)
+        assert (macros["QUADS"], macros["CLUSTER"]) == (config != "winograd", cluster)
+        assert conv.cluster == cluster and conv.shared_bytes <= card.shared_bytes
+        assert norm.entry == ("norm_pairs" if config == "winograd" else "norm_quads")
+
+
+@pytest.mark.usefixtures("emulated", "poisoned_outputs")
+@pytest.mark.parametrize(
+    "name,config,axis",
+    [("wgmma", "winograd4_cluster", None), ("mma", "winograd4_4x96", "height")],
+)
+def test_quads_have_to_prove_themselves_like_candidates(name, config, axis, monkeypatch):
+    """By the proof of every first use: with the first quad's past and a whole one behind it."""
+    (kernel,) = (k for k in kernels_of("norm_conv3d", ("cuda",)) if k.name == name)
+    problem, card, cpu = NormConvProblem(32, 96, BF16, 4), CARDS["H100"], torch.device("cpu")
+    assert config in kernel.experiments(problem, card)
+    size = (5, 5, 7)
+    verdict = prove_kernel(kernel, problem, config, card, cpu, axis, size)
+    assert verdict.passed and verdict.error is not None and verdict.error < 3e-3
+    # Weights of another order of the products: wrong, and refused.
+    module = sys.modules[f"wan_vae.kernels.cuda.conv3x3_{name}"]
+    monkeypatch.setattr(module, "quad_phases", lambda weight: quad_phases(weight).flip(0))
+    verdict = prove_kernel(kernel, problem, config, card, cpu, axis, size)
+    assert not verdict.passed and verdict.reason
+
+    def fails(*_: object) -> None:
+        raise BuildError("planted")
+
+    monkeypatch.setattr(program_module, "_queue", fails)
+    verdict = prove_kernel(kernel, problem, config, card, cpu, axis, size)
+    assert not verdict.passed and "planted" in verdict.reason
+
+
+def test_clusters_are_launched_whole(monkeypatch):
+    """Whatever the number of tiles and multiprocessors."""
+    grids = []
+    monkeypatch.setattr(program_module, "_queue", lambda _, __, grid, ___: grids.append(grid[0]))
+    made = program(Variant(96, 96, True, 3, BF16, quads=True, cluster=2))
+    for held in (132, 131, 1):
+        monkeypatch.setattr(program_module, "multiprocessors", lambda _, held=held: held)
+        for tiles in (1, 2, 7, 1000):
+            program_module.launch_persistent(made, torch.device("cpu"), tiles, [])
+    assert grids == [2, 2, 8, 132, 2, 2, 8, 130, 2, 2, 2, 2]
+
+
 def test_it_is_not_built_for_a_card_that_cannot_run_it():
     """Chosen as for a Hopper card, in a test, but run on another one."""
     (kernel,) = (k for k in kernels_of("norm_conv3d", ("cuda",)) if k.name == "wgmma")
@@ -162,7 +325,9 @@ def test_it_is_not_built_for_a_card_that_cannot_run_it():
         kernel.build(NormConvProblem(96, 96, BF16), "direct3", imitated)
 
 
-@pytest.mark.parametrize("variant", VARIANTS + DOUBLED, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}")
+@pytest.mark.parametrize(
+    "variant", VARIANTS + QUADRUPLES[3:4] + DOUBLED, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}"
+)
 def test_compiles_for_hopper(variant, tmp_path, monkeypatch):
     """With NVRTC and without a GPU; the second time from the folder, unless the file is damaged."""
     try:
@@ -192,41 +357,42 @@ hopper = pytest.mark.skipif(
 
 @pytest.mark.gpu
 @hopper
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}")
+@pytest.mark.parametrize(
+    "variant", VARIANTS + QUADRUPLES, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}"
+)
 @pytest.mark.parametrize("padding", [(1, 1), (0, 1), (1, 0)], ids=str)
-@pytest.mark.parametrize("size", [(1, 1, 5, 7), (1, 5, 35, 53), (2, 4, 18, 33)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(1, 1, 5, 7), (1, 5, 35, 53), (2, 4, 18, 33), (1, 6, 131, 179)], ids=str
+)
 def test_on_the_gpu_fifty_times(variant, padding, size):
     """Poisoned outputs, with and without a residual; equal bits in every run."""
+    case = Case(variant, size, padding, "cuda")
+    for with_residual in (False, True):
+        runs = [case.run(with_residual) for _ in range(50)]
+        assert all(torch.equal(run, runs[0]) for run in runs)
+        case.check(runs[0], with_residual)
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("variant", QUADRUPLES, ids=lambda f: f"{f.name}-{f.cin}x{f.cout}")
+def test_quads_have_the_same_bits_in_parts_on_the_gpu(variant):
+    """Of the picture, and of the frames; and the same with clusters as without."""
     torch.manual_seed(0)
-    b, t, h, w = size
-    x = features(b, t, h, w, variant.cin, dtype=BF16, device="cuda")
-    history = features(b, 2, h, w, variant.cin, device="cuda")
+    x = features(1, 9, 37, 50, variant.cin, dtype=BF16, device="cuda")
     scale = norm_scale(torch.randn(variant.cin, device="cuda"))
     bias = torch.randn(variant.cout, device="cuda")
-    weight = (torch.randn(variant.cout, variant.cin, 3, 3, 3, device="cuda") / 50).to(HALF)
-    packed = pack(weight, variant)
-    past = variant.taps - 1
-    before = history if past else None
-    joined, _ = NORM.join(NormCall(x, scale, before, past, dtype=HALF))
-    pairs = NormCall(x, scale, history, dtype=HALF)
-    operand = NORM.pairs(pairs)[0] if variant.winograd else joined
-    rows, columns = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        used = weight[:, :, 3 - variant.taps :].float()
-        exact = F.conv3d(joined.float(), used, bias, padding=(0, *padding))
-    for residual in (
-        None,
-        features(b, t, rows, columns, variant.cout, dtype=variant.out, device="cuda"),
-    ):
-        expected = exact if residual is None else exact + residual.float()
-        runs = []
-        for _ in range(50):
-            poison = torch.full_like(expected, float("nan"), dtype=variant.out)
-            del poison
-            runs.append(conv3x3(operand, packed, bias, residual, variant, t, padding))
-        assert all(torch.equal(run, runs[0]) for run in runs)
-        error = ((runs[0].float() - expected).norm() / expected.norm()).item()
-        assert error < (3e-3 if variant.out == BF16 else 8e-4)
+    packed = pack(torch.randn(variant.cout, variant.cin, 3, 3, 3, device="cuda") / 50, variant)
+    operand, _ = NORM.quads(NormCall(x, scale, dtype=HALF))
+    whole = conv3x3(operand, packed, bias, None, variant, 9, (1, 1))
+    alone = conv3x3(operand, packed, bias, None, replace(variant, cluster=1), 9, (1, 1))
+    assert torch.equal(whole, alone)
+    rows = operand[:, :, :, 8:25].contiguous(memory_format=torch.channels_last_3d)
+    part = conv3x3(rows, packed, bias, None, variant, 9, (0, 1))
+    assert torch.equal(part, whole[:, :, :, 9:24])
+    last = operand[:, :, -6:].contiguous(memory_format=torch.channels_last_3d)
+    part = conv3x3(last, packed, bias, None, variant, 4, (1, 1))
+    assert torch.equal(part, whole[:, :, -4:])
 
 
 @pytest.mark.gpu

@@ -27,6 +27,7 @@ from wan_vae.kernels.proof.choice import EAGER, Choice, worth_their_bits
 from wan_vae.kernels.proof.prove import Verdict
 from wan_vae.kernels.proof.timing import device_timer, timed_size
 from wan_vae.kernels.select import SelectRequest, proof_key, select_kernels
+from wan_vae.kernels.winograd import POINTS, grown_quad_phases, quad_phases
 from wan_vae.layout import LayoutCounter
 from wan_vae.network.blocks import Step
 from wan_vae.network.cache import FeatureCache
@@ -579,6 +580,22 @@ def test_no_sum_exceeds_the_bound_and_the_worst_one_comes_close(channels):
         rows = phases[:, :, start : start + 32]
         unit = torch.nn.functional.normalize(rows, dim=2)  # each tap has its own best pixel
         operand = unit * channels**0.5 * gain[start : start + 32].view(1, 1, -1, 1, 1)
+        worst = max(worst, (operand * rows).sum((2, 3, 4)).abs().max().item())
+    assert 0.6 * bound < worst <= bound * 1.0001
+
+
+def test_no_sum_of_quads_exceeds_its_bound():
+    """Nor its operand, of frames that are as long as a norm leaves them, and of any signs."""
+    weights = norm_weights()
+    assert weights.gamma is not None
+    bound = float16_sums_bound(weights.gamma, grown_quad_phases(weights.weight), 1.0).value.item()
+    phases, gain, worst = quad_phases(weights.weight), weights.gamma.flatten().double(), 0.0
+    for start in range(0, 96, 32):
+        rows = phases[:, :, start : start + 32]
+        frames = torch.nn.functional.normalize(rows, dim=2) * 96**0.5
+        operand = frames * gain[start : start + 32].view(1, 1, -1, 1, 1)
+        # The signs of the frames are those of the transform's row.
+        operand = operand * POINTS.growth[:, None, None, None, None]
         worst = max(worst, (operand * rows).sum((2, 3, 4)).abs().max().item())
     assert 0.6 * bound < worst <= bound * 1.0001
 

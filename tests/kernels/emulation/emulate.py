@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from wan_vae.kernels.cuda.driver import Argument
+from wan_vae.kernels.cuda.driver import Argument, TensorMap
 from wan_vae.kernels.cuda.program import Grid, Program
 
 FOLDER = Path(__file__).parent
 HEADERS = ("machine.h", "fibers.h")
+# Behind them and the macros, where this is a program's first header.
+_BEHIND = {"machine.cuh": (), "hopper.cuh": ("hopper.h",)}
 # Of a program's warps, of a warp's lanes and of a grid's programs.
 ORDERS = ("forward", "reversed", "rotated")
 # Most of the time goes to compiling: -O2 costs more than it saves.
@@ -46,6 +48,7 @@ class _Launch(ctypes.Structure):
     _fields_ = (
         ("grid", c_uint32 * 3),
         ("threads", c_int),
+        ("cluster", c_int),
         ("shared_bytes", c_uint32),
         ("order", c_int),
         ("arguments", c_int),
@@ -56,6 +59,23 @@ class _Launch(ctypes.Structure):
         ("lengths", POINTER(c_uint64)),
         ("all_ranges_known", c_int),
     )
+
+
+class _Frames(ctypes.Structure):
+    """`Frames` of hopper.h: what a tensor map says."""
+
+    _fields_ = (
+        ("address", c_void_p),
+        *((name, c_int) for name in ("n", "h", "w", "c", "rows", "columns", "channels")),
+    )
+
+
+def frames_map(
+    address: int, shape: tuple[int, int, int, int], box: tuple[int, int, int]
+) -> TensorMap:
+    """As `driver.frames_map`, for the emulation."""
+    frames = bytes(_Frames(address, *shape, *box))
+    return TensorMap.from_buffer_copy(frames.ljust(ctypes.sizeof(TensorMap), b"\0"))
 
 
 class Emulation(TorchFunctionMode):
@@ -110,6 +130,7 @@ class Emulation(TorchFunctionMode):
         launch = _Launch(
             grid,
             program.threads,
+            program.cluster,
             program.shared_bytes,
             ORDERS.index(self.order),
             n,
@@ -145,12 +166,14 @@ class Emulation(TorchFunctionMode):
         """`program` compiled, from the folder if it was compiled before."""
         digits = re.fullmatch(r"(?:sm|compute)_(\d+)[af]?", program.machine_code)
         assert digits is not None, program.machine_code
+        behind = _BEHIND[program.headers[0]]
         text = "\n".join(
             [
                 f"#define __CUDA_ARCH__ {digits[1]}0",
                 f'#include "{FOLDER / HEADERS[0]}"',
                 *(f"#define {name} {value}" for name, value in program.defines),
-                # machine.h has the names of machine.cuh.
+                *(f'#include "{FOLDER / name}"' for name in behind),
+                # They have the names of the program's first header.
                 program.source[program.source.index("\n#line") :],
                 'extern "C" __attribute__((visibility("default")))',
                 "const char* emulated(const emulation::Launch& launch) {",
@@ -161,7 +184,7 @@ class Emulation(TorchFunctionMode):
                 "",
             ]
         )
-        headers = [(FOLDER / name).read_text(encoding="utf-8") for name in HEADERS]
+        headers = [(FOLDER / name).read_text(encoding="utf-8") for name in (*HEADERS, *behind)]
         key = hashlib.sha256("\0".join([*headers, text]).encode()).hexdigest()[:16]
         if key not in self._libraries:
             path = self._folder / f"{program.entry}-{key}.so"

@@ -21,6 +21,7 @@ from ...ops.problem import AttentionProblem, LayerWeights
 from ..device import Device
 from ..kernel import FusedNorm, Kernel, NormCall, Requires
 from ..weights import norm_scale
+from ..winograd import DIRECT
 from .base import CudaKernel
 from .conv_layers import CudaConv, pointwise, pointwise_program
 from .layers import OPERAND, CudaLayer
@@ -201,7 +202,7 @@ class Attention(CudaKernel):
             program(_variant(problem, config), code),
             pointwise_program(c, 3 * c, OPERAND, code),
             pointwise_program(c, c, problem.feature_dtype, code),
-            norm_program(c, problem.feature_dtype, 0, False, code, silu=False),
+            norm_program(c, problem.feature_dtype, 0, DIRECT, code, silu=False),
         )
 
     def prepare(

@@ -7,6 +7,10 @@
 //             transformed frames a pair; A gathers m1, B m2, then (A, B) = (A + B, A - B), then m0
 //             is added to A and m3 (its weights negated) to B.
 //             Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2015).
+//   WINOGRAD_4: the four output frames of a quad, Winograd F(4,3) along time. The input holds six
+//             transformed frames a quad, in the order of their use: the products of the first four go
+//             to A, B, C and D, which become the four frames, then those of the last two are added
+//             to A and D. See winograd.py; measured on no card yet, and given to no layer.
 //   DOUBLED:  the input is doubled in height and width first. That folds the 3 x 3 taps to 2 x 2,
 //             others for each parity of the output's row and column: ROWS x 16 input pixels make
 //             twice as many each way, the even rows and then the odd ones; A and B are the even and
@@ -26,7 +30,7 @@
 constexpr int kSteps = FORM == DOUBLED ? 4 : 3;  // of KC channels: columns of taps
 constexpr int kTaps = FORM == DOUBLED ? 2 : 3;   // of a step
 constexpr int kWeights = KC / 16 * kTaps * kTap; // of a step
-constexpr int kPhases = FORM == WINOGRAD ? 4 : FORM == DOUBLED ? 2 : KT;
+constexpr int kPhases = FORM == WINOGRAD_4 ? 6 : FORM == WINOGRAD ? 4 : FORM == DOUBLED ? 2 : KT;
 constexpr int kWeightsAt = 2 * kInput;  // a stage of the ring for each step
 constexpr int kBiasAt = kWeightsAt + kSteps * kWeights;
 constexpr int kSharedBytes = kBiasAt + kBlocks * BN * 4;
@@ -71,7 +75,7 @@ INLINE void products(Sums& d, u32 pixels, u32 weights, int lane, Between between
 
 // x: [frames, h, w, CIN]. weights: packed, see conv3x3_mma.py. out and residual: [clips * frames,
 // height, width, COUT]; OUT 2: [clips, COUT, frames, height, width]; DOUBLED: [frames, 2 * height,
-// 2 * width, COUT]. A group is a pair (WINOGRAD) or a frame: `groups` of them in each clip, whose
+// 2 * width, COUT]. A group is a pair (WINOGRAD), a quad or a frame: `groups` of them in each clip, whose
 // input begins `group_stride` frames after each other and `batch_stride` a clip.
 extern "C" __global__ void __launch_bounds__(kThreads, RESIDENT)
 conv3x3(const char* RESTRICT x, const char* RESTRICT weights, const float* RESTRICT bias,
@@ -104,6 +108,9 @@ conv3x3(const char* RESTRICT x, const char* RESTRICT weights, const float* RESTR
   float a[MI][NI][4];
 #if FORM != DIRECT
   float b[MI][NI][4];
+#endif
+#if FORM == WINOGRAD_4
+  float c[MI][NI][4], d[MI][NI][4];
 #endif
 
   int index = blockIdx.x;
@@ -204,20 +211,43 @@ conv3x3(const char* RESTRICT x, const char* RESTRICT weights, const float* RESTR
     }
 #else
     clear(a);
-#if FORM == WINOGRAD
+    [[maybe_unused]] const auto fetch_residual = [&]() {
+#if FORM == WINOGRAD || FORM == WINOGRAD_4
+      if (residual)
+        prefetch_residual(residual, Tile(index, columns, rows, groups), groups, frames, height,
+                          width, tid);
+#endif
+    };
+    [[maybe_unused]] const auto phase = [&](float (&sums)[MI][NI][4]) {
+#pragma unroll 1
+      for (int k = 0; k < kChunks; ++k) chunk(sums);
+    };
+#if FORM == WINOGRAD_4
+    clear(b);
+    clear(c);
+    clear(d);
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      phase(a);
+      if (half == 0) {
+        phase(b);
+        phase(c);
+      }
+      phase(d);
+      if (half == 0) {
+        frames_of_quad(a, b, c, d);
+        fetch_residual();
+      }
+    }
+#elif FORM == WINOGRAD
     clear(b);
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
-#pragma unroll 1
-      for (int c = 0; c < kChunks; ++c) chunk(a);
-#pragma unroll 1
-      for (int c = 0; c < kChunks; ++c) chunk(b);
+      phase(a);
+      phase(b);
       if (half == 0) {
         sums_and_differences(a, b);
-        if (residual) {
-          const Tile tile(index, columns, rows, groups);
-          prefetch_residual(residual, tile, groups, frames, height, width, tid);
-        }
+        fetch_residual();
       }
     }
 #else
@@ -226,8 +256,7 @@ conv3x3(const char* RESTRICT x, const char* RESTRICT weights, const float* RESTR
 #endif
     const Tile tile(index, columns, rows, groups);
     const int clip = tile.group / groups, in_clip = tile.group % groups;
-    // Pairs end with the last frame: of an odd number the first pair's first is of the past.
-    const int first = FORM == WINOGRAD ? in_clip * 2 - (frames & 1) : in_clip;
+    const int first = first_frame(in_clip, frames);
     const int channel = tile.block * BN + warp_n * (NI * 8);
     const int px = tile.x + lane / 4, py = tile.y + warp_m * MI;
     const long long plane = static_cast<long long>(height) * width;
@@ -240,13 +269,17 @@ conv3x3(const char* RESTRICT x, const char* RESTRICT weights, const float* RESTR
     const long long pixel = (static_cast<long long>(clip) * frames + first) * plane + in_plane;
     u16* to = static_cast<u16*>(out);
     const u16* add = static_cast<const u16*>(residual);
-    if (first >= 0) {
-      store(a, Place{pixel, width, 8, px, py, width, height}, to, add, bias_shared + channel,
-            channel, lane);
-    }
+    const auto store_frame = [&](const float (&sums)[MI][NI][4], int frame) {
+      store(sums, Place{pixel + frame * plane, width, 8, px, py, width, height}, to, add,
+            bias_shared + channel, channel, lane);
+    };
+    if (first >= 0) store_frame(a, 0);
 #if FORM == WINOGRAD
-    store(b, Place{pixel + plane, width, 8, px, py, width, height}, to, add, bias_shared + channel,
-          channel, lane);
+    store_frame(b, 1);
+#elif FORM == WINOGRAD_4
+    if (first >= -1) store_frame(b, 1);
+    if (first >= -2) store_frame(c, 2);
+    store_frame(d, 3);
 #endif
 #endif
 #endif

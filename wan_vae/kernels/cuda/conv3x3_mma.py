@@ -17,21 +17,30 @@ from typing import Literal
 import torch
 
 from ...errors import LayoutError
+from ..winograd import DIRECT, PAIRS, QUADS, Transform, quad_phases
 from .driver import Argument
 from .program import Program, integers, launch_persistent
 
-# winograd: along time; winograd2d: along time and rows, which no layer is given: see
-# conv3x3_mma_2d.cu.
-Form = Literal["direct1", "direct3", "winograd", "doubled", "winograd2d"]
+# winograd: F(2,3) along time. winograd4: F(4,3) along time, which no card has measured. winograd2d:
+# F(2,3) along time and rows, see conv3x3_mma_2d.cu. The last two are given to no layer.
+Form = Literal["direct1", "direct3", "winograd", "doubled", "winograd2d", "winograd4"]
 _NUMBERS: dict[Form, int] = {
     "direct1": 0,
     "direct3": 0,
     "winograd": 1,
     "doubled": 2,
     "winograd2d": 3,
+    "winograd4": 4,
+}
+_TRANSFORMS: dict[Form, Transform] = {
+    "winograd": PAIRS,
+    "winograd2d": PAIRS,
+    "winograd4": QUADS,
 }
 _OUT = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-_CONFIG = re.compile(r"(direct1|direct3|winograd|doubled|winograd2d)_(\d+x\d+)(_halfsums)?")
+_CONFIG = re.compile(
+    r"(direct1|direct3|winograd|doubled|winograd2d|winograd4)_(\d+x\d+)(_halfsums)?"
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,17 @@ _FOUR = (  # columns of weights a step
     Tile(16, 24, 4, 1, 16, 2),
     Tile(16, 16, 4, 1, 16, 2),
 )
+_QUADS = (
+    Tile(8, 96, 2, 4, 32, 1),
+    Tile(4, 96, 2, 2, 16, 2),
+    Tile(12, 64, 4, 2, 32, 1),
+    Tile(8, 64, 4, 2, 32, 1),
+    Tile(8, 80, 4, 2, 16, 1),
+    Tile(8, 48, 4, 1, 16, 2),
+    Tile(8, 32, 4, 1, 16, 2),
+    Tile(16, 24, 4, 1, 16, 2),
+    Tile(16, 16, 4, 1, 16, 2),
+)
 _ROW_PAIRS = (
     Tile(8, 96, 2, 2, 16, 2),
     Tile(12, 96, 6, 2, 16, 1, stages=3),
@@ -112,6 +132,7 @@ _TILES: dict[Form, dict[str, Tile]] = {
     "winograd": _by_name(*_TWO),
     "doubled": _by_name(*_FOUR),
     "winograd2d": _by_name(*_ROW_PAIRS),
+    "winograd4": _by_name(*_QUADS),
 }
 
 
@@ -140,9 +161,9 @@ class Variant:
         return 1 if self.form in ("direct1", "doubled") else 3
 
     @property
-    def is_pairs(self) -> bool:
-        """Whether it reads frames that are transformed along time."""
-        return self.form in ("winograd", "winograd2d")
+    def transform(self) -> Transform:
+        """How the frames that it reads are transformed along time."""
+        return _TRANSFORMS.get(self.form, DIRECT)
 
     @property
     def config(self) -> str:
@@ -192,13 +213,15 @@ def half_sums(names: list[str]) -> list[str]:
 def pack(weight: torch.Tensor, variant: Variant) -> torch.Tensor:
     """[O, C, 3, 3, 3] -> `variant.operand`, flat, in the order in which the kernel reads it.
 
-    The Winograd transform is computed in float32 and rounded once.
+    The Winograd transform is computed in float32 (F(4,3): float64) and rounded once.
     """
     taps = weight.detach().float().unbind(2)
-    if not variant.is_pairs:
+    if variant.transform == DIRECT:
         phases = torch.stack(taps[3 - variant.taps :])
     elif variant.form == "winograd":
         phases = torch.stack(_transformed(*taps))
+    elif variant.form == "winograd4":
+        phases = quad_phases(weight)
     else:
         # Two products of rows for each frame and pass, in the order of conv3x3_mma_2d.cu.
         rows = [_transformed(*frame.unbind(2)) for frame in _transformed(*taps)]
@@ -295,8 +318,9 @@ def conv3x3(
 ) -> torch.Tensor:
     """[B, C, T', H, W] float16 channels_last_3d -> [B, O, frames, H', W'].
 
-    `buffer`: with the forms of Winograd the four transformed frames of each pair behind each other
-    (`FusedNorm.pairs`), else frames + taps - 1 frames. `packed`: from `pack`. `bias` [O] float32.
+    `buffer`: with the forms of Winograd the transformed frames of each pair or quad behind each
+    other (`CudaNorm.pairs`, `quads`), else frames + taps - 1 frames. `packed`: from `pack`. `bias`
+    [O] float32.
     `residual`: as the result, which has dtype `variant.out` and is channels_last_3d, or dense NCDHW
     where it is float32 (without a residual then). `padding`: zero rows and columns on each side.
     """
@@ -313,8 +337,9 @@ def conv3x3(
     out = torch.empty(shape, dtype=variant.out, device=buffer.device)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last_3d)
-    groups = (frames + 1) // 2 if variant.is_pairs else frames
-    sizes = (frames, h, w, height, width, groups, 4 if variant.is_pairs else 1, frames_in, *padding)
+    transform = variant.transform
+    groups, stride = transform.groups(frames), transform.products
+    sizes = (frames, h, w, height, width, groups, stride, frames_in, *padding)
     _launch(variant, (buffer, packed, bias, residual, out), sizes, b)
     return out if is_planar else out.permute(0, 4, 1, 2, 3)
 

@@ -224,7 +224,7 @@ conv3x3(const char* RESTRICT x, const char* RESTRICT weights, const float* RESTR
       }
     }
     const Tile tile(index, columns, rows, groups);
-    const int clip = tile.group / groups, first = tile.group % groups * 2 - (frames & 1);
+    const int clip = tile.group / groups, first = first_frame(tile.group % groups, frames);
     const int channel = tile.block * BN + warp_n * (NI * 8);
     const int px = tile.x + lane / 4, py = tile.y + warp_m * MI;
     const long long plane = static_cast<long long>(height) * width;

@@ -11,12 +11,15 @@
 #define WINOGRAD 1
 #define DOUBLED 2
 #define WINOGRAD_2D 3
+#define WINOGRAD_4 4
 #ifndef REPEAT
 #define REPEAT 1
 #endif
 
 constexpr Type kIn = BF16_IN ? Type::bf16 : Type::half;
 constexpr Type kOut = OUT == 1 ? Type::bf16 : Type::half;
+// Frames that a tile makes: of a pair or a quad.
+constexpr int kFrames = FORM == WINOGRAD_4 ? 4 : FORM == WINOGRAD || FORM == WINOGRAD_2D ? 2 : 1;
 constexpr int kThreads = WARPS_M * WARPS_N * 32;
 constexpr int MI = ROWS / WARPS_M, NI = BN / WARPS_N / 8;
 constexpr int kVectors = KC / 8;  // 16 bytes each, of a pixel in a halo tile
@@ -41,20 +44,21 @@ struct Tile {
   INLINE Tile(int index, int columns, int rows, int groups) {
     block = index % kBlocks;
     index /= kBlocks;
-#if FORM == WINOGRAD || FORM == WINOGRAD_2D
     // The pairs of a clip side by side: the next one reads two of the same frames, then from L2.
-    const int in_clip = index % groups;
-    index /= groups;
-#endif
+    const int side_by_side = kFrames > 1 ? groups : 1, in_clip = index % side_by_side;
+    index /= side_by_side;
     x = index % columns * 16;
     index /= columns;
     y = index % rows * ROWS;
-    group = index / rows;
-#if FORM == WINOGRAD || FORM == WINOGRAD_2D
-    group = group * groups + in_clip;
-#endif
+    group = index / rows * side_by_side + in_clip;
   }
 };
+
+// The first frame of a pair or a quad in its clip. They end with the last frame: those of the first
+// one that have a negative number are of the past.
+INLINE int first_frame(int group, int frames) {
+  return group * kFrames - (-frames & (kFrames - 1));
+}
 
 // Where a vector of eight channels stands in its pixel: free of bank conflicts for eight pixels side
 // by side, the same in every row.
@@ -191,7 +195,32 @@ INLINE void clear(float (&d)[MI][NI][4]) {
   }
 }
 
-#if FORM == WINOGRAD || FORM == WINOGRAD_2D
+#if FORM == WINOGRAD_4
+// The sums of the products of p, -p, q and -q -> four frames, which the products of 0 and infinity
+// are missing: A' of winograd.py. In this form because all stay where they are.
+INLINE void frames_of_quad(float (&a)[MI][NI][4], float (&b)[MI][NI][4], float (&c)[MI][NI][4],
+                           float (&d)[MI][NI][4]) {
+  constexpr float kP = 0.6875f, kQ = 1.375f, kPP = kP * kP, kRest = kQ * kQ - kPP;
+#pragma unroll
+  for (int mi = 0; mi < MI; ++mi) {
+#pragma unroll
+    for (int n = 0; n < NI; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float &y0 = a[mi][n][i], &y1 = b[mi][n][i], &y2 = c[mi][n][i], &y3 = d[mi][n][i];
+        y0 += y1;  // even and odd part of p, then of q
+        y1 = __fmaf_rn(-2.0f, y1, y0);
+        y2 += y3;
+        y3 = __fmaf_rn(-2.0f, y3, y2);
+        y0 += y2;
+        y2 = __fmaf_rn(kPP, y0, kRest * y2);
+        y1 = __fmaf_rn(kP, y1, kQ * y3);
+        y3 = __fmaf_rn(kPP, y1, kQ * kRest * y3);
+      }
+    }
+  }
+}
+#elif FORM == WINOGRAD || FORM == WINOGRAD_2D
 // (a, b) = (a + b, a - b), in this form because both stay where they are.
 INLINE void sums_and_differences(float (&a)[MI][NI][4], float (&b)[MI][NI][4]) {
 #pragma unroll
@@ -207,11 +236,14 @@ INLINE void sums_and_differences(float (&a)[MI][NI][4], float (&b)[MI][NI][4]) {
   }
 }
 
-// Brings the residual of a pair's tile into L2: a thread for each pixel of both frames.
+#endif
+
+#if FORM == WINOGRAD || FORM == WINOGRAD_2D || FORM == WINOGRAD_4
+// Brings the residual of a pair's or quad's tile into L2: a thread for each pixel of its frames.
 INLINE void prefetch_residual(const void* residual, const Tile& tile, int groups, int frames,
                               int height, int width, int tid) {
-  const int clip = tile.group / groups, first = tile.group % groups * 2 - (frames & 1);
-  for (int p = tid; p < ROWS * 32; p += kThreads) {
+  const int clip = tile.group / groups, first = first_frame(tile.group % groups, frames);
+  for (int p = tid; p < ROWS * 16 * kFrames; p += kThreads) {
     const int f = first + p / (ROWS * 16);
     const int py = tile.y + p / 16 % ROWS, px = tile.x + p % 16;
     if (f < 0 || py >= height || px >= width) continue;

@@ -5,6 +5,10 @@
 //               transformed frames a pair; A gathers m1, B m2, then (A, B) = (A + B, A - B), then
 //               m0 is added to A and m3 (its weights negated) to B.
 //               Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2015).
+//   QUADS 1:    (beside WINOGRAD) the four output frames of a quad, Winograd F(4,3) along time, of 8 x
+//               16 pixels: the input holds six transformed frames a quad, in the order of their use.
+//               The products of the first four go to accumulators of their own, which become the four
+//               frames; those of the last two are added to the first and the last. See winograd.py.
 //   WINOGRAD 0: one output frame, KT input frames; A and B are two blocks of BN channels (NB 2),
 //               or A alone (NB 1).
 //   DOUBLED 1:  the input is doubled in height and width first. That folds the 3 x 3 taps to 2 x 2,
@@ -18,154 +22,49 @@
 // A residual comes through the ring of halo tiles too, behind the last of them: 16 x 16 pixels x 32
 // channels a stage, in the order in which the accumulators are stored.
 //
-// Warpgroup 0 loads; warpgroups 1 and 2 compute the upper and lower eight rows. The sum of an
+// Warpgroup 0 loads; warpgroups 1 and 2 compute the upper and lower eight rows (QUADS: the left and
+// right eight columns). The sum of an
 // output pixel runs over (phase, 32 channels, ky, kx, 16 channels) whatever its place in tile and
 // picture: its bits depend on nothing but its inputs.
 //
-// Compiled at run time with these macros: CIN, COUT, WINOGRAD, DOUBLED, KT, BN, NB, BF16_OUT, and
-// BF16_IN: input and weights are bfloat16, not float16.
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-struct alignas(64) TensorMap { char bytes[128]; };
+// CLUSTER 2: two programs that run side by side share the weights. Each loads half of a stage into the
+// shared memory of both. So a stage is free when the warps of both have left it, both make the same
+// number of tiles (one that does not exist is not stored), and none ends before the other.
+//
+// Stands behind hopper.cuh, which has the instructions. Compiled at run time with these macros: CIN, COUT, WINOGRAD, QUADS, CLUSTER, DOUBLED, KT, BN, NB,
+// BF16_OUT, and BF16_IN: input and weights are bfloat16, not float16.
 
 constexpr int kBlockK = 32;                      // channels of one halo tile
 constexpr int kChunks = CIN / kBlockK;
-constexpr int kPhases = WINOGRAD ? 4 : DOUBLED ? 2 : KT;
+constexpr int kPhases = QUADS ? 6 : WINOGRAD ? 4 : DOUBLED ? 2 : KT;
+constexpr int kFrames = QUADS ? 4 : WINOGRAD ? 2 : 1;  // that a tile makes
+constexpr int kRows = QUADS ? 8 : 16;            // of 16 pixels, of a tile
+constexpr int kHalves = QUADS ? 1 : 2;           // of a tile's columns, that a warpgroup has
 constexpr int kHalo = 18;
 constexpr int kPixelBytes = kBlockK * 2;
 constexpr int kRowBytes = kHalo * kPixelBytes;
-constexpr int kInputBytes = kHalo * kRowBytes;   // what a load brings
+constexpr int kInputBytes = (kRows + 2) * kRowBytes;  // what a load brings
 constexpr int kInputStage = (kInputBytes + 1023) / 1024 * 1024;
 constexpr int kWeightTap = BN * kPixelBytes;
 constexpr int kRegisters = BN / 2;              // of one accumulator of 64 pixels, per thread
 constexpr int kWeightStage = (DOUBLED ? 4 : 3) * kWeightTap;  // one row of taps; DOUBLED: of both
 constexpr int kRowsOfTaps = DOUBLED ? 2 : 3 * (WINOGRAD ? 1 : NB);  // for each halo tile
 // What fits, as it was measured to be fastest.
-constexpr int kInputStages = WINOGRAD && CIN > 96 ? 4 : 3;
+constexpr int kInputStages = QUADS ? 5 : WINOGRAD && CIN > 96 ? 4 : 3;
 constexpr int kWeightStages = (kInputStages == 4 ? (BN == 96 ? 7 : 10) : (BN == 96 ? 8 : 12)) * 3 /
                               (DOUBLED ? 4 : 3);
 constexpr int kGroups = BN / 32;                 // of 32 channels that are stored together
-constexpr int kResidualBytes = 16 * 16 * 64;
+constexpr int kResidualBytes = kRows * 16 * 64;
 constexpr int kOutputBlocks = COUT / (BN * (WINOGRAD ? 1 : NB));
 // Shared memory, from a base aligned to 1024 bytes: inputs, weights, bias, barriers.
 constexpr int kWeightsAt = kInputStages * kInputStage;
 constexpr int kBiasAt = kWeightsAt + kWeightStages * kWeightStage;
 constexpr int kBarriersAt = kBiasAt + COUT * 4;
-
-__device__ __forceinline__ u32 shared_address(const void* p) {
-  return static_cast<u32>(__cvta_generic_to_shared(p));
-}
-
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
-
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "WAIT:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra DONE;\n"
-      "bra WAIT;\n"
-      "DONE:\n"
-      "}\n" ::"r"(barrier), "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ void load_tile(u32 to, const TensorMap* map, u32 barrier, int channel,
-                                          int x, int y, int frame) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(channel), "r"(x), "r"(y), "r"(frame)
-      : "memory");
-}
-
-__device__ __forceinline__ void load_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          to),
-      "l"(from), "r"(bytes), "r"(barrier)
-      : "memory");
-}
-
-// Operand of the tensor cores in shared memory: rows of 64 bytes with the 64-byte swizzle, groups
-// of eight rows `stride` bytes apart.
-__device__ __forceinline__ u64 descriptor(u32 address, u32 stride) {
-  return (static_cast<u64>(2) << 62) | (static_cast<u64>(stride >> 4) << 32) |
-         (static_cast<u64>(1) << 16) | (address >> 4);
-}
-
-__device__ __forceinline__ void wgmma_fence() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void wgmma_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int N>
-__device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
-
-#if BF16_IN
-#define OPERANDS ".f32.bf16.bf16 "
-#else
-#define OPERANDS ".f32.f16.f16 "
-#endif
-
-// d += a * b, 64 x BN x 16; `add` 0 overwrites d.
-__device__ __forceinline__ void wgmma(float (&d)[kRegisters], u64 a, u64 b, int add) {
-#if BN == 96
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %50, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n96k16" OPERANDS
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
-      "%48, %49, p, 1, 1, 0, 0;\n"
-      "}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
-        "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
-        "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
-        "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
-        "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
-        "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
-        "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47])
-      : "l"(a), "l"(b), "r"(add));
-#else
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16" OPERANDS
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "%32, %33, p, 1, 1, 0, 0;\n"
-      "}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
-        "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
-        "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
-        "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
-        "+f"(d[30]), "+f"(d[31])
-      : "l"(a), "l"(b), "r"(add));
-#endif
-}
+constexpr int kComputingWarps = 8;
+constexpr int kWeightPart = kWeightStage / CLUSTER;  // what each program of a cluster loads
+static_assert(CLUSTER == 1 || CLUSTER == 2, "clusters of two");
+static_assert(!QUADS || WINOGRAD, "quads are a form of Winograd");
+static_assert(kWeightPart % 16 == 0, "what the copy engine moves");
 
 struct Ring {  // a place in a ring of stages, and the parity of its barriers
   int stage;
@@ -192,10 +91,19 @@ struct Barriers {
 };
 
 struct Tile {
-  int block, x, y, group;  // block of output channels, first column and row, pair or frame
-  __device__ __forceinline__ Tile(int index, int columns, int rows, int groups) {
+  int block, x, y, group;  // block of output channels, first column and row, pair, quad or frame
+  bool exists;             // the last cluster's second tile may not
+  // index: this program's, of `tiles`. Programs of a cluster have the same block of channels.
+  __device__ __forceinline__ Tile(int index, int tiles, int columns, int rows, int groups) {
     block = index % kOutputBlocks;
     index /= kOutputBlocks;
+    exists = true;
+#if CLUSTER == 2
+    const int last = tiles / kOutputBlocks - 1;
+    index = 2 * index + static_cast<int>(cluster_rank());
+    exists = index <= last;
+    index = min(index, last);
+#endif
 #if WINOGRAD
     // The pairs of a clip side by side: the next one reads two of the same frames, then from L2.
     const int in_clip = index % groups;
@@ -203,7 +111,7 @@ struct Tile {
 #endif
     x = index % columns * 16;
     index /= columns;
-    y = index % rows * 16;
+    y = index % rows * kRows;
     group = index / rows;
 #if WINOGRAD
     group = group * groups + in_clip;
@@ -211,25 +119,10 @@ struct Tile {
   }
 };
 
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 word;
-#if BF16_OUT
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-#endif
-  return word;
-}
-
-__device__ __forceinline__ void unpack(u32 word, float& low, float& high) {
-#if BF16_OUT
-  low = __uint_as_float(word << 16);
-  high = __uint_as_float(word & 0xffff0000u);
-#else
-  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n"
-      : "=f"(low), "=f"(high)
-      : "r"(word));
-#endif
+// The first frame of a pair or a quad in its clip. They end with the last frame: those of the first
+// one that have a negative number are of the past.
+__device__ __forceinline__ int first_frame(int group, int frames) {
+  return group * kFrames - (-frames & (kFrames - 1));
 }
 
 // Four lanes hold rows of a 4 x 4 matrix of words by column; afterwards each holds one row.
@@ -250,6 +143,20 @@ __device__ __forceinline__ void sum_and_difference(float& a, float& b) {
   b = __fmaf_rn(-2.0f, b, a);
 }
 
+// The sums of the products of p, -p, q and -q -> four frames, which the products of 0 and infinity are
+// missing: A' of winograd.py. In place for the same reason.
+__device__ __forceinline__ void frames_of_quad(float& y0, float& y1, float& y2, float& y3) {
+  constexpr float kP = 0.6875f, kQ = 1.375f, kPP = kP * kP, kRest = kQ * kQ - kPP;
+  y0 += y1;  // even and odd part of p, then of q
+  y1 = __fmaf_rn(-2.0f, y1, y0);
+  y2 += y3;
+  y3 = __fmaf_rn(-2.0f, y3, y2);
+  y0 += y2;
+  y2 = __fmaf_rn(kPP, y0, kRest * y2);
+  y1 = __fmaf_rn(kP, y1, kQ * y3);
+  y3 = __fmaf_rn(kPP, y1, kQ * kRest * y3);
+}
+
 // Where a warpgroup's part of a tile goes: `pixel` is the index of this lane's upper left pixel, the
 // others are a row below, `below` pixels on, and eight columns; `inside` has a bit for each of them.
 struct Place {
@@ -266,12 +173,12 @@ __device__ __forceinline__ int pixels_inside(int x, int y, int width, int height
 // 32 channels of an accumulator -> out, with bias and residual, rounded once. `residual`: address of
 // this warp's first pixel in a stage of the ring, or 0.
 template <int GROUP>
-__device__ __forceinline__ void store_channels(const float (&d)[2][kRegisters], const Place& to,
+__device__ __forceinline__ void store_channels(const float (&d)[kHalves][kRegisters], const Place& to,
                                                const float* bias, int channel, u32 residual,
                                                int lane) {
   const int q = lane & 3;
 #pragma unroll
-  for (int part = 0; part < 4; ++part) {
+  for (int part = 0; part < 2 * kHalves; ++part) {
     const int half = part / 2, lower = part % 2;
     const int in_tile = lower * 16 + half * 8 + lane / 4;  // pixel within the warp's two rows
     u32 words[4];
@@ -280,10 +187,7 @@ __device__ __forceinline__ void store_channels(const float (&d)[2][kRegisters], 
       const int column = GROUP * 4 + j;
       u32 before = 0;
       if (residual)
-        asm volatile("ld.shared.b32 %0, [%1];"
-                     : "=r"(before)
-                     : "r"(residual + in_tile * 64 + ((j ^ (in_tile / 2 % 4)) * 16 + q * 4))
-                     : "memory");
+        before = load_shared_word(residual + in_tile * 64 + ((j ^ (in_tile / 2 % 4)) * 16 + q * 4));
       const float2 b = *reinterpret_cast<const float2*>(bias + channel + j * 8 + q * 2);
       float r0, r1;
       unpack(before, r0, r1);
@@ -308,6 +212,8 @@ struct Pending {
 
 __device__ __forceinline__ void give_back(const Barriers& barriers, Pending& pending, bool leader) {
   if (leader && pending.weight >= 0) barrier_arrive(barriers.weight_empty(pending.weight));
+  if (CLUSTER == 2 && leader && pending.weight >= 0)
+    barrier_arrive_other(barriers.weight_empty(pending.weight));
   if (leader && pending.input >= 0) barrier_arrive(barriers.input_empty(pending.input));
   pending.weight = pending.input = -1;
 }
@@ -320,7 +226,7 @@ struct Consumer {
   bool leader;
 
   // One row of taps into d: three taps, twice 16 channels, both halves of the tile's columns.
-  __device__ __forceinline__ void row_of_taps(float (&d)[2][kRegisters], int ky, int add) {
+  __device__ __forceinline__ void row_of_taps(float (&d)[kHalves][kRegisters], int ky, int add) {
     barrier_wait(barriers.weight_full(weight.stage), weight.parity);
     const u64 a = descriptor(inputs + input.stage * kInputStage + ky * kRowBytes, kRowBytes);
     const u64 b = descriptor(weights + weight.stage * kWeightStage, 8 * kPixelBytes);
@@ -330,7 +236,7 @@ struct Consumer {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < kHalves; ++half) {
           wgmma(d[half], a + (kx * kPixelBytes + k * 32 + half * 8 * kPixelBytes) / 16,
                 b + (kx * kWeightTap + k * 32) / 16, (kx | k) ? 1 : add);
         }
@@ -341,8 +247,8 @@ struct Consumer {
 
   // The same where the input was doubled: two taps for the even columns into a, two for the odd ones
   // into b, on the rows of pixels `row` of the halo tile.
-  __device__ __forceinline__ void row_of_folded_taps(float (&a)[2][kRegisters],
-                                                     float (&b)[2][kRegisters], int row, int add) {
+  __device__ __forceinline__ void row_of_folded_taps(float (&a)[kHalves][kRegisters],
+                                                     float (&b)[kHalves][kRegisters], int row, int add) {
     barrier_wait(barriers.weight_full(weight.stage), weight.parity);
     const u64 x = descriptor(inputs + input.stage * kInputStage + row * kRowBytes, kRowBytes);
     const u64 w = descriptor(weights + weight.stage * kWeightStage, 8 * kPixelBytes);
@@ -385,7 +291,7 @@ struct Consumer {
   }
 
   // An accumulator -> out; a residual's stages are given back one by one.
-  __device__ __forceinline__ void store(const float (&d)[2][kRegisters], const Place& to,
+  __device__ __forceinline__ void store(const float (&d)[kHalves][kRegisters], const Place& to,
                                         const float* bias, int channel, bool has_residual,
                                         u32 in_stage, int lane) {
     store_group<0>(d, to, bias, channel, has_residual, in_stage, lane);
@@ -394,7 +300,7 @@ struct Consumer {
   }
 
   template <int GROUP>
-  __device__ __forceinline__ void store_group(const float (&d)[2][kRegisters], const Place& to,
+  __device__ __forceinline__ void store_group(const float (&d)[kHalves][kRegisters], const Place& to,
                                               const float* bias, int channel, bool has_residual,
                                               u32 in_stage, int lane) {
     u32 residual = 0;
@@ -411,7 +317,7 @@ struct Consumer {
   }
 
   // One phase of Winograd: a transformed frame times its weights.
-  __device__ __forceinline__ void phase(float (&d)[2][kRegisters], int add) {
+  __device__ __forceinline__ void phase(float (&d)[kHalves][kRegisters], int add) {
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       wait_input();
 #pragma unroll
@@ -421,42 +327,47 @@ struct Consumer {
   }
 };
 
-// x: [frames, H, W, CIN] behind `map`. weights: packed, see conv3x3.py. out, and with `has_residual`
-// what `residual` maps: [clips * frames, height, width, COUT]. A group is a pair (WINOGRAD) or a
-// frame: `groups` of them in each clip, whose input begins `group_stride` frames after each other
-// and `batch_stride` a clip.
-extern "C" __global__ void __launch_bounds__(384, 1)
+// x: [frames, H, W, CIN] behind `map`. weights: packed, see conv3x3_wgmma.py. out, and with `has_residual`
+// what `residual` maps: [clips * frames, height, width, COUT]. A group is a pair (WINOGRAD), a
+// quad or a frame: `groups` of them in each clip, whose input begins `group_stride` frames after each
+// other and `batch_stride` a clip. tiles: of all programs.
+extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(384, 1)
 conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap residual,
         const char* weights, const float* bias, u32* out, int has_residual, int frames, int height,
         int width, int groups, int group_stride, int batch_stride, int pad_y, int pad_x,
         int tiles) {
-  extern __shared__ char raw[];
+  SHARED_MEMORY(raw);
   const u32 base = (shared_address(raw) + 1023) & ~1023u;
   char* shared = raw + (base - shared_address(raw));
   const Barriers barriers{base + kBarriersAt};
   float* bias_shared = reinterpret_cast<float*>(shared + kBiasAt);
-  const int columns = (width + 15) / 16, rows = (height + 15) / 16;
+  const int columns = (width + 15) / 16, rows = (height + kRows - 1) / kRows;
+  // A cluster makes two tiles a turn.
+  const int turns = CLUSTER == 1
+                        ? tiles
+                        : (tiles / kOutputBlocks + CLUSTER - 1) / CLUSTER * kOutputBlocks;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < kInputStages; ++s) {
       barrier_init(barriers.input_full(s), 1);
-      barrier_init(barriers.input_empty(s), 8);  // each warp that computes
+      barrier_init(barriers.input_empty(s), kComputingWarps);
     }
     for (int s = 0; s < kWeightStages; ++s) {
       barrier_init(barriers.weight_full(s), 1);
-      barrier_init(barriers.weight_empty(s), 8);
+      barrier_init(barriers.weight_empty(s), CLUSTER * kComputingWarps);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    barriers_exist();
   }
   for (int c = threadIdx.x; c < COUT; c += 384) bias_shared[c] = bias[c];
   __syncthreads();
+  cluster_sync();  // before this, the other program's barriers do not exist
 
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    give_registers<40>();
     if (threadIdx.x == 0) {
       Ring input{0, 1}, weight{0, 1};  // an empty ring needs no waiting in its first round
-      constexpr int kRows = kPhases * kChunks * kRowsOfTaps;
+      constexpr int kStagesOfBlock = kPhases * kChunks * kRowsOfTaps;
+      const u32 part = cluster_rank() * kWeightPart;
       const auto load_input = [&](const TensorMap* from, int bytes, int channel, int x, int y,
                                   int frame) {
         barrier_wait(barriers.input_empty(input.stage), input.parity);
@@ -465,32 +376,37 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
                   x, y, frame);
         input.next<kInputStages>();
       };
-      for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-        const Tile tile(index, columns, rows, groups);
+      for (int index = blockIdx.x / CLUSTER; index < turns; index += gridDim.x / CLUSTER) {
+        const Tile tile(index, tiles, columns, rows, groups);
         const int clip = tile.group / groups, group = tile.group % groups;
         const int first = clip * batch_stride + group * group_stride;
-        const char* w = weights + static_cast<long long>(tile.block) * kRows * kWeightStage;
+        const char* w =
+            weights + static_cast<long long>(tile.block) * kStagesOfBlock * kWeightStage + part;
         for (int step = 0; step < kPhases; ++step) {
-          // Winograd's products in the order 1, 2, 0, 3: see the top of the file.
-          const int frame = WINOGRAD ? (step == 0 ? 1 : step == 1 ? 2 : step == 2 ? 0 : 3)
+          // The products of F(2,3) in the order 1, 2, 0, 3: see the top of the file.
+          const int frame = QUADS ? step : WINOGRAD ? (step == 0 ? 1 : step == 1 ? 2 : step == 2 ? 0 : 3)
                                      : DOUBLED ? 0 : step;
           for (int chunk = 0; chunk < kChunks; ++chunk) {
             load_input(&map, kInputBytes, chunk * kBlockK, tile.x - pad_x, tile.y - pad_y,
                        first + frame);
             for (int r = 0; r < kRowsOfTaps; ++r) {
+#if CLUSTER == 2
+              barrier_wait_cluster(barriers.weight_empty(weight.stage), weight.parity);
+#else
               barrier_wait(barriers.weight_empty(weight.stage), weight.parity);
+#endif
               barrier_expect(barriers.weight_full(weight.stage), kWeightStage);
-              load_bytes(base + kWeightsAt + weight.stage * kWeightStage, w, kWeightStage,
-                         barriers.weight_full(weight.stage));
+              load_shared_part(base + kWeightsAt + weight.stage * kWeightStage + part, w, kWeightPart,
+                               barriers.weight_full(weight.stage));
               w += kWeightStage;
               weight.next<kWeightStages>();
             }
           }
         }
         if (!has_residual) continue;
-        for (int i = 0; i < (WINOGRAD ? 2 : NB) * kGroups; ++i) {
-          // The first frame of a pair is of the past if there is an odd number: not stored either.
-          const int frame = WINOGRAD ? group * 2 - (frames & 1) + i / kGroups : group;
+        for (int i = 0; i < (WINOGRAD ? kFrames : NB) * kGroups; ++i) {
+          // A frame of the past is another clip's, or none: it is not stored.
+          const int frame = first_frame(group, frames) + (WINOGRAD ? i / kGroups : 0);
           const int channel = tile.block * BN * (WINOGRAD ? 1 : NB) +
                               (WINOGRAD ? i % kGroups : i) * 32;
           load_input(&residual, kResidualBytes, channel, tile.x, tile.y, clip * frames + frame);
@@ -498,13 +414,27 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    take_registers<232>();
     const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    Consumer consumer{barriers, base + group * 8 * kRowBytes, base + kWeightsAt,
-                      Ring{0, 0}, Ring{0, 0}, Pending{-1, -1}, lane == 0};
-    float a[2][kRegisters], b[2][kRegisters];
-    for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-#if WINOGRAD
+    const u32 first_pixel = base + group * 8 * (QUADS ? kPixelBytes : kRowBytes);
+    Consumer consumer{barriers,   first_pixel, base + kWeightsAt, Ring{0, 0},
+                      Ring{0, 0}, Pending{-1, -1}, lane == 0};
+    float a[kHalves][kRegisters], b[kHalves][kRegisters];
+#if QUADS
+    float c[kHalves][kRegisters], d[kHalves][kRegisters];
+#endif
+    for (int index = blockIdx.x / CLUSTER; index < turns; index += gridDim.x / CLUSTER) {
+#if QUADS
+      consumer.phase(a, 0);
+      consumer.phase(b, 0);
+      consumer.phase(c, 0);
+      consumer.phase(d, 0);
+      consumer.drain();
+#pragma unroll
+      for (int i = 0; i < kRegisters; ++i) frames_of_quad(a[0][i], b[0][i], c[0][i], d[0][i]);
+      consumer.phase(a, 1);
+      consumer.phase(d, 1);
+#elif WINOGRAD
       consumer.phase(a, 0);
       consumer.phase(b, 0);
       consumer.drain();
@@ -524,7 +454,7 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
           consumer.leave_input();
         }
         consumer.drain();
-        const Tile tile(index, columns, rows, groups);
+        const Tile tile(index, tiles, columns, rows, groups);
         const int x = tile.x + lane / 4, y = tile.y + group * 8 + warp * 2;
         const long long row = static_cast<long long>(tile.group) * 2 * height + 2 * y + odd;
         const long long pixel = row * 2 * width + 2 * x;
@@ -549,24 +479,31 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
 #endif
 #if !DOUBLED
       consumer.drain();
-      const Tile tile(index, columns, rows, groups);
+      const Tile tile(index, tiles, columns, rows, groups);
       const int clip = tile.group / groups, in_clip = tile.group % groups;
-      const int x = tile.x + lane / 4, y = tile.y + group * 8 + warp * 2;
-      const int inside = pixels_inside(x, y, width, height);
-      const long long plane = static_cast<long long>(height) * width;
-#if WINOGRAD
-      // Pairs end with the last frame: of an odd number the first pair's first is of the past.
-      const int first = in_clip * 2 - (frames & 1);
+#if QUADS
+      const int x = tile.x + group * 8 + lane / 4, y = tile.y + warp * 2;
+      const u32 in_stage = base + (warp * 2 * 16 + group * 8) * 64;
 #else
-      const int first = in_clip;
+      const int x = tile.x + lane / 4, y = tile.y + group * 8 + warp * 2;
+      const u32 in_stage = base + (group * 8 + warp * 2) * 16 * 64;
 #endif
+      const int inside = tile.exists ? pixels_inside(x, y, width, height) : 0;
+      const long long plane = static_cast<long long>(height) * width;
+      const int first = first_frame(in_clip, frames);
       const long long pixel = (static_cast<long long>(clip) * frames + first) * plane +
                               static_cast<long long>(y) * width + x;
       const int channel = tile.block * BN * (WINOGRAD ? 1 : NB);
-      const u32 in_stage = base + (group * 8 + warp * 2) * 16 * 64;
       consumer.store(a, Place{out, pixel, width, first < 0 ? 0 : inside}, bias_shared, channel,
                      has_residual, in_stage, lane);
-#if WINOGRAD
+#if QUADS
+      consumer.store(b, Place{out, pixel + plane, width, first < -1 ? 0 : inside}, bias_shared,
+                     channel, has_residual, in_stage, lane);
+      consumer.store(c, Place{out, pixel + 2 * plane, width, first < -2 ? 0 : inside}, bias_shared,
+                     channel, has_residual, in_stage, lane);
+      consumer.store(d, Place{out, pixel + 3 * plane, width, inside}, bias_shared, channel,
+                     has_residual, in_stage, lane);
+#elif WINOGRAD
       consumer.store(b, Place{out, pixel + plane, width, inside}, bias_shared, channel,
                      has_residual, in_stage, lane);
 #elif NB == 2
@@ -576,4 +513,5 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
 #endif
     }
   }
+  cluster_sync();  // the other one still loads into this program's memory, or arrives at its barriers
 }

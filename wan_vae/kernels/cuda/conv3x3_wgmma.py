@@ -3,7 +3,8 @@ up-sampler. See conv3x3_wgmma.cu.
 
 Eager twins: `eager.conv3d.conv3d`, `eager.upsample.upsample_conv2d`. Winograd F(2,3) makes two
 output frames from four products instead of six; pairs end with a chunk's last frame, so which
-frames are a pair does not depend on the chunk schedule.
+frames are a pair does not depend on the chunk schedule. F(4,3) makes four from six
+(`winograd.py`); no card has measured it, and no layer is given it.
 """
 
 from __future__ import annotations
@@ -16,22 +17,27 @@ from typing import NamedTuple
 import torch
 
 from ...errors import LayoutError
+from ..winograd import DIRECT, PAIRS, QUADS, Transform, quad_phases
 from .driver import Argument, frames_map
 from .program import Program, integers, launch_persistent
 
 # What the source is written for: wgmma is Hopper's alone.
 ARCHITECTURE = "sm_90a"
 _BLOCK_K, _TILE = 32, 16
-_BOX, _RESIDUAL_BOX = (_TILE + 2, _TILE + 2, _BLOCK_K), (_TILE, _TILE, _BLOCK_K)
-# As in conv3x3_wgmma.cu: bytes of a halo tile, and by the number of tiles in the ring and the
-# block, the rows of three taps in theirs.
-_INPUT_STAGE, _WEIGHT_STAGES = 21504, {(3, 96): 8, (3, 64): 12, (4, 96): 7, (4, 64): 10}
+# As in conv3x3_wgmma.cu: bytes of a halo tile by its rows without the halo, and by the number of
+# tiles in the ring and the block, the rows of three taps in theirs.
+_INPUT_STAGE = {16: 21504, 8: 12288}
+_WEIGHT_STAGES = {
+    **{(3, 96): 8, (3, 64): 12, (4, 96): 7, (4, 64): 10},
+    **{(5, 96): 8, (5, 64): 12},
+}
 
 
 @dataclass(frozen=True)
 class Variant:
     """What one compiled kernel is for. `taps`: temporal taps of a direct one (3, or 1). `doubled`:
-    it is the 3x3 of an up-sampler, and its operand has the dtype of the result."""
+    it is the 3x3 of an up-sampler, and its operand has the dtype of the result. `quads`: Winograd
+    F(4,3) and not F(2,3). `cluster`: programs that share their loads of weights, 1 or 2."""
 
     cin: int
     cout: int
@@ -39,6 +45,8 @@ class Variant:
     taps: int
     out: torch.dtype
     doubled: bool = False
+    quads: bool = False
+    cluster: int = 1
 
     @property
     def block(self) -> int:
@@ -52,20 +60,27 @@ class Variant:
         return 1 if one else 2
 
     @property
-    def is_pairs(self) -> bool:
-        """Whether it reads frames that are transformed along time."""
-        return self.winograd
+    def transform(self) -> Transform:
+        """How the frames that it reads are transformed along time."""
+        return QUADS if self.quads else PAIRS if self.winograd else DIRECT
+
+    @property
+    def rows(self) -> int:
+        """Of 16 pixels, of a tile."""
+        return 8 if self.quads else _TILE
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a program: rings, bias, barriers, and room to align the base."""
-        inputs = 4 if self.winograd and self.cin > 96 else 3
+        inputs = 5 if self.quads else 4 if self.winograd and self.cin > 96 else 3
         rows = _WEIGHT_STAGES[inputs, self.block]
-        rings = inputs * _INPUT_STAGE + rows * 3 * self.block * 64
+        rings = inputs * _INPUT_STAGE[self.rows] + rows * 3 * self.block * 64
         return 1024 + rings + 4 * self.cout + 2 * (inputs + rows) * 8
 
     @property
     def name(self) -> str:
+        if self.quads:
+            return "winograd4" if self.cluster == 1 else "winograd4_cluster"
         return "winograd" if self.winograd else "doubled" if self.doubled else f"direct{self.taps}"
 
 
@@ -74,12 +89,14 @@ def pack(weight: torch.Tensor, variant: Variant) -> torch.Tensor:
 
     By block of output channels, phase (transformed or temporal tap), 32 input channels, row of
     taps, (block within a tile,) tap, output channel, input channel; each row of 64 bytes swizzled.
-    The Winograd transform is computed in float32 and rounded once.
+    The Winograd transform is computed in float32 (F(4,3): float64) and rounded once.
     """
     w = weight.detach().float()
     o, c = w.shape[:2]
     g0, g1, g2 = w.unbind(2)
-    if variant.winograd:
+    if variant.quads:
+        phases = quad_phases(weight)
+    elif variant.winograd:
         phases = torch.stack([(g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g0, -g2])
     else:
         phases = torch.stack([g0, g1, g2][3 - variant.taps :])
@@ -120,9 +137,9 @@ def conv3x3(
 ) -> torch.Tensor:
     """[B, C, T', H, W] float16 channels_last_3d -> [B, O, frames, H', W'], channels_last_3d.
 
-    `buffer`: with `variant.winograd` the four transformed frames of each pair one after the other
-    (`FusedNorm.pairs`), else frames + taps - 1 frames. `packed`: from `pack`. `bias` [O] float32.
-    `residual`: as the result, which has dtype `variant.out`. `padding`: zero rows and
+    `buffer`: with `variant.winograd` the transformed frames of each pair or quad one after the
+    other (`CudaNorm.pairs`, `quads`), else frames + taps - 1 frames. `packed`: from `pack`. `bias`
+    [O] float32. `residual`: as the result, which has dtype `variant.out`. `padding`: zero rows and
     columns on each side.
     """
     if not buffer.is_contiguous(memory_format=torch.channels_last_3d):
@@ -135,10 +152,11 @@ def conv3x3(
     out = torch.empty(
         (b, frames, height, width, variant.cout), dtype=variant.out, device=buffer.device
     )
-    groups = (frames + 1) // 2 if variant.winograd else frames
+    transform = variant.transform
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last_3d)
-    sizes = (frames, height, width, groups, 4 if variant.winograd else 1, frames_in, *padding)
+    groups, stride = transform.groups(frames), transform.products
+    sizes = (frames, height, width, groups, stride, frames_in, *padding)
     operand = buffer.data_ptr(), (b * frames_in, h, w, c)
     _launch(variant, _Call(operand, packed, bias, out, residual, sizes, b))
     return out.permute(0, 4, 1, 2, 3)
@@ -182,7 +200,7 @@ class _Call(NamedTuple):
 def _launch(variant: Variant, call: _Call) -> None:
     operand, packed, bias, out, residual, sizes, clips = call
     frames, height, width, groups, *_ = sizes
-    tiles = -(-height // _TILE) * -(-width // _TILE) * groups * clips
+    tiles = -(-height // variant.rows) * -(-width // _TILE) * groups * clips
     tiles *= variant.cout // (variant.block * variant.blocks)
     # Without a residual its map is not used.
     added = out if residual is None else residual
@@ -190,7 +208,11 @@ def _launch(variant: Variant, call: _Call) -> None:
     maps: list[Argument] = []
     if not out.is_meta:  # the driver makes them, and there may be none where nothing is launched
         # Two bytes a number, bfloat16 or float16.
-        maps = [frames_map(*operand, _BOX), frames_map(added.data_ptr(), results, _RESIDUAL_BOX)]
+        box = (variant.rows + 2, _TILE + 2, _BLOCK_K)
+        maps = [
+            frames_map(*operand, box),
+            frames_map(added.data_ptr(), results, (variant.rows, _TILE, _BLOCK_K)),
+        ]
     arguments: list[Argument] = [
         *maps,
         c_void_p(packed.data_ptr()),
@@ -208,6 +230,8 @@ def program(variant: Variant) -> Program:
         "CIN": variant.cin,
         "COUT": variant.cout,
         "WINOGRAD": int(variant.winograd),
+        "QUADS": int(variant.quads),
+        "CLUSTER": variant.cluster,
         "KT": variant.taps,
         "DOUBLED": int(variant.doubled),
         "BN": variant.block,
@@ -222,5 +246,6 @@ def program(variant: Variant) -> Program:
         ARCHITECTURE,
         threads=384,
         shared_bytes=variant.shared_bytes,
-        headers=(),
+        headers=("hopper.cuh",),
+        cluster=variant.cluster,
     )

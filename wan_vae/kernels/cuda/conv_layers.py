@@ -21,6 +21,7 @@ from ...ops.problem import ConvProblem, HeadProblem, LayerWeights, StridedProble
 from ..device import Device
 from ..kernel import Kernel, Requires
 from ..weights import CHANNELS, behind_norm, filled_channels, fit_channels
+from ..winograd import DIRECT
 from .base import CudaKernel
 from .conv import BLOCKS, FLOAT32_BLOCK, Call, Variant, conv, pack, program
 from .layers import OPERAND, CudaLayer, CudaNormConv
@@ -261,7 +262,7 @@ class WideHead(CudaKernel):
     def programs(self, problem: HeadProblem, config: str, device: Device) -> tuple[Program, ...]:
         """See `CompiledKernel`."""
         code, past = device.machine_code, 0 if problem.only_frame else 2
-        norm = norm_program(problem.in_channels, problem.feature_dtype, past, False, code)
+        norm = norm_program(problem.in_channels, problem.feature_dtype, past, DIRECT, code)
         return program(self._variant(problem, config), code), norm
 
     def prepare(
@@ -275,8 +276,8 @@ class WideHead(CudaKernel):
             call = Call(x, packed, bias, padding, last_slice=last_slice)
             return conv(call, variant, code)
 
-        norm, taps = make_norm(code), problem.kernel[0]
-        return CudaWideHead(self.name, config, scale, norm, head, taps, False)
+        norm, taps = make_norm(code).join, problem.kernel[0]
+        return CudaWideHead(self.name, config, scale, norm, head, taps, DIRECT)
 
     def _variant(self, problem: HeadProblem, config: str) -> Variant:
         return Variant(

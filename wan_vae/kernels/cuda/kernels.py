@@ -15,6 +15,7 @@ from ..bounds import Bound, float16_sums_bound, winograd_phases
 from ..device import Device
 from ..kernel import BuildError, Family, Kernel, Requires
 from ..weights import behind_norm, fold_upsample
+from ..winograd import QUADS, grown_quad_phases
 from . import conv3x3_mma, conv3x3_wgmma, driver
 from .attention import ATTENTION_KERNELS
 from .base import CudaKernel
@@ -23,7 +24,8 @@ from .layers import OPERAND, CudaNormConv, CudaUpsample
 from .norm import make_norm, norm_program
 from .program import Program
 
-# Winograd's transforms along time and rows make numbers four times as large.
+# Winograd along time and rows, or F(4,3) along time, makes numbers up to four times as
+# large.
 _LARGEST = torch.finfo(OPERAND).max / 4
 # wgmma is Hopper's alone.
 _HOPPER = Requires(
@@ -60,6 +62,11 @@ class NormConvWgmma(_Wgmma):
         """See `Kernel`."""
         return (_form(problem),)
 
+    def experiments(self, problem: NormConvProblem, device: Device) -> Sequence[str]:
+        """F(4,3) where a latent frame is a quad: alone, and with weights that two programs share.
+        See `CudaKernel`."""
+        return ("winograd4", "winograd4_cluster") if _has_quads(problem) else ()
+
     def programs(
         self, problem: NormConvProblem, config: str, device: Device
     ) -> tuple[Program, ...]:
@@ -74,8 +81,8 @@ class NormConvWgmma(_Wgmma):
         variant, (scale, bias) = _variant(problem, config), behind_norm(weights)
         packed = conv3x3_wgmma.pack(weights.weight, variant)
         conv = partial(conv3x3_wgmma.conv3x3, packed=packed, bias=bias, variant=variant)
-        norm = make_norm(device.machine_code)
-        return CudaNormConv(self.name, config, scale, norm, conv, variant.taps, variant.is_pairs)
+        norm, transform = make_norm(device.machine_code).of(variant.transform), variant.transform
+        return CudaNormConv(self.name, config, scale, norm, conv, variant.taps, transform)
 
 
 @dataclass(frozen=True)
@@ -106,9 +113,11 @@ def _variant(problem: NormConvProblem, config: str) -> conv3x3_wgmma.Variant:
     return conv3x3_wgmma.Variant(
         problem.in_channels,
         problem.out_channels,
-        config == "winograd",
+        config.startswith("winograd"),
         1 if config == "direct1" else 3,
         problem.out_dtype,
+        quads=config.startswith("winograd4"),
+        cluster=2 if config == "winograd4_cluster" else 1,
     )
 
 
@@ -171,6 +180,15 @@ class NormConvMma(_Mma):
             names = [*conv3x3_mma.half_sums(names)[:1], *names[:2]]
         return self._fitting(names, problem, device)
 
+    def experiments(self, problem: NormConvProblem | HeadProblem, device: Device) -> Sequence[str]:
+        """F(4,3) where a latent frame is a quad. See `CudaKernel`."""
+        if problem.operation == "head" or not _has_quads(problem):
+            return ()
+        names = conv3x3_mma.configs("winograd4", problem.out_channels)
+        if device.has_slow_float32_sums:
+            names += conv3x3_mma.half_sums(names)
+        return self._fitting(names, problem, device)
+
     def bound(self, weights: LayerWeights, problem: Any, config: str) -> Bound | None:
         """See `Kernel`: of sums in float16."""
         form, tile, half_sums = conv3x3_mma.parse(config)
@@ -179,6 +197,8 @@ class NormConvMma(_Mma):
         taps, channels = weights.weight.detach(), tile.summed_channels
         if form == "winograd":
             return float16_sums_bound(weights.gamma, winograd_phases(taps), 2, channels)
+        if form == "winograd4":
+            return float16_sums_bound(weights.gamma, grown_quad_phases(taps), 1, channels)
         if form == "winograd2d":
             # Along rows too, whose taps stand where those of time stood: three columns are left.
             rows = winograd_phases(taps).flatten(0, 1).unsqueeze(3)
@@ -204,8 +224,8 @@ class NormConvMma(_Mma):
         variant, (scale, bias) = self.variant(problem, config, device), behind_norm(weights)
         packed = conv3x3_mma.pack(weights.weight, variant)
         conv = partial(conv3x3_mma.conv3x3, packed=packed, bias=bias, variant=variant)
-        norm, is_pairs = make_norm(device.machine_code), variant.is_pairs
-        return CudaNormConv(self.name, config, scale, norm, conv, variant.taps, is_pairs)
+        norm, transform = make_norm(device.machine_code).of(variant.transform), variant.transform
+        return CudaNormConv(self.name, config, scale, norm, conv, variant.taps, transform)
 
 
 @dataclass(frozen=True)
@@ -237,6 +257,11 @@ def _form(problem: NormConvProblem | HeadProblem) -> conv3x3_mma.Form:
     return "winograd" if problem.frames > 1 else "direct3"
 
 
+def _has_quads(problem: NormConvProblem | HeadProblem) -> bool:
+    """Whether the frames that a layer makes of a latent frame are a quad."""
+    return not problem.only_frame and problem.frames == QUADS.frames
+
+
 def _norm_of(
     problem: NormConvProblem | HeadProblem,
     variant: conv3x3_mma.Variant | conv3x3_wgmma.Variant,
@@ -245,7 +270,7 @@ def _norm_of(
     """The norm that writes the operand."""
     past = variant.taps - 1
     return norm_program(
-        problem.in_channels, problem.feature_dtype, past, variant.is_pairs, device.machine_code
+        problem.in_channels, problem.feature_dtype, past, variant.transform, device.machine_code
     )
 
 

@@ -9,7 +9,8 @@ import torch
 
 from ... import layout
 from ...ops.opset import CallSize, HaloRows, Workspace
-from ..kernel import FusedNorm, NormCall
+from ..kernel import NormCall, NormResult
+from ..winograd import Transform
 
 # Operands behind a norm.
 OPERAND = torch.float16
@@ -32,16 +33,16 @@ class CudaLayer:
 class CudaNormConv(CudaLayer):
     """A 3x3x3 convolution behind norm and SiLU.
 
-    scale: from `weights.norm_scale`. conv: the convolution with its weights and bias, see
-    `conv3x3_wgmma.conv3x3`. taps: temporal ones. is_pairs: whether the operand is transformed for
-    Winograd along time.
+    scale: from `weights.norm_scale`. norm: what writes the operand. conv: the convolution with its
+    weights and bias, see `conv3x3_wgmma.conv3x3`. taps: temporal ones. transform: that of the
+    operand.
     """
 
     scale: torch.Tensor
-    norm: FusedNorm
+    norm: Callable[[NormCall], NormResult]
     conv: Callable[..., torch.Tensor]
     taps: int
-    is_pairs: bool
+    transform: Transform
 
     def operand(
         self,
@@ -55,8 +56,9 @@ class CudaNormConv(CudaLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `FusedConv`."""
         past = 0 if only_frame else self.taps - 1
-        call = NormCall(x, self.scale, history, past, keep, OPERAND, True, overwrite, halo)
-        return self.norm.pairs(call) if self.is_pairs else self.norm.join(call)
+        return self.norm(
+            NormCall(x, self.scale, history, past, keep, OPERAND, True, overwrite, halo)
+        )
 
     def convolve(
         self,
@@ -71,9 +73,9 @@ class CudaNormConv(CudaLayer):
         return self.conv(operand, residual=residual, frames=frames, padding=padding)
 
     def workspace(self, size: CallSize) -> Workspace:
-        """The operand: joined with its history, or four transformed frames for each pair."""
+        """The operand: joined with its history, or the transformed frames of each pair or quad."""
         past = 0 if size.only_frame else 2
-        frames = -(-size.frames // 2) * 4 if self.is_pairs else size.frames + past
+        frames = self.transform.operand_frames(size.frames, past)
         channels = self.scale.shape[0]
         frame = channels * size.batch * size.rows * size.cols * OPERAND.itemsize
         return Workspace(frames * frame, past * frame)

@@ -1,6 +1,7 @@
 // RMS norm over channels and SiLU, written as the operand of the convolution behind them: with its
-// history frames in front (`norm_join`), or transformed for Winograd F(2,3) along time
-// (`norm_pairs`). What they compute is said in norm.py. Bound by memory: each number is read once.
+// history frames in front (`norm_join`), or transformed for Winograd along time, F(2,3)
+// (`norm_pairs`) or F(4,3) (`norm_quads`). What they compute is said in norm.py. Bound by memory:
+// each number is read once.
 //
 // A pixel belongs to LANES threads of a warp; a thread holds VECTORS times 8 of its channels, 16
 // bytes of the result each. The sum of squares runs over the channels of a thread, then over its
@@ -11,9 +12,13 @@
 // A thread reads the history of its pixels before it writes the new one, which may lie in the same
 // memory; no other thread has these pixels.
 //
-// Compiled at run time with these macros: CHANNELS, of x; WIDTH, of the result (zeros in the rest);
-// X: 0 float16, 1 bfloat16, 2 float32; BF16_OUT: the result is bfloat16, not float16; PAST, SILU,
-// HALO; LANES, VECTORS, THREADS.
+// Compiled at run time with these macros: ENTRY, which of them; CHANNELS, of x; WIDTH, of the result
+// (zeros in the rest); X: 0 float16, 1 bfloat16, 2 float32; BF16_OUT: the result is bfloat16, not
+// float16; PAST, SILU, HALO; LANES, VECTORS, THREADS.
+
+#define JOIN 0
+#define PAIRS 1
+#define QUADS 2
 
 typedef long long i64;
 
@@ -163,6 +168,7 @@ INLINE void normalise(Operand& o, const Features& f, const Place& place,
   }
 }
 
+#if ENTRY == JOIN
 // Grid: (pixels of the plane, frames of x, batch). The threads of the last PAST frames of x write
 // the history in front and the new one: frame `slot` of both. A frame that is alone has two slots:
 // the old history's last frame is then the new one's first.
@@ -192,6 +198,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (PAST && slot >= 0 && kept) store(kept, blockIdx.z * PAST + slot, place, o);
 }
 
+#elif ENTRY == PAIRS
 template <bool SUBTRACT>
 INLINE void store_combined(u16* to, i64 frame, const Place& place, const Operand& a,
                            const Operand& b) {
@@ -252,3 +259,79 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     store(kept, blockIdx.z * 2 + 1, place, d1);
   }
 }
+#elif ENTRY == QUADS
+// One frame of the past, of which -1 is the last; zeros where the history does not reach.
+INLINE void load_past_frame(Operand& o, const Place& place, const u16* history, int frame) {
+  load_past(o, place, frame < -PAST ? nullptr : history, frame + PAST);
+}
+
+// Six frames -> the six of the operand, rounded once: B' of winograd.py.
+INLINE void store_quad(u16* to, i64 frame, const Place& place, const Operand (&d)[6]) {
+  constexpr float kP = 0.6875f, kQ = 1.375f, kPP = kP * kP, kQQ = kQ * kQ;
+#pragma unroll
+  for (int j = 0; j < VECTORS; ++j) {
+    u32 made[6][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float v[6][2], r[6][2];
+#pragma unroll
+      for (int k = 0; k < 6; ++k) unpack<kOut>(d[k].v[j][i], v[k][0], v[k][1]);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const float even_p = 0.5f * __fmaf_rn(-kQQ, v[2][k], v[4][k]);
+        const float odd_p = __fmaf_rn(-kQQ, v[1][k], v[3][k]);
+        const float even_q = __fmaf_rn(-kPP, v[2][k], v[4][k]);
+        const float odd_q = __fmaf_rn(-kPP, v[1][k], v[3][k]);
+        r[0][k] = __fmaf_rn(kP / 2, odd_p, even_p);
+        r[1][k] = __fmaf_rn(-kP / 2, odd_p, even_p);
+        r[2][k] = __fmaf_rn(kQ, odd_q, even_q);
+        r[3][k] = __fmaf_rn(-kQ, odd_q, even_q);
+#pragma unroll
+        for (int last = 0; last < 2; ++last) {
+          const float outer = __fmaf_rn(kPP * kQQ, v[last][k], v[last + 4][k]);
+          r[4 + last][k] = 0.5f * __fmaf_rn(-(kPP + kQQ), v[last + 2][k], outer);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < 6; ++k) made[k][i] = pack<kOut>(r[k][0], r[k][1]);
+    }
+    if (!place.inside || !place.has(j, WIDTH)) continue;
+#pragma unroll
+    for (int k = 0; k < 6; ++k)
+      store_global(to + (frame + k) * place.step + place.at + j * LANES * 8, made[k]);
+  }
+}
+
+// Grid: (pixels of the plane, 1, batch). As `norm_pairs`, four frames at a time. Quads end with the
+// last frame: of the first one, some may be of the past. What is not known of them is used for none
+// of the new ones, and zero.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    norm_quads(const char* RESTRICT x, const char* RESTRICT before, const char* RESTRICT after,
+               const float* RESTRICT scale, const u16* history, u16* out, u16* kept, int frames,
+               int height, int width) {
+  const Place place(x, before, after, frames, height, width);
+  const int quads = (frames + 3) / 4, first = frames - 4 * quads;
+  i64 to = static_cast<i64>(blockIdx.z) * quads * 6;
+  Operand d[6];
+  load_past_frame(d[0], place, history, first - 2);
+  load_past_frame(d[1], place, history, first - 1);
+  for (int frame = first; frame < frames; frame += 4, to += 6) {
+    Features f[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (frame + k >= 0) load(f[k], place, frame + k);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (frame + k >= 0) normalise(d[2 + k], f[k], place, scale);
+      else load_past_frame(d[2 + k], place, history, frame + k);
+    }
+    store_quad(out, to, place, d);
+    d[0] = d[4];
+    d[1] = d[5];
+  }
+  if (kept) {
+    store(kept, blockIdx.z * 2, place, d[0]);
+    store(kept, blockIdx.z * 2 + 1, place, d[1]);
+  }
+}
+#endif

@@ -9,21 +9,23 @@ channels alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_int, c_void_p
 from dataclasses import dataclass
 
 import torch
 
 from ..kernel import FusedNorm, NormCall, NormResult
+from ..winograd import DIRECT, PAIRS, QUADS, Transform
 from .program import Program, launch
 
 _INPUTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _RESULTS = (torch.float16, torch.bfloat16)
 _VECTOR, _WARP = 8, 32
-# Two past frames, two new ones and the features of two are in registers.
+# Two past frames, two new ones and the features of two are in registers (quads: four of each).
 _MOST_VECTORS = 5
-_THREADS = {"norm_join": 256, "norm_pairs": 128}
+_THREADS = {"norm_join": 256, "norm_pairs": 128, "norm_quads": 128}
+_ENTRIES = {DIRECT: "norm_join", PAIRS: "norm_pairs", QUADS: "norm_quads"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def program(variant: Variant, machine_code: str) -> Program:
     """The kernel of `variant`."""
     threads = _THREADS[variant.entry]
     defines = {
+        "ENTRY": tuple(_ENTRIES.values()).index(variant.entry),
         "CHANNELS": variant.channels,
         "WIDTH": variant.width,
         "X": _INPUTS[variant.dtype],
@@ -77,7 +80,7 @@ def norm_program(
     channels: int,
     dtype: torch.dtype,
     past: int,
-    is_pairs: bool,
+    transform: Transform,
     machine_code: str,
     silu: bool = True,
 ) -> Program:
@@ -85,13 +88,24 @@ def norm_program(
 
     On a shard, with halo rows, another program does it, which is compiled at its first use.
     """
-    entry = "norm_pairs" if is_pairs else "norm_join"
+    entry = _ENTRIES[transform]
     variant = Variant(entry, channels, channels, dtype, torch.float16, past, silu, "")
     return program(variant, machine_code)
 
 
+@dataclass(frozen=True)
+class CudaNorm(FusedNorm):
+    """quads: transformed for Winograd F(4,3), [B, C, 6 * ceil(T / 4), H', W']."""
+
+    quads: Callable[[NormCall], NormResult]
+
+    def of(self, transform: Transform) -> Callable[[NormCall], NormResult]:
+        """The one that writes the operand of a convolution with `transform`."""
+        return {DIRECT: self.join, PAIRS: self.pairs, QUADS: self.quads}[transform]
+
+
 @functools.cache
-def make_norm(machine_code: str) -> FusedNorm:
+def make_norm(machine_code: str) -> CudaNorm:
     """The norms of this family, for cards that run `machine_code` (see `Device.machine_code`)."""
 
     def join(call: NormCall) -> NormResult:
@@ -100,7 +114,7 @@ def make_norm(machine_code: str) -> FusedNorm:
         See `NormCall`. Returns the operand [B, C, past + T, H', W'] (channels_last_3d) and, if
         `keep`, the new history in memory of its own (with `overwrite`, in that of `history`).
         """
-        return _run("norm_join", call, machine_code)
+        return _run(DIRECT, call, machine_code)
 
     def pairs(call: NormCall) -> NormResult:
         """As `join` with two past frames, but transformed for Winograd F(2,3) along time.
@@ -111,13 +125,25 @@ def make_norm(machine_code: str) -> FusedNorm:
         frame, which stands alone), the first pair's d2 is of the past. So which frames are a pair
         does not depend on the chunk schedule.
         """
-        return _run("norm_pairs", call, machine_code)
+        return _run(PAIRS, call, machine_code)
 
-    return FusedNorm("cuda", join, pairs)
+    def quads(call: NormCall) -> NormResult:
+        """As `pairs`, for F(4,3) with the points of `winograd.POINTS`.
+
+        Returns [B, C, 6 * ceil(T / 4), H', W']: for each four frames d2 to d5 behind d0, d1 the six
+        frames that `Points.into` makes of the rounded frames, in float32, rounded once; and the new
+        history, untransformed. Quads end with the last frame; frames of the past that the history
+        does not reach are zero, and matter to none of the new ones. A quad is a latent frame, so
+        the bits do not depend on the chunk schedule.
+        """
+        return _run(QUADS, call, machine_code)
+
+    return CudaNorm("cuda", join, pairs, quads)
 
 
-def _run(entry: str, call: NormCall, machine_code: str) -> NormResult:
-    """Launch `entry` for `call`. Raises ValueError for what it is not made for."""
+def _run(transform: Transform, call: NormCall, machine_code: str) -> NormResult:
+    """Launch the norm for `call`. Raises ValueError for what it is not made for."""
+    entry = _ENTRIES[transform]
     x, halo, past = call.x, call.halo, call.past
     b, c, t, h, w = x.shape
     dtype = x.dtype if call.dtype is None else call.dtype
@@ -126,8 +152,7 @@ def _run(entry: str, call: NormCall, machine_code: str) -> NormResult:
         raise ValueError(f"{c} channels of {width}: the norm's kernel needs multiples of 8")
     if x.dtype not in _INPUTS or dtype not in _RESULTS:
         raise ValueError(f"no norm of {x.dtype} with a result in {dtype}")
-    is_pairs = entry == "norm_pairs"
-    if past not in ((2,) if is_pairs else (0, 1, 2)):
+    if past not in ((0, 1, 2) if transform == DIRECT else (2,)):
         raise ValueError(f"{entry} with {past} frames of the past")
 
     x = x.contiguous(memory_format=torch.channels_last_3d)
@@ -145,8 +170,7 @@ def _run(entry: str, call: NormCall, machine_code: str) -> NormResult:
     if call.keep and past:
         own = None if history is None or not call.overwrite else history
         kept = _empty(x, b, width, past, plane, dtype) if own is None else own
-    frames = (t + 1) // 2 * 4 if is_pairs else past + t
-    out = _empty(x, b, width, frames, plane, dtype)
+    out = _empty(x, b, width, transform.operand_frames(t, past), plane, dtype)
 
     axis = "" if halo is None else halo.axis
     variant = Variant(entry, c, width, x.dtype, dtype, past, call.silu, axis)
@@ -157,7 +181,7 @@ def _run(entry: str, call: NormCall, machine_code: str) -> NormResult:
     launch(
         made,
         x.device,
-        (blocks, 1 if is_pairs else t, b),
+        (blocks, t if transform == DIRECT else 1, b),
         [*pointers, c_int(t), c_int(h), c_int(w)],
     )
     return out, kept
