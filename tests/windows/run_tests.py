@@ -60,12 +60,7 @@ def summary_of(output: str) -> str:
 
 
 def run_files(name: str, paths: Sequence[Path], torch: str | None) -> Outcome:
-    """Run files of tests in one process; once more if Wine ended it before pytest's summary."""
-    outcome = _run(name, paths, torch)
-    return outcome if outcome.summary else _run(name, paths, torch)
-
-
-def _run(name: str, paths: Sequence[Path], torch: str | None) -> Outcome:
+    """Run files of tests in one process."""
     chosen = [] if torch is None else ["--torch", torch]
     began = time.monotonic()
     done = subprocess.run(
