@@ -362,7 +362,7 @@ class OtherVAE(comfy.sd.VAE):
 
 
 class _Disguised:
-    """What another pack has written itself: it answers as the VAE does, and is of no class of it."""
+    """What another pack has written itself: it answers as a VAE, and is none."""
 
     def __init__(self, vae):
         self._vae = vae
