@@ -39,7 +39,7 @@ def _needed_bytes(x: torch.Tensor) -> int:
     if x.numel() == 0:
         return 0
     last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
-    return (x.storage_offset() + last + 1) * x.element_size()
+    return int(x.storage_offset() + last + 1) * x.element_size()
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
