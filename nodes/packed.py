@@ -28,10 +28,10 @@ from comfy.patcher_extension import CallbacksMP
 
 from ..wan_vae import BackendError, WanVAE
 from ..wan_vae.device import DTYPES
+from ..wan_vae.io.fingerprint import fingerprint
 from ..wan_vae.options import PRECISIONS
 from ..wan_vae.runs.engine import count_weight_formats
 from .device_memory import ComfyMemory, loaded
-from .fingerprint import fingerprint
 from .inputs import expected_one_of
 from .weights import state_of
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from ..wan_vae.io.tensors import missing_data
+from .tensors import missing_data
 
 # Samples in each row (output channel) of a weight. They lie side by side, so that a row is one wait
 # for memory: reading those of Wan 2.1 (127 million parameters, float32, on a CPU) took 1.7 ms, and

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nodes.fingerprint import PER_ROW, _places, _places_on, _sampled, _taken, fingerprint
 from tests.conftest import random_state
 from wan_vae.config import wan21
+from wan_vae.io.fingerprint import PER_ROW, _places, _places_on, _sampled, _taken, fingerprint
 
 
 @pytest.fixture
