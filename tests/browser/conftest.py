@@ -19,6 +19,20 @@ MINI = EXAMPLES / "wan_vae_mini.safetensors"
 CAT = EXAMPLES / "latents" / "cat_416x240_17f.latent"
 
 
+# What `make test` runs: an old frontend and the newest, each in one of the ways in which it draws.
+# `make test-all` has both ways of both.
+QUICK = {("pinned", "canvas"), ("newest", "nodes2")}
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items):
+    for item in items:
+        names = getattr(getattr(item, "callspec", None), "params", {})
+        drawn = (names.get("frontend_name"), names.get("frontend"))
+        if None not in drawn and drawn not in QUICK:
+            item.add_marker(pytest.mark.full)
+
+
 @pytest.fixture(scope="session", params=["pinned", "newest"])
 def frontend_name(request) -> str:
     """Of the frontend: the one that this ComfyUI pins, then the newest one."""

@@ -210,6 +210,10 @@ def test_one_command_for_the_whole_workflow(frontend):
 
 def test_a_right_click_on_the_node_offers_it(frontend):
     """The menu that the frontend draws itself, on the canvas or over it, and a click in it."""
+    if (frontend.name, frontend.mode) == ("pinned", "nodes2"):
+        pytest.skip(
+            "frontend 1.32.9 shows no extension's entries in Nodes 2.0: the command does it"
+        )
     frontend.load(of_core(f"click-{frontend.name}-{frontend.mode}"))
     frontend.fit()
     x, y = frontend.page.evaluate(

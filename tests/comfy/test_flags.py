@@ -12,7 +12,10 @@ pytestmark = pytest.mark.comfy
 
 @pytest.mark.parametrize(
     ("flag", "dtype", "bound"),
-    [("--bf16-vae", "bfloat16", 0.1), ("--fp16-vae", "float16", 0.02)],
+    [
+        pytest.param("--bf16-vae", "bfloat16", 0.1, marks=pytest.mark.full),
+        ("--fp16-vae", "float16", 0.02),
+    ],
 )
 def test_vae_precision_flags(environment, tmp_path, flag, dtype, bound):
     server = Comfy(environment, tmp_path / "comfy", flag, "--disable-mmap")

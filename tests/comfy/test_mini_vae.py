@@ -21,7 +21,9 @@ def shipped_files(comfy):
         shutil.copyfile(EXAMPLES / "latents" / name, comfy.base / "input" / name)
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.full] if "cat" in n else []) for n in SAMPLES]
+)
 def test_samples_decode_as_core_decodes_them(comfy, name):
     run = comfy.run(
         {

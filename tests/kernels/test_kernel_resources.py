@@ -70,6 +70,7 @@ def test_what_hopper_tries_first_compiles_fits_and_does_not_spill(tmp_path, fami
     assert all(row["loads"] == "tma" for row in rows if row["loads"])
 
 
+@pytest.mark.full
 def test_what_cards_without_tma_try_first_compiles_fits_and_does_not_spill(tmp_path):
     """Chosen as for a card of capability 8.6; the widest layers also for others."""
     rows = compiled(tmp_path, "--card", "sm_86", "--family", "wan2.1", "--layer", "conv3d 96x")
@@ -227,6 +228,7 @@ def test_every_kernel_in_cuda_names_what_it_builds(monkeypatch):
 # -- their times -----------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_the_script_that_times_them_runs():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     script = REPOSITORY / "benchmarks" / "kernels.py"
