@@ -55,6 +55,7 @@ def test_memory_flags(environment, tmp_path):
         assert 1 <= previews <= 1 + 4 * reports[-1]["duration_ms"] / 1e3, "four a second"
 
 
+@pytest.mark.full
 def test_a_server_without_a_cache(environment, tmp_path):
     """--cache-none: every object of a run dies with it; a second run and a cancel are as right."""
     server = Comfy(environment, tmp_path / "comfy", "--cache-none")

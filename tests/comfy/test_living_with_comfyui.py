@@ -116,6 +116,7 @@ def test_one_vae_at_two_sizes(comfy):
         assert_as_core(comfy.run(decode_and_compare(shape)))
 
 
+@pytest.mark.full
 def test_one_vae_in_two_precisions_and_layouts(comfy):
     for i, options in enumerate(
         [
@@ -132,6 +133,7 @@ def test_one_vae_in_two_precisions_and_layouts(comfy):
         assert run.outputs["5"]["difference"][0] < bound
 
 
+@pytest.mark.full
 def test_twenty_runs_do_not_grow(comfy):
     def one(seed: int):
         run = comfy.run(decode(latent(frames=2, seed=seed)))

@@ -53,6 +53,7 @@ def tiny_sizes() -> Sizes:
     )
 
 
+@pytest.mark.full
 def test_the_whole_bench_on_two_cpu_ranks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "small_sizes", tiny_sizes)
     monkeypatch.setattr(command, "exact_float32", lambda: None)  # this process goes on

@@ -61,6 +61,7 @@ def test_one_latent_has_the_pixels_of_one_process(latents, tmp_path):
     assert torch.equal(load_file(output)["pixels"], expected)
 
 
+@pytest.mark.full
 def test_a_list_goes_over_two_nodes_past_a_failure_and_resumes(latents, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

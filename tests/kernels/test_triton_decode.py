@@ -74,6 +74,7 @@ def test_an_image_matches_the_reference(family):
     assert report.backends_used["attention"] == "triton"
 
 
+@pytest.mark.full
 def test_a_video_matches_the_reference_with_the_same_bits_in_any_schedule_and_strips(vae):
     z = latent(vae, 2)
     whole = decode(vae, z, chunk_frames=2)

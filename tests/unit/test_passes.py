@@ -186,6 +186,7 @@ def test_the_model_joins_the_passes_of_a_chunk(small_vae):
     assert relative_error(joined, whole) < BOUND
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("interpreted")
 def test_passes_change_no_bit_of_what_our_kernels_make(tmp_path, monkeypatch):
     """On a GPU, or as small as the interpreter needs it."""

@@ -27,22 +27,6 @@ def test_a_file_passed_if_its_summary_says_so(output, summary, is_right):
     assert Outcome("test_x", summary_of(output), output, 1.0).is_right is is_right
 
 
-@pytest.mark.parametrize(
-    ("summaries", "runs"),
-    [(["1 passed"], 1), (["", "1 passed"], 2), (["1 failed"], 1), (["", ""], 2)],
-)
-def test_what_wine_ended_runs_once_more(summaries, runs, monkeypatch):
-    seen = []
-
-    def run(name, paths, torch):
-        seen.append(paths)
-        return Outcome(name, summaries[len(seen) - 1], "", 1.0)
-
-    monkeypatch.setattr(run_tests, "_run", run)
-    outcome = run_tests.run_files("test_x", [REPOSITORY / "x.py"], None)
-    assert len(seen) == runs and outcome.summary == summaries[runs - 1]
-
-
 def test_the_files_in_folders_run_too():
     names = {path.stem for path in run_tests.wanted([], fast=False)}
     assert {"test_files", "test_kinds", "test_checkpoints"} <= names
