@@ -111,6 +111,7 @@ def test_the_shards_of_a_run_are_a_table(frontend):
     frontend.shot("shards")
 
 
+@pytest.mark.full
 def test_the_sample_that_the_repository_ships(frontend):
     """Node, preview and panel after a decode of a real picture."""
     frontend.load(cat_workflow())

@@ -34,6 +34,7 @@ def test_vae_precision_flags(environment, tmp_path, flag, dtype, bound):
         assert run.outputs["5"]["a"] == run.outputs["5"]["b"]
 
 
+@pytest.mark.full
 def test_memory_flags(environment, tmp_path):
     """Models are unloaded when they can be, and the VAE is told where to be and in what numbers.
 

@@ -149,6 +149,7 @@ def test_twenty_runs_do_not_grow(comfy):
     assert after <= before + 200_000, f"{before} bytes of tensors before, {after} after 20 runs"
 
 
+@pytest.mark.full
 def test_a_cancelled_decode_gives_its_memory_back(comfy):
     comfy.run(decode(latent(frames=2, seed=230)))
     before = memory(comfy)["bytes"]

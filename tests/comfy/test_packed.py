@@ -103,6 +103,7 @@ def test_a_copy_of_weights_that_were_changed_leaves(comfy):
     assert len(copies(comfy, held(name))) == 1
 
 
+@pytest.mark.full
 def test_a_copy_whose_vae_is_gone_stays_until_memory_is_wanted(environment, tmp_path):
     """--cache-none: each prompt loads the VAE again and finds the copy of the last one."""
     server = Comfy(environment, tmp_path / "comfy", "--cache-none")

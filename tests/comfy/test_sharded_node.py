@@ -175,6 +175,7 @@ def test_a_killed_worker_is_an_error_that_names_it_and_the_server_lives(comfy):
     assert again.report("3")["status"] == "done" and len(workers(comfy)) == 2
 
 
+@pytest.mark.full
 def test_a_killed_worker_falls_back_to_one_device_and_says_so(comfy):
     run = run_and_kill(comfy, samples={"seed": 38})
     assert run.error is None, run.error

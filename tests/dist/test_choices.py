@@ -13,6 +13,7 @@ def folders(tmp_path, count):
     return [str(tmp_path / f"host {i}") for i in range(count)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("operation", ["decode", "encode"])
 def test_ranks_with_other_clocks_run_the_kernels_of_rank_0(ranks, tmp_path, operation):
     def run(*fastest):

@@ -83,6 +83,7 @@ def test_a_list_goes_over_two_nodes_past_a_failure_and_resumes(latents, tmp_path
     assert len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.full
 def test_an_output_that_cannot_be_written_fails_on_all_ranks_and_the_rest_goes_on(
     latents, tmp_path
 ):

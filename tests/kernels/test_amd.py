@@ -98,6 +98,7 @@ def small_vae(family: str) -> WanVAE:
     return WanVAE.from_state_dict(random_state(config), device=HOST, dtype="fp16")
 
 
+@pytest.mark.full
 @on_the_cpu
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(

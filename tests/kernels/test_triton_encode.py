@@ -61,6 +61,7 @@ def test_an_image_matches_the_reference(vae):
     assert relative(encode(vae, pixels), reference(vae, pixels)) < BOUND
 
 
+@pytest.mark.full
 def test_a_video_matches_the_reference_with_the_same_bits_in_any_schedule_and_format(vae):
     pixels = video(vae, 9)
     whole = encode(vae, pixels, chunk_frames=3)

@@ -45,6 +45,7 @@ def check(cases) -> set[str]:
     return names
 
 
+@pytest.mark.full
 def test_decodes_encodes_strips_and_streams_keep_their_bits_and_so_do_shards():
     names = check(same_pictures.cases()) | check(same_pictures.sharded_cases())
     assert names == set(CONTENT["cases"])
