@@ -404,21 +404,25 @@ def test_alpha_that_cannot_be_read_is_said(tmp_path, monkeypatch):
     assert clip.frames == 5 and "no no_such_decoder" in clip.warnings[0]
 
 
+def write_noise(file, stream) -> None:
+    """16 frames that compress badly, so that each has its share of the file."""
+    stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+    noise = np.random.default_rng(0)
+    for _ in range(16):
+        picture = noise.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+        for packet in stream.encode(frame):
+            file.mux(packet)
+    for packet in stream.encode(None):
+        file.mux(packet)
+
+
 @pytest.mark.parametrize(
     ("name", "codec"), [("v.mkv", "ffv1"), ("v.webm", "libvpx-vp9"), ("v.avi", "mpeg4")]
 )
 def test_a_video_that_is_cut_short_says_so(name, codec, tmp_path):
-    noise = np.random.default_rng(0)
     with av.open(str(tmp_path / name), "w") as file:
-        stream = file.add_stream(codec, rate=16)
-        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
-        for _ in range(16):
-            picture = noise.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
-            for packet in stream.encode(frame):
-                file.mux(packet)
-        for packet in stream.encode(None):
-            file.mux(packet)
+        write_noise(file, file.add_stream(codec, rate=16))
     assert open_clip(tmp_path / name).warnings == []
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[: len(whole) * 6 // 10])
@@ -430,16 +434,7 @@ def test_a_video_that_is_cut_short_says_so(name, codec, tmp_path):
 
 def test_a_damaged_mp4_says_after_how_many_frames(tmp_path):
     with av.open(str(tmp_path / "v.mp4"), "w", options={"movflags": "faststart"}) as file:
-        stream = file.add_stream("libx264", rate=16, options={"bf": "0"})
-        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
-        noise = np.random.default_rng(0)
-        for _ in range(16):
-            picture = noise.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
-            for packet in stream.encode(frame):
-                file.mux(packet)
-        for packet in stream.encode(None):
-            file.mux(packet)
+        write_noise(file, file.add_stream("libx264", rate=16, options={"bf": "0"}))
     whole = (tmp_path / "v.mp4").read_bytes()
     (tmp_path / "v.mp4").write_bytes(whole[: len(whole) * 8 // 10])
     with pytest.raises(LatentError, match=r"after \d+ frames: damaged or cut short") as caught:

@@ -414,7 +414,7 @@ def program(variant: Variant) -> Program:
         threads=32 * tile.warps_m * tile.warps_n,
         shared_bytes=_shared_bytes(variant),
         resident=tile.resident,
-        headers=("machine.cuh", "conv3x3_tile.cuh"),
+        headers=("machine.cuh", "winograd.cuh", "conv3x3_tile.cuh"),
     )
 
 

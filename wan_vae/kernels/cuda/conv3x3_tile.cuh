@@ -1,5 +1,5 @@
 // What the forms of the 3x3 convolution by mma.sync have in common: tiles, sums, and how they are stored.
-// Stands behind machine.cuh, in front of conv3x3_mma.cu and conv3x3_mma_2d.cu.
+// Stands behind machine.cuh and winograd.cuh, in front of conv3x3_mma.cu and conv3x3_mma_2d.cu.
 //
 // Macros: CIN, COUT (channels of a pixel), FORM, ROWS (of 16 pixels of a tile), BN (output channels of
 // a tile), WARPS_M, WARPS_N (warps that share them), KC (input channels of a step), RESIDENT (programs
@@ -196,42 +196,26 @@ INLINE void clear(float (&d)[MI][NI][4]) {
 }
 
 #if FORM == WINOGRAD_4
-// The sums of the products of p, -p, q and -q -> four frames, which the products of 0 and infinity
-// are missing: A' of winograd.py. In this form because all stay where they are.
 INLINE void frames_of_quad(float (&a)[MI][NI][4], float (&b)[MI][NI][4], float (&c)[MI][NI][4],
                            float (&d)[MI][NI][4]) {
-  constexpr float kP = 0.6875f, kQ = 1.375f, kPP = kP * kP, kRest = kQ * kQ - kPP;
 #pragma unroll
   for (int mi = 0; mi < MI; ++mi) {
 #pragma unroll
     for (int n = 0; n < NI; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float &y0 = a[mi][n][i], &y1 = b[mi][n][i], &y2 = c[mi][n][i], &y3 = d[mi][n][i];
-        y0 += y1;  // even and odd part of p, then of q
-        y1 = __fmaf_rn(-2.0f, y1, y0);
-        y2 += y3;
-        y3 = __fmaf_rn(-2.0f, y3, y2);
-        y0 += y2;
-        y2 = __fmaf_rn(kPP, y0, kRest * y2);
-        y1 = __fmaf_rn(kP, y1, kQ * y3);
-        y3 = __fmaf_rn(kPP, y1, kQ * kRest * y3);
-      }
+      for (int i = 0; i < 4; ++i)
+        frames_of_quad(a[mi][n][i], b[mi][n][i], c[mi][n][i], d[mi][n][i]);
     }
   }
 }
 #elif FORM == WINOGRAD || FORM == WINOGRAD_2D
-// (a, b) = (a + b, a - b), in this form because both stay where they are.
 INLINE void sums_and_differences(float (&a)[MI][NI][4], float (&b)[MI][NI][4]) {
 #pragma unroll
   for (int mi = 0; mi < MI; ++mi) {
 #pragma unroll
     for (int n = 0; n < NI; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        a[mi][n][i] += b[mi][n][i];
-        b[mi][n][i] = __fmaf_rn(-2.0f, b[mi][n][i], a[mi][n][i]);
-      }
+      for (int i = 0; i < 4; ++i) sum_and_difference(a[mi][n][i], b[mi][n][i]);
     }
   }
 }

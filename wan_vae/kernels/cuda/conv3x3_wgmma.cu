@@ -136,27 +136,6 @@ __device__ __forceinline__ uint4 transpose_quad(u32 a0, u32 a1, u32 a2, u32 a3, 
   return high ? make_uint4(p, q, b2, b3) : make_uint4(b0, b1, p, q);
 }
 
-// (a, b) = (a + b, a - b), in this form because both stay where they are: with a - b the compiler
-// makes room for all differences at once by putting sums aside.
-__device__ __forceinline__ void sum_and_difference(float& a, float& b) {
-  a += b;
-  b = __fmaf_rn(-2.0f, b, a);
-}
-
-// The sums of the products of p, -p, q and -q -> four frames, which the products of 0 and infinity are
-// missing: A' of winograd.py. In place for the same reason.
-__device__ __forceinline__ void frames_of_quad(float& y0, float& y1, float& y2, float& y3) {
-  constexpr float kP = 0.6875f, kQ = 1.375f, kPP = kP * kP, kRest = kQ * kQ - kPP;
-  y0 += y1;  // even and odd part of p, then of q
-  y1 = __fmaf_rn(-2.0f, y1, y0);
-  y2 += y3;
-  y3 = __fmaf_rn(-2.0f, y3, y2);
-  y0 += y2;
-  y2 = __fmaf_rn(kPP, y0, kRest * y2);
-  y1 = __fmaf_rn(kP, y1, kQ * y3);
-  y3 = __fmaf_rn(kPP, y1, kQ * kRest * y3);
-}
-
 // Where a warpgroup's part of a tile goes: `pixel` is the index of this lane's upper left pixel, the
 // others are a row below, `below` pixels on, and eight columns; `inside` has a bit for each of them.
 struct Place {

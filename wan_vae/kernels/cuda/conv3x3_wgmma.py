@@ -246,6 +246,6 @@ def program(variant: Variant) -> Program:
         ARCHITECTURE,
         threads=384,
         shared_bytes=variant.shared_bytes,
-        headers=("hopper.cuh",),
+        headers=("hopper.cuh", "winograd.cuh"),
         cluster=variant.cluster,
     )

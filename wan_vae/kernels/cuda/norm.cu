@@ -267,7 +267,6 @@ INLINE void load_past_frame(Operand& o, const Place& place, const u16* history, 
 
 // Six frames -> the six of the operand, rounded once: B' of winograd.py.
 INLINE void store_quad(u16* to, i64 frame, const Place& place, const Operand (&d)[6]) {
-  constexpr float kP = 0.6875f, kQ = 1.375f, kPP = kP * kP, kQQ = kQ * kQ;
 #pragma unroll
   for (int j = 0; j < VECTORS; ++j) {
     u32 made[6][4];
@@ -278,18 +277,18 @@ INLINE void store_quad(u16* to, i64 frame, const Place& place, const Operand (&d
       for (int k = 0; k < 6; ++k) unpack<kOut>(d[k].v[j][i], v[k][0], v[k][1]);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const float even_p = 0.5f * __fmaf_rn(-kQQ, v[2][k], v[4][k]);
-        const float odd_p = __fmaf_rn(-kQQ, v[1][k], v[3][k]);
-        const float even_q = __fmaf_rn(-kPP, v[2][k], v[4][k]);
-        const float odd_q = __fmaf_rn(-kPP, v[1][k], v[3][k]);
-        r[0][k] = __fmaf_rn(kP / 2, odd_p, even_p);
-        r[1][k] = __fmaf_rn(-kP / 2, odd_p, even_p);
-        r[2][k] = __fmaf_rn(kQ, odd_q, even_q);
-        r[3][k] = __fmaf_rn(-kQ, odd_q, even_q);
+        const float even_p = 0.5f * __fmaf_rn(-kFarPointSquared, v[2][k], v[4][k]);
+        const float odd_p = __fmaf_rn(-kFarPointSquared, v[1][k], v[3][k]);
+        const float even_q = __fmaf_rn(-kPointSquared, v[2][k], v[4][k]);
+        const float odd_q = __fmaf_rn(-kPointSquared, v[1][k], v[3][k]);
+        r[0][k] = __fmaf_rn(kPoint / 2, odd_p, even_p);
+        r[1][k] = __fmaf_rn(-kPoint / 2, odd_p, even_p);
+        r[2][k] = __fmaf_rn(kFarPoint, odd_q, even_q);
+        r[3][k] = __fmaf_rn(-kFarPoint, odd_q, even_q);
 #pragma unroll
         for (int last = 0; last < 2; ++last) {
-          const float outer = __fmaf_rn(kPP * kQQ, v[last][k], v[last + 4][k]);
-          r[4 + last][k] = 0.5f * __fmaf_rn(-(kPP + kQQ), v[last + 2][k], outer);
+          const float outer = __fmaf_rn(kPointSquared * kFarPointSquared, v[last][k], v[last + 4][k]);
+          r[4 + last][k] = 0.5f * __fmaf_rn(-(kPointSquared + kFarPointSquared), v[last + 2][k], outer);
         }
       }
 #pragma unroll

@@ -73,7 +73,14 @@ def program(variant: Variant, machine_code: str) -> Program:
         "VECTORS": variant.vectors,
         "THREADS": threads,
     }
-    return Program("norm.cu", variant.entry, tuple(defines.items()), machine_code, threads)
+    return Program(
+        "norm.cu",
+        variant.entry,
+        tuple(defines.items()),
+        machine_code,
+        threads,
+        headers=("machine.cuh", "winograd.cuh"),
+    )
 
 
 def norm_program(
