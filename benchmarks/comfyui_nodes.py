@@ -182,7 +182,7 @@ def run_cold(setting: Setting, case: ColdCase) -> tuple[list[ColdRow], dict[str,
                     print(server.log_text()[-6000:], file=sys.stderr)
                     raise
                 version = str(server.get("/system_stats")["system"]["comfyui_version"])
-                report = server.get("/wan_vae/reports")["reports"][-1]["report"]
+                report = server.last_run.kept[-1]["report"]
 
         rows = list(cold_rows(case, base / "caches", start))
     return rows, report, version

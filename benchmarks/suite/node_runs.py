@@ -327,7 +327,7 @@ def measure(server: Comfy, case: NodeCase, seed: int) -> NodeRow:
     for number in range(1 + case.warm):
         ms, run = timed_run(server, case, seed + number)
         times.append(ms)
-        phases.append((_report(server, case) or {}).get("host_ms", {}))
+        phases.append((_report(run, case) or {}).get("host_ms", {}))
         digests += run.outputs[_PROBE].get("digest", [])
     host_ms = {
         name: statistics.median(found.get(name, 0.0) for found in phases[1:] or phases)
