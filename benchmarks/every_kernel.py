@@ -8,9 +8,8 @@
 A proof (wan_vae/kernels/proof/) runs a kernel twice on poisoned memory and holds it against float32.
 Layers are those of Wan 2.1, Wan 2.2 and a narrow model, decoder and encoder, videos and images, whole
 pictures and shards. --once: each kernel and configuration with one layer, for tools that take their
-time; --share 1/2 and 2/2 are its halves. --experiments: instead, what no layer is given yet (of quads
---size 5,21,35 has a first one and a whole one). Exits with 1 if a proof fails; what cannot be built is
-named and passed over.
+time; --share 1/2 and 2/2 are its halves. Exits with 1 if a proof fails; what cannot be built is named
+and passed over.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ import torch
 
 from wan_vae.config import WanVAEConfig, wan21, wan22
 from wan_vae.kernels import registry
-from wan_vae.kernels.cuda.program import CompiledKernel
 from wan_vae.kernels.device import Device
 from wan_vae.kernels.kernel import BuildError, Kernel
 from wan_vae.kernels.proof import cases
@@ -44,22 +42,14 @@ AXES: tuple[Axis | None, ...] = (None, "height", "width")
 Trial = tuple[Kernel[Any, Any], Problem, str, Axis | None]
 
 
-def trials(
-    families: Sequence[str], card: Device, dtype: torch.dtype, experiments: bool = False
-) -> dict[str, Trial]:
-    """Every kernel and configuration that a layer may get on `card`, by the name of its proof;
-    experiments: that no layer is given yet (`CudaKernel.experiments`)."""
+def trials(families: Sequence[str], card: Device, dtype: torch.dtype) -> dict[str, Trial]:
+    """Every kernel and configuration that a layer may get on `card`, by the name of its proof."""
     found: dict[str, Trial] = {}
     for problem in _problems(dtype):
         for kernel in registry.kernels_of(problem.operation, tuple(families)):
             if kernel.requires.unmet(card, problem) is not None:
                 continue
-            configs = kernel.candidates(problem, card)
-            if experiments:
-                configs = ()
-                if isinstance(kernel, CompiledKernel):
-                    configs = kernel.experiments(problem, card)
-            for config in configs:
+            for config in kernel.candidates(problem, card):
                 for axis in AXES if problem.has_halo else (None,):
                     key = proof_key(kernel, problem, config, axis)
                     found[key] = kernel, problem, config, axis
@@ -109,16 +99,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--family", action="append", choices=registry.FAMILIES)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--once", action="store_true", help="one layer of each configuration")
-    parser.add_argument("--experiments", action="store_true", help="what no layer is given yet")
     parser.add_argument("--share", default="1/1", help="1/2 and 2/2: the halves, for two processes")
-    parser.add_argument("--size", default="3,21,35", help="frames, rows and columns")
+    parser.add_argument(
+        "--size", default="5,21,35", help="frames, rows and columns (5: a quad and one of the past)"
+    )
     args = parser.parse_args(argv)
     device = torch.device("cuda", 0)
     card = Device.chosen_for(device)
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float16
     frames, rows, columns = (int(part) for part in args.size.split(","))
     size = frames, rows, columns
-    todo = trials(args.family or registry.FAMILIES, card, dtype, args.experiments)
+    todo = trials(args.family or registry.FAMILIES, card, dtype)
     todo = once(todo) if args.once else todo
     share, shares = (int(part) for part in args.share.split("/"))
     todo = dict(list(todo.items())[share - 1 :: shares])

@@ -5,7 +5,6 @@
     python benchmarks/kernel_resources.py --card gfx1100         # and for RDNA 3
     python benchmarks/kernel_resources.py --first --json         # those that are tried first
     python benchmarks/kernel_resources.py --kernels cuda --check # exits 1 if a limit is exceeded
-    python benchmarks/kernel_resources.py --experiments --check  # of what no layer is given yet
 
 Registers a thread, bytes of stack (spilled registers) and shared memory of a program. For Triton
 also how many tensor core instructions the loop has and how often it waits for them: as many waits
@@ -60,10 +59,10 @@ def resources(args: argparse.Namespace, architecture: str) -> Iterator[Resources
     dtype = DTYPES[args.dtype or ("float16" if architecture == "sm_75" else "bfloat16")]
     if "cuda" in wanted:
         layers = problems(families, dtype, images=True)
-        made = cuda_kernels.jobs(layers, device, args.first, args.kernel, args.experiments)
+        made = cuda_kernels.jobs(layers, device, args.first, args.kernel)
         named = [job for job in made if args.layer in job.name]
         yield from cuda_kernels.compile_jobs(named, device)
-    if "triton" in wanted and not args.experiments:
+    if "triton" in wanted:
         from benchmarks.resources import triton_kernels
 
         # Those of an image are those of a video, with fewer taps.
@@ -105,11 +104,6 @@ def main() -> int:
     parser.add_argument("--kernel", help='only kernels of this name, such as "pointer"')
     parser.add_argument("--layer", default="", help='only layers whose name has this, "96x96"')
     parser.add_argument("--first", action="store_true", help="only what is tried first")
-    parser.add_argument(
-        "--experiments",
-        action="store_true",
-        help="instead of what is tried, the kernels in CUDA C++ that no layer is given yet",
-    )
     parser.add_argument("--family", choices=FAMILIES, action="append", help="default: both")
     parser.add_argument("--dtype", choices=DTYPES, help="of features (default: see above)")
     parser.add_argument("--json", action="store_true")

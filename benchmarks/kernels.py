@@ -4,13 +4,10 @@
     WAN_VAE_CAPABILITY=8.9 python benchmarks/kernels.py           # as a card of that capability
     python benchmarks/kernels.py --amd                            # also in AMD's configurations
     python benchmarks/kernels.py --repeat-products 1,2,3,5        # as if tensor cores were slower
-    python benchmarks/kernels.py --experiments                    # what no layer is given yet
     TRITON_INTERPRET=1 python benchmarks/kernels.py --tiny        # that it runs at all, on the CPU
 
 A configuration gets a time only if six runs on random data are equal bit for bit and close to a
-float32 result. --experiments times the configurations in CUDA C++ that are tried, and those that
-no layer is given before a card has measured them (`CudaKernel.experiments`), each with the norm in
-front of it, on the layers that make four frames of a latent frame. --amd adds what AMD's cards
+float32 result. Below each stands the norm that writes its operand. --amd adds what AMD's cards
 would be given (pointer loads, their tiles), compiled for this card: it says that they are right,
 and what loading without tensor descriptors costs here, not how fast an AMD card is.
 --repeat-products issues each product of the 3x3x3 convolutions by mma.sync so many times, which
@@ -39,7 +36,7 @@ from wan_vae.kernels import registry
 from wan_vae.kernels.cuda import conv3x3_mma
 from wan_vae.kernels.cuda.driver import Function, compile_source
 from wan_vae.kernels.cuda.kernels import NormConvMma
-from wan_vae.kernels.cuda.program import CompiledKernel, Program, multiprocessors
+from wan_vae.kernels.cuda.program import Program, multiprocessors
 from wan_vae.kernels.device import Device
 from wan_vae.kernels.kernel import NormCall
 from wan_vae.kernels.triton import attention as triton_attention
@@ -91,9 +88,8 @@ LAYERS = (
     Layer(384, 2, 2, 180, 320),
     Layer(192, 4, 4, 360, 640),
     Layer(96, 4, 4, 720, 1280),
+    Layer(256, 4, 4, 352, 640),  # of Wan 2.2
 )
-# With experiments: those of a latent frame of four frames, Wan 2.2's widest too.
-QUADRUPLES = (*LAYERS[2:], Layer(256, 4, 4, 352, 640))
 AMD = ("gfx942", "gfx1100", "gfx1201")
 TINY = (Layer(16, 2, 2, 5, 7),)
 
@@ -101,14 +97,8 @@ TINY = (Layer(16, 2, 2, 5, 7),)
 class Bench:
     """Random inputs, gate and clock on one device."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        repeats: int,
-        imitated: Sequence[str] = (),
-        experiments: bool = False,
-    ):
-        self.device, self.repeats, self.experiments = device, repeats, experiments
+    def __init__(self, device: torch.device, repeats: int, imitated: Sequence[str] = ()):
+        self.device, self.repeats = device, repeats
         self.card = Device.chosen_for(device)
         # The card, then those whose configurations are timed too.
         self.cards = (self.card, *(self.card.imitating(name) for name in imitated))
@@ -175,11 +165,10 @@ class Bench:
             name = f"{kernel.family} {kernel.name} {config}{self.label(card)}"
             bound = BOUND + kernel.sums_error
             right.append(self.candidate(name, work, expected, flops, bound))
-            if self.experiments:
-                make = partial(
-                    ours.operand, x, history.clone(), only_frame=False, keep=True, overwrite=True
-                )
-                print(f"    its norm {self.median_ms(make):.3f} ms", flush=True)
+            make = partial(
+                ours.operand, x, history.clone(), only_frame=False, keep=True, overwrite=True
+            )
+            print(f"    its norm {self.median_ms(make):.3f} ms", flush=True)
         return any(right)
 
     def label(self, card: Device) -> str:
@@ -193,17 +182,8 @@ class Bench:
             for card in self.cards
             for kernel in registry.kernels_of("norm_conv3d", registry.FAMILIES)
             if kernel.requires.unmet(card, layer.problem) is None
-            for config in self._configurations(kernel, layer, card)
+            for config in kernel.candidates(layer.problem, card)
         ]
-
-    def _configurations(self, kernel: Any, layer: Layer, card: Device) -> list[str]:
-        """With experiments those too, and none of families that have none."""
-        if not self.experiments:
-            return list(kernel.candidates(layer.problem, card))
-        if not isinstance(kernel, CompiledKernel):
-            return []
-        listed = (kernel.candidates, kernel.experiments)
-        return [config for configs in listed for config in configs(layer.problem, card)]
 
     def repeated(self, layer: Layer, repeats: Sequence[int]) -> None:
         """Times with products issued several times, and the share of the ceiling."""
@@ -303,11 +283,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
     parser.add_argument("--amd", action="store_true", help="also in AMD's configurations")
     parser.add_argument(
-        "--experiments",
-        action="store_true",
-        help="only kernels in CUDA C++, with those that no layer is given yet, and norms",
-    )
-    parser.add_argument(
         "--repeat-products",
         metavar="R,R",
         type=lambda text: [int(part) for part in text.split(",")],
@@ -316,14 +291,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     device, imitated = torch.device("cpu" if args.tiny else "cuda"), AMD if args.amd else ()
-    bench = Bench(device, 3 if args.tiny else 9, imitated, args.experiments)
+    bench = Bench(device, 3 if args.tiny else 9, imitated)
     with torch.no_grad():
         if args.repeat_products:
             for layer in LAYERS:
                 bench.repeated(layer, args.repeat_products)
             return 0
-        if args.experiments:
-            return int(not all(bench.convolution(layer) for layer in QUADRUPLES))
         right = [bench.convolution(layer) for layer in (TINY if args.tiny else LAYERS)]
         right.append(bench.attention(*((48, 19) if args.tiny else (384, 14400))))
         bench.norm_and_head(*((16, 2, 5, 7) if args.tiny else (96, 4, 720, 1280)))

@@ -68,8 +68,8 @@ class Pass:
     def split(self, stage: int, limits: tuple[int, ...], config: WanVAEConfig) -> list[Pass]:
         """The passes in which `stage`, and all before it, takes this one: only itself, if it fits.
 
-        Otherwise the first frame of the video goes alone, so that an even number of frames remains:
-        down-samplers, and some kernels, work on pairs.
+        Otherwise the first frame of the video goes alone, so that whole latent frames remain,
+        which are cut where no kernel makes frames together (`planning.passes`).
         """
         if not limits or self.at_stage(stage, config) <= limits[stage]:
             return [self]

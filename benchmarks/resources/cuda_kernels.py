@@ -31,18 +31,16 @@ def jobs(
     device: Device,
     first: bool,
     only: str | None = None,
-    experiments: bool = False,
 ) -> Iterator[Job]:
     """What layers run on `device`, each program once.
 
-    first: only what is tried first. only: the kernels of this name, instead of all. experiments:
-    instead of what is tried, what no layer is given yet (`CudaKernel.experiments`). The first
+    first: only what is tried first. only: the kernels of this name, instead of all. The first
     program of a kernel has the layer's name; those beside it, which other layers have too, have a
     name of their own.
     """
     seen = set()
     for problem in problems:
-        for kernel, config in _configurations(problem, device, first, only, experiments):
+        for kernel, config in _configurations(problem, device, first, only):
             layer, *others = kernel.programs(problem, config, device)
             for job in (
                 Job(problem.key(), f"{kernel.name} {config}", layer),
@@ -54,15 +52,14 @@ def jobs(
 
 
 def _configurations(
-    problem: Problem, device: Device, first: bool, only: str | None, experiments: bool
+    problem: Problem, device: Device, first: bool, only: str | None
 ) -> Iterator[tuple[Any, str]]:
     """Kernels that name their programs, each with its configurations."""
     for kernel in kernels_of(problem.operation, ("cuda",)):
         if only not in (None, kernel.name) or not isinstance(kernel, CompiledKernel):
             continue
         if kernel.requires.unmet(device, problem) is None:
-            listed = kernel.experiments if experiments else kernel.candidates
-            configs = listed(problem, device)
+            configs = kernel.candidates(problem, device)
             for config in configs[:1] if first else configs:
                 yield kernel, config
             if first and configs:

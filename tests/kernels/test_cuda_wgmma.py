@@ -43,7 +43,7 @@ VARIANTS = [
     Variant(160, 320, True, 3, BF16),
     Variant(320, 640, False, 3, BF16),
 ]
-# F(4,3), which no layer is given: each program alone, and in clusters of two.
+# F(4,3): each program alone, and in clusters of two.
 QUADRUPLES = [
     Variant(cin, cout, True, 3, out, quads=True, cluster=cluster)
     for cin, cout, out in ((96, 96, BF16), (192, 192, HALF), (96, 192, BF16), (256, 256, BF16))
@@ -261,14 +261,14 @@ def test_widths_that_have_a_kernel():
     assert fits(256, 256) and not fits(16, 96) and not fits(96, 3) and not fits(96, 80)
 
 
-def test_quads_are_an_experiment():
-    """Of layers that make four frames of a latent frame; nothing tries them."""
+def test_quads_are_tried_first_by_layers_that_make_four_frames_of_a_latent_frame():
     (kernel,) = (k for k in kernels_of("norm_conv3d", ("cuda",)) if k.name == "wgmma")
     problem, card = NormConvProblem(96, 96, BF16, 4), CARDS["H100"]
-    assert kernel.candidates(problem, card) == ("winograd",)
-    assert kernel.experiments(problem, card) == ("winograd4", "winograd4_cluster")
-    assert kernel.experiments(NormConvProblem(96, 96, BF16, 2), card) == ()
-    for config, cluster in (("winograd", 1), ("winograd4", 1), ("winograd4_cluster", 2)):
+    assert kernel.candidates(problem, card) == ("winograd4", "winograd")
+    assert kernel.candidates(NormConvProblem(96, 96, BF16, 2), card) == ("winograd",)
+    only = NormConvProblem(96, 96, BF16, 4, only_frame=True)
+    assert kernel.candidates(only, card) == ("direct1",)
+    for config, cluster in (("winograd", 1), ("winograd4", 1)):
         conv, norm = kernel.programs(problem, config, card)
         macros = dict(conv.defines)
         assert (macros["QUADS"], macros["CLUSTER"]) == (config != "winograd", cluster)
@@ -279,13 +279,13 @@ def test_quads_are_an_experiment():
 @pytest.mark.usefixtures("emulated", "poisoned_outputs")
 @pytest.mark.parametrize(
     "name,config,axis",
-    [("wgmma", "winograd4_cluster", None), ("mma", "winograd4_4x96", "height")],
+    [("wgmma", "winograd4", None), ("mma", "winograd4_4x96", "height")],
 )
-def test_quads_have_to_prove_themselves_like_candidates(name, config, axis, monkeypatch):
+def test_quads_have_to_prove_themselves(name, config, axis, monkeypatch):
     """By the proof of every first use: with the first quad's past and a whole one behind it."""
     (kernel,) = (k for k in kernels_of("norm_conv3d", ("cuda",)) if k.name == name)
     problem, card, cpu = NormConvProblem(32, 96, BF16, 4), CARDS["H100"], torch.device("cpu")
-    assert config in kernel.experiments(problem, card)
+    assert config in kernel.candidates(problem, card)
     size = (5, 5, 7)
     verdict = prove_kernel(kernel, problem, config, card, cpu, axis, size)
     assert verdict.passed and verdict.error is not None and verdict.error < 3e-3

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from wan_vae.config import WanVAEConfig
+from wan_vae.kernels.winograd import DIRECT, PAIRS, QUADS
 from wan_vae.layout import LayoutCounter, to_format
 from wan_vae.network import architecture
 from wan_vae.network.model import WanVAEModel
@@ -20,6 +21,8 @@ from wan_vae.ops.eager import norm as eager_norm
 from wan_vae.ops.eager import upsample as eager_upsample
 from wan_vae.ops.opset import CallSize, HaloRows, OpSet, Workspace
 
+TRANSFORMS = {1: DIRECT, 2: PAIRS, 4: QUADS}
+
 
 @dataclass(frozen=True)
 class FakeLayer:
@@ -27,7 +30,7 @@ class FakeLayer:
     or "plain".
 
     dtype: of features and of what the convolution reads (our kernels read float16, which is as
-    large as bfloat16). winograd: the convolution reads four frames for each pair.
+    large as bfloat16). frames_together: see `Prepared`; by Winograd.
     """
 
     family: str
@@ -36,7 +39,7 @@ class FakeLayer:
     channels_in: int
     channels: int
     dtype: torch.dtype
-    winograd: bool = False
+    frames_together: int = 1
 
     def workspace(self, size: CallSize) -> Workspace:
         if self.kind == "plain":
@@ -53,7 +56,7 @@ class FakeLayer:
 
     def operand_frames(self, frames: int, past: int) -> int:
         """Frames of what the convolution reads."""
-        return -(-frames // 2) * 4 if self.winograd and past else frames + past
+        return (TRANSFORMS[self.frames_together] if past else DIRECT).operand_frames(frames, past)
 
 
 def fake_layers(
@@ -70,10 +73,10 @@ def fake_layers(
     found: dict[str, FakeLayer] = {}
     plain = FakeLayer(family, "plain", "plain", 0, 0, dtype)
 
-    def add_block(block: architecture.Block, pairs: bool) -> None:
+    def add_block(block: architecture.Block, together: int) -> None:
         for name, channels_in in ((block.conv1, block.channels_in), (block.conv2, block.channels)):
             found[name] = FakeLayer(
-                family, "conv", "normed", channels_in, block.channels, dtype, pairs
+                family, "conv", "normed", channels_in, block.channels, dtype, together
             )
         if block.shortcut is not None:
             found[block.shortcut] = plain
@@ -83,15 +86,15 @@ def fake_layers(
     c = architecture.trunk_channels(config)
     found[architecture.ATTENTION] = FakeLayer(family, "attention", "attention", c, c, dtype)
     for block in architecture.middle_blocks(config):
-        add_block(block, False)
-    pairs, stages = False, architecture.stages(config)
+        add_block(block, 1)
+    frames, stages = 1, architecture.stages(config)
     for stage in stages:
         for block in stage.blocks:
-            add_block(block, pairs and family == "cuda")
+            add_block(block, frames if family == "cuda" else 1)
         if stage.up is not None:
             found[stage.up.conv] = plain
             if stage.up.time_conv is not None:
-                found[stage.up.time_conv], pairs = plain, True
+                found[stage.up.time_conv], frames = plain, 2 * frames
     found[architecture.HEAD] = FakeLayer(
         family, "head", "head", stages[-1].channels, config.decoder_channels, dtype
     )
@@ -115,10 +118,13 @@ def fake_encoder_layers(
     found[architecture.ENCODER_ATTENTION] = FakeLayer(family, "attention", "attention", c, c, dtype)
     head = FakeLayer(family, "head", "wide head", c, 2 * config.z_dim, dtype)
     found[architecture.ENCODER_HEAD] = head
-    blocks = [(b, stage.down is not None) for stage in stages for b in stage.blocks]
-    for block, pairs in (
+    blocks, frames = [], config.temporal_factor
+    for stage in stages:
+        blocks += [(block, frames) for block in stage.blocks]
+        frames //= 2 if stage.temporal else 1
+    for block, together in (
         *blocks,
-        *((b, False) for b in architecture.middle_blocks(config, "encoder")),
+        *((b, 1) for b in architecture.middle_blocks(config, "encoder")),
     ):
         for name, channels_in in ((block.conv1, block.channels_in), (block.conv2, block.channels)):
             found[name] = FakeLayer(
@@ -128,7 +134,7 @@ def fake_encoder_layers(
                 channels_in,
                 block.channels,
                 dtype,
-                pairs and family == "cuda",
+                together if family == "cuda" else 1,
             )
         if block.shortcut is not None:
             found[block.shortcut] = plain

@@ -40,7 +40,7 @@ def latent_of(vae, frames, height=3, width=2, batch=1):
 
 def limit_passes(patch: pytest.MonkeyPatch, limits: tuple[int, ...]) -> None:
     """Let decodes take at most so many frames at once in each stage."""
-    patch.setattr(decode, "pass_frames", lambda config, latent_shape, elements: limits)
+    patch.setattr(decode, "pass_frames", lambda *_: limits)
 
 
 def passes_of(patch: pytest.MonkeyPatch, vae: WanVAE, frames: int, size: tuple[int, ...]) -> None:

@@ -7,9 +7,9 @@ four in four accumulators, A' works in place, and the last two are added to the 
 frame.
 
 Quads end with a call's last frame. Behind a video's first frame, which stands alone, each latent
-frame is four frames, so quads are latent frames, however the video is cut into chunks, as long as
-each pass has whole latent frames (today's have an even number of frames: see
-`planning/passes.py`). Of the first quad three frames are of the past.
+frame is four frames, so quads are latent frames, however the video is cut into chunks, because
+each pass then has whole latent frames (`planning/passes.py`). Of the first quad three frames are
+of the past.
 
 Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2015); points:
 benchmarks/winograd_error.py.

@@ -159,8 +159,8 @@ def join_passes(passes: Iterator[torch.Tensor]) -> torch.Tensor:
 def first_pass(frames: int, stage: int, step: Step) -> int:
     """How many of `frames` frames of features enter `stage` in the next pass.
 
-    If they do not all enter together, the first frame of the video goes alone. Where a latent frame
-    is several frames, an even number of frames then remains, because some kernels work on pairs.
+    If they do not all enter together, the first frame of the video goes alone. Whole latent frames
+    then remain, which are cut where no kernel makes frames together (`planning.passes`).
     """
     if not step.pass_frames or frames <= step.pass_frames[stage]:
         return frames

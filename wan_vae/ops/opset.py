@@ -99,6 +99,12 @@ class Prepared(Protocol):
         """The family of the kernel, such as "triton"."""
         ...
 
+    @property
+    def frames_together(self) -> int:
+        """How many frames of a latent frame it makes from the same products, 1, 2 or 4: which they
+        are must not depend on how a chunk is cut into passes."""
+        ...
+
     def workspace(self, size: CallSize) -> Workspace:
         """What a call on an input of `size` takes. Allocates nothing."""
         ...

@@ -14,7 +14,12 @@ from ..geometry import Strip
 from ..io.pixels import STAGING_BUFFERS
 from ..network import architecture
 from ..network.architecture import Downsampler, EncoderStage
-from .passes import encoder_latent_rows, encoder_pass_frames, encoder_rows
+from .passes import (
+    encoder_latent_rows,
+    encoder_pass_frames,
+    encoder_rows,
+    frames_together,
+)
 from .peak import Memory, Peak, StripsPeak, Walk, heaviest_chunks
 
 _FLOAT_BYTES = 4
@@ -94,7 +99,8 @@ class EncoderWalk(Walk):
         self.limits: tuple[int, ...] = ()
         if elements is not None:
             shape = (*memory.shape[:3], encoder_latent_rows(config, strip), self.width)
-            self.limits = encoder_pass_frames(config, shape, elements)
+            together = frames_together(memory.layers)
+            self.limits = encoder_pass_frames(config, shape, elements, together)
         moments = self.batch * 2 * config.z_dim * chunk.frames * self.height * self.width
         self.moments = self.rounded(moments * _FLOAT_BYTES)
 

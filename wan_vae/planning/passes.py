@@ -6,20 +6,29 @@ chunk therefore passes the trunk as a whole and the stages in passes of fewer fr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..config import WanVAEConfig
 from ..geometry import Halo, Strip, encoder_halos
 from ..network import architecture
+from ..ops.opset import Prepared
+
+
+def frames_together(layers: Mapping[str, Prepared]) -> int:
+    """How many frames of a latent frame no pass may part: two, because down-samplers halve them and
+    up-samplers double them, or more for a kernel that makes more together (`Prepared`)."""
+    return max((2, *(layer.frames_together for layer in layers.values())))
 
 
 def pass_frames(
-    config: WanVAEConfig, latent_shape: tuple[int, ...], elements: int
+    config: WanVAEConfig, latent_shape: tuple[int, ...], elements: int, together: int = 2
 ) -> tuple[int, ...]:
     """Frames of features that enter each stage of the decoder together (`Step.pass_frames`).
 
     As many as keep the features that enter a stage, and those that it makes of them, below
-    `elements` numbers; but at least two where a latent frame becomes several (see
-    `decoder.first_pass`). latent_shape: [B, z, T, rows, W] of the picture, or of the rows that a
-    strip reads.
+    `elements` numbers; but at least those that stay together (see `decoder.first_pass`).
+    latent_shape: [B, z, T, rows, W] of the picture, or of the rows that a strip reads. together:
+    from `frames_together`.
     """
     b, _, _, h, w = latent_shape
     found: list[int] = []
@@ -29,29 +38,32 @@ def pass_frames(
         factor = 2 if stage.temporal else 1
         if stage.up is not None:
             largest = max(largest, stage.up.channels * pixels * 4 * factor)
-        frames = elements // largest
-        found.append(max(1, frames) if per_latent == 1 else max(2, frames - frames % 2))
+        found.append(_multiple(elements // largest, min(per_latent, together)))
         pixels, per_latent = pixels * 4, per_latent * factor
     return tuple(found)
 
 
 def encoder_pass_frames(
-    config: WanVAEConfig, latent_shape: tuple[int, ...], elements: int
+    config: WanVAEConfig, latent_shape: tuple[int, ...], elements: int, together: int = 2
 ) -> tuple[int, ...]:
     """Pixel frames or frames of features that enter each stage of the encoder but the last.
 
-    As in `pass_frames`, and always an even number, because down-samplers halve it. latent_shape:
-    [B, z, T, rows, W] of the picture, or of the rows that a strip reads.
+    As in `pass_frames`.
     """
     b, _, _, h, w = latent_shape
     stages = architecture.encoder_stages(config)[:-1]
-    pixels = b * h * w * 4 ** len(stages)
+    pixels, per_latent = b * h * w * 4 ** len(stages), config.temporal_factor
     found: list[int] = []
     for stage in stages:
         frames = elements // (max(stage.channels_in, stage.channels) * pixels)
-        found.append(max(2, frames - frames % 2))
-        pixels //= 4
+        found.append(_multiple(frames, min(per_latent, together)))
+        pixels, per_latent = pixels // 4, per_latent // (2 if stage.temporal else 1)
     return tuple(found)
+
+
+def _multiple(frames: int, of: int) -> int:
+    """At most `frames`, but at least `of`."""
+    return max(of, frames - frames % of)
 
 
 def encoder_rows(config: WanVAEConfig, strip: Strip) -> list[int]:

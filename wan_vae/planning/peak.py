@@ -29,7 +29,7 @@ from ..ops.eager.attention import slice_bytes
 from ..ops.eager.forms import ConvForm, EagerForms
 from ..ops.eager.unfolded import ConvSize
 from ..ops.opset import CallSize, Prepared, Workspace
-from .passes import pass_frames
+from .passes import frames_together, pass_frames
 
 # The memory format of the weights.
 WeightFormat = Literal["contiguous", "channels_last_3d"]
@@ -496,7 +496,8 @@ class DecoderWalk(Walk):
         self.pass_frames: tuple[int, ...] | None = None
         if elements is not None:
             shape = (*memory.shape[:3], rows, self.width)
-            self.pass_frames = pass_frames(self.config, shape, elements)
+            together = frames_together(memory.layers)
+            self.pass_frames = pass_frames(self.config, shape, elements, together)
 
     # -- the parts that a run calls ----------------------------------------------------------------
 

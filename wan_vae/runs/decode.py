@@ -335,8 +335,8 @@ class DecodeRun(Run):
     def _release(self) -> None:
         """Nothing: what a failed attempt holds ends with its generators."""
 
-    def _pass_frames(self, shape: tuple[int, ...], elements: int) -> tuple[int, ...]:
-        return pass_frames(self.config, shape, elements)
+    def _pass_frames(self, shape: tuple[int, ...], elements: int, together: int) -> tuple[int, ...]:
+        return pass_frames(self.config, shape, elements, together)
 
     def _does_not_fit(self, tried: str, reason: str) -> DecodeMemoryError:
         error = self.ranks.out_of_memory(reason)

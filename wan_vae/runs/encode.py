@@ -211,8 +211,8 @@ class EncodeRun(Run):
         mean, _ = self.model.moments(features, step)
         return mean
 
-    def _pass_frames(self, shape: tuple[int, ...], elements: int) -> tuple[int, ...]:
-        return encoder_pass_frames(self.config, shape, elements)
+    def _pass_frames(self, shape: tuple[int, ...], elements: int, together: int) -> tuple[int, ...]:
+        return encoder_pass_frames(self.config, shape, elements, together)
 
     def _release(self) -> None:
         self.source.release()

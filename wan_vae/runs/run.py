@@ -31,6 +31,7 @@ from ..network.cache import FeatureCache
 from ..network.model import WanVAEModel
 from ..ops.opset import OpSet
 from ..options import Operation
+from ..planning.passes import frames_together
 from ..planning.plan import Plan
 from ..report import BackendOff, DecodeReport, ReportBuilder
 from ..said import said
@@ -211,7 +212,7 @@ class Run(ABC):
         """Every piece of the result, in `count` strips of rows one after another."""
 
     @abstractmethod
-    def _pass_frames(self, shape: tuple[int, ...], elements: int) -> tuple[int, ...]:
+    def _pass_frames(self, shape: tuple[int, ...], elements: int, together: int) -> tuple[int, ...]:
         """`Step.pass_frames` for [B, z, T, rows, W] of what goes through the stages at once."""
 
     @abstractmethod
@@ -366,7 +367,8 @@ class Run(ABC):
         elements = self.plan.pass_elements
         if elements is not None:
             b, z, t, _, width = self.plan.latent_shape
-            frames = self._pass_frames((b, z, t, rows, width), elements)
+            together = frames_together(self.ops.layers)
+            frames = self._pass_frames((b, z, t, rows, width), elements, together)
         return Step(
             cache,
             chunk,

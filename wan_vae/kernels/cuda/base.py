@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,6 @@ class CudaKernel(ABC):
     def bound(self, weights: LayerWeights, problem: Any, config: str) -> Bound | None:
         """See `Kernel`. Sums are float32."""
         return None
-
-    def experiments(self, problem: Any, device: Device) -> Sequence[str]:
-        """Configurations that are given to no layer, because no card has shown that they are right
-        and fast. `wan-vae bench kernels --experiments` and `bench resources --experiments` know
-        them; whatever uses one has to prove it as it proves a candidate."""
-        return ()
 
     @abstractmethod
     def programs(self, problem: Any, config: str, device: Device) -> tuple[Program, ...]:

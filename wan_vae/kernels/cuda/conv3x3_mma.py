@@ -21,8 +21,8 @@ from ..winograd import DIRECT, PAIRS, QUADS, Transform, quad_phases
 from .driver import Argument
 from .program import Program, integers, launch_persistent
 
-# winograd: F(2,3) along time. winograd4: F(4,3) along time, which no card has measured. winograd2d:
-# F(2,3) along time and rows, see conv3x3_mma_2d.cu. The last two are given to no layer.
+# winograd: F(2,3) along time. winograd4: F(4,3) along time. winograd2d: F(2,3) along time and rows,
+# which is given to no layer, see conv3x3_mma_2d.cu.
 Form = Literal["direct1", "direct3", "winograd", "doubled", "winograd2d", "winograd4"]
 _NUMBERS: dict[Form, int] = {
     "direct1": 0,
@@ -105,8 +105,8 @@ _FOUR = (  # columns of weights a step
     Tile(16, 16, 4, 1, 16, 2),
 )
 _QUADS = (
-    Tile(8, 96, 2, 4, 32, 1),
     Tile(4, 96, 2, 2, 16, 2),
+    Tile(8, 96, 2, 4, 32, 1),
     Tile(12, 64, 4, 2, 32, 1),
     Tile(8, 64, 4, 2, 32, 1),
     Tile(8, 80, 4, 2, 16, 1),

@@ -3,8 +3,8 @@ up-sampler. See conv3x3_wgmma.cu.
 
 Eager twins: `eager.conv3d.conv3d`, `eager.upsample.upsample_conv2d`. Winograd F(2,3) makes two
 output frames from four products instead of six; pairs end with a chunk's last frame, so which
-frames are a pair does not depend on the chunk schedule. F(4,3) makes four from six
-(`winograd.py`); no card has measured it, and no layer is given it.
+frames are a pair does not depend on the chunk schedule. F(4,3) makes four from six, for layers
+whose latent frame is four frames (`winograd.py`).
 """
 
 from __future__ import annotations

@@ -60,12 +60,8 @@ class NormConvWgmma(_Wgmma):
 
     def candidates(self, problem: NormConvProblem, device: Device) -> Sequence[str]:
         """See `Kernel`."""
-        return (_form(problem),)
-
-    def experiments(self, problem: NormConvProblem, device: Device) -> Sequence[str]:
-        """F(4,3) where a latent frame is a quad: alone, and with weights that two programs share.
-        See `CudaKernel`."""
-        return ("winograd4", "winograd4_cluster") if _has_quads(problem) else ()
+        form = _form(problem)
+        return ("winograd4", form) if _has_quads(problem) else (form,)
 
     def programs(
         self, problem: NormConvProblem, config: str, device: Device
@@ -174,20 +170,15 @@ class NormConvMma(_Mma):
         if form == "winograd" and problem.operation == "head":
             form = "direct3"  # few channels come out: reading is the cost, not multiplying
         names = conv3x3_mma.configs(form, problem.out_channels)
+        quads: list[str] = []
+        if form == "winograd" and _has_quads(problem):
+            quads = conv3x3_mma.configs("winograd4", problem.out_channels)
         if device.has_slow_float32_sums and problem.operation == "norm_conv3d":
             # Cheaper products before what is best where all are fast. "winograd2d" is not among
             # them: see conv3x3_mma_2d.cu.
-            names = [*conv3x3_mma.half_sums(names)[:1], *names[:2]]
-        return self._fitting(names, problem, device)
-
-    def experiments(self, problem: NormConvProblem | HeadProblem, device: Device) -> Sequence[str]:
-        """F(4,3) where a latent frame is a quad. See `CudaKernel`."""
-        if problem.operation == "head" or not _has_quads(problem):
-            return ()
-        names = conv3x3_mma.configs("winograd4", problem.out_channels)
-        if device.has_slow_float32_sums:
-            names += conv3x3_mma.half_sums(names)
-        return self._fitting(names, problem, device)
+            halves = [*conv3x3_mma.half_sums(quads)[:1], *conv3x3_mma.half_sums(names)[:1]]
+            return self._fitting([*halves, *quads[:1], *names[:2]], problem, device)
+        return self._fitting([*quads[:2], *names], problem, device)
 
     def bound(self, weights: LayerWeights, problem: Any, config: str) -> Bound | None:
         """See `Kernel`: of sums in float16."""

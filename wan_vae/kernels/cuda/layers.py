@@ -28,6 +28,11 @@ class CudaLayer:
         """ "cuda"."""
         return "cuda"
 
+    @property
+    def frames_together(self) -> int:
+        """See `Prepared`: each frame by itself."""
+        return 1
+
 
 @dataclass(frozen=True)
 class CudaNormConv(CudaLayer):
@@ -43,6 +48,11 @@ class CudaNormConv(CudaLayer):
     conv: Callable[..., torch.Tensor]
     taps: int
     transform: Transform
+
+    @property
+    def frames_together(self) -> int:
+        """See `Prepared`: a pair or a quad."""
+        return self.transform.frames
 
     def operand(
         self,

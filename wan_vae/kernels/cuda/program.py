@@ -59,10 +59,6 @@ class CompiledKernel(Protocol[P]):
         """What `Kernel.build` compiles, no more and no less."""
         ...
 
-    def experiments(self, problem: P, device: Device) -> Sequence[str]:
-        """See `CudaKernel`."""
-        ...
-
 
 def _numbered(name: str) -> str:
     """The file of this name, so that a compiler's messages name it and its lines."""

@@ -37,6 +37,11 @@ class KitchenNormConv:
         """ "kitchen"."""
         return "kitchen"
 
+    @property
+    def frames_together(self) -> int:
+        """See `Prepared`: each frame by itself."""
+        return 1
+
     def operand(
         self,
         x: torch.Tensor,

@@ -34,6 +34,11 @@ class TritonLayer:
         """ "triton"."""
         return "triton"
 
+    @property
+    def frames_together(self) -> int:
+        """See `Prepared`: each frame by itself."""
+        return 1
+
 
 @dataclass(frozen=True)
 class TritonConv(TritonLayer):
