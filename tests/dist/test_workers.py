@@ -30,6 +30,7 @@ from wan_vae import WanVAE
 from wan_vae.config import wan21
 from wan_vae.errors import DecodeCancelled, GeometryError, LatentError, ShardingError
 from wan_vae.hooks import Hooks
+from wan_vae.io import pages
 from wan_vae.io.image import ImageSink
 from wan_vae.workers import WorkerPool, decode_sharded
 from wan_vae.workers import pool as workers
@@ -466,8 +467,9 @@ def test_shared_memory_too_small(pool, vae, latent, expected):
     assert torch.equal(decode(pool, vae, latent), expected)
 
 
+@pytest.mark.parametrize("can_map", [True, False])
 @pytest.mark.parametrize("sink", [ImageSink, TensorSink])
-def test_no_rank_writes_where_there_is_no_room(sink, tmp_path, monkeypatch):
+def test_no_rank_writes_where_there_is_no_room(sink, can_map, tmp_path, monkeypatch):
     """Memory is reserved part by part; a full folder is an error there, not a killed process."""
     shape = (1, 5, 4, 6, 3) if sink is ImageSink else (1, 3, 5, 4, 6)
     buffer = SharedBuffer.create(4096 + 360 * 4, [tmp_path], reserved=4096)
@@ -479,7 +481,14 @@ def test_no_rank_writes_where_there_is_no_room(sink, tmp_path, monkeypatch):
         if len(reserved) > 6:
             raise OSError(errno.ENOSPC, "No space left on device")
 
+    def populate(part: torch.Tensor) -> bool:
+        for start, length in pages.stretches(part):
+            fallocate(0, start, length)
+        return True
+
     monkeypatch.setattr("wan_vae.workers.shared._fallocate", fallocate)
+    # Where the system can map pages, nothing is reserved beside that.
+    monkeypatch.setattr(pages, "populate", populate if can_map else lambda part: False)
     pixels = torch.full((1, 3, 2, 2, 6), 0.5)
     sink(out, buffer.reserve).write(pixels, 1, 2)  # frames 1 and 2, rows 2 and 3
     if sink is ImageSink:  # rows of 18 numbers, frames of 72

@@ -1,21 +1,22 @@
 """ImageSink against TensorSink: the same decode, as frames with channels last in [0, 1]."""
 
+import mmap
+import os
+import sys
+import tempfile
 import threading
+import weakref
 
+import numpy as np
 import pytest
 import torch
 
 from tests.conftest import PATIENCE_S
 from wan_vae.config import wan21
 from wan_vae.errors import ShardingError
-from wan_vae.io.image import (
-    EndFrames,
-    HostWriter,
-    ImageSink,
-    copy_threads,
-    frames_of_parts,
-    frames_to_pixels,
-)
+from wan_vae.io import image as image_module
+from wan_vae.io import pages
+from wan_vae.io.image import EndFrames, HostWriter, ImageSink, copy_threads, frames_to_pixels
 
 
 def expected(pixels):
@@ -79,8 +80,8 @@ def test_frames_and_pixels_are_inverse():
     assert torch.allclose(expected(pixels)[0], image[..., :3], atol=1e-6)
 
 
-class Arrived:
-    """A copy to the host that is done; for one thread only once `other` is set."""
+class Computed:
+    """A block that is computed; for one thread only once `other` is set."""
 
     def __init__(self, held: str = "", other: threading.Event | None = None):
         self.held, self.other = held, other
@@ -90,59 +91,154 @@ class Arrived:
             assert self.other.wait(PATIENCE_S)
 
 
-def write_blocks(writer, image, blocks, frames, arrivals):
-    """Queue `blocks` [1, frames, rows, W, 3] one after another, in parts of one frame."""
-    for number, block in enumerate(blocks):
-        first = number * frames
-        target = image[:, first : first + frames]
-        ahead = image[:, first + frames : first + 2 * frames]
-        parts = [
-            (arrivals[number], block[:, i : i + 1], target[:, i : i + 1], ahead[:, i : i + 1])
-            for i in range(frames)
-        ]
-        writer.put(block, parts)
+def writer_of(threads, **options):
+    """A writer whose blocks are on the host already."""
+    return HostWriter(threads, lambda: lambda piece: piece, **options)
 
 
+def write_blocks(writer, image, blocks, ready):
+    """Queue `blocks` [1, t, rows, W, 3] one after another."""
+    at = 0
+    for block, event in zip(blocks, ready, strict=True):
+        stop = at + block.shape[1]
+        writer.put(event, block, image[:, at:stop], image[:, stop:][:, : block.shape[1]])
+        at = stop
+
+
+def in_pieces_of(monkeypatch, size):
+    monkeypatch.setattr(image_module, "_PIECE_BYTES", size)
+
+
+@pytest.mark.parametrize("can_map", [True, False])
+@pytest.mark.parametrize("size", [1, 60, 240, 10**6])
 @pytest.mark.parametrize("threads", [1, 3, 7])
-def test_threads_fill_and_touch_without_overtaking(threads):
-    """One thread is held back in the first block until the others are done with the last one."""
-    blocks = [torch.rand(1, 2, 5, 4, 3) for _ in range(3)]
-    image, freed, last = torch.full((1, 6, 5, 4, 3), float("nan")), [], threading.Event()
+def test_threads_fill_and_prepare_without_overtaking(threads, size, can_map, monkeypatch):
+    """One thread is held back in the first block until another one has the last but one."""
+    in_pieces_of(monkeypatch, size)
+    if not can_map:
+        monkeypatch.setattr(pages, "_madvise", None)
+    blocks = [torch.rand(1, t, 5, 4, 3) for t in (1, 3, 3, 2)]
+    image, late = torch.full((1, 9, 5, 4, 3), float("nan")), threading.Event()
 
-    class Last(Arrived):
+    class Late(Computed):
         def synchronize(self):
-            last.set()
+            late.set()
 
-    first = Arrived("wan_vae_copy_0", last if threads > 1 else None)
-    writer = HostWriter(threads, freed.append, is_new=True)
-    write_blocks(writer, image, blocks, 2, [first, Arrived(), Last()])
+    is_many = threads > 1 and size < 240
+    first = Computed("wan_vae_copy_0", late if is_many else None)
+    writer = writer_of(threads, is_new=True)
+    write_blocks(writer, image, blocks[:2], [first, Late()])
+    write_blocks(writer, image[:, 4:], blocks[2:], [Computed()] * 2)
     writer.finish()
     assert torch.equal(image, torch.cat(blocks, dim=1))
-    assert sorted(map(id, freed)) == sorted(map(id, blocks)), "each buffer is free, once"
 
 
-def test_room_is_reserved_before_it_is_written_and_its_error_is_raised():
+def test_no_more_than_two_blocks_are_under_way():
+    go, queued = threading.Event(), []
+    image, blocks = torch.empty(1, 3, 4, 2, 3), [torch.rand(1, 1, 4, 2, 3) for _ in range(3)]
+    writer = writer_of(2)
+
+    def write():
+        for frame, block in enumerate(blocks):
+            target = image[:, frame : frame + 1]
+            writer.put(Computed("wan_vae_copy_0", go), block, target, target[:, :0])
+            queued.append(frame)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    while len(queued) < 2:
+        thread.join(0.01)
+    assert thread.is_alive() and queued == [0, 1]
+    go.set()
+    thread.join(PATIENCE_S)
+    writer.finish()
+    assert queued == [0, 1, 2] and torch.equal(image, torch.cat(blocks, dim=1))
+
+
+def test_a_thread_lets_go_of_what_is_copied():
+    """Device memory, which the next chunk may need."""
+    image, block = torch.empty(1, 1, 4, 2, 3), torch.rand(1, 1, 4, 2, 3)
+    alive = weakref.ref(block)
+    writer = writer_of(1)
+    writer.put(Computed(), block, image, image[:, :0])
+    del block
+    writer.put(Computed(), image.clone(), image, image[:, :0])
+    writer.put(Computed(), image.clone(), image, image[:, :0])  # waits for the first
+    assert alive() is None
+    writer.finish()
+
+
+def test_room_is_reserved_before_it_is_written_and_its_error_is_raised(monkeypatch):
+    in_pieces_of(monkeypatch, 96)
     reserved = []
 
     def reserve(part):
-        reserved.append((part.shape[2], bool(part.isnan().all())))
+        reserved.append(bool(part.isnan().all()))
         if len(reserved) > 4:
             raise ShardingError("no room")
 
     image = torch.full((1, 4, 4, 2, 3), float("nan"))
-    blocks, freed = [torch.rand(1, 2, 4, 2, 3) for _ in range(2)], []
-    writer = HostWriter(2, freed.append, reserve)
-    write_blocks(writer, image, blocks, 2, [Arrived()] * 2)
+    blocks = [torch.rand(1, 2, 4, 2, 3) for _ in range(2)]
+    writer = writer_of(1, reserve=reserve)
     with pytest.raises(ShardingError, match="no room"):
+        write_blocks(writer, image, blocks, [Computed()] * 2)
         writer.finish()
-    assert len(freed) == 2, "a failure keeps no buffer"
-    assert all(empty for _, empty in reserved) and {rows for rows, _ in reserved} == {2}
+    # Two pieces, and the memory ahead of each; what has no room is not written.
+    assert reserved == [True] * 5 and image[:, 2:].isnan().all()
+    with pytest.raises(ShardingError, match="no room"):
+        writer.put(Computed(), blocks[0], image[:, :2], image[:, :0])
 
 
-def test_large_blocks_go_in_parts_and_small_machines_copy_with_one_thread():
-    large = torch.empty(1, 16, 720, 640, 3, device="meta")  # 88 MB
-    parts = frames_of_parts(large)
-    assert len(parts) == 6 and parts[0] == slice(0, 3) and parts[-1] == slice(15, 16)
-    assert frames_of_parts(large.expand(2, -1, -1, -1, -1)) == [slice(0, 16)]
-    assert frames_of_parts(torch.empty(1, 1, 4096, 4096, 3, device="meta")) == [slice(0, 1)]
+@pytest.mark.parametrize(
+    "shape, size",
+    [
+        ((1, 16, 720, 640, 3), None),
+        ((1, 1, 4096, 4096, 3), None),
+        ((2, 3, 5, 4, 3), 100),
+        ((2, 3, 5, 4, 3), 500),
+        ((4, 3, 5, 7), 60),
+        ((1, 0, 5, 4, 3), 60),
+    ],
+)
+def test_pieces_are_dense_small_and_each_number_once(shape, size, monkeypatch):
+    if size is not None:
+        in_pieces_of(monkeypatch, size)
+    block = torch.zeros(shape, dtype=torch.int32, device="meta" if size is None else "cpu")
+    pieces = list(image_module.pieces_of(block))
+    for _, place in pieces:
+        assert block[place].is_contiguous()
+        assert 0 < 4 * block[place].numel() <= (size or 4 << 20)
+        if size is not None:
+            block[place] += 1
+    assert size is None or bool((block == 1).all())
+    # A longer block is cut and numbered alike from its start on.
+    for dim in (0, 1):
+        longer = torch.cat((block, block), dim)
+        more = list(image_module.pieces_of(longer))
+        for number, place in pieces:
+            last = place[dim].stop >= shape[dim] > 1
+            assert last or (number, place) in more
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux maps pages ahead")
+def test_pages_are_mapped_and_keep_what_is_there():
+    with tempfile.TemporaryFile() as file:
+        file.truncate(64 * mmap.PAGESIZE)
+        with mmap.mmap(file.fileno(), 0) as memory:
+            array = np.frombuffer(memory, np.uint8)
+            part = torch.from_numpy(array).view(1, 4, 16, -1)[:, 1:3]
+            part[0, 1, 2, 3] = 7
+            before = os.fstat(file.fileno()).st_blocks
+            if not pages.populate(part):
+                pytest.skip("this kernel is older than Linux 5.14")
+            assert os.fstat(file.fileno()).st_blocks - before >= 31 * mmap.PAGESIZE // 512
+            assert part[0, 1, 2, 3] == 7 and part.sum() == 7
+            # Beyond the end of the file a write would end the process.
+            file.truncate(0)
+            with pytest.raises(OSError, match="No space"):
+                pages.populate(part)
+            del array, part
+
+
+def test_small_machines_copy_with_one_thread():
     assert [copy_threads(n) for n in (None, 1, 8, 16, 192)] == [1, 1, 2, 4, 4]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, Protocol
 
@@ -21,14 +22,15 @@ import torch
 from .. import geometry
 from ..config import WanVAEConfig
 from ..errors import WanVAEError
+from . import pages
 from .sink import Reserve
 
-# The device fills one buffer while the host empties the other.
-_STAGING_BUFFERS = 2
+# Blocks that are not yet copied: the device computes one while the host empties the other.
+_BLOCKS_UNDER_WAY = 2
 # At most so many threads copy: memory of one socket is no faster with more.
 _COPY_THREADS = 4
-# The device takes 0.6 ms for so much over PCIe 4.
-_PART_BYTES = 16 << 20
+# Page-locked memory of a thread. The device takes 0.2 ms for so much over PCIe 4.
+_PIECE_BYTES = 4 << 20
 
 
 def frames_view(image: torch.Tensor, colours: int = 3) -> torch.Tensor:
@@ -62,11 +64,10 @@ def frames_to_pixels(image: torch.Tensor) -> torch.Tensor:
 class ImageSink:
     """Writes pixels into `image` [B, T', H', W', 3] in [0, 1], on any device, of any float dtype.
 
-    From CUDA to pageable host memory the copy overlaps with decoding: the device fills pinned
-    buffers on a stream of its own and threads empty them. Most of the time goes to page faults
-    of memory that is used for the first time; while the threads wait for pixels, they touch the
-    memory of the next chunk, so that little work is left after the last chunk. Host memory beyond
-    `image`: two chunks.
+    From CUDA to pageable host memory the copy overlaps with decoding, in threads (`HostWriter`).
+    Most of the time goes to pages of memory that is used for the first time; while the threads wait
+    for pixels, they ask for the pages of the next chunk, so that little work is left after the last
+    one. Host memory beyond `image`: 4 MiB a thread.
 
     reserve: called with each part of `image` before it is written, by the thread that writes it.
     is_new: nobody has written into `image` since it was allocated.
@@ -104,8 +105,7 @@ class ImageSink:
         target = self.image[:, start_frame : start_frame + frames, first_row : first_row + rows]
         # Scaled and cast on the device of the pixels, where that takes next to no time.
         block = pixels.add(1.0).mul_(0.5).movedim(1, -1)
-        # With a block that is the whole clip (an image), a copy has nothing to overlap with.
-        if block.is_cuda and self.image.device.type == "cpu" and target.shape != self.image.shape:
+        if block.is_cuda and self.image.device.type == "cpu":
             if self._copier is None:
                 self._copier = HostCopier(block.device, self._reserve, self._is_new)
             # Blocks of the same rows come in the order of their frames.
@@ -162,125 +162,137 @@ class EndFrames:
 
 @dataclass
 class _Block:
-    """A block on its way: its staging buffer, and how many shares of it are not copied yet."""
+    """A block on its way: how many pieces of it are not copied yet."""
 
-    staging: torch.Tensor
     left: int
 
 
 @dataclass(frozen=True)
-class _Share:
-    """What one thread copies: `staged`, a view of the block's buffer, to `target` on `arrived`."""
+class _Piece:
+    """What one thread copies at a time: `source` of a block, once it is `ready`, to `target`."""
 
     block: _Block
-    arrived: Arrival
-    staged: torch.Tensor
+    ready: Ready
+    source: torch.Tensor
     target: torch.Tensor
     ahead: torch.Tensor
 
 
-class Arrival(Protocol):
-    """An event of a device: `synchronize` returns when the copy into a staging buffer is done."""
+class Ready(Protocol):
+    """An event of a device: `synchronize` returns when the block is computed."""
 
     def synchronize(self) -> None: ...
 
 
+# Brings a piece to the host; the result is read before the next call.
+Fetch = Callable[[torch.Tensor], torch.Tensor]
+
+
 class HostWriter:
-    """Threads that copy blocks from staging buffers to pageable memory, each its rows of them.
+    """Threads that copy blocks to pageable memory, piece by piece.
 
-    One thread copies 5 to 8 GB/s, so the last block of a clip would keep the caller waiting. Each
-    takes the same rows of every block: it touches the memory ahead of a block before the next
-    block comes there, and no other thread does.
+    One thread copies 5 to 8 GB/s, so the last block of a clip would keep the caller waiting. While
+    a thread waits for its piece, the pages that it will fill are mapped, and those of its piece of
+    the next block afterwards: pieces of equal blocks are equal, and go to the same thread.
 
-    reserve, is_new: as in `ImageSink`. free: called with a staging buffer that may be used again.
+    fetch: makes what brings pieces to the host, for each thread its own. reserve, is_new: as in
+    `ImageSink`.
     """
 
     def __init__(
         self,
         threads: int,
-        free: Callable[[torch.Tensor], None],
+        fetch: Callable[[], Fetch],
         reserve: Reserve | None = None,
         is_new: bool = False,
     ):
-        self._free, self._reserve, self._is_new = free, reserve, is_new
+        self._fetch, self._reserve, self._is_new = fetch, reserve, is_new
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
-        self._shares: list[queue.SimpleQueue[_Share | None]] = []
+        self._room = threading.Semaphore(_BLOCKS_UNDER_WAY)
+        self._most = threads
+        self._pieces: list[queue.SimpleQueue[_Piece | None]] = []
         self._threads: list[threading.Thread] = []
-        for number in range(threads):
-            shares: queue.SimpleQueue[_Share | None] = queue.SimpleQueue()
-            thread = threading.Thread(
-                target=self._empty, args=(shares,), name=f"wan_vae_copy_{number}", daemon=True
-            )
-            self._shares.append(shares)
-            self._threads.append(thread)
-            thread.start()
 
     def put(
-        self,
-        staging: torch.Tensor,
-        parts: Sequence[tuple[Arrival, torch.Tensor, torch.Tensor, torch.Tensor]],
+        self, ready: Ready, source: torch.Tensor, target: torch.Tensor, ahead: torch.Tensor
     ) -> None:
-        """Queue the `parts` (arrived, staged, target, ahead) of one block in `staging`.
+        """Queue a copy of dense `source` [A, B, C, ...] to `target`; waits while two are under way.
 
-        staged, target: [B, t, rows, W, C] of some frames. ahead: memory that a later block will
-        fill; its contents do not matter until then.
+        ahead: memory that a later block will fill; its contents do not matter until then. Raises
+        the first error of a thread.
         """
-        block = _Block(staging, len(parts) * len(self._threads))
-        for arrived, staged, target, ahead in parts:
-            # torch's cut depends on the number of rows alone, so equal blocks are cut alike.
-            cuts = [x.tensor_split(len(self._threads), dim=2) for x in (staged, target, ahead)]
-            for shares, *own in zip(self._shares, *cuts, strict=True):
-                shares.put(_Share(block, arrived, *own))
+        self._room.acquire()
+        if self._failure is not None:
+            self._room.release()
+            raise self._failure
+        pieces = list(pieces_of(source))
+        block = _Block(len(pieces))
+        for number, place in pieces:
+            thread = number % self._most
+            while len(self._threads) <= thread:
+                self._start_thread()
+            parts = (x[place] for x in (source, target, ahead))
+            self._pieces[thread].put(_Piece(block, ready, *parts))
 
     def finish(self) -> None:
         """Wait for all copies. Raises the first error."""
         self.stop()
-        self.raise_failure()
-
-    def stop(self) -> None:
-        """Wait for all copies and end the threads; raises nothing."""
-        for shares in self._shares:
-            shares.put(None)
-        for thread in self._threads:
-            thread.join()
-
-    def raise_failure(self) -> None:
-        """Raise the first error of a thread."""
         if self._failure is not None:
             raise self._failure
 
-    def _empty(self, shares: queue.SimpleQueue[_Share | None]) -> None:
-        while (share := shares.get()) is not None:
-            self._attempt(self._fill, share)
+    def stop(self) -> None:
+        """Wait for all copies and end the threads; raises nothing."""
+        for pieces in self._pieces:
+            pieces.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _start_thread(self) -> None:
+        pieces: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
+        name = f"wan_vae_copy_{len(self._threads)}"
+        thread = threading.Thread(target=self._empty, args=(pieces,), name=name, daemon=True)
+        self._pieces.append(pieces)
+        self._threads.append(thread)
+        thread.start()
+
+    def _empty(self, pieces: queue.SimpleQueue[_Piece | None]) -> None:
+        fetch: Fetch | None = None
+        while (piece := pieces.get()) is not None:
+            try:
+                # Each thread has its own inference mode, and a tensor that was made in this mode
+                # can only be written in it.
+                with torch.inference_mode():
+                    if self._failure is None:
+                        fetch = fetch or self._fetch()
+                        self._fill(piece, fetch)
+            except (RuntimeError, WanVAEError) as error:  # raised in the caller's thread
+                self._failure = self._failure or error
+            block = piece.block
+            del piece  # device memory, which nobody waits for any more
             with self._lock:
-                share.block.left -= 1
-                is_empty = share.block.left == 0
-            if is_empty:
-                self._free(share.block.staging)
-            self._attempt(self._touch, share)
+                block.left -= 1
+                is_done = block.left == 0
+            if is_done:
+                self._room.release()
 
-    def _attempt(self, work: Callable[[_Share], None], share: _Share) -> None:
-        try:
-            # Each thread has its own inference mode, and a tensor that was made in this mode can
-            # only be written in it.
-            with torch.inference_mode():
-                work(share)
-        except (RuntimeError, WanVAEError) as error:  # raised in the caller's thread
-            self._failure = self._failure or error
-
-    def _fill(self, share: _Share) -> None:
-        if self._reserve is not None:
-            self._reserve(share.target)
-        share.arrived.synchronize()
+    def _fill(self, piece: _Piece, fetch: Fetch) -> None:
+        self._prepare(piece.target)
+        piece.ready.synchronize()
         # NumPy's copy, because PyTorch's would start a pool of threads for this thread.
-        np.copyto(_bits(share.target), _bits(share.staged))
+        np.copyto(_bits(piece.target), _bits(fetch(piece.source)))
+        if not self._prepare(piece.ahead) and self._is_new:
+            _bits(piece.ahead).fill(0)
 
-    def _touch(self, share: _Share) -> None:
+    def _prepare(self, part: torch.Tensor) -> bool:
+        """Make room for `part` before it is written, and map its pages if that can be done."""
         if self._reserve is not None:
-            self._reserve(share.ahead)
-        elif self._is_new:
-            _bits(share.ahead).fill(0)
+            self._reserve(part)
+            return True
+        try:
+            return self._is_new and pages.populate(part)
+        except OSError:  # no memory: what writes there will meet it
+            return False
 
 
 class HostCopier:
@@ -288,33 +300,18 @@ class HostCopier:
 
     def __init__(self, device: torch.device, reserve: Reserve | None, is_new: bool):
         self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._free: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()
-        for _ in range(_STAGING_BUFFERS):
-            self._free.put(None)  # allocated at first use, when the size of a chunk is known
-        self._writer = HostWriter(copy_threads(os.cpu_count()), self._free.put, reserve, is_new)
+        threads = copy_threads(os.cpu_count())
+        self._writer = HostWriter(threads, partial(_Staging, device), reserve, is_new)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor, ahead: torch.Tensor) -> None:
-        """Queue a copy of dense `source` [B, t, rows, W, C] to `target`.
+        """Queue a copy of dense `source` [A, B, C, ...] to `target`: see `HostWriter.put`.
 
-        Waits while both buffers are in use. ahead: see `HostWriter.put`.
+        The threads let go of `source` when it has left the device.
         """
-        staging = self._free.get()
-        self._writer.raise_failure()
-        if staging is None or staging.numel() < source.numel() or staging.dtype != source.dtype:
-            staging = torch.empty(source.numel(), dtype=source.dtype, pin_memory=True)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        staged = staging[: source.numel()].view(source.shape)
-        parts = []
-        with torch.cuda.stream(self._stream):
-            for frames in frames_of_parts(source):
-                staged[:, frames].copy_(source[:, frames], non_blocking=True)
-                arrived = torch.cuda.Event()
-                arrived.record(self._stream)
-                parts.append((arrived, staged[:, frames], target[:, frames], ahead[:, frames]))
-        # Without this, the allocator could give the memory to the next chunk during the copy.
-        source.record_stream(self._stream)
-        self._writer.put(staging, parts)
+        # Threads that spin would take cores from the thread that launches.
+        ready = torch.cuda.Event(blocking=True)
+        ready.record(torch.cuda.current_stream(self._device))
+        self._writer.put(ready, source, target, ahead)
 
     def finish(self) -> None:
         """Wait for all copies. Raises the first error."""
@@ -325,19 +322,46 @@ class HostCopier:
         self._writer.stop()
 
 
+class _Staging:
+    """A `Fetch` for one thread: page-locked memory for a piece, and a stream.
+
+    While one thread copies from its memory, the device fills that of others.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def __call__(self, source: torch.Tensor) -> torch.Tensor:
+        size = source.numel() * source.element_size()
+        if self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        staged = self._memory[:size].view(source.dtype).view(source.shape)
+        with torch.cuda.stream(self._stream):
+            staged.copy_(source)  # returns when it has arrived
+        return staged
+
+
 def copy_threads(cores: int | None) -> int:
     """How many threads copy on a machine of so many cores: a quarter of them, four at most."""
     return max(1, min(_COPY_THREADS, (cores or 1) // 4))
 
 
-def frames_of_parts(block: torch.Tensor) -> list[slice]:
-    """The frames of a block [B, t, ...] that are copied at a time: the host empties one part of a
-    staging buffer while the device fills the next."""
-    frames = block.shape[1]
-    step = max(1, _PART_BYTES * frames // (block.numel() * block.element_size()))
-    if block.shape[0] > 1:  # the frames of several videos do not lie together
-        step = frames
-    return [slice(first, min(first + step, frames)) for first in range(0, frames, step)]
+def pieces_of(block: torch.Tensor) -> Iterator[tuple[int, tuple[slice, slice, slice]]]:
+    """Numbers and places of dense pieces of a dense `block` [A, B, C, ...], about `_PIECE_BYTES`
+    each.
+
+    Blocks that differ only in A or only in B are cut and numbered alike from their start on.
+    """
+    a, b, c = block.shape[:3]
+    line = max(1, prod(block.shape[3:]) * block.element_size())
+    lines = max(1, min(c, _PIECE_BYTES // line))
+    several = max(1, _PIECE_BYTES // (lines * line)) if lines == c else 1
+    for i in range(a):
+        for j in range(0, b, several):
+            for k in range(0, c, lines):
+                number = i + j // several * -(-c // lines) + k // lines
+                yield number, (slice(i, i + 1), slice(j, j + several), slice(k, k + lines))
 
 
 def host_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -37,16 +37,16 @@ class HostFrames:
 
     def write(self, pixels: torch.Tensor, start: int, first_row: int) -> None:
         """Take pixels [B, C, t, rows, W]: of frames from `start` on, rows from `first_row` on."""
-        stop, rows = start + pixels.shape[2], slice(first_row, first_row + pixels.shape[3])
-        frames = self._memory[:, :, :, rows].permute(1, 2, 0, 3, 4)
-        target = frames[:, :, start:stop]
+        count, rows = pixels.shape[2], slice(first_row, first_row + pixels.shape[3])
+        stop = start + count
+        frames = self._memory.flatten(1, 2)[:, :, rows]
+        block = pixels.permute(2, 0, 1, 3, 4).flatten(1, 2)
         if not pixels.is_cuda:
-            target.copy_(pixels)
+            frames[start:stop].copy_(block)
             return
         if self._copier is None:
             self._copier = HostCopier(pixels.device, None, self._is_new)
-        ahead = frames[:, :, stop : stop + pixels.shape[2]]
-        self._copier.copy(pixels.contiguous(), target, ahead)
+        self._copier.copy(block.contiguous(), frames[start:stop], frames[stop : stop + count])
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Frames [start, stop) on the device, [B, C, t, H, W]. Raises the first error of a copy."""

@@ -14,7 +14,6 @@ import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import product
 from math import prod
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from ..errors import ShardingError
+from ..io import pages
 
 
 def default_folders() -> tuple[Path, ...]:
@@ -132,22 +132,22 @@ class SharedBuffer:
     def reserve(self, part: torch.Tensor) -> None:
         """Make room for `part`, a view of `raw` of three dimensions or more, before it is written.
 
-        By stretches of memory of its first two dimensions. Raises ShardingError if there is none.
+        By stretches of memory of its first two dimensions, and mapped where the system can do that:
+        reserving alone lets one thread at a time, of all ranks. Raises ShardingError if there is
+        none.
         """
-        if self._descriptor is None or _fallocate is None or not part.numel():
+        if self._descriptor is None or _fallocate is None:
             return
-        size, outer = part.element_size(), part.stride()[:2]
-        inner = zip(part.shape[2:], part.stride()[2:], strict=True)
-        length = (1 + sum((n - 1) * step for n, step in inner)) * size
-        for i, j in product(*map(range, part.shape[:2])):
-            start = (int(part.storage_offset()) + i * outer[0] + j * outer[1]) * size
-            try:
+        try:
+            if pages.populate(part):
+                return
+            for start, length in pages.stretches(part):
                 _fallocate(self._descriptor, start, length)
-            except OSError as error:
-                raise ShardingError(
-                    f"no room for {self.size / 2**20:.0f} MiB of memory shared between the "
-                    f"ranks in {self.path.parent}: {error.strerror}"
-                ) from error
+        except OSError as error:
+            raise ShardingError(
+                f"no room for {self.size / 2**20:.0f} MiB of memory shared between the "
+                f"ranks in {self.path.parent}: {error.strerror}"
+            ) from error
 
     def unlink(self) -> None:
         """Remove the name: no other process can open it, mappings stay. Twice does no harm."""
