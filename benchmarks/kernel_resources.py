@@ -87,7 +87,9 @@ def line(r: Resources) -> str:
 def main() -> int:
     """Print a table, or JSON, or what exceeds the limits."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="wan-vae bench resources",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--card",

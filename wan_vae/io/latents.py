@@ -350,7 +350,8 @@ def check_channels(channels: int, config: WanVAEConfig) -> None:
     other = {16: "Wan 2.1", 48: "Wan 2.2 (5B)", 64: "Qwen-Image 2.1"}.get(channels)
     text: str = said(
         "latent.channels",
-        "the latent has {channels} channels: this {family} VAE decodes {own}",
+        "the latent has {channels} channels: this {family} VAE decodes {own}; use the VAE of the "
+        "model that made the latent",
         channels=channels,
         family=config.family,
         own=config.z_dim,
