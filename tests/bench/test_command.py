@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 
+from benchmarks import kernel_resources
 from benchmarks.suite import command, compare
 from benchmarks.suite.parts import OTHER_PARTS
 from benchmarks.suite.ranks import command as ranks
@@ -130,6 +131,16 @@ def test_a_package_that_is_missing_is_one_line(part, package, monkeypatch, capsy
     assert cli(["bench", part, "--help"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("wan-vae: bench: ") and package in told and told.count("\n") == 1
+
+
+def test_a_compiler_that_is_missing_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(kernel_resources, "compiler_missing", lambda: "no NVRTC here")
+    monkeypatch.setattr("sys.argv", ["kernel_resources.py"])
+    with pytest.raises(SystemExit) as stopped:
+        kernel_resources.main()
+    assert stopped.value.code == 2
+    said = "wan-vae bench resources: error: no NVRTC here; --kernels triton does without\n"
+    assert capsys.readouterr().err.endswith(said)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton here")
