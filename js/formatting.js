@@ -81,11 +81,16 @@ function isMixed({ layout }) {
   return layout?.mixed_calls > 0 || words.includes("mixed");
 }
 
-/** "55 channels_last_3d, 6 either"; an empty string when nothing was counted. */
+/** What a memory format is called: as in the text of Wan VAE Inspect and of the command line. */
+export function formatText(format) {
+  return format === "either" ? "layout-free" : format;
+}
+
+/** "55 channels_last_3d, 6 layout-free"; an empty string when nothing was counted. */
 export function countsText(counts) {
   return Object.entries(counts ?? {})
     .filter(([, count]) => count > 0)
-    .map(([format, count]) => `${count} ${format}`)
+    .map(([format, count]) => `${count} ${formatText(format)}`)
     .join(", ");
 }
 
@@ -192,7 +197,7 @@ export function layerGroups(layers) {
 export function layerText(layer) {
   const runs = [layer.backend, layer.kernel].filter(Boolean).join(" ");
   const gain = typeof layer.gain === "number" ? `${layer.gain.toFixed(1)}×` : "";
-  return [layer.name, shapeText(layer.shape), layer.format, runs, gain]
+  return [layer.name, shapeText(layer.shape), formatText(layer.format), runs, gain]
     .filter(Boolean)
     .join(" · ");
 }

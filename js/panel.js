@@ -4,6 +4,7 @@ import {
   countsText,
   durationText,
   dtypeText,
+  formatText,
   layerGroups,
   layerText,
   layoutOf,
@@ -308,7 +309,7 @@ function layerStrip(report, t) {
         "span",
         {},
         element("i", { class: "wan-vae-cell", "data-format": format, "aria-hidden": "true" }),
-        `${count} ${op} ${format}`,
+        `${count} ${op} ${formatText(format)}`,
       ),
     ),
   );
