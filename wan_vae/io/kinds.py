@@ -231,6 +231,8 @@ def _of_text(path: Path, start: bytes) -> Kind | None:
     if not _is_text(text):
         return None
     stripped = text.lstrip()
+    if stripped.startswith((b"[InternetShortcut]", b"[Desktop Entry]")):
+        return Kind("a shortcut to a page", "open it, and download the file itself")
     if stripped[:1] in (b"{", b"["):
         return _of_json(path)
     if stripped.startswith(b"<?xml") or stripped.startswith(b"<Error"):
