@@ -64,7 +64,7 @@ KINDS: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "Markdown": (b"---\nlicense: apache-2.0\n---\n# Wan2.1", "a text"),
     "shortcut": (b"[InternetShortcut]\r\nURL=https://example.org/", "a shortcut to a page"),
     "shortcut of Linux": (b"[Desktop Entry]\nType=Link\n", "a shortcut to a page"),
-    "drawing": (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "an SVG drawing"),
+    "drawing": (b'<?xml version="1.0"?>\n<svg xmlns="http://x.org"/>', "an SVG drawing"),
     "playlist": (b"#EXTM3U\n#EXT-X-VERSION:3", "a playlist"),
     "zeros": (bytes(9000), "9000 bytes that begin with zeros"),
     "zip": (lambda: zipped(readme_dot_txt=b"x"), "a zip archive with readme.txt"),
