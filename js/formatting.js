@@ -43,6 +43,11 @@ export function rateText(rate) {
   return rate >= 100 ? String(Math.round(rate)) : rate.toFixed(1);
 }
 
+/** "16", "29.97": of a video file; an empty string for null. */
+export function fpsText(fps) {
+  return fps ? String(Number(fps.toFixed(2))) : "";
+}
+
 /** "bf16" for "bfloat16". */
 export function dtypeText(dtype) {
   return DTYPES[dtype] ?? dtype ?? "";

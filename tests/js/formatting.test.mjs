@@ -142,6 +142,11 @@ test("bytes", () => {
   for (const [bytes, text] of cases) assert.equal(f.bytesText(bytes), text);
 });
 
+test("frame rates of files", () => {
+  const cases = [[null, ""], [undefined, ""], [16, "16"], [30000 / 1001, "29.97"]];
+  for (const [fps, text] of cases) assert.equal(f.fpsText(fps), text);
+});
+
 test("durations", () => {
   const cases = [[null, ""], [1.25, "1.3 ms"], [850.4, "850 ms"], [1240, "1.2 s"],
     [125_000, "2:05 min"], [119_900, "2:00 min"],
