@@ -30,6 +30,8 @@ from benchmarks.resources import cuda_kernels
 from benchmarks.resources.limits import ALLOWED, ARCHITECTURES, Limits, card, exceeded
 from benchmarks.resources.usage import Resources
 from wan_vae.config import WanVAEConfig, wan21, wan22
+from wan_vae.kernels import registry
+from wan_vae.kernels.cuda.driver import compiler_missing
 from wan_vae.network.model import WanVAEModel
 from wan_vae.network.sites import decoder_sites, encoder_sites
 from wan_vae.ops.problem import Problem
@@ -83,10 +85,24 @@ def line(r: Resources) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _missing(args: argparse.Namespace) -> str | None:
+    """What the wanted kernels are compiled with and is not here; None if it is."""
+    wanted = args.kernels or KERNELS
+    if "cuda" in wanted:
+        missing = compiler_missing()
+        if missing is not None:
+            return f"{missing}; --kernels triton does without"
+    if "triton" in wanted and not args.experiments and registry.missing_package("triton"):
+        return "triton is not installed; --kernels cuda does without"
+    return None
+
+
 def main() -> int:
     """Print a table, or JSON, or what exceeds the limits."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="wan-vae bench resources",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--card",
@@ -112,6 +128,9 @@ def main() -> int:
         "--limits", type=Path, default=ALLOWED, help="what may be spilled (default: %(default)s)"
     )
     args = parser.parse_args()
+    missing = _missing(args)
+    if missing is not None:
+        parser.error(missing)
     cards = args.card or (ARCHITECTURES if args.check else ("sm_90",))
     rows = []
     if not args.json:

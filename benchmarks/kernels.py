@@ -279,7 +279,9 @@ def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """1 if a layer has no configuration that is right."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="wan-vae bench kernels", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
     parser.add_argument("--amd", action="store_true", help="also in AMD's configurations")
     parser.add_argument(

@@ -43,6 +43,11 @@ export function rateText(rate) {
   return rate >= 100 ? String(Math.round(rate)) : rate.toFixed(1);
 }
 
+/** "16", "29.97": of a video file; an empty string for null. */
+export function fpsText(fps) {
+  return fps ? String(Number(fps.toFixed(2))) : "";
+}
+
 /** "bf16" for "bfloat16". */
 export function dtypeText(dtype) {
   return DTYPES[dtype] ?? dtype ?? "";
@@ -81,11 +86,16 @@ function isMixed({ layout }) {
   return layout?.mixed_calls > 0 || words.includes("mixed");
 }
 
-/** "55 channels_last_3d, 6 either"; an empty string when nothing was counted. */
+/** What a memory format is called: as in the text of Wan VAE Inspect and of the command line. */
+export function formatText(format) {
+  return format === "either" ? "layout-free" : format;
+}
+
+/** "55 channels_last_3d, 6 layout-free"; an empty string when nothing was counted. */
 export function countsText(counts) {
   return Object.entries(counts ?? {})
     .filter(([, count]) => count > 0)
-    .map(([format, count]) => `${count} ${format}`)
+    .map(([format, count]) => `${count} ${formatText(format)}`)
     .join(", ");
 }
 
@@ -192,7 +202,7 @@ export function layerGroups(layers) {
 export function layerText(layer) {
   const runs = [layer.backend, layer.kernel].filter(Boolean).join(" ");
   const gain = typeof layer.gain === "number" ? `${layer.gain.toFixed(1)}×` : "";
-  return [layer.name, shapeText(layer.shape), layer.format, runs, gain]
+  return [layer.name, shapeText(layer.shape), formatText(layer.format), runs, gain]
     .filter(Boolean)
     .join(" · ");
 }

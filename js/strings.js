@@ -47,6 +47,7 @@ export const ENGLISH = {
   "result.first": "First frames, each",
   "result.frame": "Time a frame",
   "result.encoder": "Video encoder",
+  "result.fps": "Frames/s of the video",
   "result.strips": "Strips, one after another",
   "result.device": "Device",
   "result.dtype": "Computed in",

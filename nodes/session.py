@@ -106,9 +106,9 @@ class Session:
         try:
             self.packed  # noqa: B018
         except NotAWanVAEError as error:
-            if error.__cause__ is None:
+            if not isinstance(error.__cause__, NotAWanVAEError):
                 raise
-            return str(error.__cause__)
+            return error.__cause__.finding
         return None
 
     def speed(self, frames: int) -> dict[str, float]:

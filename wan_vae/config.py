@@ -231,23 +231,27 @@ def detect_config(state: Mapping[str, torch.Tensor]) -> WanVAEConfig:
         other = identify_other_model(state)
         sample = ", ".join(sorted(state)[:3])
         if other:
-            raise NotAWanVAEError(
-                said(
-                    "vae.other_model",
-                    "this is {other}, not a Wan VAE (first keys: {sample}): load a Wan 2.1 or 2.2 "
-                    "VAE such as wan_2.1_vae.safetensors",
-                    other=other,
-                    sample=sample,
-                )
+            finding = said(
+                "vae.other_model",
+                "this is {other}, not a Wan VAE (first keys: {sample})",
+                other=other,
+                sample=sample,
             )
-        raise NotAWanVAEError(
-            said(
+        else:
+            finding = said(
                 "vae.unknown",
                 "not a Wan VAE: no tensor decoder.middle.0.residual.0.gamma among {count} (first "
-                "keys: {sample}): load a Wan 2.1 or 2.2 VAE such as wan_2.1_vae.safetensors",
+                "keys: {sample})",
                 count=len(state),
                 sample=sample,
             )
+        raise NotAWanVAEError(
+            said(
+                "vae.load_wan",
+                "{finding}: load a Wan 2.1 or 2.2 VAE such as wan_2.1_vae.safetensors",
+                finding=finding,
+            ),
+            finding,
         )
     is_residual = "decoder.upsamples.0.upsamples.0.residual.2.weight" in state
     outputs, _, frames = _shape(state, "decoder.head.2.weight", 5)[:3]

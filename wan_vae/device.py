@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from .errors import BackendError, first_line
+from .errors import BackendError
 from .version import __version__
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,11 +42,15 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise BackendError(f"device {device!r} is unknown: {first_line(error)}") from error
+        raise BackendError(
+            f"device {device!r} is unknown: expected cpu, cuda, cuda:1, xpu, mps or "
+            "privateuseone:0 (DirectML)"
+        ) from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise BackendError(
-                f"device {device} was asked for, but PyTorch sees no CUDA device here"
+                f"device {device} was asked for, but PyTorch sees no CUDA device here: name one "
+                "that is here, such as cpu"
             )
         index = torch.cuda.current_device() if device.index is None else device.index
         if index >= torch.cuda.device_count():
@@ -62,7 +66,10 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         return device
     module = torch.backends.mps if device.type == "mps" else getattr(torch, device.type, None)
     if device.type not in ("cpu", "cuda") and not (module and module.is_available()):
-        raise BackendError(f"device {device} was asked for, but PyTorch sees none of its kind here")
+        raise BackendError(
+            f"device {device} was asked for, but PyTorch sees none of its kind here: name one that "
+            "is here, such as cpu"
+        )
     return device
 
 

@@ -23,7 +23,14 @@ class CheckpointError(WanVAEError):
 
 
 class NotAWanVAEError(CheckpointError):
-    """The tensors belong to another model. The message names it if it is known."""
+    """The tensors belong to another model. The message names it if it is known.
+
+    `finding` is the message without advice, for who can go on with that model.
+    """
+
+    def __init__(self, message: str, finding: str | None = None):
+        super().__init__(message)
+        self.finding = message if finding is None else finding
 
 
 class LatentError(WanVAEError):

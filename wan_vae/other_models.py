@@ -15,7 +15,7 @@ _DIFFUSION = "(the UNET / diffusion model file)"
 # One key of each model that users confuse with a Wan VAE, most specific first. A key that ends with
 # a dot is the start of one. Source: the state-dict keys that each project publishes.
 _KEYS: tuple[tuple[str, str], ...] = (
-    ("latent_tensor", "a latent, not a model"),
+    ("latent_tensor", "a latent"),
     ("encoder.middle.0.residual.0.gamma", "half a Wan VAE: its encoder without the decoder"),
     ("encoder.mid_block.resnets.0.norm1.gamma", "half a Wan VAE: its encoder without the decoder"),
     ("blocks.0.self_attn.q.weight", f"a Wan diffusion transformer {_DIFFUSION}"),

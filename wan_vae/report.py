@@ -121,6 +121,7 @@ class VideoRecord:
     encoder: FFmpeg's name of the one that ran. waited_for_encoder_ms: how long the decode waited
     for the encoder to take a frame, and at the end to finish; waited_for_decoder_ms: how long the
     encoder waited for a frame. flight_bytes: host memory that frames between the two take at most.
+    fps: frames a second of the file; None in reports that did not say it.
     """
 
     encoder: str
@@ -128,6 +129,7 @@ class VideoRecord:
     waited_for_encoder_ms: float
     waited_for_decoder_ms: float
     flight_bytes: int
+    fps: float | None = None
 
     @property
     def waited_for(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from benchmarks.suite import compare
 from benchmarks.suite.parts import OTHER_PARTS
 from benchmarks.suite.ranks import command as ranks
 from benchmarks.suite.ranks import rounds
+from wan_vae.errors import WanVAEError
 
 _SCRIPTS = Path(__file__).resolve().parents[1]
 
@@ -38,11 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return compare.main(argv)
 
 
-def _own_process(script: str) -> Callable[[Sequence[str]], int]:
+class PackageMissing(WanVAEError):
+    """A part of the benchmarks needs a package that is not installed."""
+
+
+def _own_process(script: str, **packages: str) -> Callable[[Sequence[str]], int]:
     """For scripts about Triton, which reads its environment when it is imported, and for those
-    that need packages which the other parts do without."""
+    that need packages which the other parts do without.
+
+    packages: what it imports, and how that is installed.
+    """
 
     def run(argv: Sequence[str]) -> int:
+        for package, how in packages.items():
+            if importlib.util.find_spec(package) is None:
+                raise PackageMissing(f"bench: {script} needs the package {package}: {how}")
         return subprocess.call([sys.executable, str(_SCRIPTS / script), *argv])
 
     return run
@@ -55,10 +67,14 @@ _RUN: dict[str, Callable[[Sequence[str]], int]] = {
     "scaling": emulated_scaling.main,
     "predictions": card_predictions.main,
     "profile": chunk_profile.main,
-    "kernels": _own_process("kernels.py"),
+    "kernels": _own_process(
+        "kernels.py", triton="PyTorch's CUDA builds for Linux bring it, or pip install triton"
+    ),
     "winograd": winograd_error.main,
     "resources": _own_process("kernel_resources.py"),
-    "nodes": _own_process("comfyui_nodes.py"),
+    "nodes": _own_process(
+        "comfyui_nodes.py", websocket="pip install -e '.[bench]' in the clone, or websocket-client"
+    ),
     "small": small_cards.main,
     "host": host_memory.main,
     "start": _own_process("next_process.py"),

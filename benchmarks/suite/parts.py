@@ -12,7 +12,7 @@ OTHER_PARTS = {
     "kernels": "our kernels by configuration, next to the library's (a GPU)",
     "forms": "convolutions without cuDNN, by form, next to the library's (a GPU)",
     "winograd": "errors of Winograd F(4,3) in float16, by its points (no GPU)",
-    "resources": "registers and shared memory of the Triton kernels (no GPU)",
+    "resources": "registers and shared memory of our kernels, compiled for any card (no GPU)",
     "nodes": "our nodes in a running ComfyUI (COMFYUI_PATH): time and memory",
     "small": "IMAGE and a stream of frames on a card with little memory (a GPU)",
     "video": "a latent to an mp4, beside x264 alone and an IMAGE that is saved",

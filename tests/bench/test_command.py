@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 
+from benchmarks import kernel_resources
 from benchmarks.suite import command, compare
 from benchmarks.suite.parts import OTHER_PARTS
 from benchmarks.suite.ranks import command as ranks
@@ -118,11 +119,36 @@ def test_each_part_has_a_help_of_its_own(part, capsys):
     assert f"usage: wan-vae bench {part}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("part", "package"), [("kernels", "triton"), ("nodes", "websocket-client")]
+)
+def test_a_package_that_is_missing_is_one_line(part, package, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    missing = {"triton", "websocket"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name in missing else found(name)
+    )
+    assert cli(["bench", part, "--help"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("wan-vae: bench: ") and package in told and told.count("\n") == 1
+
+
+def test_a_compiler_that_is_missing_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(kernel_resources, "compiler_missing", lambda: "no NVRTC here")
+    monkeypatch.setattr("sys.argv", ["kernel_resources.py"])
+    with pytest.raises(SystemExit) as stopped:
+        kernel_resources.main()
+    assert stopped.value.code == 2
+    said = "wan-vae bench resources: error: no NVRTC here; --kernels triton does without\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton here")
 @pytest.mark.parametrize(("part", "option"), [("kernels", "--tiny"), ("resources", "--json")])
 def test_scripts_about_triton_run_in_a_process_of_their_own(part, option, capfd):
     assert command.main([part, "--help"]) == 0
-    assert option in capfd.readouterr().out
+    text = capfd.readouterr().out
+    assert option in text and f"usage: wan-vae bench {part}" in text
 
 
 def test_a_part_by_its_word_is_the_part_by_its_option(tmp_path, capsys):

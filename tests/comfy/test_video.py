@@ -76,7 +76,7 @@ def test_the_file_holds_frames_colours_workflow_and_prompt(comfy, sample):
         assert file.streams.video[0].codec.name == "h264"
         assert float(file.duration / av.time_base) == pytest.approx(9 / 16, abs=0.01)
     video = run.report("3")["video"]
-    assert (video["encoder"], video["frames"]) == ("libx264", 9)
+    assert (video["encoder"], video["frames"], video["fps"]) == ("libx264", 9, 16)
 
 
 @pytest.mark.parametrize(

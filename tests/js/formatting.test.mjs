@@ -142,6 +142,11 @@ test("bytes", () => {
   for (const [bytes, text] of cases) assert.equal(f.bytesText(bytes), text);
 });
 
+test("frame rates of files", () => {
+  const cases = [[null, ""], [undefined, ""], [16, "16"], [30000 / 1001, "29.97"]];
+  for (const [fps, text] of cases) assert.equal(f.fpsText(fps), text);
+});
+
 test("durations", () => {
   const cases = [[null, ""], [1.25, "1.3 ms"], [850.4, "850 ms"], [1240, "1.2 s"],
     [125_000, "2:05 min"], [119_900, "2:00 min"],
@@ -150,21 +155,21 @@ test("durations", () => {
 });
 
 test("counts, shapes, layers, dtypes", () => {
-  assert.equal(f.countsText(report.layout.weights_used), "56 channels_last_3d, 6 either");
+  assert.equal(f.countsText(report.layout.weights_used), "56 channels_last_3d, 6 layout-free");
   assert.equal(f.countsText(undefined), "");
   assert.equal(f.shapeText([1, 16, 3]), "1 × 16 × 3");
   assert.equal(f.shapeText(null), "");
   assert.equal(
     f.layerText({ name: "decoder.conv1", shape: [8, 4], format: "either", backend: "eager" }),
-    "decoder.conv1 · 8 × 4 · either · eager",
+    "decoder.conv1 · 8 × 4 · layout-free · eager",
   );
   assert.equal(
     f.layerText({ name: "a", shape: [8], format: "either", backend: "cuda",
       kernel: "wgmma winograd", gain: 2.84 }),
-    "a · 8 · either · cuda wgmma winograd · 2.8×",
+    "a · 8 · layout-free · cuda wgmma winograd · 2.8×",
   );
   const untimed = { name: "a", shape: [8], format: "either", backend: "eager", kernel: "", gain: null };
-  assert.equal(f.layerText(untimed), "a · 8 · either · eager");
+  assert.equal(f.layerText(untimed), "a · 8 · layout-free · eager");
   assert.equal(f.dtypeText("float8_e4m3fn"), "float8_e4m3fn");
 });
 

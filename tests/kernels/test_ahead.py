@@ -391,6 +391,21 @@ def test_warm_says_what_was_compiled_for_a_card_that_is_not_here(compiled, monke
     assert "expected a compute capability" in capsys.readouterr().err
 
 
+def test_warm_says_what_is_missing_here(monkeypatch, capsys):
+    """A PyTorch without CUDA has no compiler, and a file may not be there."""
+
+    def not_there():
+        raise OSError("libnvrtc.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(driver, "_nvrtc", not_there)
+    assert main(["warm", "--card", "RTX 4090"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("wan-vae: RTX 4090: NVRTC") and "nvidia-cuda-nvrtc" in told
+    assert "standard output" not in told
+    assert main(["warm", "nothing.safetensors", "--device", "cpu"]) == 1
+    assert capsys.readouterr().err == "wan-vae: nothing.safetensors: no such file\n"
+
+
 # -- a queued prompt -------------------------------------------------------------------------------
 
 

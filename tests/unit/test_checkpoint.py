@@ -141,6 +141,14 @@ def test_a_sharded_checkpoint(suffix, tmp_path):
         load_checkpoint(tmp_path / f"diffusion_pytorch_model-00001-of-00002{suffix}")
 
 
+def test_a_folder_with_an_index_of_any_name(tmp_path):
+    """The error of a part says that its folder can be passed."""
+    state = random_state(wan21(dim=8))
+    index = sharded(tmp_path, state)
+    index.rename(index.with_name("model.safetensors.index.json"))
+    assert_same(load_checkpoint(tmp_path), state)
+
+
 def test_an_index_of_a_variant(tmp_path):
     """diffusers writes diffusion_pytorch_model.safetensors.index.fp16.json."""
     state = random_state(wan21(dim=8))

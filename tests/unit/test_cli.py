@@ -380,6 +380,27 @@ def test_options_of_a_plan_without_a_plan_are_wrong_usage(files, capsys):
     assert "--strips is an option of --plan LATENT" in capsys.readouterr().err
 
 
+def test_a_vae_without_a_measurement_is_wrong_usage(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor", "--vae", "v.safetensors"])
+    assert stopped.value.code == 2
+    assert "--vae is an option of --share" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "advice"),
+    [
+        ("--device", "gpu", "expected cpu, cuda,"),
+        ("--backend", "triton", "take auto, or eager"),
+    ],
+)
+def test_what_is_not_here_is_said_with_what_to_take_instead(
+    option, value, advice, files, tmp_path, capsys
+):
+    assert decode(files, "clip.latent", tmp_path / "out.mp4", option, value) == 1
+    assert advice in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["decode", "encode", "inspect", "demo", "doctor", "warm", "bench"])
 def test_help_shows_an_example(name, capsys):
     with pytest.raises(SystemExit) as stopped:

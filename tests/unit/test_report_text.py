@@ -121,6 +121,8 @@ def test_a_video_says_who_waited_for_whom():
     at = lines.index("video     81 frames by libx264")
     assert lines[at + 1].split(maxsplit=4)[:4] == ["waited", "for", "the", "encoder:"]
     assert lines[at + 1].endswith("2.50 s for the encoder, encoder 0.04 s for the decode")
+    told = report_text(report(video=replace(slow, fps=16.0)))
+    assert "video     81 frames at 16 frames/s by libx264\n" in told
     assert replace(slow, waited_for_decoder_ms=9999.0).waited_for == "decoder"
 
 

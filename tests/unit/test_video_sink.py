@@ -264,7 +264,7 @@ def test_a_video_whose_rename_fails_keeps_no_name(tmp_path):
 class SlowEncoder:
     """An encoder that takes a frame when it is told to, or fails."""
 
-    bit_depth, encoder = 8, "slow"
+    bit_depth, encoder, fps = 8, "slow", 16.0
 
     def __init__(self):
         self.go, self.taken = threading.Semaphore(0), 0

@@ -28,7 +28,7 @@ def parse(argv: Sequence[str] | None) -> Callable[[], int]:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `wan-vae`; each command sets `run`, which takes the parsed arguments."""
     parser = argparse.ArgumentParser(
-        prog="wan-vae", description="Decode and encode latents of Wan 2.1 and Wan 2.2."
+        prog="wan-vae", description="Decode and encode latents of Wan 2.1, Wan 2.2 and Qwen-Image."
     )
     parser.add_argument("--version", action="version", version=f"wan-vae {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_encode(
         command(
             "encode",
-            "Encode a video or an image to a latent.",
+            "Encode a video, an animation or a picture to a latent.",
             "wan-vae encode in.mp4 --vae wan_2.1_vae.safetensors -o encoded.latent",
         )
     )
@@ -99,12 +99,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_model_options(options: Options) -> list[argparse.Action]:
     return [
-        options.add_argument("--device", help="cuda:0, cpu, mps (default: the best one here)"),
+        options.add_argument("--device", help="cuda:0, xpu, mps, cpu (default: the best one here)"),
         options.add_argument(
             "--precision",
             default="auto",
             choices=PRECISIONS,
-            help="compute dtype (default: auto, which is bf16 on a CUDA device and fp32 elsewhere)",
+            help="compute dtype (default: auto, which is bf16 on a GPU that has it, and fp32 on "
+            "the CPU; wan-vae doctor says which)",
         ),
         options.add_argument(
             "--memory-format",
@@ -123,9 +124,9 @@ def _add_model_options(options: Options) -> list[argparse.Action]:
             "--backend",
             default="auto",
             choices=BACKENDS,
-            help="eager: plain PyTorch; triton, cuda: kernels of this package, each checked on "
-            "this device before its first use; auto: the backend that was the fastest on such a "
-            "card (default: auto)",
+            help="eager: plain PyTorch; triton, cuda: our kernels; kitchen: comfy-kitchen's; each "
+            "is checked on this device before its first use (default: auto, which is our kernels "
+            "on the cards that they are for, and eager elsewhere)",
         ),
     ]
 
@@ -177,7 +178,11 @@ def _options(args: argparse.Namespace) -> RunOptions:
 
 def _add_decode(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "latents", nargs="+", type=Path, metavar="LATENT", help=".latent, .safetensors, .pt, .npy"
+        "latents",
+        nargs="+",
+        type=Path,
+        metavar="LATENT",
+        help=".latent, .safetensors, .pt, .npy, .npz",
     )
     _add_output(
         sub,
@@ -194,7 +199,8 @@ def _add_decode(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--normalized",
         action="store_true",
-        help="the latents are normalized, as in diffusers (default: as in ComfyUI)",
+        help="the latents are normalised, as in diffusers (default: as in ComfyUI, unless the file "
+        "says that they are)",
     )
     _add_vae(sub)
     _add_model_options(sub)
@@ -222,7 +228,7 @@ def _decode(args: argparse.Namespace) -> int:
 
 
 def _add_encode(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("video", type=Path, help="a video, or an image: .png, .jpg, .webp, .bmp")
+    sub.add_argument("video", type=Path, help="a video, an animation or a picture")
     _add_output(sub, ".latent or .safetensors file")
     _add_vae(sub)
     _add_model_options(sub)
@@ -337,7 +343,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _add_doctor(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", help="check only this device (default: all)")
     _add_share(sub)
-    sub.set_defaults(run=_doctor)
+    sub.set_defaults(run=partial(_doctor, sub))
 
 
 def _add_warm(sub: argparse.ArgumentParser) -> None:
@@ -385,7 +391,9 @@ def _add_share(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _doctor(args: argparse.Namespace) -> int:
+def _doctor(sub: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    if args.vae is not None and not args.share:
+        sub.error("--vae is an option of --share")
     if args.share:
         from .share import run_share
 
@@ -397,7 +405,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     if "--share" in args.rest:  # needs no benchmarks, so no clone
-        return _doctor(share_parser().parse_args(args.rest))
+        parser = share_parser()
+        return _doctor(parser, parser.parse_args(args.rest))
     from .bench import run_bench
 
     return run_bench(args.rest)

@@ -140,8 +140,9 @@ def _run_rows(report: DecodeReport) -> list[Row]:
 
 def _video_rows(video: VideoRecord) -> list[Row]:
     on_encoder, on_decoder = video.waited_for_encoder_ms / 1e3, video.waited_for_decoder_ms / 1e3
+    rate = "" if video.fps is None else f" at {video.fps:g} frames/s"
     return [
-        ("video", f"{count(video.frames, 'frame')} by {video.encoder}"),
+        ("video", f"{count(video.frames, 'frame')}{rate} by {video.encoder}"),
         (
             "",
             f"waited for the {video.waited_for}: decode {on_encoder:.2f} s for the encoder, "

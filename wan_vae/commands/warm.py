@@ -16,9 +16,10 @@ import torch
 from .. import layout
 from ..config import WanVAEConfig, wan21, wan22
 from ..device import auto_dtype, dtype_name, dtype_of_amd, dtype_of_nvidia, pick_device
-from ..errors import BackendError
+from ..errors import BackendError, CheckpointError
 from ..kernels import registry
 from ..kernels.cache_folder import cache_folder
+from ..kernels.cuda.driver import compiler_missing
 from ..kernels.device import CARDS, Device, amd, nvidia
 from ..kernels.proof.cache import ProofCache, environment
 from ..network.model import WanVAEModel
@@ -36,6 +37,9 @@ def run_warm(paths: Sequence[Path], device: str | None, card: str | None) -> int
     ("RTX 4090"), capability ("8.9") or architecture ("gfx1100"). Returns the exit code.
     Raises BackendError, CheckpointError, NotAWanVAEError.
     """
+    for path in paths:
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file")
     here = None if card is not None else pick_device(device)
     target = Device.chosen_for(here) if here is not None else card_named(str(card))
     families = registry.families_of("auto", target)
@@ -45,6 +49,9 @@ def run_warm(paths: Sequence[Path], device: str | None, card: str | None) -> int
         return 0
     if here is None:
         dtype = _dtype_of(target)
+        missing = None if target.capability is None else compiler_missing()
+        if missing is not None:
+            raise BackendError(f"{target.name}: {missing}")
     else:
         dtype = auto_dtype(here)[0]
         reason = unavailable_reason("auto", here, dtype)

@@ -385,6 +385,10 @@ def _find_file(path: Path) -> Path:
         for name in FOLDER_FILES:
             if os.path.isfile(folder / name):
                 return folder / name
+    # Of another name, as transformers and ComfyUI's tools write it: the only one there.
+    indices = [p for p in path.iterdir() if _INDEX.fullmatch(p.name)]
+    if len(indices) == 1:
+        return indices[0]
     files = sorted(p.name for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
     holds = f", with {_some(files)}" if files else ""
     raise CheckpointError(

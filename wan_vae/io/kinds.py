@@ -231,8 +231,12 @@ def _of_text(path: Path, start: bytes) -> Kind | None:
     if not _is_text(text):
         return None
     stripped = text.lstrip()
+    if stripped.startswith((b"[InternetShortcut]", b"[Desktop Entry]")):
+        return Kind("a shortcut to a page", "open it, and download the file itself")
     if stripped[:1] in (b"{", b"["):
         return _of_json(path)
+    if b"<svg" in stripped:
+        return Kind("an SVG drawing", "save it as PNG and pass that, if it is what you mean")
     if stripped.startswith(b"<?xml") or stripped.startswith(b"<Error"):
         return Kind(f"an XML text ({_quote(text)})", _AGAIN)
     if stripped.startswith(b"#EXTM3U"):

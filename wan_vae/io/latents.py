@@ -158,10 +158,25 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return {"": loaded[0]}, {}
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"contains a {type(loaded).__name__}: expected a tensor")
-    tensors = {str(k): v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
+    tensors = _tensors_in(loaded)
     with path.open("rb") as file:
         metadata = safetensors_metadata(path) if is_safetensors(file.read(9)) else {}
     return tensors, metadata
+
+
+def _tensors_in(found: Mapping[object, object], levels: int = 3) -> dict[str, torch.Tensor]:
+    """Those of a dict, and of dicts in it as "latents.samples": a LATENT saved with other things.
+
+    levels: how deep a dict is looked into.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for key, value in found.items():
+        if isinstance(value, torch.Tensor):
+            tensors[str(key)] = value
+        elif isinstance(value, Mapping) and levels > 1:
+            inner = _tensors_in(value, levels - 1)
+            tensors |= {f"{key}.{name}": tensor for name, tensor in inner.items()}
+    return tensors
 
 
 def _choose(tensors: Mapping[str, torch.Tensor], key: str | None) -> str:
@@ -180,7 +195,8 @@ def _choose(tensors: Mapping[str, torch.Tensor], key: str | None) -> str:
     others = [k for k in tensors if k != VERSION_KEY]
     caches = [k for k in others if _MUSUBI.fullmatch(k)]
     named = [k for k in TENSOR_KEYS if k in tensors][:1]
-    for names in (named, others, caches):
+    nested = [k for k in others if k.rpartition(".")[2] in TENSOR_KEYS]
+    for names in (named, others, caches, nested):
         if len(names) == 1:
             return names[0]
     if len(caches) > 1:
@@ -350,7 +366,8 @@ def check_channels(channels: int, config: WanVAEConfig) -> None:
     other = {16: "Wan 2.1", 48: "Wan 2.2 (5B)", 64: "Qwen-Image 2.1"}.get(channels)
     text: str = said(
         "latent.channels",
-        "the latent has {channels} channels: this {family} VAE decodes {own}",
+        "the latent has {channels} channels: this {family} VAE decodes {own}; use the VAE of the "
+        "model that made the latent",
         channels=channels,
         family=config.family,
         own=config.z_dim,

@@ -95,6 +95,7 @@ class VideoEncoder:
         self._av = av = import_package("av", "av", self._name, OutputError)
         self.warnings: list[str] = []
         rate = frame_rate(self._name, fps)
+        self.fps = float(rate)
         self._height, self._width = size
         if container not in _MUXERS:
             raise OutputError(f"{self._name}: {container} is no container for a video")

@@ -92,6 +92,7 @@ class EncodingThread:
             waited_for_encoder_ms=self._decode_waited_s * 1e3,
             waited_for_decoder_ms=self._encoder_waited_s * 1e3,
             flight_bytes=self.flight_bytes,
+            fps=self._encoder.fps,
         )
 
     # -- the decode's thread -----------------------------------------------------------------------

@@ -70,7 +70,10 @@ def select_ops(
     if len(missing) == len(families):
         if requested == "auto":
             return _eager_because(missing, request.forms)
-        raise BackendError(f"backend {requested!r} cannot run: {_in_words(missing)}")
+        raise BackendError(
+            f"backend {requested!r} cannot run: {_in_words(missing)}; take auto, or eager, which "
+            "is plain PyTorch"
+        )
     key = _key(request)
     state = (device, _state_of(model, request.part), request.forms)
     kept = model.prepared.get(key)

@@ -62,6 +62,9 @@ KINDS: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "text": (b"Invalid username or password.", "a text ('Invalid username or password.')"),
     "text with umlauts": ("Zugriff verweigert für Müller".encode(), "a text"),
     "Markdown": (b"---\nlicense: apache-2.0\n---\n# Wan2.1", "a text"),
+    "shortcut": (b"[InternetShortcut]\r\nURL=https://example.org/", "a shortcut to a page"),
+    "shortcut of Linux": (b"[Desktop Entry]\nType=Link\n", "a shortcut to a page"),
+    "drawing": (b'<?xml version="1.0"?>\n<svg xmlns="http://x.org"/>', "an SVG drawing"),
     "playlist": (b"#EXTM3U\n#EXT-X-VERSION:3", "a playlist"),
     "zeros": (bytes(9000), "9000 bytes that begin with zeros"),
     "zip": (lambda: zipped(readme_dot_txt=b"x"), "a zip archive with readme.txt"),
@@ -200,6 +203,10 @@ WRITERS: dict[str, Callable[[torch.Tensor], bytes]] = {
     "pt": lambda z: _saved(z),
     "pt of a dict": lambda z: _saved({"latents": z, "fps": 16}),
     "pt of a list": lambda z: _saved([z]),
+    "pt of a dict in a dict": lambda z: _saved({"seed": 1, "latent": {"samples": z}}),
+    "pt of a LATENT with a mask": lambda z: _saved(
+        {"latent": {"samples": z, "noise_mask": torch.ones(1, 1, 1, 2, 2)}}
+    ),
     "npy": lambda z: _numpy(np.save, z),
     "npz": lambda z: _numpy(np.savez, z),
 }

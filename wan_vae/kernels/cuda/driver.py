@@ -188,6 +188,19 @@ def unavailable_reason() -> str | None:
     return None
 
 
+def compiler_missing() -> str | None:
+    """Why nothing can be compiled here, also for another machine, and what to do; None if it can
+    be."""
+    try:
+        _nvrtc()
+    except OSError as error:
+        return (
+            f"NVRTC, the compiler, cannot be loaded ({error}): PyTorch's CUDA builds bring it, and "
+            "so does the package nvidia-cuda-nvrtc"
+        )
+    return None
+
+
 def get_ready() -> None:
     """Load NVRTC and the driver's library, which takes a first launch 0.1 s."""
     unavailable_reason()
