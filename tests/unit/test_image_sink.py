@@ -16,7 +16,8 @@ from wan_vae.config import wan21
 from wan_vae.errors import ShardingError
 from wan_vae.io import image as image_module
 from wan_vae.io import pages
-from wan_vae.io.image import EndFrames, HostWriter, ImageSink, copy_threads, frames_to_pixels
+from wan_vae.io.image import EndFrames, HostWriter, ImageSink, bits, copy_threads, frames_to_pixels
+from wan_vae.io.pixels import PieceThreads
 
 
 def expected(pixels):
@@ -242,3 +243,40 @@ def test_pages_are_mapped_and_keep_what_is_there():
 
 def test_small_machines_copy_with_one_thread():
     assert [copy_threads(n) for n in (None, 1, 8, 16, 192)] == [1, 1, 2, 4, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [16, 200, 10**6])
+def test_pieces_of_any_numbers_arrive_in_their_place(dtype, size, monkeypatch):
+    """From columns of a picture, as a shard reads them, and from one value for all."""
+    in_pieces_of(monkeypatch, size)
+    moved = []
+
+    def move(source, target):
+        moved.append(target.shape)
+        np.copyto(bits(target), bits(source))
+
+    threads = PieceThreads(3, move)
+    picture = torch.randint(0, 250, (1, 3, 5, 8, 3)).to(dtype)
+    for source in (picture[:, :, :, 2:7], torch.tensor(7).to(dtype).expand(1, 3, 5, 5, 3)):
+        target = torch.zeros(1, 3, 5, 5, 3, dtype=dtype)
+        threads.copy(source, target)
+        assert torch.equal(target, source)
+    assert len(moved) == 2 * len(list(image_module.pieces_of(target)))
+    threads.close()
+
+
+def test_all_pieces_are_done_before_an_error_is_raised():
+    done = []
+
+    def move(source, target):
+        done.append(int(source[0, 0, 0]))
+        if done[-1] == 1:
+            raise RuntimeError("planted")
+
+    threads = PieceThreads(2, move)
+    pieces = torch.arange(5).view(5, 1, 1)
+    with pytest.raises(RuntimeError, match="planted"):
+        threads.copy(pieces, pieces)
+    assert sorted(done) == [0, 1, 2, 3, 4]
+    threads.close()

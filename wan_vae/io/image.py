@@ -29,6 +29,7 @@ from .sink import Reserve
 _BLOCKS_UNDER_WAY = 2
 # At most so many threads copy: memory of one socket is no faster with more.
 _COPY_THREADS = 4
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 # Page-locked memory of a thread. The device takes 0.2 ms for so much over PCIe 4.
 _PIECE_BYTES = 4 << 20
 
@@ -280,9 +281,9 @@ class HostWriter:
         self._prepare(piece.target)
         piece.ready.synchronize()
         # NumPy's copy, because PyTorch's would start a pool of threads for this thread.
-        np.copyto(_bits(piece.target), _bits(fetch(piece.source)))
+        np.copyto(bits(piece.target), bits(fetch(piece.source)))
         if not self._prepare(piece.ahead) and self._is_new:
-            _bits(piece.ahead).fill(0)
+            bits(piece.ahead).fill(0)
 
     def _prepare(self, part: torch.Tensor) -> bool:
         """Make room for `part` before it is written, and map its pages if that can be done."""
@@ -374,7 +375,7 @@ def host_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(raw).view(dtype).view(shape)
 
 
-def _bits(x: torch.Tensor) -> npt.NDArray[Any]:
+def bits(x: torch.Tensor) -> npt.NDArray[Any]:
     """View `x`, on the CPU, as integers of the same width: NumPy has no bfloat16."""
-    integers: npt.NDArray[Any] = x.view({4: torch.int32, 2: torch.int16}[x.itemsize]).numpy()
+    integers: npt.NDArray[Any] = x.view(_INTEGERS[x.itemsize]).numpy()
     return integers

@@ -6,13 +6,19 @@ as they lie in memory; scaling and rounding happen on the device, where they tak
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from .. import layout
 from ..geometry import Window
+from .image import bits, copy_threads, pieces_of
 
 # Device memory for so many passes of pixels: one is filled while the other is read.
 STAGING_BUFFERS = 2
@@ -61,12 +67,77 @@ class _Buffer:
     is_read: torch.cuda.Event
 
 
+class PieceThreads:
+    """Threads that bring a tensor in host memory to another place, piece by piece.
+
+    Each piece goes through `move(source, target)`. CUDA's own copy of pageable memory takes one
+    thread, and of the columns of a shard it wants a dense copy first, in memory that is new.
+    """
+
+    def __init__(self, threads: int, move: Callable[[torch.Tensor, torch.Tensor], None]):
+        self._move = move
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="wan_vae_fetch")
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Move all pieces of `source` [A, B, C, ...] to dense `target`. Raises the first error."""
+        jobs = [
+            self._pool.submit(self._piece, source[place], target[place])
+            for _, place in pieces_of(target)
+        ]
+        wait(jobs)
+        for job in jobs:
+            job.result()
+
+    def _piece(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        # Each thread has its own inference mode; see `image.HostWriter`.
+        with torch.inference_mode():
+            self._move(source, target)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+
+@dataclass
+class _Locked:
+    """Page-locked memory for a piece, and when the device has read it."""
+
+    memory: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    is_read: torch.cuda.Event | None = None
+
+
+class _ToDevice:
+    """Moves pieces from any thread to CUDA memory, on `stream`: each thread fills one page-locked
+    buffer while the device reads the other."""
+
+    def __init__(self, stream: torch.cuda.Stream):
+        self._stream = stream
+        self._own = threading.local()
+
+    def __call__(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        if not hasattr(self._own, "buffers"):
+            self._own.buffers = [_Locked(), _Locked()]
+        locked: _Locked = self._own.buffers.pop(0)
+        self._own.buffers.append(locked)
+        if locked.is_read is not None:
+            locked.is_read.synchronize()
+        size = target.numel() * target.element_size()
+        if locked.memory.numel() < size:
+            locked.memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        staged = locked.memory[:size].view(target.dtype).view(target.shape)
+        np.copyto(bits(staged), bits(source))
+        locked.is_read = torch.cuda.Event(blocking=True)
+        with torch.cuda.stream(self._stream):
+            target.copy_(staged, non_blocking=True)
+            locked.is_read.record(self._stream)
+
+
 class PixelSource:
     """The pixels of a clip, frames at a time, on `device` in `dtype` and in [-1, 1].
 
     pixels: [B, 3, T, H, W] in [-1, 1], or with `unit_range` in [0, 1], on any device, with any
     strides; or a video that is read. From host memory to CUDA the copy of a pass runs beside the
-    computation of the one before, on a stream of its own.
+    computation of the one before, on a stream of its own, by threads.
     """
 
     def __init__(
@@ -85,6 +156,7 @@ class PixelSource:
         self._is_staged = device.type == "cuda" and pixels.device.type == "cpu"
         self._stream = torch.cuda.Stream(device) if self._is_staged else None
         self._buffers: list[_Buffer] = []
+        self._threads: PieceThreads | None = None
 
     def fetch(self, first: int, last: int, rows: slice = slice(None)) -> torch.Tensor:
         """Frames [first, last) and `rows` of every video, [B, 3, t, h, W]."""
@@ -121,8 +193,12 @@ class PixelSource:
         return None if isinstance(self._pixels, torch.Tensor) else self._pixels.white
 
     def release(self) -> None:
-        """Give back the device memory of the buffers, after the last `fetch`."""
+        """Give back the device memory of the buffers, and end the threads: after the last `fetch`,
+        or before the first one of another attempt."""
         self._buffers.clear()
+        if self._threads is not None:
+            self._threads.close()
+            self._threads = None
 
     def extremes(self) -> tuple[float, float] | None:
         """The smallest and the largest value that was fetched, NaN if there was one, in [-1, 1]
@@ -146,17 +222,18 @@ class PixelSource:
     def _stage(self, part: torch.Tensor) -> tuple[_Buffer, torch.Tensor]:
         """`part` in a buffer on the device, and the view of it that has the shape of `part`."""
         assert self._stream is not None
+        if self._threads is None:
+            self._threads = PieceThreads(copy_threads(os.cpu_count()), _ToDevice(self._stream))
         order = layout.memory_order(part)
         # Dense memory and one dtype: the copy moves bytes, and all else happens on the device.
         dense = part.permute(order)
         current = torch.cuda.current_stream(self.device)
         buffer = self._free_buffer(part, current)
         memory = buffer.memory[: part.numel()].view(dense.shape)
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(buffer.is_read)
-            # The host goes on as soon as it has read `part`: the next one is fetched while the
-            # device computes.
-            memory.copy_(dense, non_blocking=True)
+        self._stream.wait_event(buffer.is_read)
+        # The host goes on as soon as it has read `part`: the next one is fetched while the device
+        # computes.
+        self._threads.copy(dense, memory)
         current.wait_stream(self._stream)
         back = sorted(range(len(order)), key=order.__getitem__)
         return buffer, memory.permute(back)
