@@ -64,11 +64,12 @@ def fake_layers(
     family: str,
     dtype: torch.dtype,
     covers: Callable[[str], bool] = lambda name: True,
+    most_together: int = QUADS.frames,
 ) -> dict[str, FakeLayer]:
     """The layers of a decoder that kernels of `family` ("triton" or "cuda") run, by native name.
 
     Those of "cuda" use Winograd wherever a latent frame is several frames. covers: says which
-    layers have a kernel.
+    layers have a kernel. most_together: 2 for layers that make pairs where others make quads.
     """
     found: dict[str, FakeLayer] = {}
     plain = FakeLayer(family, "plain", "plain", 0, 0, dtype)
@@ -90,7 +91,7 @@ def fake_layers(
     frames, stages = 1, architecture.stages(config)
     for stage in stages:
         for block in stage.blocks:
-            add_block(block, frames if family == "cuda" else 1)
+            add_block(block, min(frames, most_together) if family == "cuda" else 1)
         if stage.up is not None:
             found[stage.up.conv] = plain
             if stage.up.time_conv is not None:

@@ -6,6 +6,7 @@ Nor do history, progress, cancel and what happens where memory runs out, which a
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,16 +16,20 @@ from hypothesis import strategies as st
 
 from tests.conftest import SMALL_CONFIGS, pass_elements, random_state
 from tests.unit.decodes import relative_error, schedules, vae_of
+from tests.unit.fake_layers import fake_encoder_layers, fake_layers, fake_ops
 from wan_vae import WanVAE
 from wan_vae.chunking import Chunk, schedule
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import DecodeCancelled, GeometryError
 from wan_vae.io.sink import TensorSink
+from wan_vae.kernels.device import CARDS
+from wan_vae.kernels.registry import kernels_of
 from wan_vae.network.blocks import ResidualBlock, Step, Upsample, _interleave
 from wan_vae.network.cache import FeatureCache
 from wan_vae.network.decoder import UpStage
+from wan_vae.ops.problem import LayerWeights, NormConvProblem
 from wan_vae.planning import choose
-from wan_vae.planning.passes import pass_frames
+from wan_vae.planning.passes import encoder_pass_frames, frames_together, pass_frames
 from wan_vae.runs import decode
 
 # Of float32 on the CPU, where a convolution may choose another blocking for another size.
@@ -109,15 +114,18 @@ def test_any_passes_give_the_pixels_of_whole_chunks(family, case):
         assert max(stop - start for start, stop in sink.pieces) <= limits[-1]
 
 
-def stage_inputs(vae: WanVAE):
-    """Lists, one for each stage, that grow by the frames of features that enter it."""
-    decoder = vae.model.decoder
-    seen = [[] for _ in range(4)]
+def stage_inputs(vae: WanVAE, operation: str = "decode"):
+    """Lists, one for each stage that has passes, that grow by the frames of features that enter."""
+    if operation == "decode":
+        parts, starts = vae.model.decoder.upsamples, vae.model.decoder._stage_starts[:-1]
+    else:
+        parts, starts = vae.model.encoder.downsamples, vae.model.encoder._stage_starts[:-2]
+    seen = [[] for _ in starts]
     hooks = [
-        decoder.upsamples[first].register_forward_pre_hook(
+        parts[first].register_forward_pre_hook(
             lambda layer, arguments, found=found: found.append(arguments[0].shape[2])
         )
-        for first, found in zip(decoder._stage_starts[:-1], seen, strict=True)
+        for first, found in zip(starts, seen, strict=True)
     ]
     return seen, hooks
 
@@ -216,24 +224,85 @@ def test_a_chunk_in_two_is_the_first_once_and_the_last_once():
 # -- how many frames a pass has ------------------------------------------------------------------
 
 
+# Of decoder and encoder, by how many frames of a latent frame stay together.
+LEAST = {2: ((1, 2, 2, 2), (2, 2, 2)), 4: ((1, 2, 4, 4), (4, 4, 2))}
+
+
+@pytest.mark.parametrize("together", LEAST)
 @pytest.mark.parametrize("config", [wan21(), wan22(), *SMALL_CONFIGS.values()])
 @settings(max_examples=60, deadline=None)
 @given(
     size=st.tuples(st.integers(1, 3), st.integers(1, 300), st.integers(1, 500)),
     elements=st.lists(st.integers(1, 10**11), min_size=2, max_size=6),
 )
-def test_limits_are_a_frame_or_pairs_and_grow_with_what_may_be_held(config, size, elements):
+def test_limits_are_multiples_of_the_least_and_grow_with_what_may_be_held(
+    config, together, size, elements
+):
     b, h, w = size
     shape = (b, config.z_dim, 21, h, w)
-    found = [pass_frames(config, shape, n) for n in (1, *sorted(elements))]
-    assert found[0] == (1, 2, 2, 2)
-    for fewer, more in pairwise(found):
-        assert all(a <= b for a, b in zip(fewer, more, strict=True))
-    for limits in found:
-        assert all(n >= 2 and n % 2 == 0 for n in limits[1:])
-    # Of a strip: at least as many.
-    strip = pass_frames(config, (*shape[:3], -(-h // 2), w), max(elements))
-    assert all(a >= b for a, b in zip(strip, found[-1], strict=True))
+    for limits_of, least in zip((pass_frames, encoder_pass_frames), LEAST[together], strict=True):
+        found = [limits_of(config, shape, n, together) for n in (1, *sorted(elements))]
+        assert found[0] == least
+        for fewer, more in pairwise(found):
+            assert all(a <= b for a, b in zip(fewer, more, strict=True))
+        for limits in found:
+            assert all(n % of == 0 for n, of in zip(limits, least, strict=True))
+        # Of a strip: at least as many.
+        strip = limits_of(config, (*shape[:3], -(-h // 2), w), max(elements), together)
+        assert all(a >= b for a, b in zip(strip, found[-1], strict=True))
+
+
+@pytest.mark.parametrize("card", ["H100", "A100", "RTX 4090"])
+def test_four_frames_stay_together_exactly_where_a_layer_makes_quads(card):
+    """Layers as our kernels prepare them."""
+    torch.manual_seed(0)
+    weights = LayerWeights(torch.randn(96, 96, 3, 3, 3), torch.randn(96), torch.ones(96, 1, 1, 1))
+    others = fake_layers(wan21(), "triton", torch.bfloat16)
+    found: set[tuple[str, int]] = set()
+    for frames, only_frame in ((1, False), (2, False), (4, False), (4, True)):
+        problem = NormConvProblem(96, 96, torch.bfloat16, frames, only_frame=only_frame)
+        for kernel in kernels_of("norm_conv3d", ("cuda",)):
+            if kernel.requires.unmet(CARDS[card], problem) is not None:
+                continue
+            for config in kernel.candidates(problem, CARDS[card]):
+                layer = kernel.prepare(weights, problem, config, CARDS[card])
+                together = frames_together({"one": layer, **others})
+                assert (together == 4) == config.startswith("winograd4")
+                assert (layer.frames_together == 1) == config.startswith("direct")
+                found.add((config.split("_")[0], together))
+    assert found == {("direct1", 2), ("direct3", 2), ("winograd", 2), ("winograd4", 4)}
+    assert frames_together({}) == 2, "down-samplers halve them"
+
+
+@settings(max_examples=12, deadline=None)
+@given(lengths=schedules(), height=st.integers(1, 3), quarters=st.integers(1, 40))
+@pytest.mark.parametrize("operation", ["decode", "encode"])
+@pytest.mark.parametrize("family", SMALL_CONFIGS)
+def test_frames_behind_the_first_enter_each_stage_by_whole_latent_frames(
+    family, operation, lengths, height, quarters
+):
+    """Where a layer makes quads, however little a pass may hold."""
+    vae = vae_of(family)
+    z, factor = latent_of(vae, sum(lengths), height, 1), vae.config.spatial_factor
+    elements = pass_elements(vae.config, tuple(z.shape), 2) * quarters // 8
+    make = fake_layers if operation == "decode" else fake_encoder_layers
+    ops = fake_ops(vae.model, make(vae.config, "cuda", torch.float32))
+    setup = vae.engine.setup
+    seen, hooks = stage_inputs(vae, operation)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "PASSES", (elements, elements))
+        patch.setattr(vae.engine, "setup", lambda request: replace(setup(request), ops=ops))
+        if operation == "decode":
+            vae.decode(z, chunk_frames=lengths)
+        else:
+            pixels = torch.rand(1, 3, 4 * sum(lengths) - 3, height * factor, factor)
+            vae.encode(pixels, chunk_frames=lengths)
+    for hook in hooks:
+        hook.remove()
+    wholes = (1, 2, 4, 4) if operation == "decode" else (4, 4, 2)
+    for (first, *others), whole in zip(seen, wholes, strict=True):
+        assert first % whole == 1 % whole and all(n % whole == 0 for n in others)
+        assert sum((first, *others)) == whole * (sum(lengths) - 1) + 1
 
 
 @pytest.mark.parametrize("batch", [1, 2])
