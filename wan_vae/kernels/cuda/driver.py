@@ -188,6 +188,15 @@ def unavailable_reason() -> str | None:
     return None
 
 
+def can_compile() -> bool:
+    """Whether NVRTC is on this machine; a driver need not be."""
+    try:
+        _nvrtc()
+    except OSError:
+        return False
+    return True
+
+
 def get_ready() -> None:
     """Load NVRTC and the driver's library, which takes a first launch 0.1 s."""
     unavailable_reason()
