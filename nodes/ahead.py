@@ -101,7 +101,8 @@ def ask(
         return  # the node will say so
     try:
         card = Device.chosen_for(device)
-        if not registry.families_of("auto", card):
+        # Not the families: that would import them, in the thread of the server.
+        if registry.auto_reason(card) is not None:
             return
         known = environment(device)
     except BackendError:

@@ -474,9 +474,9 @@ def test_a_prompt_without_a_file_is_no_wish(queued, prompt):
 @pytest.mark.parametrize(
     ("winners", "got_ready"),
     [
-        ((), ["cuda", "triton"]),  # a new machine, on which all of them are proven
-        (("cuda mma: a: b", EAGER), ["cuda"]),
-        (("cuda mma: a: b", "triton narrow: c: d"), ["cuda", "triton"]),
+        ((), ["triton", "kitchen"]),  # a new machine, on which all of them are proven
+        (("triton narrow: a: b", EAGER), ["triton"]),
+        (("kitchen wmma: a: b", "triton narrow: c: d"), ["triton", "kitchen"]),
     ],
 )
 def test_a_process_gets_ready_for_the_kernels_that_are_chosen(
@@ -490,12 +490,33 @@ def test_a_process_gets_ready_for_the_kernels_that_are_chosen(
         return Family(name, (), lambda device: None, get_ready=lambda: ready.append(name))
 
     monkeypatch.setattr(registry, "load", family)
-    ahead.get_ready(CARDS["H100"], known)
+    ahead.get_ready(CARDS["RX 7900 XTX"], known)
     assert ready == got_ready
     ahead.get_ready(CARDS["CPU"], known)
     assert ready == got_ready, "there are no kernels for it"
     monkeypatch.setattr(registry, "load", lambda name: "cannot be imported: no libcuda")
-    ahead.get_ready(CARDS["H100"], known)
+    ahead.get_ready(CARDS["RX 7900 XTX"], known)
+
+
+_WITHOUT_TRITON = """
+import sys
+import torch
+from wan_vae.config import wan21
+from wan_vae.kernels.cuda import driver
+from wan_vae.kernels.device import CARDS
+from wan_vae.runs.ahead import Ahead, AheadJob, get_ready, jobs_of_work
+driver._nvrtc = lambda: None  # it is here
+job = AheadJob(wan21(dim=32), CARDS["H100"], "bfloat16", None, jobs_of_work(("decoder", "encoder")))
+get_ready(job.device, {})
+wanted = [build.key for work in job.work for build in Ahead(job).builds(work)]
+print(*{key.split()[0] for key in wanted}, "triton" in sys.modules)
+"""
+
+
+def test_nvidia_cards_get_ready_and_compile_ahead_without_triton():
+    code = [sys.executable, "-c", _WITHOUT_TRITON]
+    done = subprocess.run(code, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.strip() == "cuda False", done.stderr[-3000:]
 
 
 def test_what_a_first_launch_hashes_is_hashed_before():

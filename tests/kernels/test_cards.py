@@ -89,7 +89,8 @@ REQUESTS: tuple[Backend, ...] = ("auto", "triton", "cuda")
 @pytest.fixture(autouse=True)
 def a_driver(monkeypatch):
     """This machine need not be able to load a kernel."""
-    monkeypatch.setattr("wan_vae.kernels.cuda.driver.unavailable_reason", lambda: None)
+    monkeypatch.setattr("wan_vae.kernels.cuda.driver._nvrtc", lambda: None)
+    monkeypatch.setattr("wan_vae.kernels.cuda.driver._driver", lambda: None)
 
 
 def first_kernels(request: Backend, card: Device) -> dict[str, str]:

@@ -12,6 +12,7 @@ from tests.conftest import SMALL_CONFIGS, random_state
 from wan_vae import WanVAE
 from wan_vae.errors import BackendError
 from wan_vae.kernels import registry
+from wan_vae.kernels.cuda import driver
 from wan_vae.kernels.device import CARDS, IMITATE, Device, nvidia
 from wan_vae.kernels.proof import cache
 from wan_vae.kernels.proof.cache import ProofCache
@@ -30,10 +31,11 @@ def missing(monkeypatch) -> dict[str, str]:
     monkeypatch.setattr(Device, "of", lambda device: CARDS["RTX 3060"])
     monkeypatch.setattr(registry, "unavailable_reason", lambda name, *_: reasons.get(name))
     monkeypatch.setattr(registry, "kernels_of", lambda operation, families: iter(()))
+    monkeypatch.setattr(registry, "_cannot_compile", reasons.__contains__)
     return reasons
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model() -> WanVAEModel:
     return WanVAEModel(SMALL_CONFIGS["wan2.1"])
 
@@ -43,15 +45,20 @@ def ops_for(backend, model) -> OpSet:
     return select_ops(OpsRequest(backend, model, only_frame=True), lambda: proofs)
 
 
+def test_one_missing_family_costs_no_other_one(missing, model):
+    missing["cuda"] = "no NVRTC"
+    ops = ops_for("auto", model)
+    assert [(r.family, r.reason) for r in ops.refusals] == [("cuda", "no NVRTC")]
+    assert any(key[:4] == ("auto", True, None, "decoder") for key in model.prepared)
+    assert unavailable_reason("auto", HOST, torch.float32) is None
+    assert not may_prove(OpsRequest("auto", model, only_frame=True), HOST)
+    assert may_prove(OpsRequest("auto", model, only_frame=False), HOST)
+
+
 @pytest.mark.parametrize("backend", ["auto", "cuda"])
-def test_one_missing_family_costs_no_other_one(missing, model, backend):
+def test_where_cuda_compiles_nobody_asks_for_triton(missing, model, backend):
     missing["triton"] = "triton is not installed"
-    ops = ops_for(backend, model)
-    assert [(r.family, r.reason) for r in ops.refusals] == [("triton", "triton is not installed")]
-    assert any(key[:4] == (backend, True, None, "decoder") for key in model.prepared)
-    assert unavailable_reason(backend, HOST, torch.float32) is None
-    assert not may_prove(OpsRequest(backend, model, only_frame=True), HOST)
-    assert may_prove(OpsRequest(backend, model, only_frame=False), HOST)
+    assert ops_for(backend, model).refusals == ()
 
 
 def test_without_any_family_auto_is_eager_and_an_explicit_request_an_error(missing, model):
@@ -61,15 +68,21 @@ def test_without_any_family_auto_is_eager_and_an_explicit_request_an_error(missi
     assert [(r.family, r.reason) for r in ops.refusals] == list(missing.items())
     both = "cuda: no NVRTC; triton: triton is not installed"
     assert unavailable_reason("auto", HOST, torch.float32) == both
-    with pytest.raises(BackendError, match=f"backend 'cuda' cannot run: {both}"):
+    with pytest.raises(BackendError, match="backend 'cuda' cannot run: no NVRTC"):
         ops_for("cuda", model)
-    del missing["cuda"]
     with pytest.raises(BackendError, match="'triton' cannot run: triton is not installed"):
         ops_for("triton", model)
 
 
-def test_auto_is_by_vendor_and_capability():
-    families = {"nvidia": ("cuda", "triton"), "amd": ("triton", "kitchen")}
+@pytest.mark.parametrize("nvrtc", [True, False], ids=["nvrtc", "no-nvrtc"])
+def test_auto_is_by_vendor_capability_and_compiler(nvrtc, monkeypatch):
+    def library() -> None:
+        if not nvrtc:
+            raise OSError("libnvrtc.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(driver, "_nvrtc", library)
+    nvidia_s = ("cuda",) if nvrtc else ("cuda", "triton")
+    families = {"nvidia": nvidia_s, "amd": ("triton", "kitchen")}
     for card in CARDS.values():
         assert registry.families_of("auto", card) == families.get(card.vendor, ())
     old = nvidia("GTX 1080", (6, 1), 20)
@@ -125,7 +138,7 @@ def test_a_report_names_the_imitation(missing, monkeypatch):
 
 
 def test_other_forms_of_eager_layers_are_another_choice_and_no_new_proof(missing, model):
-    missing["triton"] = "triton is not installed"
+    missing["cuda"] = "no NVRTC"
     proofs = ProofCache({}, None)
 
     def ops(forms: EagerForms) -> OpSet:
@@ -136,7 +149,7 @@ def test_other_forms_of_eager_layers_are_another_choice_and_no_new_proof(missing
     plain, unfolded = ops(EagerForms()), ops(off)
     assert ops(off) is unfolded and plain.forms == EagerForms()
     assert unfolded.forms == off
-    reasons = ["triton is not installed", "cuDNN is off"]
+    reasons = ["no NVRTC", "cuDNN is off"]
     assert [r.reason for r in unfolded.refusals] == reasons
     assert [r.reason for r in plain.refusals] == reasons[:1]
     assert not may_prove(OpsRequest("auto", model, only_frame=True), HOST)

@@ -124,7 +124,8 @@ def wanted_builds(
 class Contenders:
     """What may run each layer of `sites`, by requirements and bounds.
 
-    Of weights on the device `meta`, which have no numbers, no bound refuses anything.
+    Of weights on the device `meta`, which have no numbers, no bound is computed: for that PyTorch
+    would import its compiler, and that Triton (2.8 s).
     """
 
     def __init__(self, sites: Sequence[LayerSite], families: tuple[str, ...], device: Device):
@@ -135,8 +136,7 @@ class Contenders:
         """For each site, in order of preference. All bounds come from the device in one
         transfer."""
         drafts = [self._of(site) for site in self.sites]
-        values = torch.stack([b.value for b in self.bounds]) if self.bounds else torch.empty(0)
-        numbers = [0.0] * len(values) if values.is_meta else values.tolist()
+        numbers = torch.stack([b.value for b in self.bounds]).tolist() if self.bounds else []
         return [
             [self._checked(contender, bounds, numbers) for contender, bounds in draft]
             for draft in drafts
@@ -155,6 +155,7 @@ class Contenders:
         """Each with the places of its bounds in `self.bounds`."""
         found: list[tuple[Contender, list[int]]] = []
         problem, device = site.problem, self.device
+        has_numbers = not site.weights.weight.is_meta
         for kernel in registry.kernels_of(problem.operation, self.families):
             reason = kernel.requires.unmet(device, problem)
             configs = () if reason else kernel.candidates(problem, device)
@@ -164,10 +165,10 @@ class Contenders:
                 found.append((Contender(kernel, reason=reason), []))
                 continue
             shared = []
-            if kernel.requires.largest_operand < float("inf"):
+            if has_numbers and kernel.requires.largest_operand < float("inf"):
                 shared = self._kept(operand_bound(site.weights, kernel.requires.largest_operand))
             for config in configs:
-                bound = kernel.bound(site.weights, problem, config)
+                bound = kernel.bound(site.weights, problem, config) if has_numbers else None
                 if bound is not None:
                     bound = replace(bound, text=f"{kernel.name} {config}: {bound.text}")
                 own = self._kept(bound)

@@ -403,13 +403,15 @@ class Kernel(Protocol[P, L]):
 @dataclass(frozen=True)
 class Family:
     """What the package of a family offers. `unavailable_reason` says what it misses on a device
-    besides what its kernels require, such as a compiler. is_timed_beside: whether one of its
-    configurations is timed too where families before it have enough of them, because nobody can
-    tell its speed from its place. get_ready: does what the first launch in a process does once and
-    needs no card for; raises nothing, because that launch will say what is wrong."""
+    besides what its kernels require, such as a compiler. can_compile: whether that compiler is on
+    this machine, with or without a card. is_timed_beside: whether one of its configurations is
+    timed too where families before it have enough of them, because nobody can tell its speed from
+    its place. get_ready: does what the first launch in a process does once and needs no card for;
+    raises nothing, because that launch will say what is wrong."""
 
     name: str
     kernels: tuple[Kernel[Any, Any], ...]
     unavailable_reason: Callable[[Device], str | None]
     is_timed_beside: bool = False
+    can_compile: Callable[[], bool] = lambda: True
     get_ready: Callable[[], None] = lambda: None

@@ -48,9 +48,10 @@ def select_ops(
 
     "eager": the reference. "triton": kernels in Triton for each layer where one is proven on this
     device, the reference elsewhere, with the reasons in `OpSet.refusals`. "cuda": as "triton", with
-    kernels in CUDA C++ before them. "kitchen": those of the package comfy-kitchen. "auto": "cuda"
-    on NVIDIA cards, Triton and comfy-kitchen on AMD cards, else the reference. Families that cannot
-    be used here are left out, with their reasons, as long as one of the request can.
+    kernels in CUDA C++. "kitchen": those of the package comfy-kitchen. "auto": "cuda" on NVIDIA
+    cards, and Triton where NVRTC cannot be found; Triton and comfy-kitchen on AMD cards, else the
+    reference. Families that cannot be used here are left out, with their reasons, as long as one of
+    the request can.
 
     `proofs` opens what is known of this device; it is not called where no kernel is asked for.
     timer_of: what times kernels on a device, None where nothing can. prescribed: choices of another

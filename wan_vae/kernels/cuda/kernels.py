@@ -294,4 +294,10 @@ KERNELS: tuple[Kernel[Any, Any], ...] = (
 
 def make_family() -> Family:
     """This family."""
-    return Family("cuda", KERNELS, unavailable_reason, get_ready=driver.get_ready)
+    return Family(
+        "cuda",
+        KERNELS,
+        unavailable_reason,
+        can_compile=lambda: driver.compiler_missing() is None,
+        get_ready=driver.get_ready,
+    )
