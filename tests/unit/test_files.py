@@ -146,6 +146,12 @@ def test_a_reserved_name_is_counted_and_goes_after_an_error(tmp_path):
     assert mine.read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("name", ["x" * 300 + ".mp4", "a\0b.mp4", "a\ud800b.mp4"])
+def test_a_name_that_no_file_can_have_is_not_reserved_but_refused(name, tmp_path):
+    with pytest.raises(OutputError, match="cannot be written"), reserved(tmp_path / name):
+        raise AssertionError("nothing is decoded")
+
+
 def test_a_link_to_itself_is_refused_in_words(tmp_path):
     link(tmp_path / "link", tmp_path / "link")
     with pytest.raises(OutputError, match="link"):
@@ -165,6 +171,7 @@ def test_a_link_to_itself_is_refused_in_words(tmp_path):
         ("new/" + "x" * 5000 + ".mp4", "too long"),
         ("ä" * 130 + ".mp4", "too long"),
         ("a\0b.mp4", "cannot be written"),
+        ("a\ud800b.mp4", r"cannot contain '\\ud800'"),
         ("o.gif", "unknown kind"),
     ],
 )
