@@ -8,6 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -295,7 +296,9 @@ def add_routes() -> None:
         return answer(kept, notices=NOTICES, worded=worded(NOTICES))
 
     async def cached(request: web.Request) -> web.Response:
-        asked = await request.json()
+        asked = None
+        with suppress(ValueError):  # no JSON, or no text
+            asked = await request.json()
         match asked:
             case {"client_id": str(client), "prompt_id": str(prompt), "nodes": list(nodes)}:
                 return answer(from_cache(client, prompt, map(str, nodes)))

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import urllib.error
+import urllib.request
 from collections import Counter
 
 import pytest
@@ -16,6 +18,7 @@ from tests.comfy.graphs import (
     load_vae,
     node,
 )
+from tests.conftest import PATIENCE_S
 
 pytestmark = pytest.mark.comfy
 
@@ -261,6 +264,29 @@ def test_a_client_gets_the_reports_of_its_own_prompts_only(comfy):
     # Nor does it learn of another's prompt by its id.
     asked = {"client_id": "somebody else", "prompt_id": mine.prompt_id, "nodes": ["3"]}
     assert comfy.post("/wan_vae/cached", asked) == {"reports": []}
+
+
+@pytest.mark.parametrize("body", [b"{", b"\xff", b"", b"[]"])
+def test_what_a_client_sends_by_mistake_is_refused_and_no_failure(comfy, body):
+    request = urllib.request.Request(
+        f"{comfy.url}/wan_vae/cached", body, {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=PATIENCE_S)
+    assert caught.value.code == 400
+    caught.value.close()
+
+
+def test_modules_that_another_pack_changed_are_named(comfy):
+    """Hooks and methods of ComfyUI's network, as packs for seamless textures put there."""
+    prompt = {**decode(latent(seed=87)), "0": load_vae()}
+    prompt["1"] = node("ProbeOddVAE", vae=["0", 0], kind="hooked")
+    run = comfy.run(prompt)
+    assert run.error is None, run.error
+    (warning,) = run.report("3")["warnings"]
+    assert "2 modules" in warning
+    assert "(decoder.conv1.forward, decoder.forward_hooks)" in warning
+    assert comfy.run(decode(latent(seed=88))).report("3")["warnings"] == []
 
 
 def test_a_result_from_the_cache_is_known_under_another_workflow(comfy):
