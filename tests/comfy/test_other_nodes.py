@@ -5,6 +5,7 @@ import re
 import shutil
 import urllib.error
 import urllib.request
+import uuid
 from collections import Counter
 
 import pytest
@@ -304,6 +305,35 @@ def test_a_result_from_the_cache_is_known_under_another_workflow(comfy):
     assert (message["cached"], message["workflow"], message["kind"]) == (True, "b", "WanVAEDecode")
     assert message["report"] == first.report("3")
     assert first.message("3")["cached"] is False
+
+
+def test_of_two_nodes_that_are_the_same_both_have_the_report_of_the_one_that_ran(comfy):
+    """ComfyUI executes one of them, and gives the other one its result."""
+    prompt = decode(latent(seed=89))
+    prompt["13"], prompt["15"] = prompt["3"], node("ProbeSink", value=["13", 0])
+    run = comfy.run(prompt)
+    assert run.error is None, run.error
+    messages = [run.message(place) for place in ("3", "13")]
+    assert sorted(message["cached"] for message in messages) == [False, True]
+    assert messages[0]["report"] == messages[1]["report"]
+
+
+def test_a_node_that_was_cancelled_and_then_is_cached_is_done(comfy):
+    """The same nodes: under other ids they ran to the end meanwhile."""
+    sent = []
+
+    def stop(message):
+        if message["type"] == "progress" and message["data"]["value"] >= 9 and not sent:
+            sent.append(message)
+            comfy.post("/interrupt", {})
+
+    client = uuid.uuid4().hex
+    prompt = decode(latent(frames=20, seed=90), chunk_frames=1)
+    assert comfy.run(prompt, on_message=stop, client=client).interrupted
+    both = {**prompt, "13": prompt["3"], "15": node("ProbeSink", value=["13", 0])}
+    run = comfy.run(both, client=client)
+    assert run.error is None, run.error
+    assert {run.report(place)["status"] for place in ("3", "13")} == {"done"}
 
 
 @pytest.mark.parametrize("sharded", [False, True])
