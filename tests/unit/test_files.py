@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from wan_vae.errors import LatentError, OutputError
+from wan_vae.errors import DecodeMemoryError, LatentError, OutputError
 from wan_vae.io import video_read, video_write
 from wan_vae.io.files import Partial, reserved
 from wan_vae.io.latents import load_latent
@@ -416,3 +416,9 @@ def test_whole_numbers_of_an_old_latent_are_refused_too(tmp_path):
         load_latent(tmp_path / "z.latent")
     save_file({"latent_tensor": z.half() + 1}, str(tmp_path / "z.latent"))
     assert load_latent(tmp_path / "z.latent").mean() == pytest.approx(1 / 0.18215)
+
+
+def test_pixels_for_which_there_is_no_room_leave_no_file(tmp_path):
+    with pytest.raises(DecodeMemoryError, match="that much memory is not free"):
+        video_write.open_sink(tmp_path / "new" / "o.safetensors", (1, 3, 4000, 2**17, 2**17), 16)
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import PATIENCE_S
 from wan_vae.config import wan21
-from wan_vae.errors import ShardingError
+from wan_vae.errors import DecodeMemoryError, ShardingError
 from wan_vae.io.image import (
     EndFrames,
     HostWriter,
@@ -146,3 +146,10 @@ def test_large_blocks_go_in_parts_and_small_machines_copy_with_one_thread():
     assert frames_of_parts(large.expand(2, -1, -1, -1, -1)) == [slice(0, 16)]
     assert frames_of_parts(torch.empty(1, 1, 4096, 4096, 3, device="meta")) == [slice(0, 1)]
     assert [copy_threads(n) for n in (None, 1, 8, 16, 192)] == [1, 1, 2, 4, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixels_for_which_there_is_no_room_are_an_error_in_words(dtype):
+    """A petabyte, which is more than any computer can address."""
+    with pytest.raises(DecodeMemoryError, match=r"take [\d.]+ GiB, and that much memory is not"):
+        ImageSink.allocate((1, 16, 1000, 20000, 20000), wan21(), torch.device("cpu"), dtype)

@@ -8,13 +8,16 @@ values are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Protocol, runtime_checkable
 
 import torch
 
-from ..errors import OutputError
+from ..device import is_out_of_memory
+from ..errors import DecodeMemoryError, OutputError
 from ..report import VideoRecord
+from ..said import said
 from .tensors import missing_data
 
 # Reserves memory for a part of an output, before that part is written.
@@ -175,6 +178,26 @@ class NullSink:
 
     def abort(self) -> None:
         """Nothing to undo."""
+
+
+def room_for(
+    shape: Sequence[int], dtype: torch.dtype, make: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """`make()`, which allocates all pixels of a result. Raises DecodeMemoryError."""
+    try:
+        return make()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    raise DecodeMemoryError(
+        said(
+            "run.no_room_for_pixels",
+            "the decoded pixels {shape} take {size} GiB, and that much memory is not free: write "
+            "them to a video, of which a few frames are held at a time, or decode fewer frames",
+            shape=tuple(shape),
+            size=f"{prod(shape) * dtype.itemsize / 2**30:.1f}",
+        )
+    )
 
 
 # The dtypes that can hold pixels; float8 keeps only two or three bits of them.
