@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -155,7 +154,11 @@ def sound(audio: Mapping[str, Any] | None, place: int = 0) -> Sound | None:
                 what=tuple(waveform.shape) if is_tensor else type(waveform).__name__,
             )
         )
-    if not isinstance(rate, (int, float)) or not math.isfinite(rate):
+    try:  # a number of any library
+        samples_a_second = None if isinstance(rate, (str, bytes)) else int(rate)
+    except (TypeError, ValueError, OverflowError):
+        samples_a_second = None
+    if samples_a_second is None:
         raise LatentError(
             said(
                 "video.no_rate",
@@ -163,7 +166,7 @@ def sound(audio: Mapping[str, Any] | None, place: int = 0) -> Sound | None:
                 what=repr(rate),
             )
         )
-    sound = Sound(waveform[min(place, len(waveform) - 1)], int(rate))
+    sound = Sound(waveform[min(place, len(waveform) - 1)], samples_a_second)
     if wrong := sound.is_wrong():
         raise LatentError(wrong)
     return sound

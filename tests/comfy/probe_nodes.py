@@ -13,6 +13,7 @@ import comfy.model_management as model_management
 import comfy.model_patcher
 import comfy.nested_tensor
 import comfy.utils
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -179,7 +180,8 @@ class ProbeSound:
 
 
 class ProbeOddSound:
-    """What is no AUDIO, or a broken one. `kind`: text, empty, rateless, fast, whole, nan, flat."""
+    """What is no AUDIO, or a broken one. `kind`: text, empty, rateless, fast, whole, nan, flat;
+    or a right one whose rate is a number of NumPy: numpy."""
 
     RETURN_TYPES = ("AUDIO",)
     FUNCTION = "make"
@@ -199,6 +201,7 @@ class ProbeOddSound:
             "whole": {"waveform": samples.to(torch.int16), "sample_rate": 8000},
             "nan": {"waveform": samples / 0, "sample_rate": 8000},
             "flat": {"waveform": samples[0], "sample_rate": 8000},
+            "numpy": {"waveform": samples, "sample_rate": np.int64(8000)},
         }
         return (made[kind],)
 

@@ -296,6 +296,13 @@ def test_what_is_no_sound_is_refused_in_words_by_the_node_that_gets_it(comfy, cl
     assert not list((comfy.base / "output").rglob("*.partial.*"))
 
 
+def test_a_rate_of_another_library_is_a_rate(comfy):
+    made = prompt(audio=["4", 0])
+    made["4"] = node("ProbeOddSound", kind="numpy")
+    with av.open(str(saved(comfy, comfy.run(made)))) as file:
+        assert file.streams.audio[0].rate == 8000
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [({"fps": float("nan")}, "nan frames a second"), ({"fps": 0.001}, "0.01 to 1000")],
