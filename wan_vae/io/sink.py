@@ -218,6 +218,11 @@ def check_out(out: torch.Tensor, shape: tuple[int, ...]) -> None:
             f"out is {tuple(out.shape)} of {out.dtype}: expected {tuple(shape)} of 16 to 64 "
             "floating bits"
         )
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        raise OutputError(
+            "out was made in torch.inference_mode, outside of which PyTorch writes nothing into "
+            "it: make it outside too, or decode inside"
+        )
     reach = 0  # of the dimensions with smaller strides: the next stride must be longer
     for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
         if size > 1 and stride <= reach:
