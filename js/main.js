@@ -229,9 +229,20 @@ app.registerExtension({
   async setup() {
     await loadWords();
     addPanel();
-    api.addEventListener(EVENT, ({ detail }) => store.put(detail));
+    const reported = new Set();
+    api.addEventListener("execution_start", () => reported.clear());
+    api.addEventListener(EVENT, ({ detail }) => {
+      reported.add(detail.node);
+      store.put(detail);
+    });
     // A node whose result is in ComfyUI's cache does not run and sends no report.
     api.addEventListener("execution_cached", ({ detail }) => askOfCached(detail));
+    // Nor does one whose result another node of the same prompt made just before.
+    api.addEventListener("executed", ({ detail }) => {
+      const node = String(detail?.display_node ?? detail?.node);
+      if (!detail?.output?.wan_vae || reported.has(node)) return;
+      askOfCached({ nodes: [node], prompt_id: detail.prompt_id });
+    });
     api.addEventListener("reconnected", () => {
       store.dropRunning(); // the server may have been started anew
       return refresh();

@@ -14,7 +14,7 @@ from typing import Any
 import comfy.sd
 import torch
 
-from ..wan_vae import NotAWanVAEError, geometry
+from ..wan_vae import LatentError, NotAWanVAEError, geometry
 from ..wan_vae.io.image import as_rgb
 from ..wan_vae.options import MemoryFormat
 from ..wan_vae.said import said
@@ -53,9 +53,9 @@ class AcceleratedVAE(comfy.sd.VAE):
     ) -> torch.Tensor:
         """The frames [B, T, H, W, 3] in [0, 1] of a latent [B, z, T, h, w] or [B, z, h, w].
 
-        vae_options: for other models; Wan's has none.
+        vae_options: for other models. Wan's has none, and raises LatentError for any.
         """
-        return self._decode(samples_in, None)
+        return self._decode(samples_in, None, vae_options)
 
     def decode_tiled(
         self,
@@ -98,9 +98,20 @@ class AcceleratedVAE(comfy.sd.VAE):
         options = self.wan_vae
         return session(executing_node(), self, options.precision, operation, options.node)
 
-    def _decode(self, samples: torch.Tensor, tile: Tile | None) -> torch.Tensor:
+    def _decode(
+        self, samples: torch.Tensor, tile: Tile | None, asked: dict[str, Any] | None = None
+    ) -> torch.Tensor:
         options = self.wan_vae
         with self._session("decode") as run:
+            if asked:
+                raise LatentError(
+                    said(
+                        "vae.options",
+                        "a node asks this VAE for {names}, which a Wan VAE does not know: that "
+                        "node is for another model",
+                        names=", ".join(map(str, asked)),
+                    )
+                )
             latent = inputs.latent_5d({"samples": samples})
             shape = tuple(latent.shape)
             if options.sharding is not None:

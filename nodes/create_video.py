@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import InputImpl, Types, io
 
-from ..wan_vae import DecodeReport, geometry
+from ..wan_vae import DecodeReport, OutputError, geometry
 from ..wan_vae.device import dtype_name
 from ..wan_vae.io.image import as_rgb
 from ..wan_vae.io.latents import check_latent_shape
+from ..wan_vae.io.video_encode import BIT_DEPTHS, frame_rate
 from ..wan_vae.options import MemoryFormat
 from ..wan_vae.report import SCHEMA
 from . import hand_over, inputs
@@ -79,11 +80,16 @@ class WanVAECreateVideo(io.ComfyNode):
         normalized: bool = False,
     ) -> io.NodeOutput:
         with session(cls.hidden, vae, precision, "video") as run:
+            # What is wrong is said here, and not in the node that reads the video.
+            if bit_depth not in BIT_DEPTHS:
+                raise OutputError(inputs.expected_one_of("bit_depth", bit_depth, BIT_DEPTHS))
+            inputs.sound(audio)
+            frame_rate(Path("VIDEO"), fps or hand_over.FPS)
             clips = hand_over.clips(run, samples, normalized)
             if clips is None:
                 latent, node = inputs.latent_5d(samples), NodeId.of(cls.hidden)
                 config = run.wan.config
-                check_latent_shape(latent, config)  # here, and not in the node that reads the video
+                check_latent_shape(latent, config)
                 read: dict[str | None, dict[int, DecodeReport]] = {}
                 videos = [
                     LazyVideo(
@@ -114,7 +120,7 @@ class WanVAECreateVideo(io.ComfyNode):
                     "pixel_shape": list(geometry.pixel_shape(tuple(latent.shape), config)),
                 }
             else:
-                rate = Fraction(fps or hand_over.FPS).limit_denominator(1001)
+                rate = frame_rate(Path("VIDEO"), fps or hand_over.FPS)
                 videos = [
                     InputImpl.VideoFromComponents(
                         Types.VideoComponents(images=as_rgb(clip), audio=audio, frame_rate=rate)

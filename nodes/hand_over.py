@@ -12,8 +12,9 @@ from typing import Any
 import comfy.model_management as model_management
 import torch
 
+from ..wan_vae import LatentError
 from ..wan_vae.device import dtype_name
-from ..wan_vae.io.image import as_rgb, frames_to_pixels
+from ..wan_vae.io.image import as_rgb, frames_to_pixels, on_white
 from ..wan_vae.io.sink import Sink
 from ..wan_vae.report import SCHEMA
 from ..wan_vae.said import said
@@ -40,11 +41,14 @@ def decode(run: Session, samples: Mapping[str, Any], normalized: bool) -> torch.
 
 
 def clips(run: Session, samples: Mapping[str, Any], normalized: bool) -> list[torch.Tensor] | None:
-    """The videos [T, H, W, C] of `samples` by ComfyUI's VAE, and images as frames of one video;
-    None for a Wan VAE, which is ours. normalized: see `decode`."""
+    """The videos [T, H, W, 1 or 3] of `samples` by ComfyUI's VAE, and images as frames of one
+    video; None for a Wan VAE, which is ours. Alpha is flattened on white. normalized: see
+    `decode`."""
     image = _decoded(run, samples, normalized)
     if image is None:
         return None
+    if image.shape[-1] == 4:  # videos have no alpha
+        image = on_white(image)
     made = list(image) if image.ndim == 5 else [image]
     _report(run, (len(made), 3, *made[0].shape[:3]))
     return made
@@ -107,8 +111,19 @@ def _decoded(run: Session, samples: Mapping[str, Any], normalized: bool) -> torc
     """Images [N, H, W, C] or videos [B, T, H, W, C] of another VAE; None for a Wan VAE."""
     if not _is_another(run, normalized):
         return None
-    image: torch.Tensor = run.vae.decode(inputs.latent(samples))
-    return image
+    image: Any = run.vae.decode(inputs.latent(samples))
+    shape = tuple(image.shape) if isinstance(image, torch.Tensor) else ()
+    if len(shape) not in (4, 5) or shape[-1] not in (1, 3, 4):
+        raise LatentError(
+            said(
+                "vae.no_pictures",
+                "this VAE decodes to {what}, and not to pictures [N, H, W, 3]: use the nodes that "
+                "are made for it (VAE Decode Audio for sound)",
+                what=shape or type(image).__name__,
+            )
+        )
+    pictures: torch.Tensor = image
+    return pictures
 
 
 def _report(run: Session, shape: tuple[int, ...] | None = None) -> None:

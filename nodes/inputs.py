@@ -14,7 +14,7 @@ from ..wan_vae.io.video_encode import Sound
 from ..wan_vae.said import said
 
 
-def expected_one_of(name: str, value: object, words: Iterable[str]) -> str:
+def expected_one_of(name: str, value: object, words: Iterable[object]) -> str:
     """The sentence about an input `name` whose `value` is none of `words`."""
     return said(
         "input.expected",
@@ -26,7 +26,7 @@ def expected_one_of(name: str, value: object, words: Iterable[str]) -> str:
 
 
 def latent(samples: Mapping[str, Any]) -> torch.Tensor:
-    """The tensor of a LATENT; of a nested one (video with audio) the first.
+    """The tensor of a LATENT; of a nested one (video with audio) the first, which is the video's.
 
     Raises LatentError for what is no latent.
     """
@@ -42,7 +42,7 @@ def latent(samples: Mapping[str, Any]) -> torch.Tensor:
         )
     tensor = samples["samples"]
     if getattr(tensor, "is_nested", False):
-        tensor = tensor.unbind()[0]
+        tensor = next(iter(tensor.unbind()), None)
     if not isinstance(tensor, torch.Tensor):
         raise LatentError(
             said(
@@ -134,17 +134,42 @@ def sound(audio: Mapping[str, Any] | None, place: int = 0) -> Sound | None:
     """
     if audio is None:
         return None
+    has_both = isinstance(audio, Mapping) and {"waveform", "sample_rate"} <= set(audio)
+    if not has_both:
+        raise LatentError(
+            said(
+                "video.not_audio",
+                "the audio is a {what}: expected a dictionary with 'waveform' and 'sample_rate', "
+                "as Load Audio gives",
+                what=type(audio).__name__,
+            )
+        )
     waveform, rate = audio["waveform"], audio["sample_rate"]
     if not isinstance(waveform, torch.Tensor) or waveform.ndim != 3 or 0 in waveform.shape:
-        what = tuple(waveform.shape) if isinstance(waveform, torch.Tensor) else type(waveform)
+        is_tensor = isinstance(waveform, torch.Tensor)
         raise LatentError(
             said(
                 "video.no_audio",
                 "the audio's waveform is {what}: expected [batch, channels, samples]",
-                what=what,
+                what=tuple(waveform.shape) if is_tensor else type(waveform).__name__,
             )
         )
-    return Sound(waveform[min(place, len(waveform) - 1)], int(rate))
+    try:  # a number of any library
+        samples_a_second = None if isinstance(rate, (str, bytes)) else int(rate)
+    except (TypeError, ValueError, OverflowError):
+        samples_a_second = None
+    if samples_a_second is None:
+        raise LatentError(
+            said(
+                "video.no_rate",
+                "the audio's sample_rate is {what}: expected a number",
+                what=repr(rate),
+            )
+        )
+    sound = Sound(waveform[min(place, len(waveform) - 1)], samples_a_second)
+    if wrong := sound.is_wrong():
+        raise LatentError(wrong)
+    return sound
 
 
 def output_dtype(vae: Any) -> torch.dtype:

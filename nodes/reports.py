@@ -8,6 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -233,9 +234,9 @@ class Reporter:
 def from_cache(client: str, prompt_id: str, nodes: Iterable[str]) -> list[Kept]:
     """What is known of those of `nodes` that ComfyUI took from its cache in a prompt of `client`.
 
-    They are kept for that client from now on. A node that ran in the same place is left out: its
-    report is there. One of ours of which nothing is known gets a report that says no more than
-    that.
+    They are kept for that client from now on. A node that ran in the same place to its end is left
+    out: its report is there. One of ours of which nothing is known gets a report that says no more
+    than that.
     """
     item = _prompt(prompt_id)
     if item is None or item[3].get("client_id") != client:
@@ -249,7 +250,7 @@ def from_cache(client: str, prompt_id: str, nodes: Iterable[str]) -> list[Kept]:
         kind = str(prompt[node]["class_type"])
         place = NodeId(node, workflow, kind, None, signed)
         own, made = STORE.of_node(client, place), STORE.made(signed)
-        if own is not None and own.node.signature == signed:
+        if own is not None and own.node.signature == signed and own.report["status"] == "done":
             continue
         if made is not None:
             vae = made.node.vae
@@ -295,7 +296,9 @@ def add_routes() -> None:
         return answer(kept, notices=NOTICES, worded=worded(NOTICES))
 
     async def cached(request: web.Request) -> web.Response:
-        asked = await request.json()
+        asked = None
+        with suppress(ValueError):  # no JSON, or no text
+            asked = await request.json()
         match asked:
             case {"client_id": str(client), "prompt_id": str(prompt), "nodes": list(nodes)}:
                 return answer(from_cache(client, prompt, map(str, nodes)))

@@ -13,6 +13,7 @@ import folder_paths
 from comfy.cli_args import args
 
 from ..wan_vae import OutputError
+from ..wan_vae.io.files import check_output, writing
 from ..wan_vae.said import said
 from .inputs import expected_one_of
 
@@ -31,7 +32,8 @@ class SavedVideo:
     """
 
     def __init__(self, prefix: str, folder: Folder, container: str, width: int, height: int):
-        """Raises OutputError for a prefix without a name, or a folder that is none of FOLDERS."""
+        """Raises OutputError for a prefix that names no file in the folder, for one that cannot be
+        written, and for a folder that is none of FOLDERS."""
         if folder not in FOLDERS:
             raise OutputError(expected_one_of("save_to", folder, FOLDERS))
         if container not in FORMATS:
@@ -51,9 +53,22 @@ class SavedVideo:
         }[folder]()
         self._folder: Folder = folder
         self._suffix = "mp4" if container == "auto" else container
-        self._place, self._name, self._counter, self._subfolder, _ = (
-            folder_paths.get_save_image_path(prefix.strip(), root, width, height)
-        )
+        wanted = Path(os.path.abspath(os.path.join(root, os.path.normpath(prefix.strip()))))
+        if not wanted.is_relative_to(os.path.abspath(root)):
+            raise OutputError(
+                said(
+                    "video.outside",
+                    "filename_prefix is {prefix}, which is outside the {folder} folder: expected a "
+                    "name in it, such as video/WanVAE",
+                    prefix=repr(prefix),
+                    folder=folder,
+                )
+            )
+        check_output(wanted.with_name(f"{wanted.name}_00001_.{self._suffix}"))
+        with writing(wanted, RecursionError):  # thousands of folders, each made by another call
+            self._place, self._name, self._counter, self._subfolder, _ = (
+                folder_paths.get_save_image_path(prefix.strip(), root, width, height)
+            )
 
     @property
     def names(self) -> Iterator[Path]:

@@ -6,8 +6,9 @@ while the VAE is loaded, so that the state dict has other names and numbers then
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from typing import Any
 
 import comfy.model_management as model_management
@@ -97,7 +98,37 @@ def ignored(vae: Any) -> list[str]:
                 methods=", ".join(methods),
             )
         )
+    changed = _changed_modules(getattr(vae, "first_stage_model", None))
+    if changed:
+        sentences.append(
+            said(
+                "vae.modules",
+                "another pack changed how {count} modules of this VAE compute ({names}): that is "
+                "ignored, ours run",
+                count=len(changed),
+                names=_names(changed),
+            )
+        )
     return sentences
+
+
+# What PyTorch keeps of hooks in a module that have a say in its result.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def _changed_modules(model: torch.nn.Module | None) -> list[str]:
+    """Modules of `model` with a method of their own in place of their class's, or with hooks."""
+    changed = []
+    for name, module in () if model is None else model.named_modules():
+        own = vars(module)
+        methods = [key for key in own if callable(own[key]) and _is_method(type(module), key)]
+        hooks = [key.strip("_") for key in _HOOKS if own.get(key)]
+        changed += [f"{name}.{key}".strip(".") for key in (*methods, *hooks)]
+    return changed
+
+
+def _is_method(cls: type, name: str) -> bool:
+    return inspect.isfunction(inspect.getattr_static(cls, name, None))
 
 
 def replaced_methods(vae: Any) -> list[str]:
@@ -110,7 +141,7 @@ def replaced_methods(vae: Any) -> list[str]:
     return [name for name in METHODS if any(name in owner for owner in owners)]
 
 
-def _names(patches: dict[str, Any]) -> str:
+def _names(patches: Iterable[Any]) -> str:
     names = sorted(map(str, patches))
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

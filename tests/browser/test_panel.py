@@ -9,6 +9,7 @@ import pytest
 from tests.browser.workflows import (
     accelerated_workflow,
     cat_workflow,
+    doubled_workflow,
     sharded_workflow,
     workflow,
 )
@@ -179,6 +180,15 @@ def test_a_result_from_the_cache_says_so_in_a_copy_of_the_workflow(frontend):
         return  # what the server keeps does not depend on how nodes are drawn
     frontend.open()
     frontend.load(workflow(seed=2, identity=f"copy-{frontend.name}-{frontend.mode}"))
+    frontend.line("✓from the cache: 9 frames")
+
+
+def test_of_two_nodes_that_are_the_same_both_have_a_line(frontend):
+    """ComfyUI executes one of them; the other one gets its result, and sends no report."""
+    frontend.load(doubled_workflow(seed=23, identity=f"double-{frontend.name}-{frontend.mode}"))
+    frontend.line("No report yet")
+    frontend.queue()
+    frontend.line("✓9 frames")
     frontend.line("✓from the cache: 9 frames")
 
 

@@ -64,6 +64,33 @@ def workflow(
     return _graph(identity, nodes, links)
 
 
+def doubled_workflow(seed: int, identity: str) -> dict:
+    """The workflow above with a second WanVAEDecode (node 5) that is the same as node 3."""
+    made = workflow(seed=seed, identity=identity)
+    made["nodes"].append(
+        _node(
+            5,
+            "WanVAEDecode",
+            (400, 360),
+            made["nodes"][2]["widgets_values"],
+            inputs=[("samples", "LATENT", 5), ("vae", "VAE", 4)],
+            outputs=[("IMAGE", "IMAGE", [6])],
+            size=(340, 220),
+        )
+    )
+    made["nodes"].append(
+        _node(6, "ProbeSink", (800, 360), [], inputs=[("value", "*", 6)], size=(200, 60))
+    )
+    made["nodes"][0]["outputs"][0]["links"].append(4)
+    made["nodes"][1]["outputs"][0]["links"].append(5)
+    made["links"] += [
+        [4, 1, 0, 5, 1, "VAE"],
+        [5, 2, 0, 5, 0, "LATENT"],
+        [6, 5, 0, 6, 0, "*"],
+    ]
+    return made | {"last_node_id": 6, "last_link_id": 6}
+
+
 def sharded_workflow(seed: int, identity: str) -> dict:
     """The workflow above with two CPU workers in WanVAEDecodeSharded as node 3."""
     made = workflow(seed=seed, identity=identity)

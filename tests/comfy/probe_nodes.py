@@ -13,6 +13,7 @@ import comfy.model_management as model_management
 import comfy.model_patcher
 import comfy.nested_tensor
 import comfy.utils
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -178,6 +179,33 @@ class ProbeSound:
         return ({"waveform": (time * 2764.6).sin().expand(1, 2, -1) / 2, "sample_rate": rate},)
 
 
+class ProbeOddSound:
+    """What is no AUDIO, or a broken one. `kind`: text, empty, rateless, fast, whole, nan, flat;
+    or a right one whose rate is a number of NumPy: numpy."""
+
+    RETURN_TYPES = ("AUDIO",)
+    FUNCTION = "make"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"kind": ("STRING", {})}}
+
+    def make(self, kind):
+        samples = torch.zeros(1, 2, 8000)
+        made = {
+            "text": "a song",
+            "empty": {},
+            "rateless": {"waveform": samples, "sample_rate": None},
+            "fast": {"waveform": samples, "sample_rate": 2**40},
+            "whole": {"waveform": samples.to(torch.int16), "sample_rate": 8000},
+            "nan": {"waveform": samples / 0, "sample_rate": 8000},
+            "flat": {"waveform": samples[0], "sample_rate": 8000},
+            "numpy": {"waveform": samples, "sample_rate": np.int64(8000)},
+        }
+        return (made[kind],)
+
+
 class ProbeVideo(_Probe):
     """What a VIDEO says of itself, and the size of its stream."""
 
@@ -267,6 +295,32 @@ class ProbeForeignVAE:
         made.first_stage_model = torch.nn.Linear(2, 2)
         made.decode = lambda latent: (latent[:, :3] / 8 + 0.5).clamp(0, 1).movedim(1, -1)
         made.encode = lambda pixels: pixels.movedim(-1, 1) * 8 - 4
+        return (made,)
+
+
+class ProbeOddVAE:
+    """A VAE object of another kind. `kind`: sound, whose decode gives samples; alpha, pictures of
+    four channels; voxels; hooked, a Wan VAE of which another pack changed two modules."""
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"vae": ("VAE",), "kind": ("STRING", {})}}
+
+    def make(self, vae, kind):
+        made = copy.copy(vae)
+        if kind == "hooked":
+            made.first_stage_model = copy.deepcopy(vae.first_stage_model)
+            decoder = made.first_stage_model.decoder
+            decoder.register_forward_hook(lambda module, inputs, output: output * 0)
+            decoder.conv1.forward = lambda x, cache_x=None: x * 0
+            return (made,)
+        made.first_stage_model = torch.nn.Linear(2, 2)
+        shape = {"sound": (1, 44100, 2), "voxels": (1, 9, 9, 9), "alpha": (5, 32, 48, 4)}[kind]
+        made.decode = lambda latent: torch.zeros(shape)
         return (made,)
 
 
@@ -427,10 +481,12 @@ NODE_CLASS_MAPPINGS = {
         ProbeChoice,
         ProbeFrames,
         ProbeSound,
+        ProbeOddSound,
         ProbeVideo,
         ProbeVAEWeights,
         ProbeBrokenVAE,
         ProbeForeignVAE,
+        ProbeOddVAE,
         ProbeWan22VAE,
         ProbeFileVAE,
         ProbeMalformed,

@@ -210,18 +210,25 @@ class Comfy:
             body["extra_data"] = {"extra_pnginfo": pnginfo}
         return self.post("/prompt", body)["prompt_id"]
 
-    def run(self, prompt: dict, on_message=None, pnginfo: object = None) -> Run:
+    def run(
+        self, prompt: dict, on_message=None, pnginfo: object = None, client: str | None = None
+    ) -> Run:
         """Queue an API prompt, listen until it ends; `on_message(message)` sees each message.
 
-        `pnginfo`: what a page sends as {"workflow": ...}, and an API client as it likes.
+        `pnginfo`: what a page sends as {"workflow": ...}, and an API client as it likes. `client`:
+        a new one, unless one is named.
         """
-        client = uuid.uuid4().hex
+        client = client or uuid.uuid4().hex
         with closing(self.listen(client)) as stream:
             run = Run(self.queue(prompt, client, pnginfo))
             self.follow(stream, run, on_message)
+        asked = {"client_id": client, "prompt_id": run.prompt_id}
         for cached in run.of_type("execution_cached"):
-            asked = {"client_id": client, "prompt_id": run.prompt_id, "nodes": cached["nodes"]}
-            self.post("/wan_vae/cached", asked)
+            self.post("/wan_vae/cached", {**asked, "nodes": cached["nodes"]})
+        ran = {message["node"] for message in run.of_type("wan_vae.report")}
+        for done in run.of_type("executed"):
+            if "wan_vae" in (done["output"] or {}) and done["node"] not in ran:
+                self.post("/wan_vae/cached", {**asked, "nodes": [done["node"]]})
         run.kept = self.reports(client)
         self.last_run = run
         return run

@@ -397,6 +397,18 @@ def test_what_we_cannot_do_is_refused_by_the_node_in_words(comfy, vae, kind, wor
     assert run_report(comfy, "2")["report"]["status"] == "failed"
 
 
+def test_options_of_another_model_are_refused_and_not_passed_over(comfy):
+    """A node for voxels made some of a video's frames; with core's own VAE it fails."""
+    prompt = {**accelerate(), "z": INPUTS["z"]}
+    inputs = {"vae": ["2", 0], "num_chunks": 8000, "octree_resolution": 64}
+    prompt["3"] = node("VAEDecodeHunyuan3D", samples=["z", 0], **inputs)
+    prompt["4"] = node("ProbeSink", value=["3", 0])
+    run = comfy.run(prompt)
+    assert run.error["exception_type"] == "wan_vae.LatentError"
+    assert "num_chunks, octree_resolution" in run.error["exception_message"]
+    assert run.report("3")["status"] == "failed"
+
+
 def test_a_vae_that_is_no_wan_vae_goes_on_as_it_came(comfy):
     """One workflow with a switch between models works; the line says so in amber."""
     prompt = {

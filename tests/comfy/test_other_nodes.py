@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import urllib.error
+import urllib.request
+import uuid
 from collections import Counter
 
 import pytest
@@ -16,6 +19,7 @@ from tests.comfy.graphs import (
     load_vae,
     node,
 )
+from tests.conftest import PATIENCE_S
 
 pytestmark = pytest.mark.comfy
 
@@ -263,6 +267,29 @@ def test_a_client_gets_the_reports_of_its_own_prompts_only(comfy):
     assert comfy.post("/wan_vae/cached", asked) == {"reports": []}
 
 
+@pytest.mark.parametrize("body", [b"{", b"\xff", b"", b"[]"])
+def test_what_a_client_sends_by_mistake_is_refused_and_no_failure(comfy, body):
+    request = urllib.request.Request(
+        f"{comfy.url}/wan_vae/cached", body, {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=PATIENCE_S)
+    assert caught.value.code == 400
+    caught.value.close()
+
+
+def test_modules_that_another_pack_changed_are_named(comfy):
+    """Hooks and methods of ComfyUI's network, as packs for seamless textures put there."""
+    prompt = {**decode(latent(seed=87)), "0": load_vae()}
+    prompt["1"] = node("ProbeOddVAE", vae=["0", 0], kind="hooked")
+    run = comfy.run(prompt)
+    assert run.error is None, run.error
+    (warning,) = run.report("3")["warnings"]
+    assert "2 modules" in warning
+    assert "(decoder.conv1.forward, decoder.forward_hooks)" in warning
+    assert comfy.run(decode(latent(seed=88))).report("3")["warnings"] == []
+
+
 def test_a_result_from_the_cache_is_known_under_another_workflow(comfy):
     prompt = decode(latent(seed=86))
     first = comfy.run(prompt, pnginfo={"workflow": {"id": "a"}})
@@ -278,6 +305,35 @@ def test_a_result_from_the_cache_is_known_under_another_workflow(comfy):
     assert (message["cached"], message["workflow"], message["kind"]) == (True, "b", "WanVAEDecode")
     assert message["report"] == first.report("3")
     assert first.message("3")["cached"] is False
+
+
+def test_of_two_nodes_that_are_the_same_both_have_the_report_of_the_one_that_ran(comfy):
+    """ComfyUI executes one of them, and gives the other one its result."""
+    prompt = decode(latent(seed=89))
+    prompt["13"], prompt["15"] = prompt["3"], node("ProbeSink", value=["13", 0])
+    run = comfy.run(prompt)
+    assert run.error is None, run.error
+    messages = [run.message(place) for place in ("3", "13")]
+    assert sorted(message["cached"] for message in messages) == [False, True]
+    assert messages[0]["report"] == messages[1]["report"]
+
+
+def test_a_node_that_was_cancelled_and_then_is_cached_is_done(comfy):
+    """The same nodes: under other ids they ran to the end meanwhile."""
+    sent = []
+
+    def stop(message):
+        if message["type"] == "progress" and message["data"]["value"] >= 9 and not sent:
+            sent.append(message)
+            comfy.post("/interrupt", {})
+
+    client = uuid.uuid4().hex
+    prompt = decode(latent(frames=20, seed=90), chunk_frames=1)
+    assert comfy.run(prompt, on_message=stop, client=client).interrupted
+    both = {**prompt, "13": prompt["3"], "15": node("ProbeSink", value=["13", 0])}
+    run = comfy.run(both, client=client)
+    assert run.error is None, run.error
+    assert {run.report(place)["status"] for place in ("3", "13")} == {"done"}
 
 
 @pytest.mark.parametrize("sharded", [False, True])

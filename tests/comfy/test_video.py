@@ -255,6 +255,90 @@ def test_what_cannot_be_encoded_is_refused_in_words(comfy, options, words):
     assert not list((comfy.base / "output").glob(f"{prefix}*"))
 
 
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        ("../x", "is '../x', which is outside the output folder"),
+        ("/elsewhere/x", "outside the output folder"),
+        ("x" * 400, "file name too long"),
+        ("x" * 400 + "/x", "file name too long"),
+        ("a/" * 3000 + "x", "cannot be written"),
+        ("a\ud800b", "a file name cannot contain"),
+        ("a\0b", "a file name cannot contain NUL"),
+        ("a_file.txt/x", "a_file.txt is a file, not a folder"),
+    ],
+)
+def test_an_impossible_prefix_is_refused_in_words(comfy, prefix, words):
+    (comfy.base / "output" / "a_file.txt").touch()
+    kind, message = failed(comfy, prompt(filename_prefix=prefix))
+    assert kind.endswith("OutputError") and words in message
+
+
+ODD_SOUNDS = {
+    "text": "the audio is a str: expected a dictionary",
+    "empty": "the audio is a dict: expected a dictionary with 'waveform'",
+    "rateless": "sample_rate is None: expected a number",
+    "fast": "has 1099511627776 samples a second: expected 1 to",
+    "whole": "samples are torch.int16: expected floating numbers",
+    "nan": "16000 of the sound's 16000 samples are NaN or inf",
+    "flat": "waveform is (2, 8000): expected [batch, channels, samples]",
+}
+
+
+@pytest.mark.parametrize("class_type", ["WanVAEDecodeToVideo", "WanVAECreateVideo"])
+@pytest.mark.parametrize("kind", ODD_SOUNDS)
+def test_what_is_no_sound_is_refused_in_words_by_the_node_that_gets_it(comfy, class_type, kind):
+    made = prompt(class_type, audio=["4", 0])
+    made["4"] = node("ProbeOddSound", kind=kind)
+    made["5"] = node("ProbeSink", value=["3", 0])
+    name, message = failed(comfy, made)
+    assert name.endswith("LatentError") and ODD_SOUNDS[kind] in message
+    assert not list((comfy.base / "output").rglob("*.partial.*"))
+
+
+def test_a_rate_of_another_library_is_a_rate(comfy):
+    made = prompt(audio=["4", 0])
+    made["4"] = node("ProbeOddSound", kind="numpy")
+    with av.open(str(saved(comfy, comfy.run(made)))) as file:
+        assert file.streams.audio[0].rate == 8000
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"fps": float("nan")}, "nan frames a second"), ({"fps": 0.001}, "0.01 to 1000")],
+)
+def test_an_impossible_rate_is_refused_where_it_is_given(comfy, options, words):
+    made = prompt("WanVAECreateVideo", **options)
+    made["4"] = node("ProbeSink", value=["3", 0])
+    kind, message = failed(comfy, made)
+    assert kind.endswith("OutputError") and words in message
+
+
+def test_alpha_of_another_vae_is_flattened_on_white(comfy):
+    made = prompt("WanVAECreateVideo")
+    made["0"], made["1"] = made["1"], node("ProbeOddVAE", vae=["0", 0], kind="alpha")
+    made["4"] = node(
+        "SaveVideo", video=["3", 0], filename_prefix="video/alpha", format="mp4", codec="h264"
+    )
+    made["5"] = {**prompt()["3"]}
+    run = comfy.run(made)
+    assert run.error is None, run.error
+    for place in ("4", "5"):
+        assert frames(saved(comfy, run, place)).min() > 250
+
+
+@pytest.mark.parametrize("class_type", ["WanVAEDecode", "WanVAEDecodeToVideo", "WanVAECreateVideo"])
+@pytest.mark.parametrize("kind", ["sound", "voxels"])
+def test_a_vae_that_makes_no_pictures_is_refused_in_words(comfy, class_type, kind):
+    made = prompt(class_type)
+    if class_type == "WanVAEDecode":
+        del made["3"]["inputs"]["fps"]
+    made["0"], made["1"] = made["1"], node("ProbeOddVAE", vae=["0", 0], kind=kind)
+    made["4"] = node("ProbeSink", value=["3", 0])
+    name, message = failed(comfy, made)
+    assert name.endswith("LatentError") and "and not to pictures" in message
+
+
 def test_two_servers_that_write_one_name_lose_no_video(comfy, environment, tmp_path):
     """Both count before either has published; the other one also runs with --disable-metadata."""
     output = comfy.base / "output"

@@ -226,6 +226,19 @@ def test_decoder_only_files_decode_and_refuse_to_encode(family, tmp_path):
         vae.encode(torch.zeros(1, 3, 1, 64, 64))
 
 
+@pytest.mark.parametrize("last", ["native", "diffusers"])
+def test_a_tensor_under_two_names_is_refused(last, tmp_path):
+    """Two files merged into one: else the last of the two would be taken in silence."""
+    native = random_state(SMALL_CONFIGS["wan2.1"])
+    other = native["decoder.middle.0.residual.0.gamma"] * 9
+    diffusers = {"decoder.mid_block.resnets.0.norm1.gamma": other}
+    both = {**diffusers, **native} if last == "native" else {**native, **diffusers}
+    torch.save(both, tmp_path / "v.pth")
+    with pytest.raises(CheckpointError, match=r"holds tensors twice, .*norm1\.gamma") as caught:
+        load_checkpoint(tmp_path / "v.pth")
+    assert "decoder.middle.0.residual.0.gamma" in str(caught.value)
+
+
 def test_a_diffusers_pipeline_folder(tmp_path):
     """The folder that holds `vae/`, with a config.json, finds the VAE in it."""
     state = random_state(SMALL_CONFIGS["wan2.1"])

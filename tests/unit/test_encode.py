@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import SMALL_CONFIGS, random_state
 from tests.unit.decodes import relative_error, vae_of
-from wan_vae import geometry
+from wan_vae import WanVAE, geometry
 from wan_vae.chunking import Chunk, Pass
 from wan_vae.config import wan21
 from wan_vae.errors import DecodeCancelled, DecodeMemoryError, GeometryError, LatentError
@@ -199,6 +199,23 @@ def test_pixels_far_out_of_range_are_warned_about(small_vae, unit_range, value):
     small_vae.encode(pixels, unit_range=unit_range)
     (warning,) = small_vae.last_report.warnings
     assert "values reach 255" in warning
+
+
+@pytest.mark.parametrize("strips", [None, 2])
+@pytest.mark.parametrize(
+    "precision, advice", [("fp32", "damaged checkpoint"), ("fp16", "precision='fp32'")]
+)
+def test_a_latent_that_overflows_is_warned_about(precision, advice, strips):
+    """As a decode warns of its pixels: a sampler would only make black frames of it."""
+    state = random_state(SMALL_CONFIGS["wan2.1"])
+    large = 3e38 if precision == "fp32" else 6e4
+    state["conv1.weight"] = torch.full_like(state["conv1.weight"], large)
+    vae = WanVAE.from_state_dict(state, device="cpu")
+    latent = vae.encode(torch.rand(1, 3, 5, 32, 32), strips=strips, precision=precision)
+    assert not latent.isfinite().all()
+    (warning,) = (w for w in vae.last_report.warnings if "NaN" in w)
+    assert warning.startswith("the encoded latent holds NaN or inf") and advice in warning
+    assert vae.last_report.status == "done"
 
 
 # -- memory ----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from wan_vae.errors import LatentError, OutputError
+from wan_vae.errors import DecodeMemoryError, LatentError, OutputError
 from wan_vae.io import video_read, video_write
 from wan_vae.io.files import Partial, reserved
 from wan_vae.io.latents import load_latent
@@ -146,6 +146,12 @@ def test_a_reserved_name_is_counted_and_goes_after_an_error(tmp_path):
     assert mine.read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("name", ["x" * 300 + ".mp4", "a\0b.mp4", "a\ud800b.mp4"])
+def test_a_name_that_no_file_can_have_is_not_reserved_but_refused(name, tmp_path):
+    with pytest.raises(OutputError, match="cannot be written"), reserved(tmp_path / name):
+        raise AssertionError("nothing is decoded")
+
+
 def test_a_link_to_itself_is_refused_in_words(tmp_path):
     link(tmp_path / "link", tmp_path / "link")
     with pytest.raises(OutputError, match="link"):
@@ -165,6 +171,7 @@ def test_a_link_to_itself_is_refused_in_words(tmp_path):
         ("new/" + "x" * 5000 + ".mp4", "too long"),
         ("ä" * 130 + ".mp4", "too long"),
         ("a\0b.mp4", "cannot be written"),
+        ("a\ud800b.mp4", r"cannot contain '\\ud800'"),
         ("o.gif", "unknown kind"),
     ],
 )
@@ -409,3 +416,9 @@ def test_whole_numbers_of_an_old_latent_are_refused_too(tmp_path):
         load_latent(tmp_path / "z.latent")
     save_file({"latent_tensor": z.half() + 1}, str(tmp_path / "z.latent"))
     assert load_latent(tmp_path / "z.latent").mean() == pytest.approx(1 / 0.18215)
+
+
+def test_pixels_for_which_there_is_no_room_leave_no_file(tmp_path):
+    with pytest.raises(DecodeMemoryError, match="that much memory is not free"):
+        video_write.open_sink(tmp_path / "new" / "o.safetensors", (1, 3, 4000, 2**17, 2**17), 16)
+    assert not list(tmp_path.iterdir())

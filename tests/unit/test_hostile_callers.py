@@ -73,6 +73,15 @@ def test_the_current_device_is_that_of_the_arithmetic(monkeypatch):
         assert entered == [torch.device("cuda", 1)]
 
 
+def test_an_output_of_inference_mode_is_written_there_and_refused_elsewhere(vae, z, expected):
+    with torch.inference_mode():
+        out = torch.empty_like(expected)
+        vae.decode(z, out=out)
+        assert torch.equal(out, expected)
+    with pytest.raises(OutputError, match="inference_mode"):
+        vae.decode(z, out=out)
+
+
 def test_the_callers_autocast_does_not_round_an_encode(vae):
     pixels = torch.rand(1, 3, 5, 16, 24) * 2 - 1
     expected = vae.encode(pixels)

@@ -13,7 +13,7 @@ import torch
 
 from tests.conftest import PATIENCE_S
 from wan_vae.config import wan21
-from wan_vae.errors import ShardingError
+from wan_vae.errors import DecodeMemoryError, ShardingError
 from wan_vae.io import image as image_module
 from wan_vae.io import pages
 from wan_vae.io.image import EndFrames, HostWriter, ImageSink, bits, copy_threads, frames_to_pixels
@@ -280,3 +280,10 @@ def test_all_pieces_are_done_before_an_error_is_raised():
         threads.copy(pieces, pieces)
     assert sorted(done) == [0, 1, 2, 3, 4]
     threads.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixels_for_which_there_is_no_room_are_an_error_in_words(dtype):
+    """A petabyte, which is more than any computer can address."""
+    with pytest.raises(DecodeMemoryError, match=r"take [\d.]+ GiB, and that much memory is not"):
+        ImageSink.allocate((1, 16, 1000, 20000, 20000), wan21(), torch.device("cpu"), dtype)

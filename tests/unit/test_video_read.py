@@ -5,6 +5,7 @@ Runs on the oldest PyAV that ComfyUI allows and on the newest one: `make test-vi
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -440,6 +441,57 @@ def test_a_damaged_mp4_says_after_how_many_frames(tmp_path):
     with pytest.raises(LatentError, match=r"after \d+ frames: damaged or cut short") as caught:
         open_clip(tmp_path / "v.mp4")
     assert "Errno" not in str(caught.value)
+
+
+def test_a_video_with_damaged_frames_says_so(tmp_path):
+    """A decoder fills in what it cannot read, and gives the frame as if nothing were wrong."""
+    with av.open(str(tmp_path / "v.mp4"), "w") as file:
+        write_noise(file, file.add_stream("libx264", rate=16, options={"bf": "0"}))
+    whole = bytearray((tmp_path / "v.mp4").read_bytes())
+    assert open_clip(tmp_path / "v.mp4").warnings == []
+    middle = len(whole) // 2
+    whole[middle] ^= 0xFF
+    whole[middle + 40] ^= 0xFF
+    (tmp_path / "v.mp4").write_bytes(whole)
+    clip = open_clip(tmp_path / "v.mp4")
+    assert clip.frames == 16
+    (warning,) = clip.warnings
+    assert re.match(r"1 of 16 frames are damaged, the first is number (\d+)", warning)
+    clip.read(0, 16)
+    assert clip.warnings == [warning], "said once"
+
+
+def deep_and_shallow(folder: Path, form: str, first: str) -> Path:
+    """A clip of a grey of 200 / 255, whose frames have 8 bits and more; its name."""
+    if form == "tiff":
+        shallow = Image.fromarray(np.full((32, 32, 3), 200, np.uint8))
+        deep = Image.fromarray(np.full((32, 32), 200 * 257, np.uint16))
+        pages = [shallow, deep] if first == "shallow" else [deep, shallow]
+        pages[0].save(folder / "a.tif", save_all=True, append_images=pages[1:])
+        return folder / "a.tif"
+    parts = {}
+    for depth, pixel_format in (("shallow", "yuv420p"), ("deep", "yuv420p10le")):
+        with av.open(str(folder / f"{depth}.ts"), "w") as file:
+            stream = file.add_stream("libx264", rate=16)
+            stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, pixel_format
+            grey = np.full((HEIGHT, WIDTH, 3), 200, np.uint8)
+            for frame in (av.VideoFrame.from_ndarray(grey, format="rgb24"), None):
+                for packet in stream.encode(frame):
+                    file.mux(packet)
+        parts[depth] = (folder / f"{depth}.ts").read_bytes()
+    other = {"shallow": "deep", "deep": "shallow"}[first]
+    (folder / "a.ts").write_bytes(parts[first] + parts[other])
+    return folder / "a.ts"
+
+
+@pytest.mark.parametrize("first", ["shallow", "deep"])
+@pytest.mark.parametrize("form", ["tiff", "ts"])
+def test_frames_of_different_depth_are_equally_bright(form, first, tmp_path):
+    clip = open_clip(deep_and_shallow(tmp_path, form, first))
+    assert (clip.frames, clip.white, clip.has_alpha) == (2, 65535, False)
+    for colours in (3, 4, 3):  # also when it is read again
+        x = clip.with_colours(colours).read(0, 2)[0, :3].float() / clip.white
+        assert (x - 200 / 255).abs().max() < 0.01
 
 
 def test_a_song_has_no_pictures(tmp_path):

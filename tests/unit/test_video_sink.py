@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +112,36 @@ def test_the_index_is_in_front_and_tags_are_read_back(tmp_path):
         assert {key: file.metadata[key] for key in tags} == tags
 
 
+def test_a_tag_that_utf_8_cannot_hold_does_not_cost_the_video(tmp_path):
+    """Half a surrogate pair, as a program that cuts texts sends it in a workflow."""
+    tags = {"a\ud800": "b\udc00c", "prompt": "{}"}
+    written(tmp_path / "o.mp4", clip(), settings=VideoSettings(metadata=tags))
+    with av.open(str(tmp_path / "o.mp4")) as file:
+        assert (file.metadata["a?"], file.metadata["prompt"]) == ("b?c", "{}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux's list of open files")
+def test_an_encoder_that_cannot_begin_closes_its_file(tmp_path):
+    class Broken(Mapping):
+        def __getitem__(self, key):
+            raise KeyError(key)
+
+        def __iter__(self):
+            raise ZeroDivisionError("whatever")
+
+        def __len__(self):
+            return 1
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        VideoFileSink(tmp_path / "o.mp4", HEIGHT, WIDTH, 16, VideoSettings(metadata=Broken()))
+    assert caught.traceback  # its frames are alive, and with them what they hold
+    # Of the listing itself, which is closed again, there is a number and no name.
+    numbers = [Path("/proc/self/fd", number) for number in os.listdir("/proc/self/fd")]
+    opened = [os.readlink(number) for number in numbers if os.path.lexists(number)]
+    assert not [name for name in opened if str(tmp_path) in name]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["o.mp4", "o.webm"])
 @pytest.mark.parametrize(("channels", "rate"), [(1, 16000), (2, 44100), (2, 12345)])
 def test_sound_lies_beside_the_pictures_and_ends_with_them(name, channels, rate, tmp_path):
@@ -171,6 +203,19 @@ def test_an_open_file_gets_the_same_video(tmp_path):
         ("o.mp4", VideoSettings(bit_depth=12), "bit_depth is 12: expected 8 or 10"),
         ("o.avi", VideoSettings(), "avi is no container"),
         ("o.mp4", VideoSettings(sound=Sound(torch.zeros(3, 9), 8000)), "1, 2 or 6 channels"),
+        ("o.mp4", VideoSettings([]), r"codec is \[\]: expected"),
+        ("o.mp4", VideoSettings(crf="fine"), "crf is 'fine': expected 0 to 51"),
+        ("o.mp4", VideoSettings(crf=float("nan")), "crf is nan: expected 0 to 51"),
+        ("o.mp4", VideoSettings(sound=Sound(torch.zeros(2, 9), 0)), "has 0 samples a second"),
+        ("o.mp4", VideoSettings(sound=Sound(torch.zeros(2, 9), 2**40)), "expected 1 to 10000000"),
+        ("o.webm", VideoSettings(sound=Sound(torch.zeros(2, 9) / 0, 8000)), "18 of the sound's 18"),
+        ("o.mkv", VideoSettings(sound=Sound(torch.ones(1, 9) / 0, 8000)), "are NaN or inf"),
+        (
+            "o.mp4",
+            VideoSettings(sound=Sound(torch.ones(2, 9, dtype=torch.int16), 8000)),
+            "samples are torch.int16: expected floating numbers",
+        ),
+        ("o.mp4", VideoSettings(sound=Sound(torch.ones(2, 9).to("meta"), 8000)), "are meta"),
     ],
 )
 def test_what_cannot_be_encoded_is_refused_in_words(name, settings, words, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -205,7 +206,10 @@ _FIXED = {
 
 
 def _native_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename the keys of diffusers' AutoencoderKLWan; unknown ones are kept (and then refused)."""
+    """Rename the keys of diffusers' AutoencoderKLWan; unknown ones are kept (and then refused).
+
+    Raises CheckpointError where two keys name one tensor: which of them is meant, nobody can say.
+    """
     # Wan 2.1 numbers blocks and resamplers of all stages in one list; Wan 2.2 by stage.
     by_stage = any(k.startswith("encoder.down_blocks.0.resnets.") for k in state) or any(
         re.match(r"decoder\.up_blocks\.\d+\.upsampler\.", k) for k in state
@@ -244,7 +248,14 @@ def _native_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return key
         return f"{_FIXED.get(side, side)}{dot}{rest}"
 
-    return {rename(k): v for k, v in state.items()}
+    names = {key: rename(key) for key in state}
+    counted = Counter(names.values())
+    if twice := [key for key, name in names.items() if counted[name] > 1]:
+        raise CheckpointError(
+            f"holds tensors twice, under native and diffusers' names: {_some(twice)}: expected one "
+            "VAE"
+        )
+    return {names[key]: value for key, value in state.items()}
 
 
 def _resnet_part(rest: str) -> str:

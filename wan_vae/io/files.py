@@ -95,7 +95,14 @@ def check_output(path: Path, *, is_folder: bool = False) -> None:
         raise OutputError(f"{str(path)!r}: cannot be written: a file name cannot contain NUL")
     if reason := impossible_name(name, sys.platform):
         raise OutputError(f"{path}: cannot be written: {reason}")
-    if any(len(os.fsencode(part)) > _NAME_BYTES for part in path.parts):
+    try:
+        lengths = [len(os.fsencode(part)) for part in path.parts]
+    except UnicodeEncodeError as error:
+        raise OutputError(
+            f"{str(path)!r}: cannot be written: a file name cannot contain "
+            f"{error.object[error.start]!r}"
+        ) from error
+    if max(lengths) > _NAME_BYTES:
         raise OutputError(f"{path}: cannot be written: file name too long")
     with writing(path):
         if not is_folder and path.is_dir():
@@ -140,9 +147,12 @@ def reserved(path: Path) -> Iterator[None]:
     """Hold the name `path` with an empty file, until a result takes its place: whoever counts files
     to find a free name counts it. It goes after an error.
 
-    A file of that name stays until then. Nothing is held where the folder is not there yet.
+    A file of that name stays until then. Nothing is held where the folder is not there yet. Raises
+    OutputError for a name that no file can have.
     """
-    is_ours = path.parent.is_dir() and _reserve(path)
+    check_output(path)
+    with writing(path):
+        is_ours = path.parent.is_dir() and _reserve(path)
     with ExitStack() as failed:
         if is_ours:
             failed.callback(path.unlink, missing_ok=True)

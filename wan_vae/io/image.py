@@ -23,7 +23,7 @@ from .. import geometry
 from ..config import WanVAEConfig
 from ..errors import WanVAEError
 from . import pages
-from .sink import Reserve
+from .sink import Reserve, room_for
 
 # Blocks that are not yet copied: the device computes one while the host empties the other.
 _BLOCKS_UNDER_WAY = 2
@@ -91,14 +91,14 @@ class ImageSink:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> ImageSink:
-        """Make a sink with memory for a decode of `latent_shape`. Raises GeometryError."""
+        """Make a sink with memory for a decode of `latent_shape`. Raises GeometryError,
+        DecodeMemoryError."""
         b, c, t, h, w = geometry.pixel_shape(latent_shape, config)
         shape = (b, t, h, w, c)
-        on_host = device.type == "cpu"
-        image = (
-            host_empty(shape, dtype) if on_host else torch.empty(shape, device=device, dtype=dtype)
-        )
-        return cls(image, is_new=True)
+        make = partial(torch.empty, shape, device=device, dtype=dtype)
+        if device.type == "cpu":
+            make = partial(host_empty, shape, dtype)
+        return cls(room_for(shape, dtype, make), is_new=True)
 
     def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
         """Take pixels [B, 3, t, rows, W'] float32 in [-1, 1]; see `sink.Sink`."""

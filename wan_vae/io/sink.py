@@ -8,13 +8,16 @@ values are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Protocol, runtime_checkable
 
 import torch
 
-from ..errors import OutputError
+from ..device import is_out_of_memory
+from ..errors import DecodeMemoryError, OutputError
 from ..report import VideoRecord
+from ..said import said
 from .tensors import missing_data
 
 # Reserves memory for a part of an output, before that part is written.
@@ -177,6 +180,26 @@ class NullSink:
         """Nothing to undo."""
 
 
+def room_for(
+    shape: Sequence[int], dtype: torch.dtype, make: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """`make()`, which allocates all pixels of a result. Raises DecodeMemoryError."""
+    try:
+        return make()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    raise DecodeMemoryError(
+        said(
+            "run.no_room_for_pixels",
+            "the decoded pixels {shape} take {size} GiB, and that much memory is not free: write "
+            "them to a video, of which a few frames are held at a time, or decode fewer frames",
+            shape=tuple(shape),
+            size=f"{prod(shape) * dtype.itemsize / 2**30:.1f}",
+        )
+    )
+
+
 # The dtypes that can hold pixels; float8 keeps only two or three bits of them.
 _OUT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -194,6 +217,11 @@ def check_out(out: torch.Tensor, shape: tuple[int, ...]) -> None:
         raise OutputError(
             f"out is {tuple(out.shape)} of {out.dtype}: expected {tuple(shape)} of 16 to 64 "
             "floating bits"
+        )
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        raise OutputError(
+            "out was made in torch.inference_mode, outside of which PyTorch writes nothing into "
+            "it: make it outside too, or decode inside"
         )
     reach = 0  # of the dimensions with smaller strides: the next stride must be longer
     for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):

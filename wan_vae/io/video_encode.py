@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import ceil
@@ -20,6 +20,7 @@ import torch
 from ..errors import OutputError
 from ..said import said
 from .files import ffmpeg_name, import_package, writing
+from .tensors import missing_data
 
 Container = Literal["mp4", "mov", "mkv", "webm"]
 Codec = Literal["auto", "h264", "av1"]
@@ -44,14 +45,44 @@ _PIXEL_FORMATS = {8: "yuv420p", 10: "yuv420p10le"}
 _CHANNELS = {1: "mono", 2: "stereo", 6: "5.1"}
 # What Opus works at, and AAC can where it does not know the rate of the sound.
 _SOUND_RATE = 48000
+# More samples a second than any sound has; FFmpeg's resampler runs out of memory far above.
+_HIGHEST_RATE = 10_000_000
 
 
 @dataclass(frozen=True)
 class Sound:
-    """The sound of a video: float samples [channels, n] in [-1, 1] on the CPU, n a second."""
+    """The sound of a video: float samples [channels, n] in [-1, 1], `rate` of them a second."""
 
     samples: torch.Tensor
     rate: int
+
+    def is_wrong(self) -> str | None:
+        """Why no encoder takes it, in a sentence; None if one does. Looks at every sample."""
+        kind = missing_data(self.samples)
+        if kind is None and not self.samples.is_floating_point():
+            kind = str(self.samples.dtype)
+        if kind is not None:
+            return said(
+                "sound.kind",
+                "the sound's samples are {kind}: expected floating numbers in [-1, 1]",
+                kind=kind,
+            )
+        if not 1 <= self.rate <= _HIGHEST_RATE:
+            return said(
+                "sound.rate",
+                "the sound has {rate} samples a second: expected 1 to {most}",
+                rate=self.rate,
+                most=_HIGHEST_RATE,
+            )
+        bad = int((~torch.isfinite(self.samples)).sum())
+        if bad:
+            return said(
+                "sound.not_finite",
+                "{count} of the sound's {all} samples are NaN or inf: what made it failed",
+                count=bad,
+                all=self.samples.numel(),
+            )
+        return None
 
 
 @dataclass(frozen=True)
@@ -112,14 +143,18 @@ class VideoEncoder:
                 format=_MUXERS[container],
                 options={"movflags": flags} if container in ("mp4", "mov") else {},
             )
-        self._file.metadata.update(settings.metadata)
-        self._stream = self._add_pictures(rate, settings)
-        self._seconds = 1 / rate
-        self._frames = 0
-        self._sound = None if settings.sound is None else self._add_sound(container, settings.sound)
+        with ExitStack() as failed:
+            failed.callback(self.abort)
+            self._file.metadata.update(_writable(settings.metadata))
+            self._stream = self._add_pictures(rate, settings)
+            self._seconds = 1 / rate
+            self._frames = 0
+            sound = settings.sound
+            self._sound = None if sound is None else self._add_sound(container, sound)
+            failed.pop_all()
 
     def _check(self, settings: VideoSettings, container: Container, codec: Codec) -> None:
-        if codec not in _ENCODERS:
+        if settings.codec not in CODECS:  # first: what it is may not be a word
             raise OutputError(f"{self._name}: codec is {settings.codec!r}: expected {CODECS}")
         if container == "webm" and codec != "av1":
             raise OutputError(
@@ -131,14 +166,15 @@ class VideoEncoder:
             )
         if settings.bit_depth not in BIT_DEPTHS:
             raise OutputError(f"{self._name}: bit_depth is {settings.bit_depth}: expected 8 or 10")
-        highest = 51 if codec == "h264" else 63
-        if settings.crf is not None and not 0 <= settings.crf <= highest:
+        highest, crf = (51 if codec == "h264" else 63), settings.crf
+        is_number = isinstance(crf, (int, float, np.number))
+        if crf is not None and not (is_number and 0 <= crf <= highest):
             raise OutputError(
                 said(
                     "video.crf",
                     "{file}: crf is {crf}: expected 0 to {most} for {codec}",
                     file=self._name,
-                    crf=f"{settings.crf:g}",
+                    crf=f"{crf:g}" if is_number else repr(crf),
                     most=highest,
                     codec=codec,
                 )
@@ -226,10 +262,14 @@ class VideoEncoder:
 
     def _add_sound(self, container: Container, sound: Sound) -> _SoundTrack:
         channels = sound.samples.shape[0] if sound.samples.ndim == 2 else 0
-        if channels not in _CHANNELS or sound.rate <= 0:
+        if channels not in _CHANNELS:
             raise OutputError(
                 f"{self._name}: the sound is {tuple(sound.samples.shape)} at {sound.rate} a "
                 "second: expected samples [channels, n] with 1, 2 or 6 channels"
+            )
+        if wrong := sound.is_wrong():
+            raise OutputError(
+                said("video.sound", "{file}: {reason}", file=self._name, reason=wrong)
             )
         codec = "libopus" if container == "webm" else "aac"
         known = self._av.Codec(codec, "w").audio_rates
@@ -299,6 +339,15 @@ class _SoundTrack:
         frame.time_base = Fraction(1, self._rate)
         self._done = end
         return [frame]
+
+
+def _writable(tags: Mapping[str, str]) -> dict[str, str]:
+    """`tags` as UTF-8 can hold them: half a surrogate pair, which JSON allows, becomes "?"."""
+
+    def text(value: str) -> str:
+        return value.encode("utf-8", "replace").decode("utf-8")
+
+    return {text(key): text(value) for key, value in tags.items()}
 
 
 def _codec_of(container: Container) -> Codec:

@@ -56,6 +56,7 @@ class Clip(ABC):
 
     has_alpha: whether the file holds alpha that is not opaque everywhere. `colours` says how many
     channels are given: 4 keeps alpha (opaque where there is none), 3 flattens it on white.
+    white: of the deepest frame; the frames of a file may have 8 and 16 bits.
     warnings: sentences for the user.
     """
 
@@ -110,6 +111,8 @@ class Clip(ABC):
                 f"{self.path}: ended after {self._position} of {self.frames} frames: it changed"
             )
         self._position += 1
+        if _white_of(frame) < self.white:  # another frame is deeper
+            frame = frame.astype(np.uint16) * (self.white // _white_of(frame))
         return _colours(frame, self.colours, self.white)
 
     @abstractmethod
@@ -122,8 +125,9 @@ class Clip(ABC):
         for frame in self._read_all():
             self.frames += 1
             sizes[frame.shape[:2]] = None
+            self.white = max(self.white, _white_of(frame))
             if not self.has_alpha and frame.shape[2] == 4:
-                self.has_alpha = bool((frame[..., 3] != self.white).any())
+                self.has_alpha = bool((frame[..., 3] != _white_of(frame)).any())
         if not sizes:
             raise LatentError(f"{self.path}: the video has no frames")
         if len(sizes) > 1:
@@ -167,6 +171,11 @@ def read_pixels(path: Path, colours: int = 3) -> torch.Tensor:
         return clip.read(0, clip.frames).float() / (clip.white / 2) - 1
     finally:
         clip.close()
+
+
+def _white_of(frame: Frame) -> int:
+    """The value of white in `frame`, of 8 or 16 bits."""
+    return 255 if frame.dtype == np.uint8 else 65535
 
 
 def _colours(frame: Frame, colours: int, white: int) -> Frame:
@@ -259,7 +268,6 @@ class PictureClip(Clip):
                 f"{self.path}: an image of mode {mode}, whose value of white is unknown: save it "
                 "with 8 or 16 bits"
             )
-        self.white = 65535
         return np.repeat(grey.astype(np.uint16)[..., None], 3, axis=2)
 
 
@@ -278,6 +286,7 @@ class _Conversion:
 
     graph: Any
     key: tuple[object, ...]
+    is_deep: bool
     # What white and opaque are among the 16 bits that come out; FFmpeg only shifts.
     white: int
     opaque: int
@@ -292,17 +301,25 @@ class VideoClip(Clip):
         self._what = "image" if may_be_picture and kind_group(path) == "picture" else "video"
 
     def _read_all(self) -> Iterator[Frame]:
-        av, count = self._av, 0
+        av, count, damaged = self._av, 0, list[int]()
         try:
             with av.open(ffmpeg_name(self.path)) as file:
                 stream = self._stream(file)
                 conversion: _Conversion | None = None
                 end_s: float | None = None
                 for frame in self._decoded(file, stream):
+                    if frame.is_corrupt:
+                        damaged.append(count)
                     conversion = self._conversion(stream, frame, conversion)
                     yield _upright(self._rgb(frame, conversion), frame, self.path)
                     count, end_s = count + 1, frame.time
                 self._look_for_an_end(file, stream, count, end_s)
+                if damaged:
+                    self._warn(
+                        f"{len(damaged)} of {count} frames are damaged, the first is number "
+                        f"{damaged[0] + 1}: FFmpeg filled in what is missing, and frames after "
+                        "them may show it"
+                    )
         except (av.FFmpegError, OSError, ValueError, IndexError, MemoryError) as error:
             said = what_is_it(self.path, "video") if kind_group(self.path) is None else None
             words = getattr(error, "strerror", None) or first_line(error)
@@ -381,7 +398,6 @@ class VideoClip(Clip):
         key = (frame.format.name, frame.width, frame.height, matrix, full)
         if last is not None and last.key == key:
             return last
-        self.white = 255 if bits <= 8 else 65535
         # Planes for 16 bits: to rgb48 and rgba64, FFmpeg 8 gets every row but the first one wrong
         # with these flags.
         target = (
@@ -408,7 +424,7 @@ class VideoClip(Clip):
         is_rgb = matrix is None
         is_limited = len(frame.format.components) > 2 and not full
         white = 65535 if is_rgb else 0xFF00 if is_limited else opaque
-        return _Conversion(graph, key, white, opaque)
+        return _Conversion(graph, key, bits > 8, white, opaque)
 
     def _matrix(self, stream: Any, frame: VideoFrame) -> tuple[str | None, bool]:
         """The matrix of `frame` as FFmpeg names it (None for RGB and grey), and its range."""
@@ -441,7 +457,7 @@ class VideoClip(Clip):
         conversion.graph.push(frame)
         made = conversion.graph.pull()
         channels = len(made.format.components)
-        if self.white == 255:
+        if not conversion.is_deep:
             rows = _rows(made.planes[0], np.uint8, made)[:, : made.width * channels]
             # A copy: the memory of `made` is used again.
             picture: Frame = rows.reshape(made.height, made.width, channels).copy()
@@ -451,8 +467,8 @@ class VideoClip(Clip):
         picture = np.stack((red, green, blue, *alpha), axis=-1)
         white = np.full(channels, conversion.white, np.float32)
         white[3:] = conversion.opaque
-        scaled: Frame = picture.astype(np.float32) * (self.white / white)
-        return np.minimum(np.round(scaled), self.white).astype(np.uint16)
+        scaled: Frame = picture.astype(np.float32) * (65535 / white)
+        return np.minimum(np.round(scaled), 65535).astype(np.uint16)
 
     def _warn(self, text: str) -> None:
         if text not in self.warnings:

@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import DecodeCancelled, OutputError, WanVAEError
+from ..errors import DecodeCancelled, WanVAEError
 from ..hooks import ShouldStop
 from ..report import VideoRecord
 from ..said import said
@@ -242,7 +243,8 @@ class VideoFileSink(_VideoSink, FileSink):
             container = cast("Container", path.suffix.lower().removeprefix("."))
         size = even(height), even(width)
         super().__init__(path, names=names)
-        try:
+        with ExitStack() as failed:
+            failed.callback(self._partial.discard)
             encoder = VideoEncoder(
                 self._partial.path,
                 container,
@@ -251,9 +253,7 @@ class VideoFileSink(_VideoSink, FileSink):
                 settings or VideoSettings(),
                 self.path,
             )
-        except OutputError:
-            self._partial.discard()
-            raise
+            failed.pop_all()
         if size != (height, width):
             self.warnings.append(
                 said(

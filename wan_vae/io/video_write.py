@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..errors import OutputError
 from ..report import VideoRecord
 from .file_sink import FileSink
 from .files import check_output, import_package, writing
-from .sink import Sink, sink_bytes, sink_video
+from .sink import Sink, room_for, sink_bytes, sink_video
 from .tensors import save_tensors
 from .video_sink import VideoFileSink
 
@@ -145,7 +146,8 @@ class PixelFileSink(FileSink):
 
     def __init__(self, path: Path, shape: tuple[int, ...]):
         # Explicit: the caller may have changed torch's default dtype or device.
-        self.pixels = torch.empty(shape, dtype=torch.float32, device="cpu")
+        make = partial(torch.empty, shape, dtype=torch.float32, device="cpu")
+        self.pixels = room_for(shape, torch.float32, make)
         super().__init__(path)
         self.output_bytes = self.pixels.numel() * 4
 

@@ -99,6 +99,7 @@ class EncodeRun(Run):
             make = partial(torch.empty, own, dtype=torch.float32, device=self.device)
             latent = granted(self.device, self.memory, prod(own) * 4, "latent", make)
             self.builder.memory["output_bytes"] = latent.numel() * latent.element_size()
+            self._latent = latent
             self.begin(plan=self.request.plan)
         except BaseException as error:
             self.fail(error)
@@ -227,13 +228,26 @@ class EncodeRun(Run):
             return False
         if warning := range_warning(max(map(abs, extremes))):
             self.builder.warnings.append(warning)
-        return True
+        return bool(torch.isfinite(self._latent).all())
 
     def _is_not_finite(self) -> None:
-        if self._pixels is None:
-            return
-        if error := not_finite((nan,), self._pixels, "video", "nothing can be encoded from it"):
-            raise error
+        wrong = None
+        if self._pixels is not None:
+            wrong = not_finite((nan,), self._pixels, "video", "nothing can be encoded from it")
+        if wrong is not None:
+            raise wrong
+        advice = said("run.encode_in_fp32", "encode with precision='fp32'")
+        if self.builder.dtype == torch.float32:
+            advice = said("run.look_at_weights", "look for a damaged checkpoint")
+        self.builder.warnings.append(
+            said(
+                "run.latent_not_finite",
+                "the encoded latent holds NaN or inf (computed in {dtype}): the weights overflow "
+                "this precision; {advice}",
+                dtype=self.builder.dtype,
+                advice=advice,
+            )
+        )
 
     def _out_of_memory(self, reason: str) -> DecodeMemoryError | None:
         return self._does_not_fit("", reason)
