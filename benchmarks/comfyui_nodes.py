@@ -110,11 +110,14 @@ def run_faults(setting: Setting) -> tuple[list[NodeRow], str]:
     return [*plain, *rows], version
 
 
-def run_pairs(setting: Setting, devices: str, warm: int) -> tuple[list[PairRows], str]:
-    """What one device and several take, and ComfyUI's version."""
+def run_pairs(
+    setting: Setting, devices: str, warm: int, only: str = ""
+) -> tuple[list[PairRows], str]:
+    """What one device and several take, of pairs with `only` in their name; ComfyUI's version."""
     rows = []
+    wanted = [p for p in pairs(setting.on_cpu, devices, setting.wan22, warm) if only in p.name]
     with running(setting) as (server, version):
-        for number, pair in enumerate(pairs(setting.on_cpu, devices, setting.wan22, warm)):
+        for number, pair in enumerate(wanted):
             print(pair.name, file=sys.stderr, flush=True)
             try:
                 rows.append(measure_pair(server, pair, 100 * number, restart=number == 0))
@@ -348,6 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--devices", help="which several (default: 0,1; with --cpu: cpu,cpu)")
     parser.add_argument("--wan22", action="store_true", help="with --sharded: Wan 2.2 too")
     parser.add_argument("--warm", type=int, default=5, help="warm runs of each with --sharded")
+    parser.add_argument("--only", default="", help="with --sharded: rows with this in their name")
     parser.add_argument("--ballast", type=float, metavar="GIB", help="leave so much memory free")
     parser.add_argument("--cold", action="store_true", help="what a user waits for, empty caches")
     parser.add_argument("--model", choices=MODELS, default="wan2.1", help="of --cold")
@@ -410,7 +414,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main_sharded(setting: Setting, args: argparse.Namespace, argv: Sequence[str]) -> int:
     """`--sharded`: measure and write; 1 if several devices did not do what one did."""
     devices = args.devices or ("cpu,cpu" if args.cpu else "0,1")
-    rows, version = run_pairs(setting, devices, args.warm)
+    rows, version = run_pairs(setting, devices, args.warm, args.only)
     facts = facts_of([row.several for row in rows], version, argv)
     found = [
         {"name": row.name, "speed_up": row.speed_up}

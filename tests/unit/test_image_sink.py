@@ -6,6 +6,7 @@ import sys
 import tempfile
 import threading
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,15 @@ from wan_vae.config import wan21
 from wan_vae.errors import DecodeMemoryError, ShardingError
 from wan_vae.io import image as image_module
 from wan_vae.io import pages
-from wan_vae.io.image import EndFrames, HostWriter, ImageSink, bits, copy_threads, frames_to_pixels
+from wan_vae.io.image import (
+    EndFrames,
+    FollowingCopy,
+    HostWriter,
+    ImageSink,
+    bits,
+    copy_threads,
+    frames_to_pixels,
+)
 from wan_vae.io.pixels import PieceThreads
 
 
@@ -167,6 +176,63 @@ def test_a_thread_lets_go_of_what_is_copied():
     writer.put(Computed(), image.clone(), image, image[:, :0])  # waits for the first
     assert alive() is None
     writer.finish()
+
+
+def test_a_block_without_rows_takes_no_place():
+    """As an idle rank gives them."""
+    image, done = torch.zeros(1, 4, 0, 2, 3), []
+    writer = writer_of(1)
+    for frame in range(4):
+        part = image[:, frame : frame + 1]
+        writer.put(Computed(), part, part, part[:, :0], partial(done.append, frame))
+    writer.finish()
+    assert done == [0, 1, 2, 3]
+
+
+def test_what_has_arrived_is_told_in_the_order_of_the_frames():
+    told = []
+    arrivals = image_module._Arrivals(told.append)
+    first, second, third, fourth = (arrivals.expect(stop) for stop in (1, 5, 9, 13))
+    second()
+    assert told == []
+    first()
+    assert told == [5]
+    fourth()
+    third()
+    assert told == [5, 13]
+
+
+def test_a_sink_tells_what_has_arrived_unless_it_comes_in_strips():
+    told, pixels = [], torch.rand(1, 3, 5, 4, 6) * 2 - 1
+    sink = ImageSink(torch.empty(1, 5, 4, 6, 3), on_written=told.append)
+    sink.write(pixels[:, :, :1], 0, 0)
+    sink.write(pixels[:, :, 1:], 1, 0)
+    assert told == [1, 5]
+    for top in (0, 2):
+        sink.write(pixels[:, :, :, top : top + 2], 0, top)
+    sink.close()
+    assert told == [1, 5] and torch.equal(sink.image, expected(pixels))
+
+
+@pytest.mark.parametrize("steps", [(1, 5, 9), (9,), (), (3, 3, 2, 7)])
+def test_a_copy_follows_frames_that_others_write(steps, monkeypatch):
+    in_pieces_of(monkeypatch, 300)
+    frames, source = torch.full((1, 9, 4, 6, 3), float("nan")), torch.rand(1, 9, 4, 6, 3)
+    with FollowingCopy(frames) as copy:
+        at = 0
+        for step in steps:
+            frames[:, at:step] = source[:, at:step]
+            at = max(at, step)
+            copy.follow(step)
+        frames[:, at:] = source[:, at:]
+        image = copy.finish()
+    assert torch.equal(image, source) and image.data_ptr() != frames.data_ptr()
+
+
+def test_a_copy_that_is_left_early_ends_its_threads():
+    with FollowingCopy(torch.zeros(1, 9, 4, 6, 3)) as copy:
+        copy.follow(4)
+    assert not any(thread.is_alive() for thread in copy._writer._threads)
 
 
 def test_room_is_reserved_before_it_is_written_and_its_error_is_raised(monkeypatch):

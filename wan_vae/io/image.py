@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +26,15 @@ from ..errors import WanVAEError
 from . import pages
 from .sink import Reserve, room_for
 
+# Called with a number of frames; called when something is done.
+OnWritten = Callable[[int], None]
+Done = Callable[[], None]
 # Blocks that are not yet copied: the device computes one while the host empties the other.
 _BLOCKS_UNDER_WAY = 2
 # At most so many threads copy: memory of one socket is no faster with more.
 _COPY_THREADS = 4
+# Frames whose pages are mapped before anything of them is known.
+_FIRST_FRAMES = 16
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 # Page-locked memory of a thread. The device takes 0.2 ms for so much over PCIe 4.
 _PIECE_BYTES = 4 << 20
@@ -71,17 +77,24 @@ class ImageSink:
     one. Host memory beyond `image`: 4 MiB a thread.
 
     reserve: called with each part of `image` before it is written, by the thread that writes it.
-    is_new: nobody has written into `image` since it was allocated.
+    is_new: nobody has written into `image` since it was allocated. on_written: called with n, in
+    any thread, as soon as frames [0, n) have arrived in `image`; not where they come in strips.
     """
 
     needs_whole_frames = False
 
     def __init__(
-        self, image: torch.Tensor, reserve: Reserve | None = None, *, is_new: bool = False
+        self,
+        image: torch.Tensor,
+        reserve: Reserve | None = None,
+        *,
+        is_new: bool = False,
+        on_written: OnWritten | None = None,
     ):
         self.image, self._reserve, self._is_new = image, reserve, is_new
         self.output_bytes = image.numel() * image.element_size()
         self._copier: HostCopier | None = None
+        self._arrivals = None if on_written is None else _Arrivals(on_written)
 
     @classmethod
     def allocate(
@@ -104,6 +117,9 @@ class ImageSink:
         """Take pixels [B, 3, t, rows, W'] float32 in [-1, 1]; see `sink.Sink`."""
         frames, rows = pixels.shape[2], pixels.shape[3]
         target = self.image[:, start_frame : start_frame + frames, first_row : first_row + rows]
+        done: Done | None = None
+        if self._arrivals is not None and rows == self.image.shape[2]:
+            done = self._arrivals.expect(start_frame + frames)
         # Scaled and cast on the device of the pixels, where that takes next to no time.
         block = pixels.add(1.0).mul_(0.5).movedim(1, -1)
         if block.is_cuda and self.image.device.type == "cpu":
@@ -112,11 +128,13 @@ class ImageSink:
             # Blocks of the same rows come in the order of their frames.
             ahead = self.image[:, start_frame + frames :, first_row : first_row + rows]
             block = block.to(self.image.dtype).contiguous()
-            self._copier.copy(block, target, ahead[:, :frames])
+            self._copier.copy(block, target, ahead[:, :frames], done)
             return
         if self._reserve is not None:
             self._reserve(target)
         target.copy_(block)
+        if done is not None:
+            done()
 
     def close(self) -> None:
         """Wait until all pixels have arrived. Raises the first error of a copy."""
@@ -161,11 +179,40 @@ class EndFrames:
         """Nothing to undo."""
 
 
+class _Arrivals:
+    """Tells of frames in their order, although blocks may arrive in another."""
+
+    def __init__(self, on_written: OnWritten):
+        self._on_written = on_written
+        self._lock = threading.Lock()
+        # The frames at which blocks end, in order, of those that have not all arrived; and those
+        # that have.
+        self._stops: deque[int] = deque()
+        self._arrived: set[int] = set()
+
+    def expect(self, stop: int) -> Done:
+        """A block that ends at frame `stop` is on its way; what to call when it is there."""
+        with self._lock:
+            self._stops.append(stop)
+        return partial(self._arrive, stop)
+
+    def _arrive(self, stop: int) -> None:
+        with self._lock:
+            self._arrived.add(stop)
+            last = 0
+            while self._stops and self._stops[0] in self._arrived:
+                last = self._stops.popleft()
+                self._arrived.remove(last)
+            if last:
+                self._on_written(last)
+
+
 @dataclass
 class _Block:
-    """A block on its way: how many pieces of it are not copied yet."""
+    """A block on its way: how many pieces of it are not copied yet, and what then happens."""
 
     left: int
+    done: Done | None
 
 
 @dataclass(frozen=True)
@@ -185,8 +232,54 @@ class Ready(Protocol):
     def synchronize(self) -> None: ...
 
 
+class _Now:
+    """What is there already."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+_NOW = _Now()
 # Brings a piece to the host; the result is read before the next call.
 Fetch = Callable[[torch.Tensor], torch.Tensor]
+
+
+def on_host() -> Fetch:
+    """A `Fetch` of what is on the host already."""
+    return lambda piece: piece
+
+
+class FollowingCopy:
+    """A copy of frames [B, T, H, W, C] in host memory that others write, while they do: in memory
+    of its own, `image`. Use as a context: it ends its threads."""
+
+    def __init__(self, frames: torch.Tensor):
+        self._frames, self._copied = frames, 0
+        shape, dtype = tuple(frames.shape), frames.dtype
+        self.image = room_for(shape, dtype, lambda: host_empty(shape, dtype))
+        self._writer = HostWriter(copy_threads(os.cpu_count()), on_host, is_new=True)
+
+    def __enter__(self) -> FollowingCopy:
+        self._writer.expect(self.image[:, :_FIRST_FRAMES])
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.stop()
+
+    def follow(self, written: int) -> None:
+        """Frames [0, written) of the original are final. Raises the first error of a copy."""
+        start, stop = self._copied, written
+        if stop <= start:
+            return
+        self._copied = stop
+        ahead = self.image[:, stop : 2 * stop - start]
+        self._writer.put(_NOW, self._frames[:, start:stop], self.image[:, start:stop], ahead)
+
+    def finish(self) -> torch.Tensor:
+        """The copy, when all frames of the original are final."""
+        self.follow(self._frames.shape[1])
+        self._writer.finish()
+        return self.image
 
 
 class HostWriter:
@@ -216,25 +309,49 @@ class HostWriter:
         self._threads: list[threading.Thread] = []
 
     def put(
-        self, ready: Ready, source: torch.Tensor, target: torch.Tensor, ahead: torch.Tensor
+        self,
+        ready: Ready,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        ahead: torch.Tensor,
+        done: Done | None = None,
     ) -> None:
         """Queue a copy of dense `source` [A, B, C, ...] to `target`; waits while two are under way.
 
-        ahead: memory that a later block will fill; its contents do not matter until then. Raises
-        the first error of a thread.
+        ahead: memory that a later block will fill; its contents do not matter until then. done: is
+        called, by a thread, when all of the block has arrived. Raises the first error of a thread.
         """
         self._room.acquire()
         if self._failure is not None:
             self._room.release()
             raise self._failure
         pieces = list(pieces_of(source))
-        block = _Block(len(pieces))
+        if not pieces:  # of a rank without rows
+            self._room.release()
+            if done is not None:
+                done()
+            return
+        block = _Block(len(pieces), done)
         for number, place in pieces:
-            thread = number % self._most
-            while len(self._threads) <= thread:
-                self._start_thread()
             parts = (x[place] for x in (source, target, ahead))
-            self._pieces[thread].put(_Piece(block, ready, *parts))
+            self._queue(number, _Piece(block, ready, *parts))
+
+    def expect(self, ahead: torch.Tensor) -> None:
+        """Prepare the memory of the first block before there is any."""
+        pieces = list(pieces_of(ahead))
+        block = _Block(len(pieces), None)
+        if pieces:
+            self._room.acquire()
+        for number, place in pieces:
+            part = ahead[place]
+            nothing = part[:, :0]
+            self._queue(number, _Piece(block, _NOW, nothing, nothing, part))
+
+    def _queue(self, number: int, piece: _Piece) -> None:
+        thread = number % self._most
+        while len(self._threads) <= thread:
+            self._start_thread()
+        self._pieces[thread].put(piece)
 
     def finish(self) -> None:
         """Wait for all copies. Raises the first error."""
@@ -275,6 +392,8 @@ class HostWriter:
                 block.left -= 1
                 is_done = block.left == 0
             if is_done:
+                if block.done is not None and self._failure is None:
+                    block.done()
                 self._room.release()
 
     def _fill(self, piece: _Piece, fetch: Fetch) -> None:
@@ -304,7 +423,13 @@ class HostCopier:
         threads = copy_threads(os.cpu_count())
         self._writer = HostWriter(threads, partial(_Staging, device), reserve, is_new)
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor, ahead: torch.Tensor) -> None:
+    def copy(
+        self,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        ahead: torch.Tensor,
+        done: Done | None = None,
+    ) -> None:
         """Queue a copy of dense `source` [A, B, C, ...] to `target`: see `HostWriter.put`.
 
         The threads let go of `source` when it has left the device.
@@ -312,7 +437,7 @@ class HostCopier:
         # Threads that spin would take cores from the thread that launches.
         ready = torch.cuda.Event(blocking=True)
         ready.record(torch.cuda.current_stream(self._device))
-        self._writer.put(ready, source, target, ahead)
+        self._writer.put(ready, source, target, ahead, done)
 
     def finish(self) -> None:
         """Wait for all copies. Raises the first error."""

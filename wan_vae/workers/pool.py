@@ -26,6 +26,7 @@ from ..chunking import chunk_lengths
 from ..device import dtype_name
 from ..errors import CheckpointError, DecodeCancelled, GeometryError, ShardingError
 from ..hooks import Hooks, OnProgress, ShouldStop
+from ..io.image import FollowingCopy
 from ..io.latents import as_batch, check_latent, check_pixels
 from ..network.model import NO_ENCODER, WanVAEModel, tensor_version
 from ..options import (
@@ -83,8 +84,9 @@ class WorkerPool:
     transport: how ranks exchange rows: "nccl", "gloo", or "auto". timeout_s: how long a rank waits
     for another rank, and how long a worker may give no sign of life. idle_s: how long workers may
     be without work before they are ended. Decodes from several threads run one after another. The
-    memory of the last two results is kept for the next. `close` (or `with`) ends the workers; they
-    also end when this process ends in any way. `last_reports`: one report for each rank's share of
+    memory that workers write to is kept for the next run; frames of an image are copied out of it
+    while others are decoded, because a program keeps its images. `close` (or `with`) ends the
+    workers; they also end when this process ends in any way. `last_reports`: one report for each rank's share of
     the last operation, in rank order.
     """
 
@@ -411,6 +413,11 @@ class WorkerPool:
                 output_bytes = torch.Size(job.shape).numel() * 4
                 buffer, fresh = self._memory(output_at + aligned(output_bytes), output_at)
                 view(buffer.raw, input_at, dense.shape, torch.float32).copy_(dense)
+                copy: FollowingCopy | None = None
+                if job.arguments.get("form") == "image":
+                    written = buffer.tensor(output_at, job.shape, torch.float32)
+                    copy = stack.enter_context(FollowingCopy(written))
+                    del written
             try:
                 with self._timed("run"):
                     self._send_all(
@@ -435,23 +442,33 @@ class WorkerPool:
                             buffer=buffer,
                             hooks=job.hooks,
                             operation=job.operation,
+                            on_written=None if copy is None else copy.follow,
+                            writers=self._writers(job),
                         )
                     ).until_done()
             finally:
                 buffer.unlink()
             with self._timed("collect"):
                 self.last_reports = tuple(DecodeReport.from_dict(r["report"]) for r in results)
+                is_done = self.last_reports[0].status == "done"
                 # Before another thread may ask whether the memory is in use.
-                result = buffer.tensor(output_at, job.shape, torch.float32)
+                if copy is not None and is_done:
+                    result = copy.finish()
+                else:
+                    result = buffer.tensor(output_at, job.shape, torch.float32)
                 if job.operation == "encode":
                     result = result.clone()  # a latent must not keep a whole video
-                if self.last_reports[0].status == "done":
+                if is_done:
                     self._spares.give(buffer)
         job.vae.last_report = report = self._whole_report(output_bytes)
         if report.status == "cancelled":
             # Agreed among the ranks, all of which are ready for the next command.
             raise DecodeCancelled(report.error or "cancelled")
         return result
+
+    def _writers(self, job: _Job) -> list[int]:
+        """The ranks that write a part of the result of `job`."""
+        return list(range(len(self.devices))) if job.arguments.get("gather") == "shared" else [0]
 
     def _whole_report(self, output_bytes: int) -> DecodeReport:
         """The report of rank 0, with the output that all ranks share.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,6 +58,9 @@ class Watched:
     buffer: SharedBuffer
     hooks: Hooks
     operation: Operation
+    # Called with n when all `writers` have written their part of frames [0, n).
+    on_written: Callable[[int], None] | None = None
+    writers: Sequence[int] = ()
 
 
 class Watch:
@@ -70,6 +73,9 @@ class Watch:
         self.hooks = watched.hooks
         self.done_frames = [0] * len(self.ranks)
         self.reported_frames = 0
+        self.on_written = watched.on_written
+        # Frames that each rank has written.
+        self.written = dict.fromkeys(watched.writers, 0)
         self.report: dict[str, Any] | None = None
         self.mapped = 0
         self.asked_at: dict[int, float] = {}  # ranks that have a ping to answer
@@ -98,6 +104,10 @@ class Watch:
                     until = until or time.monotonic() + GRACE_S
                 elif kind == "pong":
                     pass
+                elif kind == "written":
+                    self.written[rank.rank] = value
+                    if self.on_written is not None and not failures:
+                        self.on_written(min(self.written.values()))
                 elif kind == "mapped":
                     self.mapped += 1
                     if self.mapped == len(ranks):

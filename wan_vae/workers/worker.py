@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -332,8 +333,11 @@ class _Worker:
             out = out[:, :, rows, columns] if job.form == "image" else out[..., rows, columns]
         reserve = buffer.reserve if job.fresh else None
         sink: Sink = NullSink()
-        if job.gather == "shared" or rank == 0:
-            sink = (ImageSink if job.form == "image" else TensorSink)(out, reserve)
+        if job.form == "image" and (job.gather == "shared" or rank == 0):
+            # The parent copies frames while the next ones are decoded.
+            sink = ImageSink(out, reserve, on_written=partial(self.pipe.send, "written"))
+        elif job.gather == "shared" or rank == 0:
+            sink = TensorSink(out, reserve)
         plan = None if job.plan is None else Plan.from_dict(job.plan)
         with suppress(DecodeCancelled):  # the report says it
             self.vae.run_decode(
