@@ -124,7 +124,8 @@ def test_what_a_geforce_tries_first_in_cuda_fits(tmp_path, family):
     names = [row["kernel"] for row in rows]
     assert {name.split()[0] for name in names} == {
         *("conv3d", "norm_conv3d", "head", "upsample_conv2d", "strided_conv", "attention"),
-        *("norm_join", "norm_pairs", "conv"),  # beside them: norms, and attention's convolutions
+        # Beside them: norms, and attention's convolutions.
+        *("norm_join", "norm_pairs", "norm_quads", "conv"),
     }
     assert any(name.endswith("one frame") for name in names)
     assert all(row["registers"] > 0 and row["threads"] > 0 for row in rows)

@@ -48,7 +48,6 @@ class _Launch(ctypes.Structure):
     _fields_ = (
         ("grid", c_uint32 * 3),
         ("threads", c_int),
-        ("cluster", c_int),
         ("shared_bytes", c_uint32),
         ("order", c_int),
         ("arguments", c_int),
@@ -130,7 +129,6 @@ class Emulation(TorchFunctionMode):
         launch = _Launch(
             grid,
             program.threads,
-            program.cluster,
             program.shared_bytes,
             ORDERS.index(self.order),
             n,

@@ -1,5 +1,5 @@
-// Runs a CUDA kernel on a CPU, one program (block of threads) or cluster of them after the other: a
-// fiber for each thread, which runs until it waits for others. What the hardware leaves open is done in the way
+// Runs a CUDA kernel on a CPU, one program (block of threads) after the other: a fiber for each
+// thread, which runs until it waits for others. What the hardware leaves open is done in the way
 // that shows a mistake: a warp runs as far as it can before the next one starts, in an order that
 // the caller chooses; shared memory starts as NaN; copies land as late as the waits allow.
 //
@@ -33,8 +33,6 @@ constexpr int kLanes = 32, kMostThreads = 1024, kMostCopies = 512, kMostRanges =
 constexpr size_t kStack = 256 << 10;
 // Shared memory starts where it is aligned to no more than SHARED_MEMORY promises.
 constexpr u32 kSharedBase = 1152, kMostShared = 228 << 10, kGuard = 1024;
-// Of one program of a cluster: their memories are so many bytes apart.
-constexpr u32 kRankBytes = 256 << 10, kMostCluster = 2;
 enum Order { kForward, kReversed, kRotated };
 
 struct Copy {
@@ -69,19 +67,17 @@ struct Range {
   bool loaded, stored;
 };
 
-alignas(4096) static char shared_memory[kMostCluster * kRankBytes];
+alignas(4096) static char shared_memory[kSharedBase + kMostShared + kGuard];
 static Fiber fibers[kMostThreads];
 static Lane lanes[kMostThreads];
-static Meeting warps[kMostThreads / kLanes], blocks[kMostCluster];
-// Of the fiber that runs: its number among those of the cluster.
-static int current;
+static Meeting warps[kMostThreads / kLanes], block;
 // Which places of 16 bytes a copy is on its way to.
 static bool on_the_way[kMostShared / 16];
 static jmp_buf scheduler;
 static char* stacks;
 static void (*entry)(void*);
 static void* entry_data;
-static int threads, cluster, order;  // threads of one program
+static int threads, order;
 // What other headers add: a program begins; something lands that no thread waits for by name, and
 // whether anything did. It is asked for when no thread gets any further.
 static void (*begin_hook)();
@@ -94,7 +90,7 @@ static u64 conflicts;
 static char message[512];
 
 __attribute__((noinline)) static void yield() {
-  Fiber& f = fibers[current];
+  Fiber& f = fibers[threadIdx.x];
   if (!_setjmp(f.place)) _longjmp(scheduler, 1);
 }
 
@@ -117,7 +113,7 @@ inline void meet(Meeting& m, int count, F work) {
     ++m.generation;
     return;
   }
-  Fiber& f = fibers[current];
+  Fiber& f = fibers[threadIdx.x];
   f.waits = &m.generation;
   f.seen = m.generation;
   yield();
@@ -127,19 +123,16 @@ inline void meet(Meeting& m, int count, F work) {
 // An instruction of the whole warp; `work` gets the number of its first thread.
 template <class F>
 inline void whole_warp(F work) {
-  const int warp = current / kLanes;
+  const int warp = threadIdx.x / kLanes;
   meet(warps[warp], kLanes, [=] { work(warp * kLanes); });
 }
 
-inline Lane& mine() { return lanes[current]; }
-inline int rank() { return current / threads; }
+inline Lane& mine() { return lanes[threadIdx.x]; }
 
 inline char* shared_at(u32 at, int bytes) {
   if (at % bytes) fault("address %u of shared memory, which is no multiple of %d", at, bytes);
-  const u32 in_rank = at % kRankBytes;
-  if (at >= cluster * kRankBytes || in_rank < kSharedBase ||
-      in_rank + bytes > kSharedBase + shared_bytes)
-    fault("byte %d of %u of shared memory", (int)(in_rank - kSharedBase), shared_bytes);
+  if (at < kSharedBase || at + bytes > kSharedBase + shared_bytes)
+    fault("byte %d of %u of shared memory", (int)(at - kSharedBase), shared_bytes);
   return shared_memory + at;
 }
 
@@ -168,7 +161,7 @@ inline const char* global_at(const void* p, int bytes, bool stores) {
 }
 
 inline void issue(u32 to, const void* from) {
-  Fiber& f = fibers[current];
+  Fiber& f = fibers[threadIdx.x];
   if (f.issued - f.landed == kMostCopies)
     fault("more than %d copies that have not landed", kMostCopies);
   bool& taken = on_the_way[(to - kSharedBase) / 16];
@@ -179,7 +172,7 @@ inline void issue(u32 to, const void* from) {
 
 // The copies of this thread in groups up to `group`.
 inline void land(int group) {
-  Fiber& f = fibers[current];
+  Fiber& f = fibers[threadIdx.x];
   for (; f.landed < f.issued; ++f.landed) {
     const Copy& c = f.copies[f.landed % kMostCopies];
     if (c.group > group) return;
@@ -198,19 +191,14 @@ inline int place(int i, int n) {
 static void fiber_main() {
   while (true) {  // once for each program
     entry(entry_data);
-    fibers[current].done = true;
+    fibers[threadIdx.x].done = true;
     yield();
   }
 }
 
-// The cluster's first, along x.
-static u32 first_program;
-
 __attribute__((noinline)) static void resume(int thread) {
   Fiber& f = fibers[thread];
-  current = thread;
-  threadIdx.x = thread % threads;
-  blockIdx.x = first_program + thread / threads;
+  threadIdx.x = thread;
   if (_setjmp(scheduler)) return;
   if (f.begun) _longjmp(f.place, 1);
   f.begun = true;
@@ -240,20 +228,18 @@ static bool run_warp(int warp) {
   return moved;
 }
 
-static void run_cluster() {
-  const int all = threads * cluster;
-  for (int r = 0; r < cluster; ++r)
-    memset(shared_memory + r * kRankBytes, 0xff, kSharedBase + shared_bytes + kGuard);
+static void run_program() {
+  memset(shared_memory, 0xff, kSharedBase + shared_bytes + kGuard);
   memset(on_the_way, 0, sizeof on_the_way);
-  for (int t = 0; t < all; ++t) {
+  for (int t = 0; t < threads; ++t) {
     Fiber& f = fibers[t];
     f.done = false;
     f.waits = nullptr;
     f.landed = f.issued = f.group = 0;
   }
-  const int count = all / kLanes;
+  const int count = threads / kLanes;
   memset(warps, 0, sizeof warps);
-  memset(blocks, 0, sizeof blocks);
+  block = {};
   if (begin_hook) begin_hook();
   for (bool moved = true; moved;) {
     moved = false;
@@ -266,21 +252,21 @@ static void run_cluster() {
       if (message[0]) return;
     }
   }
-  for (int t = 0; t < all; ++t) {
+  for (int t = 0; t < threads; ++t) {
     if (fibers[t].done) continue;
     const int *waits = fibers[t].waits, *first = &warps[0].generation;
-    const bool of_block = waits == &blocks[t / threads].generation;
+    const bool of_block = waits == &block.generation;
     const bool of_warp = waits >= first && waits <= first + sizeof warps / sizeof(int);
     snprintf(message, sizeof message, "program (%u, %u, %u): thread %d waits for ever%s",
-             first_program + t / threads, blockIdx.y, blockIdx.z, t % threads,
+             blockIdx.x, blockIdx.y, blockIdx.z, t,
              of_block ? " at __syncthreads" : of_warp ? " for lanes of its warp" : " at a barrier");
     return;
   }
-  for (u32 i = 0; i < cluster * kGuard; ++i) {
-    const u32 byte = shared_bytes + i % kGuard;
-    if (shared_memory[i / kGuard * kRankBytes + kSharedBase + byte] != '\xff') {
-      snprintf(message, sizeof message, "program (%u, %u, %u) wrote byte %u of %u of shared memory",
-               first_program + i / kGuard, blockIdx.y, blockIdx.z, byte, shared_bytes);
+  const u32 end = kSharedBase + shared_bytes;
+  for (u32 i = end; i < end + kGuard; ++i) {
+    if (shared_memory[i] != '\xff') {
+      snprintf(message, sizeof message, "program (%u, %u, %u) wrote byte %d of %u of shared memory",
+               blockIdx.x, blockIdx.y, blockIdx.z, (int)(i - kSharedBase), shared_bytes);
       return;
     }
   }
@@ -290,7 +276,6 @@ static void run_cluster() {
 struct Launch {
   u32 grid[3];
   int threads;
-  int cluster;
   u32 shared_bytes;
   int order;
   int arguments;
@@ -317,9 +302,7 @@ static const char* run(void (*kernel)(A...), const Launch& launch) {
   bool fits = launch.arguments == sizeof...(A);
   for (int i = 0; fits && i < launch.arguments; ++i) fits = sizes[i] == launch.sizes[i];
   if (!fits) return "the arguments are not those of the kernel";
-  if (launch.cluster > (int)kMostCluster || launch.grid[0] % launch.cluster)
-    return "the grid is not made of such clusters";
-  if (launch.threads % kLanes || launch.threads * launch.cluster > kMostThreads)
+  if (launch.threads % kLanes || launch.threads > kMostThreads)
     return "the number of threads is no multiple of 32, or above 1024";
   if (launch.shared_bytes > kMostShared) return "too much shared memory";
   if (launch.ranges > kMostRanges) return "too many tensors";
@@ -332,7 +315,6 @@ static const char* run(void (*kernel)(A...), const Launch& launch) {
   };
   entry_data = launch.pointers;
   threads = launch.threads;
-  cluster = launch.cluster;
   shared_bytes = launch.shared_bytes;
   order = launch.order;
   conflicts = 0;
@@ -342,12 +324,11 @@ static const char* run(void (*kernel)(A...), const Launch& launch) {
     ranges[i] = {launch.lows[i], launch.lows[i] + launch.lengths[i], false, false};
   blockDim = {(u32)threads, 1, 1};
   gridDim = {launch.grid[0], launch.grid[1], launch.grid[2]};
-  const int clusters = gridDim.x * gridDim.y * gridDim.z / cluster;
-  for (int i = 0; i < clusters && !message[0]; ++i) {
-    const u32 p = place(i, clusters) * cluster;
-    first_program = p % gridDim.x;
-    blockIdx = {first_program, p / gridDim.x % gridDim.y, p / gridDim.x / gridDim.y};
-    run_cluster();
+  const int programs = gridDim.x * gridDim.y * gridDim.z;
+  for (int i = 0; i < programs && !message[0]; ++i) {
+    const u32 p = place(i, programs);
+    blockIdx = {p % gridDim.x, p / gridDim.x % gridDim.y, p / gridDim.x / gridDim.y};
+    run_program();
   }
   if (!message[0]) return nullptr;
   for (Fiber& f : fibers) f.begun = false;  // where they stopped is of no use any more

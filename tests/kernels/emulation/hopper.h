@@ -7,10 +7,7 @@
 
 // The kernels for Hopper say so by another name than those of machine.cuh.
 #undef SHARED_MEMORY
-#define SHARED_MEMORY(name)                                                                       \
-  char* const name = emulation::shared_memory + emulation::rank() * emulation::kRankBytes + \
-                     emulation::kSharedBase
-#define CLUSTER_DIMS
+#define SHARED_MEMORY(name) char* const name = emulation::shared_memory + emulation::kSharedBase
 #define __grid_constant__
 
 struct TensorMap {
@@ -50,24 +47,22 @@ struct Products {
   int count, group;
 };
 
-static Barrier barriers[kMostCluster * kRankBytes / 8];
+static Barrier barriers[sizeof shared_memory / 8];
 static Bulk bulk[kMostBulk];
 static int bulk_count;
 static Products queued[kMostThreads];
-static Meeting whole_cluster;
 
 inline Barrier& barrier_at(u32 at) {
   shared_at(at, 8);
   Barrier& b = barriers[at / 8];
-  if (!b.arrivals) fault("no barrier at byte %u of shared memory", at % kRankBytes - kSharedBase);
+  if (!b.arrivals) fault("no barrier at byte %u of shared memory", at - kSharedBase);
   return b;
 }
 
-// Whether all threads of the program with this address are done: nothing may come to it any more.
-inline bool ended(u32 at) {
-  const Fiber* f = fibers + at / kRankBytes * threads;
+// Whether all threads of the program are done: nothing may come to it any more.
+inline bool ended() {
   for (int t = 0; t < threads; ++t)
-    if (!f[t].done) return false;
+    if (!fibers[t].done) return false;
   return true;
 }
 
@@ -79,7 +74,6 @@ inline void turn(Barrier& b) {
 
 inline void arrive(u32 at, int bytes) {
   Barrier& b = barrier_at(at);
-  if (ended(at)) fault("an arrival at a barrier of a program that has ended");
   if (!b.missing) fault("too many arrivals at a barrier");
   --b.missing;
   b.bytes += bytes;
@@ -89,7 +83,7 @@ inline void arrive(u32 at, int bytes) {
 inline void wait(u32 at, u32 parity) {
   Barrier& b = barrier_at(at);
   while ((b.phase & 1) == (int)parity) {
-    Fiber& f = fibers[current];
+    Fiber& f = fibers[threadIdx.x];
     f.waits = &b.phase;
     f.seen = b.phase;
     yield();
@@ -135,7 +129,7 @@ static bool land_one() {
   const int i = place(0, bulk_count);
   const Bulk landed = bulk[i];
   bulk[i] = bulk[--bulk_count];
-  if (ended(landed.to))
+  if (ended())
     snprintf(message, sizeof message, "a copy to a program that has ended");
   else
     land(landed);
@@ -146,7 +140,6 @@ static void begin() {
   bulk_count = 0;
   memset(barriers, 0, sizeof barriers);
   memset(queued, 0, sizeof queued);
-  whole_cluster = {};
 }
 
 inline float operand(u32 at) {
@@ -157,7 +150,7 @@ inline float operand(u32 at) {
 
 // What this thread has of 64 x BN x 16 products.
 inline void multiply(const Product& p) {
-  const int warp = current / kLanes % 4, lane = current % kLanes;
+  const int warp = threadIdx.x / kLanes % 4, lane = threadIdx.x % kLanes;
   const u32 a = (u32)p.a << 4, a_stride = p.a >> 32, b = (u32)p.b << 4, b_stride = p.b >> 32;
   float rows[2][16];
   for (int i = 0; i < 2; ++i) {
@@ -203,18 +196,6 @@ inline void barrier_expect(u32 barrier, u32 bytes) { emulation::arrive(barrier, 
 inline void barrier_arrive(u32 barrier) { emulation::arrive(barrier, 0); }
 inline void barrier_wait(u32 barrier, u32 parity) { emulation::wait(barrier, parity); }
 
-// -- clusters --------------------------------------------------------------------------------------
-
-inline void barrier_arrive_other(u32 barrier) {
-  if (CLUSTER == 2) emulation::arrive(barrier ^ emulation::kRankBytes, 0);
-}
-inline void cluster_sync() {
-  if (CLUSTER == 2)
-    emulation::meet(emulation::whole_cluster, emulation::threads * emulation::cluster, [] {});
-}
-inline u32 cluster_rank() { return emulation::rank(); }
-inline void barrier_wait_cluster(u32 barrier, u32 parity) { emulation::wait(barrier, parity); }
-
 // -- copies ----------------------------------------------------------------------------------------
 
 inline void load_tile(u32 to, const TensorMap* map, u32 barrier, int channel, int x, int y,
@@ -227,21 +208,15 @@ inline void load_tile(u32 to, const TensorMap* map, u32 barrier, int channel, in
 inline void load_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
   emulation::issue({to, barrier, bytes, static_cast<const char*>(from), {}, 0, 0, 0, 0});
 }
-inline void load_shared_part(u32 to, const void* from, u32 bytes, u32 barrier) {
-  for (u32 rank = 0; rank < CLUSTER; ++rank) {
-    const u32 other = (rank ^ emulation::rank()) * emulation::kRankBytes;
-    load_bytes(to ^ other, from, bytes, barrier ^ other);
-  }
-}
 
 // -- tensor cores ----------------------------------------------------------------------------------
 
 inline u64 descriptor(u32 address, u32 stride) { return (u64)stride << 32 | address >> 4; }
 inline void wgmma_fence() {}
-inline void wgmma_commit() { ++emulation::queued[emulation::current].group; }
+inline void wgmma_commit() { ++emulation::queued[threadIdx.x].group; }
 template <int N>
 inline void wgmma_wait() {
-  emulation::Products& p = emulation::queued[emulation::current];
+  emulation::Products& p = emulation::queued[threadIdx.x];
   int left = 0;
   for (int i = 0; i < p.count; ++i) {
     if (p.waiting[i].group < p.group - N) emulation::multiply(p.waiting[i]);
@@ -250,7 +225,7 @@ inline void wgmma_wait() {
   p.count = left;
 }
 inline void wgmma(float (&d)[BN / 2], u64 a, u64 b, int add) {
-  emulation::Products& p = emulation::queued[emulation::current];
+  emulation::Products& p = emulation::queued[threadIdx.x];
   if (p.count == emulation::kMostProducts) emulation::fault("too many products at once");
   p.waiting[p.count++] = {d, a, b, add != 0, p.group};
 }

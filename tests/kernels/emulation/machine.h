@@ -59,7 +59,7 @@ inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, 
 inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 
-inline void __syncthreads() { emulation::meet(emulation::blocks[emulation::rank()], emulation::threads, [] {}); }
+inline void __syncthreads() { emulation::meet(emulation::block, emulation::threads, [] {}); }
 inline void __syncwarp() {
   emulation::whole_warp([](int) {});
 }
@@ -139,17 +139,17 @@ inline void cp_async(u32 to, const void* from, bool inside) {
 #if __CUDA_ARCH__ >= 800
   memset(target, 0xff, 16);  // it may land at any time from now on
 #else
-  emulation::land(emulation::fibers[emulation::current].group);  // Turing's threads copy themselves
+  emulation::land(emulation::fibers[threadIdx.x].group);  // Turing's threads copy themselves
 #endif
 }
 inline void cp_async(u32 to, const void* from) { cp_async(to, from, true); }
 inline void cp_async(bool wanted, u32 to, const void* from, bool inside) {
   if (wanted) cp_async(to, from, inside);
 }
-inline void cp_commit() { ++emulation::fibers[emulation::current].group; }
+inline void cp_commit() { ++emulation::fibers[threadIdx.x].group; }
 template <int N>
 inline void cp_wait() {
-  emulation::land(emulation::fibers[emulation::current].group - 1 - N);
+  emulation::land(emulation::fibers[threadIdx.x].group - 1 - N);
 }
 
 // -- shared memory ---------------------------------------------------------------------------------

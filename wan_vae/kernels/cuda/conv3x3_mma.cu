@@ -10,7 +10,7 @@
 //   WINOGRAD_4: the four output frames of a quad, Winograd F(4,3) along time. The input holds six
 //             transformed frames a quad, in the order of their use: the products of the first four go
 //             to A, B, C and D, which become the four frames, then those of the last two are added
-//             to A and D. See winograd.py; measured on no card yet, and given to no layer.
+//             to A and D. See winograd.py.
 //   DOUBLED:  the input is doubled in height and width first. That folds the 3 x 3 taps to 2 x 2,
 //             others for each parity of the output's row and column: ROWS x 16 input pixels make
 //             twice as many each way, the even rows and then the odd ones; A and B are the even and

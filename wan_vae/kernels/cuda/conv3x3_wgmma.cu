@@ -5,10 +5,11 @@
 //               transformed frames a pair; A gathers m1, B m2, then (A, B) = (A + B, A - B), then
 //               m0 is added to A and m3 (its weights negated) to B.
 //               Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2015).
-//   QUADS 1:    (beside WINOGRAD) the four output frames of a quad, Winograd F(4,3) along time, of 8 x
-//               16 pixels: the input holds six transformed frames a quad, in the order of their use.
-//               The products of the first four go to accumulators of their own, which become the four
-//               frames; those of the last two are added to the first and the last. See winograd.py.
+//   QUADS 1:    (beside WINOGRAD) the four output frames of a quad, Winograd F(4,3) along time, of
+//               8 x 16 pixels: the input holds six transformed frames a quad, in the order of their
+//               use. The products of the first four go to accumulators of their own, which become
+//               the four frames; those of the last two are added to the first and the last. See
+//               winograd.py.
 //   WINOGRAD 0: one output frame, KT input frames; A and B are two blocks of BN channels (NB 2),
 //               or A alone (NB 1).
 //   DOUBLED 1:  the input is doubled in height and width first. That folds the 3 x 3 taps to 2 x 2,
@@ -23,16 +24,13 @@
 // channels a stage, in the order in which the accumulators are stored.
 //
 // Warpgroup 0 loads; warpgroups 1 and 2 compute the upper and lower eight rows (QUADS: the left and
-// right eight columns). The sum of an
-// output pixel runs over (phase, 32 channels, ky, kx, 16 channels) whatever its place in tile and
-// picture: its bits depend on nothing but its inputs.
+// right eight columns). The sum of an output pixel runs over (phase, 32 channels, ky, kx, 16
+// channels) whatever its place in tile and picture: its bits depend on nothing but its inputs.
+// Clusters of two programs that share each load of weights were slower: docs/performance.md.
 //
-// CLUSTER 2: two programs that run side by side share the weights. Each loads half of a stage into the
-// shared memory of both. So a stage is free when the warps of both have left it, both make the same
-// number of tiles (one that does not exist is not stored), and none ends before the other.
-//
-// Stands behind hopper.cuh, which has the instructions. Compiled at run time with these macros: CIN, COUT, WINOGRAD, QUADS, CLUSTER, DOUBLED, KT, BN, NB,
-// BF16_OUT, and BF16_IN: input and weights are bfloat16, not float16.
+// Stands behind hopper.cuh, which has the instructions. Compiled at run time with these macros: CIN,
+// COUT, WINOGRAD, QUADS, DOUBLED, KT, BN, NB, BF16_OUT, and BF16_IN: input and weights are bfloat16,
+// not float16.
 
 constexpr int kBlockK = 32;                      // channels of one halo tile
 constexpr int kChunks = CIN / kBlockK;
@@ -61,10 +59,8 @@ constexpr int kWeightsAt = kInputStages * kInputStage;
 constexpr int kBiasAt = kWeightsAt + kWeightStages * kWeightStage;
 constexpr int kBarriersAt = kBiasAt + COUT * 4;
 constexpr int kComputingWarps = 8;
-constexpr int kWeightPart = kWeightStage / CLUSTER;  // what each program of a cluster loads
-static_assert(CLUSTER == 1 || CLUSTER == 2, "clusters of two");
 static_assert(!QUADS || WINOGRAD, "quads are a form of Winograd");
-static_assert(kWeightPart % 16 == 0, "what the copy engine moves");
+static_assert(kWeightStage % 16 == 0, "what the copy engine moves");
 
 struct Ring {  // a place in a ring of stages, and the parity of its barriers
   int stage;
@@ -92,18 +88,9 @@ struct Barriers {
 
 struct Tile {
   int block, x, y, group;  // block of output channels, first column and row, pair, quad or frame
-  bool exists;             // the last cluster's second tile may not
-  // index: this program's, of `tiles`. Programs of a cluster have the same block of channels.
-  __device__ __forceinline__ Tile(int index, int tiles, int columns, int rows, int groups) {
+  __device__ __forceinline__ Tile(int index, int columns, int rows, int groups) {
     block = index % kOutputBlocks;
     index /= kOutputBlocks;
-    exists = true;
-#if CLUSTER == 2
-    const int last = tiles / kOutputBlocks - 1;
-    index = 2 * index + static_cast<int>(cluster_rank());
-    exists = index <= last;
-    index = min(index, last);
-#endif
 #if WINOGRAD
     // The pairs of a clip side by side: the next one reads two of the same frames, then from L2.
     const int in_clip = index % groups;
@@ -191,8 +178,6 @@ struct Pending {
 
 __device__ __forceinline__ void give_back(const Barriers& barriers, Pending& pending, bool leader) {
   if (leader && pending.weight >= 0) barrier_arrive(barriers.weight_empty(pending.weight));
-  if (CLUSTER == 2 && leader && pending.weight >= 0)
-    barrier_arrive_other(barriers.weight_empty(pending.weight));
   if (leader && pending.input >= 0) barrier_arrive(barriers.input_empty(pending.input));
   pending.weight = pending.input = -1;
 }
@@ -310,7 +295,7 @@ struct Consumer {
 // what `residual` maps: [clips * frames, height, width, COUT]. A group is a pair (WINOGRAD), a
 // quad or a frame: `groups` of them in each clip, whose input begins `group_stride` frames after each
 // other and `batch_stride` a clip. tiles: of all programs.
-extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
 conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap residual,
         const char* weights, const float* bias, u32* out, int has_residual, int frames, int height,
         int width, int groups, int group_stride, int batch_stride, int pad_y, int pad_x,
@@ -321,10 +306,6 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
   const Barriers barriers{base + kBarriersAt};
   float* bias_shared = reinterpret_cast<float*>(shared + kBiasAt);
   const int columns = (width + 15) / 16, rows = (height + kRows - 1) / kRows;
-  // A cluster makes two tiles a turn.
-  const int turns = CLUSTER == 1
-                        ? tiles
-                        : (tiles / kOutputBlocks + CLUSTER - 1) / CLUSTER * kOutputBlocks;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < kInputStages; ++s) {
@@ -333,20 +314,18 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
     }
     for (int s = 0; s < kWeightStages; ++s) {
       barrier_init(barriers.weight_full(s), 1);
-      barrier_init(barriers.weight_empty(s), CLUSTER * kComputingWarps);
+      barrier_init(barriers.weight_empty(s), kComputingWarps);
     }
     barriers_exist();
   }
   for (int c = threadIdx.x; c < COUT; c += 384) bias_shared[c] = bias[c];
   __syncthreads();
-  cluster_sync();  // before this, the other program's barriers do not exist
 
   if (threadIdx.x < 128) {
     give_registers<40>();
     if (threadIdx.x == 0) {
       Ring input{0, 1}, weight{0, 1};  // an empty ring needs no waiting in its first round
       constexpr int kStagesOfBlock = kPhases * kChunks * kRowsOfTaps;
-      const u32 part = cluster_rank() * kWeightPart;
       const auto load_input = [&](const TensorMap* from, int bytes, int channel, int x, int y,
                                   int frame) {
         barrier_wait(barriers.input_empty(input.stage), input.parity);
@@ -355,12 +334,12 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
                   x, y, frame);
         input.next<kInputStages>();
       };
-      for (int index = blockIdx.x / CLUSTER; index < turns; index += gridDim.x / CLUSTER) {
-        const Tile tile(index, tiles, columns, rows, groups);
+      for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+        const Tile tile(index, columns, rows, groups);
         const int clip = tile.group / groups, group = tile.group % groups;
         const int first = clip * batch_stride + group * group_stride;
         const char* w =
-            weights + static_cast<long long>(tile.block) * kStagesOfBlock * kWeightStage + part;
+            weights + static_cast<long long>(tile.block) * kStagesOfBlock * kWeightStage;
         for (int step = 0; step < kPhases; ++step) {
           // The products of F(2,3) in the order 1, 2, 0, 3: see the top of the file.
           const int frame = QUADS ? step : WINOGRAD ? (step == 0 ? 1 : step == 1 ? 2 : step == 2 ? 0 : 3)
@@ -369,14 +348,10 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
             load_input(&map, kInputBytes, chunk * kBlockK, tile.x - pad_x, tile.y - pad_y,
                        first + frame);
             for (int r = 0; r < kRowsOfTaps; ++r) {
-#if CLUSTER == 2
-              barrier_wait_cluster(barriers.weight_empty(weight.stage), weight.parity);
-#else
               barrier_wait(barriers.weight_empty(weight.stage), weight.parity);
-#endif
               barrier_expect(barriers.weight_full(weight.stage), kWeightStage);
-              load_shared_part(base + kWeightsAt + weight.stage * kWeightStage + part, w, kWeightPart,
-                               barriers.weight_full(weight.stage));
+              load_bytes(base + kWeightsAt + weight.stage * kWeightStage, w, kWeightStage,
+                         barriers.weight_full(weight.stage));
               w += kWeightStage;
               weight.next<kWeightStages>();
             }
@@ -402,7 +377,7 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
 #if QUADS
     float c[kHalves][kRegisters], d[kHalves][kRegisters];
 #endif
-    for (int index = blockIdx.x / CLUSTER; index < turns; index += gridDim.x / CLUSTER) {
+    for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
 #if QUADS
       consumer.phase(a, 0);
       consumer.phase(b, 0);
@@ -433,7 +408,7 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
           consumer.leave_input();
         }
         consumer.drain();
-        const Tile tile(index, tiles, columns, rows, groups);
+        const Tile tile(index, columns, rows, groups);
         const int x = tile.x + lane / 4, y = tile.y + group * 8 + warp * 2;
         const long long row = static_cast<long long>(tile.group) * 2 * height + 2 * y + odd;
         const long long pixel = row * 2 * width + 2 * x;
@@ -458,7 +433,7 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
 #endif
 #if !DOUBLED
       consumer.drain();
-      const Tile tile(index, tiles, columns, rows, groups);
+      const Tile tile(index, columns, rows, groups);
       const int clip = tile.group / groups, in_clip = tile.group % groups;
 #if QUADS
       const int x = tile.x + group * 8 + lane / 4, y = tile.y + warp * 2;
@@ -467,7 +442,7 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
       const int x = tile.x + lane / 4, y = tile.y + group * 8 + warp * 2;
       const u32 in_stage = base + (group * 8 + warp * 2) * 16 * 64;
 #endif
-      const int inside = tile.exists ? pixels_inside(x, y, width, height) : 0;
+      const int inside = pixels_inside(x, y, width, height);
       const long long plane = static_cast<long long>(height) * width;
       const int first = first_frame(in_clip, frames);
       const long long pixel = (static_cast<long long>(clip) * frames + first) * plane +
@@ -492,5 +467,4 @@ conv3x3(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap
 #endif
     }
   }
-  cluster_sync();  // the other one still loads into this program's memory, or arrives at its barriers
 }

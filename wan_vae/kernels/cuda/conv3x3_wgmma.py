@@ -37,7 +37,7 @@ _WEIGHT_STAGES = {
 class Variant:
     """What one compiled kernel is for. `taps`: temporal taps of a direct one (3, or 1). `doubled`:
     it is the 3x3 of an up-sampler, and its operand has the dtype of the result. `quads`: Winograd
-    F(4,3) and not F(2,3). `cluster`: programs that share their loads of weights, 1 or 2."""
+    F(4,3) and not F(2,3)."""
 
     cin: int
     cout: int
@@ -46,7 +46,6 @@ class Variant:
     out: torch.dtype
     doubled: bool = False
     quads: bool = False
-    cluster: int = 1
 
     @property
     def block(self) -> int:
@@ -80,7 +79,7 @@ class Variant:
     @property
     def name(self) -> str:
         if self.quads:
-            return "winograd4" if self.cluster == 1 else "winograd4_cluster"
+            return "winograd4"
         return "winograd" if self.winograd else "doubled" if self.doubled else f"direct{self.taps}"
 
 
@@ -231,7 +230,6 @@ def program(variant: Variant) -> Program:
         "COUT": variant.cout,
         "WINOGRAD": int(variant.winograd),
         "QUADS": int(variant.quads),
-        "CLUSTER": variant.cluster,
         "KT": variant.taps,
         "DOUBLED": int(variant.doubled),
         "BN": variant.block,
@@ -247,5 +245,4 @@ def program(variant: Variant) -> Program:
         threads=384,
         shared_bytes=variant.shared_bytes,
         headers=("hopper.cuh", "winograd.cuh"),
-        cluster=variant.cluster,
     )

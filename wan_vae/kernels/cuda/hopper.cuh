@@ -1,9 +1,9 @@
-// What conv3x3_wgmma.cu asks of Hopper (sm_90a): barriers in shared memory, the copy engine, clusters,
-// and the tensor cores. Stands in front of it. tests/kernels/emulation/hopper.h offers the same names
-// on a CPU.
+// What conv3x3_wgmma.cu asks of Hopper (sm_90a): barriers in shared memory, the copy engine and the
+// tensor cores. Stands in front of it. tests/kernels/emulation/hopper.h offers the same names on a
+// CPU.
 //
-// Macros: BN, output channels of a product; CLUSTER, programs that see each other's shared memory, 1
-// or 2; BF16_IN, BF16_OUT: operands, results are bfloat16, not float16.
+// Macros: BN, output channels of a product; BF16_IN, BF16_OUT: operands, results are bfloat16, not
+// float16.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -11,11 +11,6 @@ typedef unsigned long long u64;
 struct alignas(64) TensorMap { char bytes[128]; };
 
 #define SHARED_MEMORY(name) extern __shared__ char name[]
-#if CLUSTER == 2
-#define CLUSTER_DIMS __cluster_dims__(2, 1, 1)
-#else
-#define CLUSTER_DIMS
-#endif
 
 // Registers of a thread, of all four warps that run this together.
 template <int N>
@@ -41,7 +36,7 @@ __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
-// The copy engine and the other program see the barriers that this thread has made.
+// The copy engine sees the barriers that this thread has made.
 __device__ __forceinline__ void barriers_exist() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -54,56 +49,6 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
 
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// At this barrier of the other program of the cluster; what this thread has read is read.
-__device__ __forceinline__ void barrier_arrive_other(u32 barrier) {
-#if CLUSTER == 2
-  asm volatile(
-      "{\n"
-      ".reg .b32 rank, at;\n"
-      "mov.u32 rank, %%cluster_ctarank;\n"
-      "xor.b32 rank, rank, 1;\n"
-      "mapa.shared::cluster.u32 at, %0, rank;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [at];\n"
-      "}\n" ::"r"(barrier)
-      : "memory");
-#endif
-}
-
-// All threads of the cluster: none goes on before all have come.
-__device__ __forceinline__ void cluster_sync() {
-#if CLUSTER == 2
-  __syncwarp();
-  asm volatile(
-      "barrier.cluster.arrive.release;\n"
-      "barrier.cluster.wait.acquire;\n" ::
-          : "memory");
-#endif
-}
-
-__device__ __forceinline__ u32 cluster_rank() {
-#if CLUSTER == 2
-  u32 rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-#else
-  return 0;
-#endif
-}
-
-// For what threads of the other program have arrived at, too.
-__device__ __forceinline__ void barrier_wait_cluster(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "WAIT:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra DONE;\n"
-      "bra WAIT;\n"
-      "DONE:\n"
-      "}\n" ::"r"(barrier), "r"(parity)
-      : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
@@ -134,20 +79,6 @@ __device__ __forceinline__ void load_bytes(u32 to, const void* from, u32 bytes, 
           to),
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
-}
-
-// This program's part of a stage of weights, to the same place in both programs of the cluster, each of
-// which is told at its own barrier.
-__device__ __forceinline__ void load_shared_part(u32 to, const void* from, u32 bytes, u32 barrier) {
-#if CLUSTER == 2
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(barrier), "h"(static_cast<unsigned short>(3))
-      : "memory");
-#else
-  load_bytes(to, from, bytes, barrier);
-#endif
 }
 
 // Operand of the tensor cores in shared memory: rows of 64 bytes with the 64-byte swizzle, groups

@@ -24,8 +24,7 @@ from .layers import OPERAND, CudaNormConv, CudaUpsample
 from .norm import make_norm, norm_program
 from .program import Program
 
-# Winograd along time and rows, or F(4,3) along time, makes numbers up to four times as
-# large.
+# Winograd along time and rows, or F(4,3) along time, makes numbers up to four times as large.
 _LARGEST = torch.finfo(OPERAND).max / 4
 # wgmma is Hopper's alone.
 _HOPPER = Requires(
@@ -112,8 +111,7 @@ def _variant(problem: NormConvProblem, config: str) -> conv3x3_wgmma.Variant:
         config.startswith("winograd"),
         1 if config == "direct1" else 3,
         problem.out_dtype,
-        quads=config.startswith("winograd4"),
-        cluster=2 if config == "winograd4_cluster" else 1,
+        quads=config == "winograd4",
     )
 
 

@@ -24,7 +24,6 @@ class Program:
     machine_code: "sm_86" or "compute_86", see `Device.machine_code`. threads, shared_bytes: of one
     program (a block of threads). resident: programs that a multiprocessor holds at the same time,
     which the source promises by its launch bounds. headers: what stands in front of the source.
-    cluster: programs that run side by side and see each other's shared memory, as the source says.
     """
 
     file: str
@@ -35,7 +34,6 @@ class Program:
     shared_bytes: int = 0
     resident: int = 1
     headers: tuple[str, ...] = ("machine.cuh",)
-    cluster: int = 1
 
     @property
     def header(self) -> str:
@@ -125,13 +123,8 @@ def _queue(
 def launch_persistent(
     program: Program, device: torch.device, tiles: int, arguments: Sequence[Argument]
 ) -> None:
-    """As `launch`, with as many programs as the device holds at once: they share `tiles`.
-
-    Clusters are whole; on a device of one multiprocessor there would be none.
-    """
-    wanted = -(-tiles // program.cluster)
-    held = max(1, multiprocessors(device) * program.resident // program.cluster)
-    programs = min(wanted, held) * program.cluster
+    """As `launch`, with as many programs as the device holds at once: they share `tiles`."""
+    programs = min(tiles, multiprocessors(device) * program.resident)
     launch(program, device, (programs, 1, 1), arguments)
 
 
