@@ -86,8 +86,8 @@ class WorkerPool:
     be without work before they are ended. Decodes from several threads run one after another. The
     memory that workers write to is kept for the next run; frames of an image are copied out of it
     while others are decoded, because a program keeps its images. `close` (or `with`) ends the
-    workers; they also end when this process ends in any way. `last_reports`: one report for each rank's share of
-    the last operation, in rank order.
+    workers; they also end when this process ends in any way. `last_reports`: one report for each
+    rank's share of the last operation, in rank order.
     """
 
     def __init__(
