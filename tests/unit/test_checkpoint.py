@@ -14,7 +14,7 @@ from tests.conftest import SMALL_CONFIGS, random_state
 from wan_vae.commands.cli import main
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import BackendError, CheckpointError
-from wan_vae.io.checkpoint import CAST_DTYPES, load_checkpoint
+from wan_vae.io.checkpoint import CAST_DTYPES, canonical_state_dict, load_checkpoint
 from wan_vae.io.latents import save_latent
 
 FAMILIES = pytest.mark.parametrize("family", SMALL_CONFIGS)
@@ -54,6 +54,26 @@ def test_stored_dtypes_are_cast_to_the_compute_dtype(dtype, name, tmp_path):
     z = torch.randn(1, 16, 1, 4, 4)
     right = wan_vae.WanVAE.from_state_dict(cast, device="cpu", dtype="bf16").decode(z)
     assert torch.equal(wan_vae.load(path, device="cpu", dtype="bf16").decode(z), right)
+
+
+def test_numbers_are_added_up_and_not_asked_one_by_one(monkeypatch):
+    asked = []
+    ask = torch.isfinite
+    monkeypatch.setattr(torch, "isfinite", lambda x: asked.append(tuple(x.shape)) or ask(x))
+    state = {k: v.half() for k, v in random_state(SMALL_CONFIGS["wan2.1"]).items()}
+    assert_same(canonical_state_dict(state), state)
+    assert asked == []
+    # The sum of these is inf in float16: the answer is that of each number.
+    state["decoder.conv1.bias"] = torch.full_like(state["decoder.conv1.bias"], 6e4)
+    assert_same(canonical_state_dict(state), state)
+    assert asked == [tuple(state["decoder.conv1.bias"].shape)]
+    # The sum of these is NaN.
+    for key, at in (("decoder.conv1.bias", 0), ("encoder.conv1.weight", (0, 0, 0, 0, 0))):
+        state[key][at] = float("inf")
+    state["encoder.conv1.weight"][0, 1, 0, 0, 0] = -float("inf")
+    wanted = r"NaN or inf in (?=.*decoder\.conv1\.bias)(?=.*encoder\.conv1\.weight)"
+    with pytest.raises(CheckpointError, match=wanted):
+        canonical_state_dict(state)
 
 
 @pytest.mark.parametrize("nesting", [["gen_model"], ["generator", "module"], ["state_dict", "vae"]])

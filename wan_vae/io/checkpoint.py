@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Literal
 
@@ -349,8 +350,7 @@ def _check(state: Mapping[str, torch.Tensor], config: WanVAEConfig) -> None:
         problems.append(f"{_some(dtypes)}; expected floating numbers of 8 to 64 bits")
     if not problems:
         # Reads every byte once; a memory-mapped file is read here instead of during the copy.
-        real = {k: v for k, v in state.items() if not v.is_meta}
-        not_finite = [k for k, v in real.items() if not _is_finite(v)]
+        not_finite = _not_finite({k: v for k, v in state.items() if not v.is_meta})
         if not_finite:
             problems.append(
                 f"NaN or inf in {_some(not_finite)}: the file is damaged or was badly converted"
@@ -369,9 +369,29 @@ def _is_zero(key: str, x: torch.Tensor) -> bool:
     return not any(bool(part.float().any()) for part in (x[:1], x))
 
 
-def _is_finite(x: torch.Tensor) -> bool:
-    # Float8 has no isfinite; float64 is asked what remains of it.
-    return bool(torch.isfinite(x if x.dtype in FLOAT_DTYPES else x.float()).all())
+def _not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
+    """The keys of tensors with NaN or inf.
+
+    A sum of numbers of which one is NaN or inf is neither finite, and PyTorch adds a tensor up in a
+    tenth of the time that it takes to ask for each number (0.2 to 1.3 ms for 16, for 4 million
+    numbers and one thread of a CPU), without memory for the answers. The sum of finite numbers may
+    be inf too: then each is asked. One transfer a device, which waits for it.
+    """
+    sums: dict[torch.device, dict[str, torch.Tensor]] = defaultdict(dict)
+    for key, value in state.items():
+        sums[value.device][key] = _computed_in(value).sum().float()
+    suspects = [
+        key
+        for found in sums.values()
+        for key, total in zip(found, torch.stack(list(found.values())).tolist(), strict=True)
+        if not isfinite(total)
+    ]
+    return [key for key in suspects if not bool(torch.isfinite(_computed_in(state[key])).all())]
+
+
+def _computed_in(x: torch.Tensor) -> torch.Tensor:
+    # Float8 has no arithmetic; float64 is asked what remains of it.
+    return x if x.dtype in FLOAT_DTYPES else x.float()
 
 
 def _some(names: list[str]) -> str:
