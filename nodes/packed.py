@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -108,9 +109,12 @@ class PackedCopies:
             weakref.WeakKeyDictionary()
         )
 
-    def get(self, vae: Any, precision: str) -> Packed:
+    def get(
+        self, vae: Any, precision: str, before_pack: Callable[[], None] = lambda: None
+    ) -> Packed:
         """Our copy of `vae` (a comfy.sd.VAE) in `precision`; "auto" is ComfyUI's choice for it.
 
+        before_pack: called before one is made, which takes long.
         It is made anew when another node has changed the weights since. Raises BackendError for an
         unknown precision, NotAWanVAEError with the name of the model it is, and CheckpointError.
         """
@@ -122,6 +126,7 @@ class PackedCopies:
         dtype = vae.vae_dtype if precision == "auto" else DTYPES[precision]
         key = Key(source, dtype, vae.device)
         if key not in self._copies:
+            before_pack()
             self._make_room()  # first: two would take twice the memory
             self._copies[key] = _pack(vae, state, dtype)
             self._copies[key].patcher.add_callback(

@@ -210,7 +210,9 @@ class Reporter:
     def __init__(self, node: NodeId | None, store: ReportStore = STORE):
         self.node = node
         self._store = store
-        self._last_sent_s = 0.0
+        self.has_sent = False
+        # From here on: a run that is done before has nothing to say meanwhile.
+        self._last_sent_s = time.monotonic()
 
     def due(self) -> bool:
         """Whether it is time for another live report."""
@@ -221,7 +223,7 @@ class Reporter:
 
         Without a page (an API prompt of no client) nobody listens.
         """
-        self._last_sent_s = time.monotonic()
+        self._last_sent_s, self.has_sent = time.monotonic(), True
         if self.node is None:
             return
         server = PromptServer.instance

@@ -45,10 +45,13 @@ class Session:
     Do not make one yourself: `session` makes it and sends its final report.
     """
 
-    def __init__(self, node: NodeId | None, vae: Any, precision: str, operation: str) -> None:
+    def __init__(
+        self, node: NodeId | None, vae: Any, precision: str, operation: str, started_s: float
+    ) -> None:
+        """started_s: when the node began, by `time.perf_counter`."""
         self._reporter = Reporter(node)
         self.operation = operation
-        self._started_s = time.perf_counter()
+        self._started_s = started_s
         self._bar = comfy.utils.ProgressBar(1)
         self.vae, self._precision = vae, precision
         # Sentences that the final report gets beside the library's own.
@@ -65,19 +68,29 @@ class Session:
         # `continues`.
         self._done: list[DecodeReport] = []
         self._clips = 1
-        self.enter("planning")
+        self._laps["node: begin"] = (time.perf_counter() - started_s) * 1e3
 
     def enter(self, phase: str, **numbers: int) -> None:
         """Say what the run does before its first frames: planning, compiling, starting_workers,
-        or comfyui, whose own VAE does all of it."""
-        self._reporter.send(
-            {
-                "schema": SCHEMA,
-                "operation": self.operation,
-                "status": "running",
-                "phase": {"name": phase, **numbers},
-            }
-        )
+        or comfyui, whose own VAE does all of it.
+
+        Only what takes longer than to say so: a message wakes the server's thread, for which this
+        one waits some milliseconds.
+        """
+        with self.timed("messages"):
+            self._reporter.send(
+                {
+                    "schema": SCHEMA,
+                    "operation": self.operation,
+                    "status": "running",
+                    "phase": {"name": phase, **numbers},
+                }
+            )
+
+    def begin_planning(self) -> None:
+        """`enter` that phase, unless something was said before."""
+        if not self._reporter.has_sent:
+            self.enter("planning")
 
     @property
     def packed(self) -> Packed:
@@ -85,7 +98,7 @@ class Session:
         if self._packed is None:
             with self.timed("copy"):
                 try:
-                    self._packed = COPIES.get(self.vae, self._precision)
+                    self._packed = COPIES.get(self.vae, self._precision, self.begin_planning)
                 except NotAWanVAEError as error:
                     if not has_weights(self.vae):
                         raise
@@ -156,10 +169,21 @@ class Session:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the time inside to `phase` of the node in the report's `host_ms`."""
-        start, name = time.perf_counter(), f"node: {phase}"
+        """Add the time inside to `phase` of the node in the report's `host_ms`, without that of
+        phases within."""
+        start, name, before = time.perf_counter(), f"node: {phase}", sum(self._laps.values())
         yield
-        self._laps[name] = self._laps.get(name, 0.0) + (time.perf_counter() - start) * 1e3
+        inner = sum(self._laps.values()) - before
+        own = (time.perf_counter() - start) * 1e3 - inner
+        self._laps[name] = self._laps.get(name, 0.0) + own
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Add the time inside that is in no phase of the library's report, which is made there."""
+        with self.timed("set up"):
+            yield
+        if (report := self.wan.last_report) is not None:
+            self._laps["node: set up"] -= sum(report.host_ms.values())
 
     def plan(
         self,
@@ -181,10 +205,14 @@ class Session:
         # Weights first: the device that holds them decides which kernels run.
         options = RunOptions(memory_format=memory_format)
         request = SetupRequest(operation, tuple(latent_shape), options)
-        proves = self.wan.engine.may_prove(request, self.packed.device)
+        with self.timed("plan"):
+            proves = self.wan.engine.may_prove(request, self.packed.device)
+            is_ready = self.packed.is_ready
         if proves:
             self.enter("compiling")
-        if proves or not self.packed.is_ready:
+        elif not is_ready or latent_shape[2] > 1:
+            self.begin_planning()
+        if proves or not is_ready:
             with self.timed("load"):
                 self.packed.load(PROOF_BYTES if proves else 0)
         if proves:
@@ -220,16 +248,18 @@ class Session:
         Raises LatentError for a latent that is none of this VAE.
         """
         check_latent_shape(latent, self.wan.config)
-        hint = statistics_hint(latent, self.wan.config, normalized)
+        with self.timed("latent"):
+            hint = statistics_hint(latent, self.wan.config, normalized)
         if hint is not None and hint not in self.warnings:
             self.warnings.append(hint)
 
     def decode(self, latent: torch.Tensor, plan: Plan, *, normalized: bool = False) -> torch.Tensor:
         """The frames [B, T, H, W, 3] in [0, 1] of `latent` by `plan`, where ComfyUI wants them."""
         vae = self.vae
-        sink = ImageSink.allocate(
-            plan.latent_shape, self.wan.config, vae.output_device, inputs.output_dtype(vae)
-        )
+        with self.timed("output"):
+            sink = ImageSink.allocate(
+                plan.latent_shape, self.wan.config, vae.output_device, inputs.output_dtype(vae)
+            )
         self.decode_into(sink, latent, plan, normalized=normalized)
         return sink.image
 
@@ -244,14 +274,15 @@ class Session:
         # One image is no sooner there as a preview than as the result.
         if frames > 1 and args.preview_method != LatentPreviewMethod.NoPreviews:
             sink = PreviewSink(sink, self._preview, height=height, most=args.preview_size)
-        self.wan.decode(
-            latent,
-            normalized=normalized,
-            sink=sink,
-            plan=plan,
-            memory=self.memory,
-            **self.hooks,
-        )
+        with self._running():
+            self.wan.decode(
+                latent,
+                normalized=normalized,
+                sink=sink,
+                plan=plan,
+                memory=self.memory,
+                **self.hooks,
+            )
 
     def _preview(self, frame: torch.Tensor) -> None:
         if model_management.processing_interrupted():
@@ -272,16 +303,18 @@ class Session:
 
         unit_range: `video` is in [0, 1], as an IMAGE, and not in [-1, 1].
         """
-        latent = self.wan.encode(
-            video,
-            plan=plan,
-            unit_range=unit_range,
-            normalized=normalized,
-            memory=self.memory,
-            **self.hooks,
-        )
+        with self._running():
+            latent = self.wan.encode(
+                video,
+                plan=plan,
+                unit_range=unit_range,
+                normalized=normalized,
+                memory=self.memory,
+                **self.hooks,
+            )
         assert latent is not None  # one process always gets the result
-        return self.as_output(latent)
+        with self.timed("output"):
+            return self.as_output(latent)
 
     def as_output(self, result: torch.Tensor) -> torch.Tensor:
         """`result` on the device and in the dtype that ComfyUI wants of this VAE."""
@@ -291,8 +324,9 @@ class Session:
         report = self._of_batch(report)
         if self._reporter.due():
             self._reporter.send(report.as_dict())
-        # After an interrupt the bar would raise; `should_stop` ends the run in a moment instead.
-        if not model_management.processing_interrupted():
+        # Of one image the end is the only progress, which ComfyUI shows by itself. After an
+        # interrupt the bar would raise; `should_stop` ends the run in a moment instead.
+        if report.total_frames > 1 and not model_management.processing_interrupted():
             self._bar.update_absolute(report.done_frames, report.total_frames)
 
     def finish(self) -> None:
@@ -341,8 +375,17 @@ class Session:
             report,
             warnings=(*report.warnings, *self.warnings),
             fallbacks=(*report.fallbacks, *self.fallbacks),
-            host_ms={**self._laps, **report.host_ms},
+            host_ms=self._all_phases(report.host_ms),
         )
+
+    def _all_phases(self, of_library: dict[str, float]) -> dict[str, float]:
+        """Milliseconds of the host by phase, the node's and the library's; and what of the node's
+        time is in none of them."""
+        phases = {**self._laps, **of_library}
+        # Those of rank 0 are within the run.
+        known = sum(ms for phase, ms in phases.items() if not phase.startswith("rank: "))
+        rest = (time.perf_counter() - self._started_s) * 1e3 - known
+        return {**phases, "node: rest": max(0.0, rest)}
 
 
 @contextmanager
@@ -356,7 +399,8 @@ def session(
     exception. Every other error is raised again, after its report was sent: otherwise the panel
     would still show the previous run.
     """
-    run = Session(NodeId.of(hidden, through), vae, precision, operation)
+    started_s = time.perf_counter()
+    run = Session(NodeId.of(hidden, through), vae, precision, operation, started_s)
     try:
         with torch.inference_mode(False), torch.no_grad():
             yield run

@@ -216,6 +216,7 @@ def _ready(
         weights = sum(p.nbytes for p in run.wan.model.parameters())
         if not pool.pids:
             run.enter("starting_workers", count=len(pool.devices))
+        run.begin_planning()
         if not pool.has_planned(run.wan, operation):
             # Workers prove their kernels before anybody knows what the run will take.
             POOLS.count(device, weights, PROOF_BYTES)

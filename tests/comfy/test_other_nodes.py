@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -222,6 +223,36 @@ def test_a_node_says_what_it_does_from_the_start_and_how_long_it_will_take(comfy
     assert reports[-1]["status"] == "done"
     lefts = [report["left_ms"] for report in reports if report.get("left_ms") is not None]
     assert lefts and all(left >= 0 for left in lefts)
+
+
+def test_one_image_in_a_copy_that_is_there_sends_its_report_and_nothing_else(comfy):
+    """Each message wakes the server's thread, for which the node waits."""
+    for seed in (90, 91):
+        run = comfy.run(decode(latent(frames=1, seed=seed)))
+        assert run.error is None, run.error
+    statuses = [m["report"]["status"] for m in run.of_type("wan_vae.report")]
+    assert statuses == ["done"]
+    assert [m for m in run.of_type("progress") if m["node"] == "3"] == []
+
+
+@pytest.mark.parametrize("frames", [1, 6])
+def test_the_phases_of_a_report_are_all_of_the_nodes_time(comfy, frames):
+    began = {}
+
+    def hear(message):
+        if message["type"] == "executing":
+            began.setdefault(message["data"]["node"], time.perf_counter())
+
+    for seed in (92, 93):
+        began.clear()
+        samples = latent(frames=frames, height=16, width=16, seed=seed)
+        run = comfy.run(decode(samples), on_message=hear)
+    phases = run.report("3")["host_ms"]
+    node_ms = (began["5"] - began["3"]) * 1e3
+    assert 0.9 * node_ms - 5 < sum(phases.values()) < 1.1 * node_ms + 5, (node_ms, phases)
+    assert {"node: copy", "node: plan", "node: set up", "chunks", "node: rest"} <= phases.keys()
+    # What is in no phase by name is small: to put the report together.
+    assert phases["node: rest"] < 0.1 * node_ms + 2, phases
 
 
 def test_a_cancelled_batch_of_clips_counts_all_of_them(comfy):
