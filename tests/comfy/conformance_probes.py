@@ -474,7 +474,7 @@ COUNTED = {
     ("fingerprint.py", "fingerprint"): "samples of all weights",
     ("checkpoint.py", "canonical_state_dict"): "copies of all weights",
     ("choose.py", "choose"): "plans",
-    ("cache.py", "ProofCache._read"): "reads of proofs",
+    ("cache.py", "ProofCache._parsed"): "reads of proofs",
     ("program.py", "build"): "builds of kernels",
     ("device.py", "host_free_bytes"): "asks for free host memory",
     ("reports.py", "Reporter.send"): "reports sent",

@@ -23,6 +23,7 @@ from wan_vae.kernels.device import CARDS, CPU, INTERPRETER, Device
 from wan_vae.kernels.kernel import BuildError, Requires
 from wan_vae.kernels.proof import cases
 from wan_vae.kernels.proof.cache import ProofCache
+from wan_vae.kernels.proof.cases import proof_size
 from wan_vae.kernels.proof.choice import EAGER, Choice, worth_their_bits
 from wan_vae.kernels.proof.prove import Verdict
 from wan_vae.kernels.proof.timing import device_timer, timed_size
@@ -41,6 +42,7 @@ from wan_vae.ops.problem import (
     LayerWeights,
     NormConvProblem,
     Operation,
+    StridedProblem,
 )
 from wan_vae.options import Axis, Part
 
@@ -366,7 +368,8 @@ def test_a_choice_is_kept_for_the_next_process_and_for_other_layers(monkeypatch,
     first, timed = raced(
         monkeypatch, [kernel], {"one a": 2.0, "one b": 1.0, EAGER: 9.0}, kept, sites
     )
-    assert len(timed) == 3 * 2  # one class, two rounds
+    # One class, two rounds, of which eager's was lost in the first.
+    assert timed == ["one a", "one b", EAGER, "one a", "one b"]
     kernel.built.clear()
     # A clock that would now say otherwise is not asked, and what lost is not built.
     again = ProofCache({"device": "here"}, tmp_path)
@@ -530,6 +533,34 @@ def test_layers_are_timed_where_they_are_about_as_much_work():
     assert timed_size(wide, device, 170) == (4, 128, 128)
     assert timed_size(narrow, device, 14) == (4, 256, 256)
     assert device_timer(HOST) is None
+
+
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+@pytest.mark.parametrize("config", [wan21(), wan22()], ids=lambda c: c.family)
+def test_a_proof_has_more_programs_than_a_card_multiprocessors_and_little_work(config, part):
+    """Of the largest tiles that there are: 256 pixels, 128 channels."""
+    with torch.device("meta"):
+        model = WanVAEModel(config).to(torch.bfloat16)
+    device = torch.device("cuda")
+    problems = {site.problem.key(): site.problem for site in layer_sites(model, part)}.values()
+    for problem in problems:
+        frames, rows, cols = proof_size(problem, device)
+        assert all(size % 2 for size in (frames, rows, cols))
+        blocks = 1
+        if not isinstance(problem, AttentionProblem):
+            blocks = -(-problem.out_channels // 128)
+            most = 5 * 131 * 179 * 96 * max(problem.in_channels, 96)
+            # What sizes are rounded up to costs a tenth at most.
+            used = frames * rows * cols * problem.out_channels * problem.in_channels
+            assert used < 1.1 * most, problem
+        if isinstance(problem, NormConvProblem) and problem.frames == 4:  # four in one program
+            frames = 2
+        if not isinstance(problem, StridedProblem):  # a quarter of the pixels, in smaller tiles
+            pixels = rows * cols if isinstance(problem, AttentionProblem) else frames * rows * cols
+            tile = 128 if isinstance(problem, AttentionProblem) else 256
+            assert pixels // tile * blocks > 132, problem
+        assert proof_size(problem, torch.device("meta")) == proof_size(problem, device)
+        assert proof_size(problem, HOST) == (2, 5, 7)
 
 
 # -- numbers that could overflow ----------------------------------------------------------------

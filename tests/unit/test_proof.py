@@ -8,6 +8,7 @@ import multiprocessing
 import pytest
 import torch
 
+from wan_vae.kernels.proof import cache as cache_module
 from wan_vae.kernels.proof.cache import ProofCache
 from wan_vae.kernels.proof.choice import EAGER, Choice, fastest
 from wan_vae.kernels.proof.prove import Verdict, prove
@@ -188,6 +189,33 @@ def test_a_folder_that_cannot_be_written_is_said_and_harmless(tmp_path):
     assert cache.verdict("a", lambda: Verdict(True)).passed
     assert cache.verdict("a", never).passed
     assert any("not kept" in note for note in cache.notes)
+
+
+def test_verdicts_that_are_found_together_are_written_together(tmp_path, monkeypatch):
+    """Each write is of the whole file, and each parse."""
+    written, parsed = [], []
+    write, loads = cache_module.write_whole, json.loads
+    monkeypatch.setattr(
+        cache_module, "write_whole", lambda path, text: written.append(path) or write(path, text)
+    )
+    monkeypatch.setattr(cache_module.json, "loads", lambda text: parsed.append(1) or loads(text))
+    cache = ProofCache(ENVIRONMENT, tmp_path)
+    with cache.gathered():
+        for name in "abcde":
+            assert cache.choice(name) is None
+            cache.verdict(name, lambda: Verdict(True, "", 1e-4))
+        assert written == [] == parsed
+        cache.keep_choice("x", CHOICE)
+        assert len(written) == 1
+        for name in "fgh":
+            cache.verdict(name, lambda: Verdict(True, "", 1e-4))
+            assert cache.choice(name) is None
+    assert len(written) == 2 and len(parsed) == 1
+    assert len(ProofCache(ENVIRONMENT, tmp_path)) == 8
+    with pytest.raises(KeyError), cache.gathered():
+        cache.verdict("i", lambda: Verdict(True, "", 1e-4))
+        raise KeyError("an error of somebody's")
+    assert len(ProofCache(ENVIRONMENT, tmp_path)) == 9, "what was found before an error is kept"
 
 
 def test_choices_are_kept_with_their_times(tmp_path):

@@ -97,7 +97,7 @@ class _Selection:
         table = LayerTable(request.families, request.eager)
         asked = Contenders(request.sites, request.families, request.device).all()
         classes = [class_of(site, own) for site, own in zip(request.sites, asked, strict=True)]
-        with self.builds:
+        with self.builds, request.proofs.gathered():
             decisions: dict[str, Choice] = {}
             if request.prescribed is None:
                 self._build_ahead(classes)

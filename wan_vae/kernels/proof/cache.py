@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -68,16 +69,34 @@ class ProofCache:
         self.notes: list[str] = []
         name = sha256(json.dumps(self.environment, sort_keys=True).encode()).hexdigest()[:16]
         self.path = None if folder is None else folder / f"proof-{name}.json"
+        # What the file held when it was like this: a file is read again if another one replaced it.
+        self._seen: tuple[tuple[int, int, int], _Kept] | None = None
+        # Whether verdicts wait for `gathered` to end, and whether there are any.
+        self._gathers = self._has_more = False
         kept = self._read()
-        self._verdicts, self._choices = kept.verdicts, kept.choices
+        self._verdicts, self._choices = dict(kept.verdicts), dict(kept.choices)
 
     def verdict(self, key: str, prove: Callable[[], Verdict]) -> Verdict:
         """The verdict on `key`: the kept one, or that of `prove`, which is then kept."""
         known = self._verdicts.get(key)
         if known is None:
             known = self._verdicts[key] = prove()
-            self._write()
+            self._has_more = True
+            if not self._gathers:
+                self._write()
         return known
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Verdicts that are found inside are written together, with a choice or at the end: each
+        write is of the whole file."""
+        self._gathers = True
+        try:
+            yield
+        finally:
+            self._gathers = False
+            if self._has_more:
+                self._write()
 
     def known(self, key: str) -> Verdict | None:
         """The verdict on `key` that is kept, or None."""
@@ -109,20 +128,30 @@ class ProofCache:
         return len(self._verdicts)
 
     def _read(self) -> _Kept:
+        """What the file holds, also if another process has written it since."""
         if self.path is None:
             return _Kept()
+        now = _identity(self.path)
+        if now is None or self._seen is None or self._seen[0] != now:
+            kept = self._parsed(self.path)
+            # Of before it was read: one that was replaced meanwhile is read again.
+            self._seen = None if now is None else (now, kept)
+            return kept
+        return self._seen[1]
+
+    def _parsed(self, path: Path) -> _Kept:
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return _Kept()
         except (OSError, ValueError, RecursionError) as error:
-            self._note(f"{self.path.name} cannot be read ({error}): kernels are proven again")
+            self._note(f"{path.name} cannot be read ({error}): kernels are proven again")
             return _Kept()
         if isinstance(content, dict) and content.get("schema") in _OLDER_SCHEMAS:
             return _Kept()
         kept = _parse(content, self.environment)
         if kept is None:
-            self._note(f"{self.path.name} is damaged: kernels are proven again")
+            self._note(f"{path.name} is damaged: kernels are proven again")
             return _Kept()
         return kept
 
@@ -131,6 +160,7 @@ class ProofCache:
             self.notes.append(text)
 
     def _write(self) -> None:
+        self._has_more = False
         if self.path is None:
             return
         theirs = self._read()
@@ -147,6 +177,15 @@ class ProofCache:
         except OSError as error:
             self._note(f"verdicts are not kept: {error}")
             self.path = None
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """Tells a file from the one that replaces it; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _parse(content: object, environment: Mapping[str, str]) -> _Kept | None:

@@ -29,7 +29,7 @@ from ...ops.problem import (
 from ..bounds import Bound
 from ..device import Device, Feature, Vendor
 from ..kernel import BuildError, Family, Kernel, Requires
-from ..proof.cases import PROOF_SIZE, Inputs, checks_of
+from ..proof.cases import Inputs, checks_of, proof_size
 from ..weights import behind_norm, filled_channels, fit_channels, fold_upsample, norm_scale
 from . import conv3d_pointer, conv3d_tma
 from .configs import (
@@ -88,7 +88,7 @@ class _TritonKernel:
         """See `Kernel`. For the card in use: launched on `meta` tensors, as its proof does it."""
         if device.vendor not in _VENDORS:
             raise BuildError(f"Triton does not compile for {device.architecture}")
-        inputs = Inputs(_META, problem.feature_dtype, None, PROOF_SIZE[_META.type])
+        inputs = Inputs(_META, problem.feature_dtype, None, proof_size(problem, _META))
         try:
             for check in checks_of(cast(Kernel[Any, Any], self), problem, config, device, inputs):
                 check.kernel()
