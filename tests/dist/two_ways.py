@@ -32,6 +32,7 @@ class TwoWaysLayer:
     family: str = "cuda"
     kernel: str = "two ways"
     operand_dtype: torch.dtype = _FP32
+    frames_together: int = 1
 
     def run(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import SMALL_CONFIGS, random_state
+from tests.dist.two_ways import two_ways
 from wan_vae import WanVAE
 from wan_vae.errors import BackendError
 from wan_vae.kernels import registry
@@ -19,6 +21,8 @@ from wan_vae.kernels.proof.cache import ProofCache
 from wan_vae.network.model import WanVAEModel
 from wan_vae.ops.eager.forms import EagerForms
 from wan_vae.ops.opset import OpSet
+from wan_vae.runs import engine
+from wan_vae.runs.engine import layer_records
 from wan_vae.runs.kernel_choice import OpsRequest, may_prove, select_ops, unavailable_reason
 
 HOST = torch.device("cpu")
@@ -153,3 +157,31 @@ def test_other_forms_of_eager_layers_are_another_choice_and_no_new_proof(missing
     assert [r.reason for r in unfolded.refusals] == reasons
     assert [r.reason for r in plain.refusals] == reasons[:1]
     assert not may_prove(OpsRequest("auto", model, only_frame=True), HOST)
+
+
+def test_what_runs_each_layer_is_looked_up_once_for_the_same_kernels(monkeypatch, tmp_path):
+    """For a plan and again for its run it took a node 1 ms; nothing of it keeps kernels alive."""
+    monkeypatch.setenv("WAN_VAE_CACHE", str(tmp_path))
+    vae = WanVAE.from_state_dict(random_state(SMALL_CONFIGS["wan2.1"]), device="cpu")
+    looked = []
+    monkeypatch.setattr(
+        engine, "layer_records", lambda *given: looked.append(1) or layer_records(*given)
+    )
+    z = torch.zeros(1, 16, 1, 2, 2)
+
+    def decoded():
+        vae.decode(z, plan=vae.plan(z.shape, backend="cuda"))
+        return vae.last_report.layers
+
+    with two_ways():
+        first = decoded()
+        assert decoded() == first and len(looked) == 1
+        assert any(layer.backend == "cuda" for layer in first)
+        with torch.no_grad():
+            vae.model.decoder.conv1.weight.mul_(1.0)  # other kernels: they read copies
+        assert decoded() == first and len(looked) == 2
+        vae.model.prepared.clear()
+        gc.collect()
+        assert vae.engine._choices[0]() is None
+        vae.decode(z, backend="eager")
+        assert {layer.backend for layer in vae.last_report.layers} == {"eager"}

@@ -7,6 +7,7 @@ caller and a run describe the same thing.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
@@ -95,6 +96,9 @@ class Engine:
         self.weights_found = weights_found or count_weight_formats(model.state_dict())
         self._cast: tuple[object, WanVAEModel] | None = None
         self._proofs: ProofCache | None = None
+        # Of the last run with kernels: they are chosen anew where a weight has changed, and go with
+        # the model.
+        self._choices: tuple[weakref.ref[OpSet], LayerChoices] | None = None
         # What times kernels on a device; tests put a clock of their own here.
         self.timer_of = device_timer
 
@@ -205,8 +209,13 @@ class Engine:
     def layer_choices(self, setup: Setup) -> LayerChoices:
         """Which function runs each layer of a run."""
         part, ops = PARTS[setup.request.operation], setup.ops
+        if self._choices is not None and self._choices[0]() is ops:
+            return self._choices[1]
         layers = layer_records(setup.model, (part,), ops)
-        return LayerChoices(layers, dict(ops.used), ops.refusals)
+        found = LayerChoices(layers, dict(ops.used), ops.refusals)
+        if ops.layers:
+            self._choices = weakref.ref(ops), found
+        return found
 
     def least_bytes(self, setup: Setup, whole_frames: bool) -> int:
         """What the smallest way through takes, by the plan: for the message that even this failed.
