@@ -120,10 +120,13 @@ def run_pairs(
         for number, pair in enumerate(wanted):
             print(pair.name, file=sys.stderr, flush=True)
             try:
-                rows.append(measure_pair(server, pair, 100 * number, restart=number == 0))
+                row = measure_pair(server, pair, 100 * number, restart=number == 0)
             except RuntimeError:
                 print(server.log_text()[-6000:], file=sys.stderr)
                 raise
+            rows.append(row)
+            # At once, for who ends this before the pages are written.
+            print(f"  {row.in_a_line()}", file=sys.stderr, flush=True)
     return rows, version
 
 
@@ -187,7 +190,10 @@ def run_cold(setting: Setting, case: ColdCase) -> tuple[list[ColdRow], dict[str,
                 version = str(server.get("/system_stats")["system"]["comfyui_version"])
                 report = server.last_run.kept[-1]["report"]
 
-        rows = list(cold_rows(case, base / "caches", start))
+        rows = []
+        for row in cold_rows(case, base / "caches", start):
+            rows.append(row)
+            print(f"  {row.in_a_line()}", file=sys.stderr, flush=True)
     return rows, report, version
 
 

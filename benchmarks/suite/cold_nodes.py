@@ -75,6 +75,10 @@ class ColdRow:
         """What the node takes beside the decode."""
         return self.ms - self.decode_ms
 
+    def in_a_line(self) -> str:
+        """What was measured, and its times."""
+        return f"{self.what}: {self.ms:.1f} ms, of these the decode {self.decode_ms:.1f}"
+
     def as_dict(self) -> dict[str, object]:
         """The row for a JSON file."""
         return asdict(self)

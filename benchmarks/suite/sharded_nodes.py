@@ -42,6 +42,13 @@ class PairRows:
     def speed_up(self) -> float:
         return self.one.median_ms / self.several.median_ms
 
+    def in_a_line(self) -> str:
+        """The two times and the difference."""
+        return (
+            f"one device {self.one.median_ms:.1f} ms, several {self.several.median_ms:.1f} ms, "
+            f"difference {self.several.difference}"
+        )
+
     def faults(self, on_cpu: bool) -> list[str]:
         """What is wrong: a run that is not done or fell back, other bits than one device's."""
         found = [*self.one.faults(), *self.several.faults()]
