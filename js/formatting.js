@@ -133,9 +133,13 @@ function framesText(report, t) {
   return t(total === 1 ? "line.one_frame" : "line.frames", { total });
 }
 
-/** What a run does before its first frames: "planning", "starting 2 workers". */
+/**
+ * What a run does before its first frames: "planning", "starting 2 workers". The server may be newer
+ * than an open page, and know phases that the page has no words for.
+ */
 function phaseText({ phase }, t) {
-  return t(`phase.${phase.name}`, phase);
+  const key = `phase.${phase.name}`;
+  return t.knows(key) ? t(key, phase) : String(phase.name);
 }
 
 /** What a message says in a few words, the most wanted first: frames, time, frames/s, size, ... */

@@ -98,6 +98,7 @@ function addElement(node, name, height, maximum) {
     openPanel: () => openPanel(node),
   };
   made.context.t.said = (...words) => t.said(...words);
+  made.context.t.knows = (key) => t.knows(key);
   const widget = node.addDOMWidget(name.replaceAll("-", "_"), name, made, {
     serialize: false,
     hideOnZoom: false,

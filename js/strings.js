@@ -86,8 +86,8 @@ export const ENGLISH = {
 
 /**
  * Makes a function `t(key, values)` that looks up a text in `words`, then in English, and fills in
- * `{names}`. An unknown key is a mistake in this pack and throws. `t.said(key, values)` is a sentence
- * of Python in the language of `words`, or null.
+ * `{names}`. An unknown key is a mistake in this pack and throws; `t.knows(key)` asks. `t.said(key,
+ * values)` is a sentence of Python in the language of `words`, or null.
  */
 export function translator(words = {}) {
   const fill = (text, values) =>
@@ -97,6 +97,7 @@ export function translator(words = {}) {
     if (text === undefined) throw new Error(`no text for ${key}`);
     return fill(text, values);
   };
+  t.knows = (key) => (words[key] ?? ENGLISH[key]) !== undefined;
   // English is in Python's own words, so only other languages have texts for them.
   t.said = (key, values) => (words[`said.${key}`] ? fill(words[`said.${key}`], values) : null);
   return t;

@@ -61,6 +61,7 @@ test("the line before the first frames", () => {
   assert.equal(phase("compiling"), "compiling kernels");
   assert.equal(phase("starting_workers", { count: 2 }), "starting 2 workers");
   assert.equal(phase("comfyui"), "ComfyUI's own VAE works");
+  assert.equal(phase("of_next_year"), "of_next_year");
 });
 
 test("the line of a result from the cache says so, and what is known", () => {
