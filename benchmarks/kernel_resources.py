@@ -92,7 +92,7 @@ def _missing(args: argparse.Namespace) -> str | None:
         missing = compiler_missing()
         if missing is not None:
             return f"{missing}; --kernels triton does without"
-    if "triton" in wanted and not args.experiments and registry.missing_package("triton"):
+    if "triton" in wanted and registry.missing_package("triton"):
         return "triton is not installed; --kernels cuda does without"
     return None
 

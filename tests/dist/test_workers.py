@@ -28,7 +28,7 @@ from tests.dist import jobs
 from tests.dist.sockets import local_addresses
 from wan_vae import WanVAE
 from wan_vae.config import wan21
-from wan_vae.errors import DecodeCancelled, GeometryError, LatentError, ShardingError
+from wan_vae.errors import DecodeCancelled, DecodeMemoryError, GeometryError, LatentError, ShardingError
 from wan_vae.hooks import Hooks
 from wan_vae.io import pages
 from wan_vae.io.image import ImageSink
@@ -501,6 +501,29 @@ def test_no_rank_writes_where_there_is_no_room(sink, can_map, tmp_path, monkeypa
         sink(out, buffer.reserve).write(pixels, 3, 0)
     assert out.count_nonzero() == written == 72
     buffer.unlink()
+
+
+@pytest.mark.parametrize("free", [None, 10**12, 1000])
+def test_an_image_is_copied_out_of_shared_memory_where_there_is_room(
+    pool, vae, latent, free, monkeypatch
+):
+    expected = decode(pool, vae, latent, form="image").clone()
+    monkeypatch.setattr("wan_vae.workers.pool.host_free_bytes", lambda: free)
+    for _ in range(3):  # fresh memory and that of a run before
+        image = decode(pool, vae, latent, form="image")
+        assert torch.equal(image, expected)
+        shared = any(buffer.in_use for buffer in pool._spares._buffers)
+        assert shared == (free == 1000)
+
+
+def test_without_memory_for_a_copy_the_image_lies_in_shared_memory(pool, vae, latent, monkeypatch):
+    expected = decode(pool, vae, latent, form="image").clone()
+
+    def none(frames):
+        raise DecodeMemoryError("planted")
+
+    monkeypatch.setattr("wan_vae.workers.pool.FollowingCopy", none)
+    assert torch.equal(decode(pool, vae, latent, form="image"), expected)
 
 
 @pytest.mark.parametrize("form", ["pixels", "image"])

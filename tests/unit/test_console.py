@@ -221,7 +221,7 @@ def test_a_full_disk_behind_stdout_in_a_real_process():
                 sys.executable,
                 "-c",
                 "import sys; from wan_vae.commands import cli, parser; "
-                "parser._doctor = lambda args: print('x') or 0; sys.exit(cli.main(['doctor']))",
+                "parser._doctor = lambda *_: print('x') or 0; sys.exit(cli.main(['doctor']))",
             ],
             stdout=full,
             stderr=subprocess.PIPE,
@@ -238,7 +238,7 @@ def test_a_name_that_the_terminal_cannot_spell_is_printed_all_the_same():
             sys.executable,
             "-c",
             "import sys; from wan_vae.commands import cli, parser; "
-            "parser._doctor = lambda args: print('\\u00e9\\udcff') or 0; "
+            "parser._doctor = lambda *_: print('\\u00e9\\udcff') or 0; "
             "sys.exit(cli.main(['doctor']))",
         ],
         capture_output=True,
@@ -391,7 +391,10 @@ def test_every_option_has_words_and_a_default(name):
 
 
 def test_help_names_every_kind_of_file(capsys):
-    for name, words in {"decode": video_write.VIDEO_SUFFIXES, "encode": ("image", ".png")}.items():
+    for name, words in {
+        "decode": video_write.VIDEO_SUFFIXES,
+        "encode": ("picture", "animation", ".png"),
+    }.items():
         text = parsers()[name].format_help()
         assert all(word in text for word in words), text
 

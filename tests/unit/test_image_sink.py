@@ -229,6 +229,72 @@ def test_a_copy_follows_frames_that_others_write(steps, monkeypatch):
     assert torch.equal(image, source) and image.data_ptr() != frames.data_ptr()
 
 
+def test_memory_ahead_is_not_cleared_when_a_later_block_has_filled_it(monkeypatch):
+    """Where pages cannot be mapped they are written: by a thread that is late with a long block,
+    while a short one and the block behind it have come."""
+    monkeypatch.setattr(pages, "_madvise", None)
+    in_pieces_of(monkeypatch, 4 * 4 * 2 * 3 * 4)  # four frames
+    source, late = torch.rand(1, 20, 4, 2, 3) + 1, threading.Event()
+    image, queued = torch.zeros(1, 20, 4, 2, 3), []
+    writer = writer_of(2, is_new=True)
+
+    def write():
+        at = 0
+        for frames in (8, 4, 8):
+            stop = at + frames
+            ready = Computed("wan_vae_copy_1", late if not at else None)
+            writer.put(ready, source[:, at:stop], image[:, at:stop], image[:, stop : stop + frames])
+            queued.append(stop)
+            at = stop
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    while len(queued) < 2:
+        thread.join(0.01)
+    late.set()
+    thread.join(PATIENCE_S)
+    writer.finish()
+    assert queued == [8, 12, 20] and torch.equal(image, source)
+
+
+@pytest.mark.parametrize("mistake", [ValueError, OSError, MemoryError])
+def test_no_error_of_a_thread_leaves_the_caller_waiting(mistake):
+    """Neither of a piece, nor of what is called when a block is there."""
+    image = torch.zeros(1, 1, 4, 2, 3)
+
+    def fails(*_):
+        raise mistake("planted")
+
+    writer = HostWriter(1, lambda: fails)
+    with pytest.raises(mistake, match="planted"):
+        for _ in range(4):
+            writer.put(Computed(), image, image, image[:, :0])
+    writer.stop()
+    writer = writer_of(1)
+    with pytest.raises(mistake, match="planted"):
+        for _ in range(4):
+            writer.put(Computed(), image.clone(), image, image[:, :0], fails)
+    writer.stop()
+
+
+def test_a_block_that_runs_out_of_memory_is_not_expected(monkeypatch):
+    """The run comes back with its frames, in smaller blocks."""
+    told, pixels = [], torch.rand(1, 3, 4, 4, 6)
+    sink = ImageSink(torch.zeros(1, 4, 4, 6, 3), on_written=told.append)
+    with monkeypatch.context() as patch:
+
+        def add(*_):
+            raise torch.OutOfMemoryError("planted")
+
+        patch.setattr(torch.Tensor, "add", add)
+        with pytest.raises(torch.OutOfMemoryError):
+            sink.write(pixels, 0, 0)
+    sink.write(pixels[:, :, :2], 0, 0)
+    assert told == [2]
+    sink.write(pixels[:, :, 2:], 2, 0)
+    assert told == [2, 4]
+
+
 def test_a_copy_that_is_left_early_ends_its_threads():
     with FollowingCopy(torch.zeros(1, 9, 4, 6, 3)) as copy:
         copy.follow(4)

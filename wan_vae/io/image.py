@@ -11,7 +11,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ import torch
 
 from .. import geometry
 from ..config import WanVAEConfig
+from ..device import is_out_of_memory
 from ..errors import WanVAEError
 from . import pages
 from .sink import Reserve, room_for
@@ -35,6 +36,9 @@ _BLOCKS_UNDER_WAY = 2
 _COPY_THREADS = 4
 # Frames whose pages are mapped before anything of them is known.
 _FIRST_FRAMES = 16
+# What a thread may meet: no memory, no room, a pipe whose reader is gone, or a mistake of ours,
+# which must not leave the caller waiting.
+_FAILURES = (RuntimeError, ValueError, TypeError, OSError, MemoryError, WanVAEError)
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 # Page-locked memory of a thread. The device takes 0.2 ms for so much over PCIe 4.
 _PIECE_BYTES = 4 << 20
@@ -117,9 +121,6 @@ class ImageSink:
         """Take pixels [B, 3, t, rows, W'] float32 in [-1, 1]; see `sink.Sink`."""
         frames, rows = pixels.shape[2], pixels.shape[3]
         target = self.image[:, start_frame : start_frame + frames, first_row : first_row + rows]
-        done: Done | None = None
-        if self._arrivals is not None and rows == self.image.shape[2]:
-            done = self._arrivals.expect(start_frame + frames)
         # Scaled and cast on the device of the pixels, where that takes next to no time.
         block = pixels.add(1.0).mul_(0.5).movedim(1, -1)
         if block.is_cuda and self.image.device.type == "cpu":
@@ -128,13 +129,21 @@ class ImageSink:
             # Blocks of the same rows come in the order of their frames.
             ahead = self.image[:, start_frame + frames :, first_row : first_row + rows]
             block = block.to(self.image.dtype).contiguous()
+            done = self._expected(start_frame + frames, rows)
             self._copier.copy(block, target, ahead[:, :frames], done)
             return
         if self._reserve is not None:
             self._reserve(target)
+        done = self._expected(start_frame + frames, rows)
         target.copy_(block)
         if done is not None:
             done()
+
+    def _expected(self, stop: int, rows: int) -> Done | None:
+        """What to call when frames up to `stop` are there; after all that may run out of memory."""
+        if self._arrivals is None or rows != self.image.shape[2]:
+            return None
+        return self._arrivals.expect(stop)
 
     def close(self) -> None:
         """Wait until all pixels have arrived. Raises the first error of a copy."""
@@ -213,6 +222,7 @@ class _Block:
 
     left: int
     done: Done | None
+    is_over: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(frozen=True)
@@ -303,7 +313,7 @@ class HostWriter:
         self._fetch, self._reserve, self._is_new = fetch, reserve, is_new
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
-        self._room = threading.Semaphore(_BLOCKS_UNDER_WAY)
+        self._under_way: deque[_Block] = deque()
         self._most = threads
         self._pieces: list[queue.SimpleQueue[_Piece | None]] = []
         self._threads: list[threading.Thread] = []
@@ -321,17 +331,16 @@ class HostWriter:
         ahead: memory that a later block will fill; its contents do not matter until then. done: is
         called, by a thread, when all of the block has arrived. Raises the first error of a thread.
         """
-        self._room.acquire()
+        self._await_room()
         if self._failure is not None:
-            self._room.release()
             raise self._failure
         pieces = list(pieces_of(source))
         if not pieces:  # of a rank without rows
-            self._room.release()
             if done is not None:
                 done()
             return
         block = _Block(len(pieces), done)
+        self._under_way.append(block)
         for number, place in pieces:
             parts = (x[place] for x in (source, target, ahead))
             self._queue(number, _Piece(block, ready, *parts))
@@ -341,11 +350,16 @@ class HostWriter:
         pieces = list(pieces_of(ahead))
         block = _Block(len(pieces), None)
         if pieces:
-            self._room.acquire()
+            self._await_room()
+            self._under_way.append(block)
         for number, place in pieces:
             part = ahead[place]
             nothing = part[:, :0]
             self._queue(number, _Piece(block, _NOW, nothing, nothing, part))
+
+    def _await_room(self) -> None:
+        while len(self._under_way) >= _BLOCKS_UNDER_WAY:
+            self._under_way.popleft().is_over.wait()
 
     def _queue(self, number: int, piece: _Piece) -> None:
         thread = number % self._most
@@ -370,9 +384,9 @@ class HostWriter:
         pieces: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
         name = f"wan_vae_copy_{len(self._threads)}"
         thread = threading.Thread(target=self._empty, args=(pieces,), name=name, daemon=True)
+        thread.start()
         self._pieces.append(pieces)
         self._threads.append(thread)
-        thread.start()
 
     def _empty(self, pieces: queue.SimpleQueue[_Piece | None]) -> None:
         fetch: Fetch | None = None
@@ -384,7 +398,7 @@ class HostWriter:
                     if self._failure is None:
                         fetch = fetch or self._fetch()
                         self._fill(piece, fetch)
-            except (RuntimeError, WanVAEError) as error:  # raised in the caller's thread
+            except _FAILURES as error:  # raised in the caller's thread
                 self._failure = self._failure or error
             block = piece.block
             del piece  # device memory, which nobody waits for any more
@@ -392,9 +406,13 @@ class HostWriter:
                 block.left -= 1
                 is_done = block.left == 0
             if is_done:
-                if block.done is not None and self._failure is None:
-                    block.done()
-                self._room.release()
+                try:
+                    if block.done is not None and self._failure is None:
+                        block.done()
+                except _FAILURES as error:
+                    self._failure = self._failure or error
+                finally:
+                    block.is_over.set()
 
     def _fill(self, piece: _Piece, fetch: Fetch) -> None:
         self._prepare(piece.target)
@@ -455,17 +473,30 @@ class _Staging:
     """
 
     def __init__(self, device: torch.device):
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        # A thread begins with device 0, where leaving a stream of another would make a context.
+        torch.cuda.set_device(device)
+        self._stream = torch.cuda.Stream(device)
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def __call__(self, source: torch.Tensor) -> torch.Tensor:
         size = source.numel() * source.element_size()
         if self._memory.numel() < size:
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            self._memory = locked_memory(size)
         staged = self._memory[:size].view(source.dtype).view(source.shape)
         with torch.cuda.stream(self._stream):
             staged.copy_(source)  # returns when it has arrived
         return staged
+
+
+def locked_memory(size: int) -> torch.Tensor:
+    """`size` bytes of host memory, page-locked where the system allows so much of it: from other
+    memory copies are right, and slower."""
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    return torch.empty(size, dtype=torch.uint8)
 
 
 def copy_threads(cores: int | None) -> int:

@@ -18,7 +18,7 @@ import torch
 
 from .. import layout
 from ..geometry import Window
-from .image import bits, copy_threads, pieces_of
+from .image import bits, copy_threads, locked_memory, pieces_of
 
 # Device memory for so many passes of pixels: one is filled while the other is read.
 STAGING_BUFFERS = 2
@@ -116,6 +116,8 @@ class _ToDevice:
 
     def __call__(self, source: torch.Tensor, target: torch.Tensor) -> None:
         if not hasattr(self._own, "buffers"):
+            # A thread begins with device 0, where leaving a stream of another would make a context.
+            torch.cuda.set_device(self._stream.device)
             self._own.buffers = [_Locked(), _Locked()]
         locked: _Locked = self._own.buffers.pop(0)
         self._own.buffers.append(locked)
@@ -123,7 +125,7 @@ class _ToDevice:
             locked.is_read.synchronize()
         size = target.numel() * target.element_size()
         if locked.memory.numel() < size:
-            locked.memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            locked.memory = locked_memory(size)
         staged = locked.memory[:size].view(target.dtype).view(target.shape)
         np.copyto(bits(staged), bits(source))
         locked.is_read = torch.cuda.Event(blocking=True)
@@ -233,8 +235,10 @@ class PixelSource:
         self._stream.wait_event(buffer.is_read)
         # The host goes on as soon as it has read `part`: the next one is fetched while the device
         # computes.
-        self._threads.copy(dense, memory)
-        current.wait_stream(self._stream)
+        try:
+            self._threads.copy(dense, memory)
+        finally:  # also before memory of a failed copy is given back
+            current.wait_stream(self._stream)
         back = sorted(range(len(order)), key=order.__getitem__)
         return buffer, memory.permute(back)
 

@@ -48,7 +48,7 @@ _IMAGE_COLUMNS = 9
 
 
 # Tensors of a pass's pixels that are on their way to the host while the next pass runs: as many as
-# `io.image.HostCopier` has buffers.
+# `io.image.HostWriter` lets be under way.
 _BLOCKS_UNDER_WAY = 2
 
 

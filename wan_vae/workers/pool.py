@@ -23,8 +23,14 @@ import torch
 
 from .. import geometry, layout
 from ..chunking import chunk_lengths
-from ..device import dtype_name
-from ..errors import CheckpointError, DecodeCancelled, GeometryError, ShardingError
+from ..device import dtype_name, host_free_bytes
+from ..errors import (
+    CheckpointError,
+    DecodeCancelled,
+    DecodeMemoryError,
+    GeometryError,
+    ShardingError,
+)
 from ..hooks import Hooks, OnProgress, ShouldStop
 from ..io.image import FollowingCopy
 from ..io.latents import as_batch, check_latent, check_pixels
@@ -44,6 +50,7 @@ from ..planning.plan import Plan
 from ..report import DecodeReport
 from ..runs.engine import checked_options
 from ..said import said
+from ..sharding.plan import plan_shards
 from .devices import Transport, parse_devices, pick_transport
 from .launch import WorkerProcess, receive, settle, spawn, try_send
 from .pipe import ready_of
@@ -394,7 +401,8 @@ class WorkerPool:
         """Add the time inside to `phase` of the next report's `host_ms`."""
         start = time.perf_counter()
         yield
-        self._laps[phase] = (time.perf_counter() - start) * 1e3
+        ms = (time.perf_counter() - start) * 1e3
+        self._laps[phase] = self._laps.get(phase, 0.0) + ms
 
     def _run(self, job: _Job) -> torch.Tensor:
         """Run `job` in shared memory. Ranks reserve the memory of their output as they write it."""
@@ -412,13 +420,12 @@ class WorkerPool:
                 output_at = input_at + aligned(dense.numel() * 4)
                 output_bytes = torch.Size(job.shape).numel() * 4
                 buffer, fresh = self._memory(output_at + aligned(output_bytes), output_at)
-                view(buffer.raw, input_at, dense.shape, torch.float32).copy_(dense)
-                copy: FollowingCopy | None = None
-                if job.arguments.get("form") == "image":
-                    written = buffer.tensor(output_at, job.shape, torch.float32)
-                    copy = stack.enter_context(FollowingCopy(written))
-                    del written
             try:
+                with self._timed("hand over"):
+                    view(buffer.raw, input_at, dense.shape, torch.float32).copy_(dense)
+                    copy = self._copy_of(job, buffer, output_at, fresh)
+                    if copy is not None:
+                        stack.enter_context(copy)
                 with self._timed("run"):
                     self._send_all(
                         job.operation,
@@ -467,8 +474,27 @@ class WorkerPool:
         return result
 
     def _writers(self, job: _Job) -> list[int]:
-        """The ranks that write a part of the result of `job`."""
-        return list(range(len(self.devices))) if job.arguments.get("gather") == "shared" else [0]
+        """The ranks that write a part of the image of `job`: not those without rows."""
+        ranks = len(self.devices)
+        if job.arguments.get("gather") != "shared" or ranks == 1:
+            return [0]
+        height, width = job.tensor.shape[3:5]
+        return list(range(plan_shards(height, width, ranks, job.arguments["axis"]).active))
+
+    def _copy_of(
+        self, job: _Job, buffer: SharedBuffer, output_at: int, fresh: bool
+    ) -> FollowingCopy | None:
+        """The copy of the image that `job` writes; None where the result is no image, or where host
+        memory has no room for both: then it lies in shared memory."""
+        if job.arguments.get("form") != "image":
+            return None
+        written, free = buffer.tensor(output_at, job.shape, torch.float32), host_free_bytes()
+        if free is not None and written.numel() * 4 * (2 if fresh else 1) >= free:
+            return None
+        try:
+            return FollowingCopy(written)
+        except DecodeMemoryError:
+            return None
 
     def _whole_report(self, output_bytes: int) -> DecodeReport:
         """The report of rank 0, with the output that all ranks share.

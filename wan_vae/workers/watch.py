@@ -131,10 +131,12 @@ class Watch:
         others sit in NCCL and cannot say so.
         """
         now, timeout_s = time.monotonic(), self.timeout_s
+        # An answer may have come while this process copied frames.
+        answered = set(ready_of(left, 0))
         stuck = [
             Failure(r, "stuck", f"gave no sign of life for {timeout_s:g} s", r.rank)
-            for r in left.values()
-            if now - self.asked_at.get(r.rank, now) > timeout_s
+            for pipe, r in left.items()
+            if now - self.asked_at.get(r.rank, now) > timeout_s and pipe not in answered
         ]
         if now >= self.next_ping:
             self.next_ping = now + _PING_S
