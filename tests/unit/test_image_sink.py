@@ -419,3 +419,31 @@ def test_pixels_for_which_there_is_no_room_are_an_error_in_words(dtype):
     """A petabyte, which is more than any computer can address."""
     with pytest.raises(DecodeMemoryError, match=r"take [\d.]+ GiB, and that much memory is not"):
         ImageSink.allocate((1, 16, 1000, 20000, 20000), wan21(), torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_locked_memory_is_that_of_the_piece_before_unless_it_is_too_small(is_refused, monkeypatch):
+    """And other memory where the system allows no more of it; any other error is one."""
+    empty, asked = torch.empty, []
+
+    def allocate(size, dtype, pin_memory=False):
+        if pin_memory:
+            asked.append(size)
+            if is_refused:
+                raise RuntimeError("CUDA error: out of memory")
+        return empty(size, dtype=dtype)
+
+    memory = image_module.LockedMemory()
+    monkeypatch.setattr(image_module.torch, "empty", allocate)
+    large = memory.like(torch.zeros(1, 3, 4, dtype=torch.float64))
+    small = memory.like(torch.zeros(2, 5, dtype=torch.bfloat16))
+    assert (large.shape, large.dtype) == ((1, 3, 4), torch.float64) and large.is_contiguous()
+    assert (small.shape, small.dtype) == ((2, 5), torch.bfloat16) and small.is_contiguous()
+    assert small.data_ptr() == large.data_ptr() and asked == [96]
+
+    def fails(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(image_module.torch, "empty", fails)
+    with pytest.raises(RuntimeError, match="illegal"):
+        memory.like(torch.zeros(100))

@@ -476,21 +476,31 @@ class _Staging:
         # A thread begins with device 0, where leaving a stream of another would make a context.
         torch.cuda.set_device(device)
         self._stream = torch.cuda.Stream(device)
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = LockedMemory()
 
     def __call__(self, source: torch.Tensor) -> torch.Tensor:
-        size = source.numel() * source.element_size()
-        if self._memory.numel() < size:
-            self._memory = locked_memory(size)
-        staged = self._memory[:size].view(source.dtype).view(source.shape)
+        staged = self._memory.like(source)
         with torch.cuda.stream(self._stream):
             staged.copy_(source)  # returns when it has arrived
         return staged
 
 
-def locked_memory(size: int) -> torch.Tensor:
-    """`size` bytes of host memory, page-locked where the system allows so much of it: from other
-    memory copies are right, and slower."""
+class LockedMemory:
+    """Host memory for one piece at a time, page-locked where the system allows so much of it: from
+    other memory copies are right, and slower."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def like(self, x: torch.Tensor) -> torch.Tensor:
+        """A dense tensor of the shape and dtype of `x`, in the memory of the one before."""
+        size = x.numel() * x.element_size()
+        if self._bytes.numel() < size:
+            self._bytes = _locked(size)
+        return self._bytes[:size].view(x.dtype).view(x.shape)
+
+
+def _locked(size: int) -> torch.Tensor:
     try:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     except RuntimeError as error:

@@ -18,7 +18,7 @@ import torch
 
 from .. import layout
 from ..geometry import Window
-from .image import bits, copy_threads, locked_memory, pieces_of
+from .image import LockedMemory, bits, copy_threads, pieces_of
 
 # Device memory for so many passes of pixels: one is filled while the other is read.
 STAGING_BUFFERS = 2
@@ -102,7 +102,7 @@ class PieceThreads:
 class _Locked:
     """Page-locked memory for a piece, and when the device has read it."""
 
-    memory: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    memory: LockedMemory = field(default_factory=LockedMemory)
     is_read: torch.cuda.Event | None = None
 
 
@@ -123,10 +123,7 @@ class _ToDevice:
         self._own.buffers.append(locked)
         if locked.is_read is not None:
             locked.is_read.synchronize()
-        size = target.numel() * target.element_size()
-        if locked.memory.numel() < size:
-            locked.memory = locked_memory(size)
-        staged = locked.memory[:size].view(target.dtype).view(target.shape)
+        staged = locked.memory.like(target)
         np.copyto(bits(staged), bits(source))
         locked.is_read = torch.cuda.Event(blocking=True)
         with torch.cuda.stream(self._stream):

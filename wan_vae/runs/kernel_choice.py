@@ -47,7 +47,7 @@ def select_ops(
     """The operations of a run; the weights of `request.model` decide device and dtype.
 
     "eager": the reference. "triton": kernels in Triton for each layer where one is proven on this
-    device, the reference elsewhere, with the reasons in `OpSet.refusals`. "cuda": as "triton", with
+    device, the reference elsewhere, with the reasons in `OpSet.refusals`. "cuda": the same with
     kernels in CUDA C++. "kitchen": those of the package comfy-kitchen. "auto": "cuda" on NVIDIA
     cards, and Triton where NVRTC cannot be found; Triton and comfy-kitchen on AMD cards, else the
     reference. Families that cannot be used here are left out, with their reasons, as long as one of
