@@ -8,7 +8,7 @@
 A proof (wan_vae/kernels/proof/) runs a kernel twice on poisoned memory and holds it against float32.
 Layers are those of Wan 2.1, Wan 2.2 and a narrow model, decoder and encoder, videos and images, whole
 pictures and shards. --once: each kernel and configuration with one layer, for tools that take their
-time; --share 1/2 and 2/2 are its halves. Exits with 1 if a proof fails; what cannot be built is named
+time; --only WORD picks proofs by name, --share 1/2 and 2/2 are halves. Exits with 1 if a proof fails; what cannot be built is named
 and passed over.
 """  # noqa: E501
 
@@ -99,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--family", action="append", choices=registry.FAMILIES)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--once", action="store_true", help="one layer of each configuration")
+    parser.add_argument("--only", action="append", help="proofs with this word, repeatable")
     parser.add_argument("--share", default="1/1", help="1/2 and 2/2: the halves, for two processes")
     parser.add_argument(
         "--size", default="5,21,35", help="frames, rows and columns (5: a quad and one of the past)"
@@ -111,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = frames, rows, columns
     todo = trials(args.family or registry.FAMILIES, card, dtype)
     todo = once(todo) if args.once else todo
+    if args.only is not None:
+        todo = {key: trial for key, trial in todo.items() if any(word in key for word in args.only)}
     share, shares = (int(part) for part in args.share.split("/"))
     todo = dict(list(todo.items())[share - 1 :: shares])
     unbuilt = {key: reason for key, reason in built(todo, card).items() if reason}
