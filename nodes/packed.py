@@ -32,6 +32,7 @@ from ..wan_vae.device import DTYPES
 from ..wan_vae.io.fingerprint import fingerprint
 from ..wan_vae.options import PRECISIONS
 from ..wan_vae.runs.engine import count_weight_formats
+from ..wan_vae.walk import parameters
 from .device_memory import ComfyMemory, loaded
 from .inputs import expected_one_of
 from .weights import state_of
@@ -80,7 +81,7 @@ class Packed:
     @property
     def _is_on_device(self) -> bool:
         device = torch.empty(0, device=self.device).device  # "cuda" is the current one
-        return all(weight.device == device for weight in self.wan.model.parameters())
+        return all(weight.device == device for weight in parameters(self.wan.model))
 
     @property
     def memory(self) -> ComfyMemory:

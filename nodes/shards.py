@@ -15,6 +15,7 @@ from ..wan_vae import ShardingError, geometry
 from ..wan_vae.options import AxisRequest, Collect, MemoryFormat, Operation
 from ..wan_vae.runs.engine import PROOF_BYTES
 from ..wan_vae.said import said
+from ..wan_vae.walk import parameters
 from ..wan_vae.workers.devices import parse_devices, worth_sharing
 from ..wan_vae.workers.pool import ONE_DEVICE, WorkerPool
 from ..wan_vae.workers.sharded import fallback_note
@@ -213,7 +214,7 @@ def _ready(
     device: torch.device = run.vae.device
     with run.timed("room"):
         pool = POOLS.get(sharding.devices, sharding.timeout_s, device)
-        weights = sum(p.nbytes for p in run.wan.model.parameters())
+        weights = sum(p.nbytes for p in parameters(run.wan.model))
         if not pool.pids:
             run.enter("starting_workers", count=len(pool.devices))
         run.begin_planning()

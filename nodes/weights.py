@@ -6,15 +6,17 @@ while the VAE is loaded, so that the state dict has other names and numbers then
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections import Counter
 from collections.abc import Container, Iterable
+from inspect import isfunction
 from typing import Any
 
 import comfy.model_management as model_management
+import comfy.sd
 import torch
 
-from ..wan_vae import CheckpointError, NotAWanVAEError
+from ..wan_vae import CheckpointError, NotAWanVAEError, walk
 from ..wan_vae.device import dtype_name
 from ..wan_vae.said import said
 
@@ -55,7 +57,7 @@ def state_of(vae: Any) -> dict[str, torch.Tensor]:
                 names=_names(patched),
             )
         )
-    state: dict[str, torch.Tensor] = dict(vae.get_sd())
+    state = _own_state(vae)
     # Several patchers may share one network. The one that is loaded has patched it, and the VAE's
     # own may have left its patches there when another one was loaded.
     loaded = [entry.model for entry in model_management.current_loaded_models]
@@ -64,6 +66,15 @@ def state_of(vae: Any) -> dict[str, torch.Tensor]:
             for name, original in patcher.object_patches_backup.items():
                 _put_back(state, name, original)
     return state
+
+
+def _own_state(vae: Any) -> dict[str, torch.Tensor]:
+    """`vae.get_sd()`, in a tenth of its time where that is the state dict of plain modules."""
+    model = vae.first_stage_model
+    is_own = "get_sd" not in vars(vae) and getattr(type(vae), "get_sd", None) is comfy.sd.VAE.get_sd
+    if is_own and all(walk.is_plain(module) for _, module in walk.named_modules(model)):
+        return walk.state(model)
+    return dict(vae.get_sd())
 
 
 def _put_back(state: dict[str, torch.Tensor], name: str, original: object) -> None:
@@ -119,16 +130,20 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 def _changed_modules(model: torch.nn.Module | None) -> list[str]:
     """Modules of `model` with a method of their own in place of their class's, or with hooks."""
     changed = []
-    for name, module in () if model is None else model.named_modules():
+    for name, module in () if model is None else walk.named_modules(model):
         own = vars(module)
-        methods = [key for key in own if callable(own[key]) and _is_method(type(module), key)]
-        hooks = [key.strip("_") for key in _HOOKS if own.get(key)]
-        changed += [f"{name}.{key}".strip(".") for key in (*methods, *hooks)]
+        methods = [key for key in _methods_of(type(module)) & own.keys() if callable(own[key])]
+        hooks = [key.strip("_") for key in _HOOKS if own[key]]
+        changed += [f"{name}.{key}".strip(".") for key in (*sorted(methods), *hooks)]
     return changed
 
 
-def _is_method(cls: type, name: str) -> bool:
-    return inspect.isfunction(inspect.getattr_static(cls, name, None))
+@functools.lru_cache(maxsize=256)
+def _methods_of(cls: type) -> frozenset[str]:
+    """The names of all functions that `cls` has or inherits."""
+    return frozenset(
+        name for base in cls.__mro__ for name, value in vars(base).items() if isfunction(value)
+    )
 
 
 def replaced_methods(vae: Any) -> list[str]:

@@ -20,6 +20,7 @@ import torch
 from .errors import LayoutError
 from .libraries import Libraries
 from .said import said
+from .walk import named_parameters
 
 Format = Literal["contiguous", "channels_last_3d", "either", "other"]
 Requested = Literal["auto", "contiguous", "channels_last_3d"]
@@ -324,7 +325,7 @@ def pack_weights(module: torch.nn.Module, fmt: str) -> None:
 
     Gammas stay as they are. They are 4-D too, and `Module.to(memory_format=...)` fails on them.
     """
-    for name, p in module.named_parameters():
+    for name, p in named_parameters(module):
         if name.endswith("weight") and p.ndim in _CHANNELS_LAST:
             p.data = to_format(p.data, fmt)
 

@@ -153,7 +153,7 @@ def exchange_at_once(rank, ranks, group, *, forgetful=None):
         context = ShardContext(rank, ranks, "height", group, PATIENCE_S, agreed=agreed)
         wire = _CountingWire(context)
         wire.connect()
-        wire.recall(("a kind of run",))
+        wire.begin({"a kind of run": 1})
         for site, dtype, size in (("a", torch.float32, 5), ("b", torch.bfloat16, 7)):
             # An odd number of bytes for each message, and other numbers for each pair of ranks.
             peers = [p for p in (rank - 1, rank + 1) if 0 <= p < ranks]

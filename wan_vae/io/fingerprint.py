@@ -37,11 +37,13 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> bytes | None:
     described: list[str] = []
     on_host: dict[str, np.ndarray] = {}
     on_device: dict[torch.device, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in sorted(state.items()):
+    names = sorted(state)
+    for name in names:
+        tensor = state[name]
         # What has no bits to look at, and what is no tensor, is refused where it is copied.
         if not _has_bits(tensor):
             return None
-        described.append(f"{name} {tuple(tensor.shape)} {tensor.dtype};")
+        described.append(f"{name} {_described(tensor.shape, tensor.dtype)};")
         bits = tensor.detach().view(_BITS[tensor.element_size()])
         is_large = bits.numel() > WHOLE
         # Both count in logical order in every memory format and copy only the samples. Torch's
@@ -57,9 +59,13 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> bytes | None:
         flat = torch.cat(list(pieces.values())).cpu().numpy()
         on_host.update(zip(pieces, np.split(flat, ends[:-1]), strict=True))
     digest = hashlib.blake2b("".join(described).encode(), digest_size=16)
-    for name in sorted(state):
-        digest.update(np.ascontiguousarray(on_host[name]).data)
+    digest.update(b"".join([on_host[name].tobytes() for name in names]))
     return digest.digest()
+
+
+@functools.lru_cache(maxsize=256)
+def _described(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{tuple(shape)} {dtype}"
 
 
 def _has_bits(tensor: object) -> bool:

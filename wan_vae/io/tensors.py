@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from ..errors import CheckpointError, first_line
 from .kinds import PYTORCH, Wanted, is_safetensors, kind_of
 
+_USUAL = (torch.Tensor, torch.nn.Parameter)
+
 
 def missing_data(x: torch.Tensor) -> str | None:
     """Why the numbers of `x` do not lie in its memory: "nested", "sparse", "quantized", "fake",
@@ -27,7 +29,7 @@ def missing_data(x: torch.Tensor) -> str | None:
         return f"sparse ({x.layout})"
     if x.is_quantized:  # PyTorch takes its bits for numbers, and crashes over them
         return "quantized"
-    if any(t.__name__ == "FakeTensor" for t in type(x).__mro__):
+    if type(x) not in _USUAL and any(t.__name__ == "FakeTensor" for t in type(x).__mro__):
         return "fake"
     if x.is_meta:
         return "meta"
@@ -36,6 +38,8 @@ def missing_data(x: torch.Tensor) -> str | None:
 
 def _needed_bytes(x: torch.Tensor) -> int:
     """Bytes of storage up to the last number of `x`."""
+    if x.is_contiguous():
+        return (x.storage_offset() + x.numel()) * x.element_size() if x.numel() else 0
     if x.numel() == 0:
         return 0
     last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))

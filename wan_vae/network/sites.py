@@ -20,6 +20,7 @@ from ..ops.problem import (
     UpsampleProblem,
 )
 from ..options import Part
+from ..walk import named_modules
 from .blocks import (
     Attention,
     CausalConv3d,
@@ -82,7 +83,7 @@ class _Sites:
     """Makes the sites of one model; knows how many frames a latent frame is at this layer."""
 
     def __init__(self, model: WanVAEModel, only_frame: bool, frames: int = 1):
-        self.names = {id(module): name for name, module in model.named_modules()}
+        self.names = {id(module): name for name, module in named_modules(model)}
         self.dtype = model.conv2.weight.dtype
         self.only_frame = only_frame
         self.frames = 1 if only_frame else frames

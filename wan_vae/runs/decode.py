@@ -408,9 +408,10 @@ def join_ranks(
             device=setup.device,
             dtype=setup.dtype,
             gather=gather,
+            choices=setup.ops.choices,
         )
     )
-    theirs = ranks.agree_on_kernels(setup.ops.choices, partial(engine.setup, setup.request))
+    theirs = ranks.agree_on_kernels(partial(engine.setup, setup.request))
     return setup if theirs is None else theirs, ranks
 
 

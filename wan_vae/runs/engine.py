@@ -31,17 +31,22 @@ from ..network.model import NO_ENCODER, WanVAEModel, tensor_version
 from ..ops.eager.forms import EagerForms, choose_forms
 from ..ops.opset import LayerChoice, OpSet, eager_ops
 from ..options import PARTS, Operation, Part, RunOptions
-from ..planning.choose import PlanRequest, choice_of, choose
+from ..planning.choose import Choice, PlanRequest, choice_of, choose
 from ..planning.plan import LayerChoices, Plan
 from ..report import LayerRecord
 from ..sharding.plan import ShardPlan
-from .kernel_choice import OpsRequest, may_prove, select_ops
+from ..walk import named_parameters, parameters
+from .kernel_choice import OpsRequest, may_prove, select_ops, weights_state
 
 # Device memory for proving and timing kernels, which comes before anybody knows what the run will
 # take. Proofs took 1.27 GiB for Wan 2.2 and 0.20 GiB for Wan 2.1 on an NVIDIA H200, with a first
 # small decode. Timed layers have 4 x 512 x 512 x 96 numbers on such a card, of which operand, eager
 # intermediates and results are about ten: counted, not measured.
 PROOF_BYTES = 5 << 29
+
+
+# A workflow has a few sizes.
+_CHOICES_KEPT = 16
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,12 @@ class Engine:
         # Of the last run with kernels: they are chosen anew where a weight has changed, and go with
         # the model.
         self._choices: tuple[weakref.ref[OpSet], LayerChoices] | None = None
+        # What runs without regard to free memory take, for the last run's kernels: a node asks in
+        # each run, and counting takes milliseconds.
+        self._choices_in_full: tuple[weakref.ref[OpSet], dict[tuple[object, ...], Choice]] | None
+        self._choices_in_full = None
+        # The weights of each part when they were packed last, and as what.
+        self._packed_as: dict[Part, tuple[object, ...]] = {}
         # What times kernels on a device; tests put a clock of their own here.
         self.timer_of = device_timer
 
@@ -167,7 +178,7 @@ class Engine:
         """
         request, options = setup.request, setup.request.options
         free = self.free_bytes(setup, memory or OwnMemory(self.device))
-        choice = choose(self._plan_request(setup, free, whole_frames, lengths))
+        choice = self._choice(setup, free, whole_frames, lengths)
         part = PARTS[request.operation]
         # Strips that were asked for are taken even if there is only one.
         strips = choice.strips if choice.strips > 1 or options.strips else None
@@ -195,6 +206,30 @@ class Engine:
             needed_bytes=choice.needed_bytes,
             wanted_bytes=choice.wanted_bytes,
         )
+
+    def _choice(
+        self,
+        setup: Setup,
+        free: int | None,
+        whole_frames: bool,
+        lengths: tuple[int, ...] | None,
+    ) -> Choice:
+        """Chunks, passes and strips in `free` bytes; the choice with memory to spare is kept."""
+        request, ops = setup.request, setup.ops
+        options = replace(request.options, free_bytes=None)
+        if not ops.layers or options.strips is not None:
+            return choose(self._plan_request(setup, free, whole_frames, lengths))
+        if self._choices_in_full is None or self._choices_in_full[0]() is not ops:
+            self._choices_in_full = weakref.ref(ops), {}
+        kept = self._choices_in_full[1]
+        key = (replace(request, options=options), setup.layout.chosen, whole_frames, lengths)
+        if key not in kept:
+            if len(kept) >= _CHOICES_KEPT:
+                kept.clear()
+            kept[key] = choose(self._plan_request(setup, None, whole_frames, lengths))
+        if free is None or kept[key].needed_bytes <= free:
+            return kept[key]
+        return choose(self._plan_request(setup, free, whole_frames, lengths))
 
     def free_bytes(self, setup: Setup, memory: DeviceMemory) -> int | None:
         """Bytes that a plan may count on: what is free now, at most what the caller allows. None:
@@ -284,7 +319,10 @@ class Engine:
         forms = choose_forms(libraries, dtype, decision.chosen, decision.is_wrong)
         with torch.inference_mode(False), torch.no_grad():
             model = self.model if dtype == self.dtype else self._in_dtype(dtype)
-            layout.pack_weights(getattr(model, part), decision.chosen)
+            packed = decision.chosen, weights_state(model, part)
+            if self._packed_as.get(part) != packed:
+                layout.pack_weights(getattr(model, part), decision.chosen)
+                self._packed_as[part] = decision.chosen, weights_state(model, part)
         return model, decision, forms
 
     def wrong_formats(self, dtype: torch.dtype) -> dict[str, str]:
@@ -298,7 +336,8 @@ class Engine:
 
     def _in_dtype(self, dtype: torch.dtype) -> WanVAEModel:
         """A copy of the model in `dtype`; the last one, unless the weights were changed since."""
-        state = (dtype, [(p.data_ptr(), tensor_version(p)) for p in self.model.parameters()])
+        weights = parameters(self.model)
+        state = (dtype, [(p.data_ptr(), tensor_version(p)) for p in weights])
         if self._cast is None or self._cast[0] != state:
             self._cast = state, copy.deepcopy(self.model).to(dtype)
         return self._cast[1]
@@ -407,7 +446,7 @@ def layer_records(
         )
         for part in parts
         if (module := getattr(model, part)) is not None
-        for name, p in module.named_parameters()
+        for name, p in named_parameters(module)
         if name.endswith("weight") and p.ndim in (4, 5)
         for choice in (ops.choice_of(p),)
     )
@@ -416,7 +455,7 @@ def layer_records(
 def weights_bytes(model: WanVAEModel, parts: tuple[Part, ...]) -> int:
     """Bytes of the weights of `parts`."""
     modules = [getattr(model, part) for part in parts]
-    return sum(p.numel() * p.element_size() for m in modules if m for p in m.parameters())
+    return sum(p.nbytes for p in parameters(*(m for m in modules if m is not None)))
 
 
 def count_weight_formats(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, int]]:

@@ -19,6 +19,7 @@ from ..network.sites import layer_sites
 from ..ops.eager.forms import EagerForms
 from ..ops.opset import LayerChoice, OpSet, Refusal, eager_ops
 from ..options import Axis, Backend, Part
+from ..walk import parameters
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def select_ops(
             "is plain PyTorch"
         )
     key = _key(request)
-    state = (device, _state_of(model, request.part), request.forms)
+    state = (device, weights_state(model, request.part), request.forms)
     kept = model.prepared.get(key)
     if kept is None or kept[0] != state or prescribed is not None:
         ops = select_kernels(
@@ -106,7 +107,7 @@ def may_prove(request: OpsRequest, device: torch.device) -> bool:
         return False
     kept = model.prepared.get(_key(request))
     # The forms of eager layers change no proof.
-    state = (card, _state_of(model, request.part))
+    state = (card, weights_state(model, request.part))
     return not (kept is not None and isinstance(kept[0], tuple) and kept[0][:2] == state)
 
 
@@ -115,12 +116,12 @@ def _key(request: OpsRequest) -> tuple[object, ...]:
     return (request.backend, request.only_frame, request.axis, request.part)
 
 
-def _state_of(model: WanVAEModel, part: Part) -> list[tuple[int, int]]:
+def weights_state(model: WanVAEModel, part: Part) -> list[tuple[int, int]]:
     """Which tensors the weights of `part` are, and how often each was changed in place.
 
     Of this part alone: packing the other's weights must not cost this one its kernels.
     """
-    weights = [p for module in own_modules(model, part) for p in module.parameters()]
+    weights = parameters(*own_modules(model, part))
     return [(p.data_ptr(), tensor_version(p)) for p in weights]
 
 

@@ -31,7 +31,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ShardRequest:
-    """What a rank says of its run before the ranks agree: see `ShardRanks.join`."""
+    """What a rank says of its run before the ranks agree: see `ShardRanks.join`.
+
+    choices: of its kernels, by the name of the layer.
+    """
 
     context: ShardContext
     shards: ShardPlan
@@ -40,13 +43,15 @@ class ShardRequest:
     device: torch.device
     dtype: torch.dtype
     gather: Gather
+    choices: Mapping[str, LayerChoice]
 
 
 class ShardRanks:
     """This rank's part of a picture that several ranks share."""
 
-    def __init__(self, request: ShardRequest, shard: Shard):
-        self._request, self._shard = request, shard
+    def __init__(self, request: ShardRequest, shard: Shard, kernels: Sequence[int]):
+        """kernels: a digest of each rank's choices."""
+        self._request, self._shard, self._kernels = request, shard, kernels
         self._context, self._shards = request.context, request.shards
 
     @classmethod
@@ -67,31 +72,27 @@ class ShardRanks:
             "gather": GATHERS.index(request.gather),
             "precision": DTYPES.index(request.dtype),
         }
-        wire.agree(**facts)
-        wire.recall(tuple(facts.values()))
-        return cls(request, Shard(context, request.shards, wire))
+        texts = sorted(f"{name}: {choice.text}" for name, choice in request.choices.items())
+        # In one message, as each takes a millisecond or so of a warm run's time.
+        rows = wire.begin(facts, [crc32("\n".join(texts).encode())])
+        shard = Shard(context, request.shards, wire)
+        return cls(request, shard, [digest for (digest,) in rows])
 
-    def agree_on_kernels(
-        self,
-        mine: Mapping[str, LayerChoice],
-        adopt: Callable[[Mapping[str, LayerChoice]], T],
-    ) -> T | None:
+    def agree_on_kernels(self, adopt: Callable[[Mapping[str, LayerChoice]], T]) -> T | None:
         """Let all ranks run the kernels of rank 0, because other kernels give other bits.
 
-        mine: this rank's choices by the name of the layer. adopt: takes those of rank 0 instead.
-        Returns its result, or None where `mine` are the same already. A collective. Raises
+        adopt: takes the choices of rank 0 in place of this rank's. Returns its result, or None
+        where they are the same already. A collective where any rank has others. Raises
         ShardingError on every rank if one of them cannot run what rank 0 runs.
         """
-        wire, rank = self._shard.wire, self._context.rank
-        texts = sorted(f"{name}: {choice.text}" for name, choice in mine.items())
-        digest = crc32("\n".join(texts).encode())
-        digests = [row[0] for row in wire.all_gather_numbers([digest])]
+        wire, rank, digests = self._shard.wire, self._context.rank, self._kernels
         if len(set(digests)) == 1:
             return None
-        plain = {name: asdict(choice) for name, choice in mine.items()} if rank == 0 else None
+        mine = self._request.choices if rank == 0 else {}
+        plain = {name: asdict(choice) for name, choice in mine.items()}
         theirs = json.loads(wire.all_gather_texts(json.dumps(plain))[0])
         adopted, failure = None, ""
-        if digest != digests[0]:
+        if digests[rank] != digests[0]:
             try:
                 adopted = adopt({name: LayerChoice(**facts) for name, facts in theirs.items()})
             except BackendError as error:
@@ -130,14 +131,14 @@ class ShardRanks:
         wire, context = self._shard.wire, self._context
         asked = plan.options.chunk_frames
         explicit = () if asked is None else plan.lengths
-        wire.agree(
-            schedule=crc32(repr(explicit).encode()),
-            contents=0 if context.same_input else _checksum(self._request.tensor),
-        )
+        facts = {
+            "schedule": crc32(repr(explicit).encode()),
+            "contents": 0 if context.same_input else _checksum(self._request.tensor),
+        }
+        rows = wire.agree(facts, [plan.chunk_frames])
         if explicit:
             return plan.lengths
-        fewest = min(row[0] for row in wire.all_gather_numbers([plan.chunk_frames]))
-        return chunk_lengths(plan.latent_shape[2], fewest)
+        return chunk_lengths(plan.latent_shape[2], min(frames for (frames,) in rows))
 
     def agree_to_stop(self, chunk: Chunk, stop: bool) -> bool:
         rows = self._shard.wire.all_gather_numbers([stop, chunk.start])

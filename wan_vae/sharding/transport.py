@@ -10,7 +10,7 @@ not show the fault.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate
@@ -89,7 +89,7 @@ class Wire:
     header precedes each message and is compared before the data is sent. With NCCL that happens
     once for each (place, shape, dtype), of a decode or of all decodes with the same
     `ShardContext.agreed`. Later messages follow from the same plan, so every rank skips the same
-    headers; `recall` makes sure of it. If the group has Gloo too (`HOST_AND_DEVICE`), headers and
+    headers; `begin` makes sure of it. If the group has Gloo too (`HOST_AND_DEVICE`), headers and
     numbers for the host travel by Gloo, because on the device they would stop it.
 
     With NCCL the messages of an exchange are one call (`_at_once`), which needs no answer of the
@@ -315,28 +315,33 @@ class Wire:
         """Make the transport connect all ranks. A collective; waits."""
         self._gather(torch.zeros(1, device=self._transport), self._transport)
 
-    def recall(self, kind: Hashable) -> None:
-        """Take the headers of earlier runs of this `kind` as compared. A collective; waits.
+    def begin(self, facts: Mapping[str, int], own: Sequence[int] = ()) -> list[list[int]]:
+        """`agree`, and take the headers of earlier runs with the same `facts` as compared.
 
-        kind: all that decides which messages there are, except for frames; equal on all ranks.
-        Nothing is taken where the ranks remember different exchanges, or one has no memory.
+        facts: all that decides which messages there are, except for frames. No header is taken
+        where the ranks remember different exchanges, or one has no memory.
         """
         if self.context.agreed is not None:
-            self._headers = self.context.agreed.headers(kind)
-        known = self.all_gather_numbers([self._headers.digest])
-        if any(row != known[0] for row in known):
+            self._headers = self.context.agreed.headers(tuple(facts.values()))
+        rows = self.agree(facts, [self._headers.digest, *own])
+        if len({row[0] for row in rows}) > 1:
             self._headers.clear()
+        return [row[1:] for row in rows]
 
-    def agree(self, **facts: int) -> None:
-        """Raise ShardingError on every rank unless all have the same `facts`. A collective."""
-        rows = self.all_gather_numbers(list(facts.values()))
-        for name, values in zip(facts, zip(*rows, strict=True), strict=True):
+    def agree(self, facts: Mapping[str, int], own: Sequence[int] = ()) -> list[list[int]]:
+        """The numbers `own` of each rank, which may differ. A collective; waits.
+
+        Raises ShardingError on every rank unless all have the same `facts`.
+        """
+        rows = self.all_gather_numbers([*facts.values(), *own])
+        for name, values in zip(facts, zip(*rows, strict=True), strict=False):
             if len(set(values)) > 1:
                 said = ", ".join(f"rank {r} has {v}" for r, v in enumerate(values))
                 raise ShardingError(
                     f"ranks disagree about {name}: {said}; give every rank the same latent, "
                     "weights and options"
                 )
+        return [row[len(facts) :] for row in rows]
 
     # -- time ---------------------------------------------------------------------------------
 

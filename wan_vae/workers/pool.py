@@ -51,6 +51,7 @@ from ..report import DecodeReport
 from ..runs.engine import checked_options
 from ..said import said
 from ..sharding.plan import plan_shards
+from ..walk import parameters
 from .devices import Transport, parse_devices, pick_transport
 from .launch import WorkerProcess, receive, settle, spawn, try_send
 from .pipe import ready_of
@@ -645,7 +646,7 @@ class WorkerPool:
 
 def _state_of(vae: WanVAE) -> list[Any]:
     """Which tensors the weights are, and how often each was changed in place."""
-    return [(id(p), p.dtype, tensor_version(p)) for p in vae.model.parameters()]
+    return [(id(p), p.dtype, tensor_version(p)) for p in parameters(vae.model)]
 
 
 def _end_idle(pool: weakref.ref[WorkerPool], uses: int) -> None:
