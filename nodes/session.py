@@ -382,8 +382,9 @@ class Session:
         """Milliseconds of the host by phase, the node's and the library's; and what of the node's
         time is in none of them."""
         phases = {**self._laps, **of_library}
-        # Those of rank 0 are within the run.
-        known = sum(ms for phase, ms in phases.items() if not phase.startswith("rank: "))
+        # Those of rank 0 are within the run, and those of new workers within the node's plan.
+        within = ("rank: ", "workers: ")
+        known = sum(ms for phase, ms in phases.items() if not phase.startswith(within))
         rest = (time.perf_counter() - self._started_s) * 1e3 - known
         return {**phases, "node: rest": max(0.0, rest)}
 

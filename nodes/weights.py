@@ -6,7 +6,6 @@ while the VAE is loaded, so that the state dict has other names and numbers then
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Container, Iterable
 from inspect import isfunction
@@ -138,12 +137,17 @@ def _changed_modules(model: torch.nn.Module | None) -> list[str]:
     return changed
 
 
-@functools.lru_cache(maxsize=256)
+_methods: dict[type, frozenset[str]] = {}
+
+
 def _methods_of(cls: type) -> frozenset[str]:
     """The names of all functions that `cls` has or inherits."""
-    return frozenset(
-        name for base in cls.__mro__ for name, value in vars(base).items() if isfunction(value)
-    )
+    if cls not in _methods:
+        functions = (vars(base).items() for base in cls.__mro__)
+        _methods[cls] = frozenset(
+            name for items in functions for name, value in items if isfunction(value)
+        )
+    return _methods[cls]
 
 
 def replaced_methods(vae: Any) -> list[str]:

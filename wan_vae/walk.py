@@ -6,8 +6,6 @@ through all levels, which takes a millisecond for the 300 modules of a Wan VAE.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import nn
 
@@ -65,6 +63,11 @@ def is_plain(module: nn.Module) -> bool:
 _METHODS = ("state_dict", "_save_to_state_dict", "get_extra_state")
 
 
-@functools.lru_cache(maxsize=256)
+_plain_classes: dict[type[nn.Module], bool] = {}
+
+
 def _is_plain_class(kind: type[nn.Module]) -> bool:
-    return all(getattr(kind, name) is getattr(nn.Module, name) for name in _METHODS)
+    if kind not in _plain_classes:
+        plain = all(getattr(kind, name) is getattr(nn.Module, name) for name in _METHODS)
+        _plain_classes[kind] = plain
+    return _plain_classes[kind]

@@ -241,7 +241,8 @@ class NodeRow:
     flags: of ComfyUI. difference: the largest one to ComfyUI's own VAE (of several devices: to one
     device), in units of the spread of its numbers where that is above 1; None if it was not
     compared. error: of a run that failed; then there are no other numbers. host_ms: medians of the
-    warm runs by phase, of the report's `host_ms`. restart_ms: of a run after the workers ended.
+    warm runs by phase, of the report's `host_ms`. restart_ms, restart_host_ms: of a run after the
+    workers ended.
     """
 
     node: str
@@ -262,6 +263,7 @@ class NodeRow:
     after: str = ""
     host_ms: Mapping[str, float] = field(default_factory=dict)
     restart_ms: float | None = None
+    restart_host_ms: Mapping[str, float] = field(default_factory=dict)
 
     def faults(self) -> list[str]:
         """What is wrong with a node of ours: a run that is not done, memory not as planned."""
@@ -327,7 +329,7 @@ def measure(server: Comfy, case: NodeCase, seed: int) -> NodeRow:
     for number in range(1 + case.warm):
         ms, run = timed_run(server, case, seed + number)
         times.append(ms)
-        phases.append((_report(run, case) or {}).get("host_ms", {}))
+        phases.append(host_phases(run, case))
         digests += run.outputs[_PROBE].get("digest", [])
     host_ms = {
         name: statistics.median(found.get(name, 0.0) for found in phases[1:] or phases)
@@ -344,6 +346,12 @@ def timed_run(server: Comfy, case: NodeCase, seed: int) -> tuple[float, Run]:
     if run.error is not None:
         raise RuntimeError(f"{case.title}: {run.error['exception_message']}")
     return clock.ms, run
+
+
+def host_phases(run: Run, case: NodeCase) -> dict[str, float]:
+    """Milliseconds of the host by phase, by the report of the measured node."""
+    phases: dict[str, float] = (_report(run, case) or {}).get("host_ms", {})
+    return phases
 
 
 def failed(case: NodeCase, error: RuntimeError) -> NodeRow:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.suite.node_runs import (
@@ -12,6 +12,7 @@ from benchmarks.suite.node_runs import (
     NodeCase,
     NodeRow,
     difference,
+    host_phases,
     measure,
     timed_run,
 )
@@ -61,7 +62,7 @@ class PairRows:
 
 
 def pairs(on_cpu: bool, devices: str, wan22: bool, warm: int) -> tuple[Pair, ...]:
-    """Decodes of the published sizes, an encode inside image to video, and a large image.
+    """Decodes of the published sizes, an encode alone and inside image to video, a large image.
 
     The image is decoded on `devices` because they are named, and once more with `all`, which may
     choose one device.
@@ -86,15 +87,19 @@ def pairs(on_cpu: bool, devices: str, wan22: bool, warm: int) -> tuple[Pair, ...
             name = f"Wan 2.2 {name}"
         return Pair(name if which == devices else f"{name}, {which}", one, several)
 
+    alone = NodeCase("VAE Encode", "VAEEncode", *large, warm=warm, patch=ACCELERATE)
     encode = NodeCase("image to video", "WanImageToVideo", *large, warm=warm, patch=ACCELERATE)
     frames, height, width = large
     return (
         decode(large),
         decode(small),
-        Pair(
-            f"encode {width} x {height} video, {frames} frames, in image to video",
-            encode,
-            replace(encode, patch_inputs={"devices": devices}),
+        *(
+            Pair(
+                f"encode {width} x {height} video, {frames} frames, in {case.title}",
+                case,
+                replace(case, patch_inputs={"devices": devices}),
+            )
+            for case in (alone, encode)
         ),
         decode(image),
         decode(image, "all"),
@@ -110,15 +115,18 @@ def measure_pair(server: Comfy, pair: Pair, seed: int, restart: bool) -> PairRow
     one = measure(server, pair.one, seed)
     several = measure(server, pair.several, seed)
     apart = difference(server, pair.several, pair.several.comparison_with(pair.one, seed + 90))
-    restart_ms = None
+    restart_ms: float | None = None
+    phases: dict[str, float] = {}
     if restart:
         server.post("/free", {"unload_models": True, "free_memory": True})
-        restart_ms, _ = timed_run(server, pair.several, seed + 91)
-    return PairRows(pair.name, one, replace(several, difference=apart, restart_ms=restart_ms))
+        restart_ms, again = timed_run(server, pair.several, seed + 91)
+        phases = host_phases(again, pair.several)
+    several = replace(several, difference=apart, restart_ms=restart_ms, restart_host_ms=phases)
+    return PairRows(pair.name, one, several)
 
 
 def pairs_markdown(rows: Sequence[PairRows]) -> list[str]:
-    """Two tables: times and speed-ups; where the host's time goes."""
+    """Tables: times and speed-ups; where the host's time goes; the start of new workers."""
     lines = [
         "| what | one device, ms | several, ms | speed-up | first run of several, ms "
         "| with kernels in the cache, ms | difference | ranks |",
@@ -153,7 +161,19 @@ def pairs_markdown(rows: Sequence[PairRows]) -> list[str]:
         lines.append(f"| {phase} | " + " | ".join(cells) + " |")
     devices = [f"{_device_ms(row.one)} / {_device_ms(row.several)}" for row in rows]
     lines.append("| the device, all chunks (last run) | " + " | ".join(devices) + " |")
+    for row in rows:
+        if row.several.restart_host_ms:
+            lines += ["", f"After the workers ended, {row.name}, milliseconds of the host:", ""]
+            lines += _phase_table(row.several.restart_host_ms)
     return lines
+
+
+def _phase_table(phases: Mapping[str, float]) -> list[str]:
+    return [
+        f"| {' | '.join(phases)} |",
+        "|" + "---:|" * len(phases),
+        f"| {' | '.join(f'{ms:.1f}' for ms in phases.values())} |",
+    ]
 
 
 def _warm(row: NodeRow) -> str:

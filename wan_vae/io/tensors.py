@@ -39,7 +39,7 @@ def missing_data(x: torch.Tensor) -> str | None:
 def _needed_bytes(x: torch.Tensor) -> int:
     """Bytes of storage up to the last number of `x`."""
     if x.is_contiguous():
-        return (x.storage_offset() + x.numel()) * x.element_size() if x.numel() else 0
+        return int(x.storage_offset() + x.numel()) * x.element_size() if x.numel() else 0
     if x.numel() == 0:
         return 0
     last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))

@@ -117,6 +117,8 @@ class WorkerPool:
         self.shared_folders = shared_folders
         self.last_reports: tuple[DecodeReport, ...] = ()
         self._ranks: list[WorkerProcess] = []
+        # When the processes of the workers were started, by `time.monotonic`.
+        self._spawned_s = 0.0
         # Whether the workers have joined one another; before, they only wait (`start_ahead`).
         self._joined = False
         self._folder: Path | None = None
@@ -125,6 +127,7 @@ class WorkerPool:
         self._planned: dict[tuple[object, ...], tuple[Plan, ...]] = {}
         # The memory of the last results, which the workers have mapped.
         self._spares = Spares()
+        # Milliseconds by phase since the last report: of this process, and of starting workers.
         self._laps: dict[str, float] = {}
         self._lock = threading.Lock()
         self._idle: threading.Timer | None = None
@@ -202,14 +205,15 @@ class WorkerPool:
             return self._planned[key]
         with self._busy():
             self._load(vae)
-            self._send_all(
-                "plan",
-                operation=operation,
-                latent_shape=shape,
-                axis=axis,
-                options=asdict(options),
-            )
-            plain = self._wait_for_all("plan", self.start_timeout_s)
+            with self._timed("workers: plan"):
+                self._send_all(
+                    "plan",
+                    operation=operation,
+                    latent_shape=shape,
+                    axis=axis,
+                    options=asdict(options),
+                )
+                plain = self._wait_for_all("plan", self.start_timeout_s)
         plans = [Plan.from_dict(p) for p in plain]
         if chunk_frames is None:
             fewest = chunk_lengths(shape[2], min(plan.chunk_frames for plan in plans))
@@ -407,7 +411,6 @@ class WorkerPool:
 
     def _run(self, job: _Job) -> torch.Tensor:
         """Run `job` in shared memory. Ranks reserve the memory of their output as they write it."""
-        self._laps = {}
         with ExitStack() as stack:
             with self._timed("workers"):
                 stack.enter_context(self._busy())
@@ -500,15 +503,17 @@ class WorkerPool:
     def _whole_report(self, output_bytes: int) -> DecodeReport:
         """The report of rank 0, with the output that all ranks share.
 
-        `host_ms`: the phases of this process, and as "rank: ..." those of rank 0 within "run".
+        `host_ms`: the phases of this process since the last report, and as "rank: ..." those of
+        rank 0 within "run". "workers: ..." are those of getting new workers ready.
         """
         report = self.last_reports[0]
+        laps, self._laps = self._laps, {}
         of_rank = {f"rank: {phase}": ms for phase, ms in report.host_ms.items()}
         warnings = report.warnings
         if len(self.devices) == 1:
             warnings = (*warnings, ONE_DEVICE)
         memory = replace(report.memory, output_bytes=output_bytes)
-        return replace(report, memory=memory, warnings=warnings, host_ms={**self._laps, **of_rank})
+        return replace(report, memory=memory, warnings=warnings, host_ms={**laps, **of_rank})
 
     def _memory(self, size: int, reserved: int) -> tuple[SharedBuffer, bool]:
         """Shared memory for a run, and whether it is fresh: see `Spares`."""
@@ -547,7 +552,12 @@ class WorkerPool:
                     threads=max(1, torch.get_num_threads() // on_cpu),
                 ),
             )
-        self._wait_for_all("start", self.start_timeout_s)
+        settled_s = time.monotonic()
+        started = self._wait_for_all("start", self.start_timeout_s)
+        imported_s = max(began_s for began_s, _ in started)
+        self._laps["workers: import"] = (imported_s - self._spawned_s) * 1e3
+        joined_s = max(joined_s for _, joined_s in started) - max(imported_s, settled_s)
+        self._laps["workers: join"] = joined_s * 1e3
 
     def _is_running(self) -> bool:
         """Whether there are workers, and none is gone."""
@@ -556,6 +566,7 @@ class WorkerPool:
     def _spawn(self) -> None:
         """Start new processes in place of all that there were."""
         self._end(0.0)
+        self._spawned_s = time.monotonic()
         for i, device in enumerate(self.devices):
             self._ranks.append(spawn(i, device))
 
@@ -565,6 +576,11 @@ class WorkerPool:
             return
         self._loaded = None
         self._planned.clear()
+        with self._timed("workers: weights"):
+            self._give_weights(vae)
+        self._loaded = (weakref.ref(vae.model), _state_of(vae))
+
+    def _give_weights(self, vae: WanVAE) -> None:
         state = vae.model.state_dict()
         table, offset = [], 0
         for name, value in state.items():
@@ -586,7 +602,6 @@ class WorkerPool:
             self._wait_for_all("load the weights", self.start_timeout_s)
         finally:
             buffer.unlink()
-        self._loaded = (weakref.ref(vae.model), _state_of(vae))
 
     def _has(self, vae: WanVAE) -> bool:
         """Whether the workers have the weights of `vae` as they are now."""

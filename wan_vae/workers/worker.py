@@ -94,6 +94,7 @@ class DecodeJob(EncodeJob):
 
 def main(handle: int) -> None:
     """Serve until told to stop. `handle` is this end of the pipe, inherited from the parent."""
+    began_s = time.monotonic()
     pipe = _Sender(PipeEnd(handle))
     try:
         kind, plain = pipe.receive()
@@ -110,7 +111,8 @@ def main(handle: int) -> None:
     except (RuntimeError, WanVAEError) as error:
         pipe.send("error", _describe(error, settings))
         return
-    pipe.send("ready", None)
+    # The clock is that of the machine, equal in all of its processes.
+    pipe.send("ready", (began_s, time.monotonic()))
     while True:
         command, arguments = commands.get()
         if command == "stop":
@@ -169,7 +171,6 @@ class Laps:
     """Phases of a command before its run: `ms` begins with the time that it was on its way."""
 
     def __init__(self, sent_s: float) -> None:
-        # The clock is that of the machine, equal in all of its processes.
         self.ms = {"wake": (time.monotonic() - sent_s) * 1e3}
         self._last_s = time.monotonic()
 
