@@ -705,10 +705,15 @@ def test_processes_that_were_started_ahead_are_those_of_the_first_run(vae, laten
         assert torch.equal(decode(pool, vae, latent), expected)
         assert pool.pids == waiting
         phases = vae.last_report.host_ms
-        assert list(phases)[:4] == ["workers", "hand over", "run", "collect"]
-        assert list(phases)[4:7] == ["rank: wake", "rank: open", "rank: set up"]
+        start = ["workers: import", "workers: join", "workers: weights"]
+        assert list(phases)[:7] == [*start, "workers", "hand over", "run", "collect"]
+        assert list(phases)[7:10] == ["rank: wake", "rank: open", "rank: set up"]
+        within = sum(phases[name] for name in start[1:])
+        assert 0.0 < phases["workers: import"] and within <= phases["workers"]
         of_rank = sum(ms for name, ms in phases.items() if name.startswith("rank: "))
         assert 0.5 * phases["run"] < of_rank < 1.1 * phases["run"], phases
+        decode(pool, vae, latent)
+        assert not any(name.startswith("workers: ") for name in vae.last_report.host_ms)
 
 
 def test_processes_that_wait_end_with_their_pool_and_are_replaced_when_gone(vae, latent, expected):
