@@ -69,7 +69,7 @@ class Function:
         self, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument]
     ) -> None:
         """Queue it on the current stream. The driver copies the arguments before it returns."""
-        pointers = (c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        pointers = (c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         stream = c_void_p(torch.cuda.current_stream().cuda_stream)
         code = _driver().cuLaunchKernel(
             self._function, *grid, threads, 1, 1, self._shared, stream, pointers, None

@@ -43,17 +43,23 @@ class Variant:
 
     @property
     def lanes(self) -> int:
-        """Threads of one pixel: so many that each has a few vectors of 8 channels and none stands
-        idle, and that together they read 64 bytes of neighbours. Depends on the width alone."""
-        vectors = self.width // _VECTOR
-        numbers = [1 << i for i in range(6)]
-        fitting = [n for n in numbers if -(-vectors // n) <= _MOST_VECTORS] or [_WARP]
-        return min(fitting, key=lambda n: (-vectors % n, max(4 - n, 0), n))
+        """Threads of one pixel."""
+        return _lanes(self.width)
 
     @property
     def vectors(self) -> int:
         """Of 8 channels, that a thread has."""
         return -(-self.width // (_VECTOR * self.lanes))
+
+
+@functools.cache
+def _lanes(width: int) -> int:
+    """Threads of one pixel: so many that each has a few vectors of 8 channels and none stands idle,
+    and that together they read 64 bytes of neighbours."""
+    vectors = width // _VECTOR
+    numbers = [1 << i for i in range(6)]
+    fitting = [n for n in numbers if -(-vectors // n) <= _MOST_VECTORS] or [_WARP]
+    return min(fitting, key=lambda n: (-vectors % n, max(4 - n, 0), n))
 
 
 @functools.cache
@@ -180,9 +186,8 @@ def _run(transform: Transform, call: NormCall, machine_code: str) -> NormResult:
     out = _empty(x, b, width, transform.operand_frames(t, past), plane, dtype)
 
     axis = "" if halo is None else halo.axis
-    variant = Variant(entry, c, width, x.dtype, dtype, past, call.silu, axis)
-    made = program(variant, machine_code)
-    blocks = -(-plane[0] * plane[1] * variant.lanes // made.threads)
+    made, lanes = _made(entry, c, width, x.dtype, dtype, past, call.silu, axis, machine_code)
+    blocks = -(-plane[0] * plane[1] * lanes // made.threads)
     tensors = (x, *edges, call.scale, history, out, kept)
     pointers = [c_void_p(None if y is None else y.data_ptr()) for y in tensors]
     launch(
@@ -192,6 +197,23 @@ def _run(transform: Transform, call: NormCall, machine_code: str) -> NormResult:
         [*pointers, c_int(t), c_int(h), c_int(w)],
     )
     return out, kept
+
+
+@functools.lru_cache(maxsize=512)
+def _made(
+    entry: str,
+    channels: int,
+    width: int,
+    dtype: torch.dtype,
+    out: torch.dtype,
+    past: int,
+    silu: bool,
+    halo: str,
+    machine_code: str,
+) -> tuple[Program, int]:
+    """The program of a `Variant`, and its lanes: looked up at each launch."""
+    variant = Variant(entry, channels, width, dtype, out, past, silu, halo)
+    return program(variant, machine_code), variant.lanes
 
 
 def _empty(

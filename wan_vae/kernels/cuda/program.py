@@ -116,8 +116,11 @@ def _queue(
         return
     if device.type != "cuda":
         raise BuildError(f"{program.entry} was made for NVIDIA cards, not for {device.type}")
-    with torch.cuda.device(device):
+    if device.index == torch.cuda.current_device():
         _loaded(program, device.index).launch(grid, program.threads, arguments)
+    else:
+        with torch.cuda.device(device):
+            _loaded(program, device.index).launch(grid, program.threads, arguments)
 
 
 def launch_persistent(
