@@ -168,11 +168,8 @@ def test_free_memory_of_a_cuda_device_asks_the_driver_once_or_not_at_all(
     monkeypatch, backend, settings, free
 ):
     asked, card = [], torch.device("cuda", 0)
-    stats = {
-        "allocated_bytes.all.current": 30,
-        "reserved_bytes.all.current": 50,
-        "inactive_split_bytes.all.current": 8,
-    }
+    counted = {"allocated_bytes": 30, "reserved_bytes": 50, "inactive_split_bytes": 8}
+    stats = {name: {"all": {"current": number}} for name, number in counted.items()}
 
     def driver(device):
         asked.append(device)
@@ -181,7 +178,7 @@ def test_free_memory_of_a_cuda_device_asks_the_driver_once_or_not_at_all(
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", settings)
     monkeypatch.setattr(torch.cuda, "mem_get_info", driver)
-    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: stats)
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
     total = SimpleNamespace(total_memory=1000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)

@@ -9,6 +9,7 @@ import torch
 
 from ..chunking import Chunk
 from ..clock import Mark
+from ..device import allocated_bytes, peak_bytes
 from ..report import ChunkRecord
 
 
@@ -25,7 +26,7 @@ class RunClock:
         self._base_bytes = 0
         if self._is_cuda:
             torch.cuda.reset_peak_memory_stats(device)
-            self._base_bytes = torch.cuda.memory_allocated(device)
+            self._base_bytes = allocated_bytes(device)
 
     @contextmanager
     def measure(self, chunk: Chunk, frames: int) -> Iterator[None]:
@@ -56,4 +57,4 @@ class RunClock:
         """Peak of allocated device memory above the start; None where the device does not count."""
         if not self._is_cuda:
             return None
-        return torch.cuda.max_memory_allocated(self.device) - self._base_bytes
+        return peak_bytes(self.device) - self._base_bytes

@@ -108,8 +108,9 @@ class Engine:
         # each run, and counting takes milliseconds.
         self._choices_in_full: tuple[weakref.ref[OpSet], dict[tuple[object, ...], Choice]] | None
         self._choices_in_full = None
-        # The weights of each part when they were packed last, and as what.
-        self._packed_as: dict[Part, tuple[object, ...]] = {}
+        self._bytes: dict[tuple[Part, torch.dtype], int] = {}
+        # As what each part was packed last, and its weights then; see `weights_state`.
+        self._packed_as: dict[Part, tuple[str, list[tuple[int, int]]]] = {}
         # What times kernels on a device; tests put a clock of their own here.
         self.timer_of = device_timer
 
@@ -138,9 +139,8 @@ class Engine:
             raise CheckpointError(NO_ENCODER)
         libraries = Libraries.of(self.device)
         model, decision, forms = self._in_precision(options, part, libraries)
-        ops = select_ops(
-            _ops_request(request, model, forms), self._proof_cache, self.timer_of, prescribed
-        )
+        wanted = replace(_ops_request(request, model, forms), weights=self._packed_as[part][1])
+        ops = select_ops(wanted, self._proof_cache, self.timer_of, prescribed)
         # What is impossible is refused at the call, before an output is allocated.
         frames, rows = request.latent_shape[2:4]
         if options.chunk_frames is not None:
@@ -198,7 +198,7 @@ class Engine:
             shards=request.shards,
             free_bytes=free,
             planned_bytes=choice.planned_bytes,
-            weights_bytes=weights_bytes(setup.model, (part,)),
+            weights_bytes=self._weights_bytes(setup, part),
             extra_work=choice.extra_work,
             notes=() if choice.note is None else (choice.note,),
             parked=choice.parked,
@@ -230,6 +230,13 @@ class Engine:
         if free is None or kept[key].needed_bytes <= free:
             return kept[key]
         return choose(self._plan_request(setup, free, whole_frames, lengths))
+
+    def _weights_bytes(self, setup: Setup, part: Part) -> int:
+        """Bytes of the weights of `part`, which are counted once: their shapes stay."""
+        key = part, setup.dtype
+        if key not in self._bytes:
+            self._bytes[key] = weights_bytes(setup.model, (part,))
+        return self._bytes[key]
 
     def free_bytes(self, setup: Setup, memory: DeviceMemory) -> int | None:
         """Bytes that a plan may count on: what is free now, at most what the caller allows. None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,7 +28,8 @@ class OpsRequest:
 
     only_frame: the video has one frame. axis: along which the picture is cut into shards, whose
     kernels take halo rows; None for the whole picture. part: whose layers the operations are for;
-    the model must have it. forms: how layers without a kernel are computed.
+    the model must have it. forms: how layers without a kernel are computed. weights: what
+    `weights_state` finds now; None asks.
     """
 
     backend: Backend
@@ -37,6 +38,11 @@ class OpsRequest:
     part: Part = "decoder"
     axis: Axis | None = None
     forms: EagerForms = field(default_factory=EagerForms)
+    weights: Sequence[tuple[int, int]] | None = None
+
+    def weights_now(self) -> Sequence[tuple[int, int]]:
+        """Which tensors the weights are: see `weights_state`."""
+        return weights_state(self.model, self.part) if self.weights is None else self.weights
 
 
 def select_ops(
@@ -77,7 +83,7 @@ def select_ops(
             "is plain PyTorch"
         )
     key = _key(request)
-    state = (device, weights_state(model, request.part), request.forms)
+    state = (device, request.weights_now(), request.forms)
     kept = model.prepared.get(key)
     if kept is None or kept[0] != state or prescribed is not None:
         ops = select_kernels(
@@ -107,7 +113,7 @@ def may_prove(request: OpsRequest, device: torch.device) -> bool:
         return False
     kept = model.prepared.get(_key(request))
     # The forms of eager layers change no proof.
-    state = (card, weights_state(model, request.part))
+    state = (card, request.weights_now())
     return not (kept is not None and isinstance(kept[0], tuple) and kept[0][:2] == state)
 
 

@@ -82,7 +82,7 @@ def build(program: Program) -> bytes:
 @functools.cache
 def _loaded(program: Program, index: int) -> Function:
     """`program` loaded on the current device."""
-    return Function(build(program), program.entry, program.shared_bytes)
+    return Function(build(program), program.entry, program.shared_bytes, index)
 
 
 @functools.cache
