@@ -19,6 +19,7 @@ from ..wan_vae.walk import parameters
 from ..wan_vae.workers.devices import parse_devices, worth_sharing
 from ..wan_vae.workers.pool import ONE_DEVICE, WorkerPool
 from ..wan_vae.workers.sharded import fallback_note
+from .device_memory import ComfyMemory, loaded
 from .session import Session
 
 
@@ -120,6 +121,9 @@ class Pools:
             model = WanVAEWorkers(self._pool)
             self._patcher = WorkersPatcher(model, device, device, size=size)
         self._patcher.size = size
+        memory = ComfyMemory(device, self._patcher)
+        if theirs and loaded(self._patcher) and memory.has(needed_bytes):
+            return  # ComfyUI would ask the driver several times, to free nothing
         model_management.load_models_gpu(
             [self._patcher], memory_required=needed_bytes if theirs else 0, force_full_load=True
         )
