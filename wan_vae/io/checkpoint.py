@@ -1,7 +1,8 @@
 """Reads any checkpoint of a Wan VAE into one canonical dict: the native keys that ComfyUI loads.
 
 Reads safetensors, the original `.pth` (weights only: no pickle that runs code), and a diffusers
-folder. All problems of a file are reported here, in one error, before a device is used.
+folder. All problems of a file are reported here, in one error, before a device is used; only the
+numbers may be left to who copies them.
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import isfinite
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,7 @@ import torch
 from ..config import WanVAEConfig, detect_config
 from ..errors import CheckpointError, NotAWanVAEError, first_line
 from ..network.model import expected_shapes
+from ..network.weights import suspects_of
 from ..said import said
 from .files import unreadable_reason
 from .tensors import PYTORCH_SUFFIXES, missing_data, read_tensors
@@ -90,16 +91,32 @@ class Checkpoint:
     config: WanVAEConfig
     notes: tuple[str, ...] = ()
 
+    def check_numbers(self, suspects: Iterable[str]) -> None:
+        """Raise CheckpointError if one of the tensors `suspects` holds NaN or inf.
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
+        It is those of the file that are asked: a cast to float16 makes inf of a number that is
+        none.
+        """
+        names = set(suspects)
+        damaged = [k for k, v in self.state.items() if k in names and not _is_finite(v)]
+        if damaged:
+            error = _incomplete(
+                self.config,
+                f"NaN or inf in {_some(damaged)}: the file is damaged or was badly converted",
+            )
+            raise error if self.path is None else CheckpointError(f"{self.path}: {error}")
+
+
+def load_checkpoint(path: str | Path, *, check_numbers: bool = True) -> Checkpoint:
     """Read a checkpoint file or a diffusers folder (that of the VAE, or the one above `vae/`).
 
-    safetensors files are memory-mapped: tensors are read when they are copied. Raises
-    CheckpointError, or NotAWanVAEError for another model: one line that contains the path.
+    safetensors files are memory-mapped: tensors are read when they are copied, or here, by
+    `check_numbers` (see `canonical_state_dict`). Raises CheckpointError, or NotAWanVAEError for
+    another model: one line that contains the path.
     """
     path = Path(path)
     try:
-        checkpoint = canonical_state_dict(_read(_find_file(path)))
+        checkpoint = canonical_state_dict(_read(_find_file(path)), check_numbers=check_numbers)
     except NotAWanVAEError as error:
         raise NotAWanVAEError(f"{path}: {error}") from error
     except CheckpointError as error:
@@ -107,7 +124,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return replace(checkpoint, path=path)
 
 
-def canonical_state_dict(mapping: Mapping[str, torch.Tensor]) -> Checkpoint:
+def canonical_state_dict(
+    mapping: Mapping[str, torch.Tensor], *, check_numbers: bool = True
+) -> Checkpoint:
     """Rename native, diffusers or prefixed keys to canonical ones and check every tensor.
 
     Returns references, except for two-dimensional kernels, which become the last slice of kernels
@@ -115,6 +134,9 @@ def canonical_state_dict(mapping: Mapping[str, torch.Tensor]) -> Checkpoint:
     renamed too: no VAE can be made of them, but their keys can be looked up. Raises one
     CheckpointError that lists missing and extra tensors, wrong shapes and dtypes, and tensors with
     NaN or inf; NotAWanVAEError for another model.
+
+    check_numbers: look for NaN and inf, for which every number is read. Who copies the tensors
+    looks at them on the way (`network.weights.copied`) and asks `Checkpoint.check_numbers`.
     """
     if not isinstance(mapping, Mapping):
         raise CheckpointError(
@@ -154,13 +176,16 @@ def canonical_state_dict(mapping: Mapping[str, torch.Tensor]) -> Checkpoint:
     config = detect_config(state)
     stored, state = state, _causal(state, config) if config.image_only else state
     _check(state, config)
+    checkpoint = Checkpoint(state, key_layout, prefix, None, config)
+    if check_numbers:
+        checkpoint.check_numbers(suspects_of(state))
     if zeros := [key for key, value in stored.items() if _is_zero(key, value)]:
         notes = (
             *notes,
             f"{_some(zeros)}: nothing but zeros; if the picture is wrong, the download broke off "
             "with the full size",
         )
-    return Checkpoint(state, key_layout, prefix, None, config, notes)
+    return replace(checkpoint, notes=notes)
 
 
 # -- keys -----------------------------------------------------------------------------------------
@@ -348,18 +373,15 @@ def _check(state: Mapping[str, torch.Tensor], config: WanVAEConfig) -> None:
     dtypes = [f"{k} is {v.dtype}" for k, v in state.items() if v.dtype not in known]
     if dtypes:
         problems.append(f"{_some(dtypes)}; expected floating numbers of 8 to 64 bits")
-    if not problems:
-        # Reads every byte once; a memory-mapped file is read here instead of during the copy.
-        not_finite = _not_finite({k: v for k, v in state.items() if not v.is_meta})
-        if not_finite:
-            problems.append(
-                f"NaN or inf in {_some(not_finite)}: the file is damaged or was badly converted"
-            )
     if problems:
-        raise CheckpointError(
-            f"not a complete {config.family} VAE (z {config.z_dim}, width {config.decoder_dim}): "
-            + "; ".join(problems)
-        )
+        raise _incomplete(config, *problems)
+
+
+def _incomplete(config: WanVAEConfig, *problems: str) -> CheckpointError:
+    return CheckpointError(
+        f"not a complete {config.family} VAE (z {config.z_dim}, width {config.decoder_dim}): "
+        + "; ".join(problems)
+    )
 
 
 def _is_zero(key: str, x: torch.Tensor) -> bool:
@@ -369,29 +391,9 @@ def _is_zero(key: str, x: torch.Tensor) -> bool:
     return not any(bool(part.float().any()) for part in (x[:1], x))
 
 
-def _not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
-    """The keys of tensors with NaN or inf.
-
-    A sum of numbers of which one is NaN or inf is neither finite, and PyTorch adds a tensor up in a
-    tenth of the time that it takes to ask for each number (0.2 to 1.3 ms for 16, for 4 million
-    numbers and one thread of a CPU), without memory for the answers. The sum of finite numbers may
-    be inf too: then each is asked. One transfer a device, which waits for it.
-    """
-    sums: dict[torch.device, dict[str, torch.Tensor]] = defaultdict(dict)
-    for key, value in state.items():
-        sums[value.device][key] = _computed_in(value).sum().float()
-    suspects = [
-        key
-        for found in sums.values()
-        for key, total in zip(found, torch.stack(list(found.values())).tolist(), strict=True)
-        if not isfinite(total)
-    ]
-    return [key for key in suspects if not bool(torch.isfinite(_computed_in(state[key])).all())]
-
-
-def _computed_in(x: torch.Tensor) -> torch.Tensor:
+def _is_finite(x: torch.Tensor) -> bool:
     # Float8 has no arithmetic; float64 is asked what remains of it.
-    return x if x.dtype in FLOAT_DTYPES else x.float()
+    return bool(torch.isfinite(x if x.dtype in FLOAT_DTYPES else x.float()).all())
 
 
 def _some(names: list[str]) -> str:

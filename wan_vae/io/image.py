@@ -22,7 +22,7 @@ import torch
 
 from .. import geometry
 from ..config import WanVAEConfig
-from ..device import is_out_of_memory
+from ..device import host_empty, is_out_of_memory
 from ..errors import WanVAEError
 from . import pages
 from .sink import Reserve, room_for
@@ -529,16 +529,6 @@ def pieces_of(block: torch.Tensor) -> Iterator[tuple[int, tuple[slice, slice, sl
             for k in range(0, c, lines):
                 number = i + j // several * -(-c // lines) + k // lines
                 yield number, (slice(i, i + 1), slice(j, j + several), slice(k, k + lines))
-
-
-def host_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """`torch.empty` on the CPU, in memory that NumPy allocates, which asks Linux for huge pages.
-
-    The first write into 388 MB, by a copy from a GPU, takes 120 ms there and 250 ms in memory of
-    PyTorch (the host of an NVIDIA H100, transparent huge pages by `madvise`, Linux's default).
-    """
-    raw = np.empty(prod(shape) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(shape)
 
 
 def bits(x: torch.Tensor) -> npt.NDArray[Any]:

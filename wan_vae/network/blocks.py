@@ -53,6 +53,18 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *([1] * trailing)))
 
 
+def _fresh_weight(*shape: int) -> nn.Parameter:
+    """The weight of a layer that nobody has trained.
+
+    On `meta`, where weights are put into the model afterwards, there are no numbers to begin with:
+    to make them would take a third of the time that the model takes.
+    """
+    weight = nn.Parameter(torch.empty(shape))
+    if not weight.is_meta:
+        nn.init.kaiming_uniform_(weight, a=5**0.5)
+    return weight
+
+
 class CausalConv3d(nn.Module):
     """Convolution over present and past frames: kernel (kT, kH, kW), zero padding in space.
 
@@ -69,9 +81,8 @@ class CausalConv3d(nn.Module):
         super().__init__()
         self.kernel = kernel
         self.slot = ""
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *kernel))
+        self.weight = _fresh_weight(out_channels, in_channels, *kernel)
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """[B, C, T, H, W] -> [B, O, T, H, W]. Before the first chunk, the history is zero."""
@@ -144,9 +155,8 @@ class Conv2d(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
+        self.weight = _fresh_weight(out_channels, in_channels, kernel, kernel)
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
 
 def with_history(

@@ -5,7 +5,9 @@ It is one nn.Module, so that a ComfyUI ModelPatcher can own it. Its state dict i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from ..said import said
 from .blocks import CausalConv3d, Step
 from .decoder import Decoder, join_passes
 from .encoder import Encoder, PixelSource
+from .weights import copied
 
 NO_ENCODER = said(
     "vae.no_encoder", "this checkpoint has no encoder: load a full VAE file to encode"
@@ -117,15 +120,12 @@ def result_of(stages: Generator[None, None, torch.Tensor]) -> torch.Tensor:
             return result
 
 
-def expected_shapes(config: WanVAEConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=4)
+def expected_shapes(config: WanVAEConfig) -> Mapping[str, tuple[int, ...]]:
     """Map the native key of every tensor of this architecture to its shape; allocates nothing."""
     with torch.device("meta"):
         model = WanVAEModel(config)
-    return {name: tuple(p.shape) for name, p in model.state_dict().items()}
-
-
-# Dtypes that every device has: not float64 (MPS) and not float8, which are cast where they are.
-_EVERYWHERE = (torch.float32, torch.float16, torch.bfloat16)
+    return MappingProxyType({name: tuple(p.shape) for name, p in model.state_dict().items()})
 
 
 def build_model(
@@ -139,18 +139,15 @@ def build_model(
     The tensors are copied, so the caller's (a memory-mapped file, a live model of ComfyUI) are
     neither kept alive nor changed. `state` must hold exactly the expected keys.
     """
+    return model_of(config, copied(state, device, dtype).state)
+
+
+def model_of(config: WanVAEConfig, own: Mapping[str, torch.Tensor]) -> WanVAEModel:
+    """A frozen model whose weights are the tensors `own` (canonical keys, exactly the expected
+    ones)."""
     with torch.device("meta"):
         model = WanVAEModel(config)
-    # Ordinary tensors, also if the caller is in inference mode: inference tensors could not be
-    # moved or used outside of it.
     with torch.inference_mode(False), torch.no_grad():
-        own = {
-            # Always a copy, dense and contiguous, for any strides of the source.
-            key: torch.empty(value.shape, dtype=dtype, device=device).copy_(
-                value if value.dtype in _EVERYWHERE else value.to(dtype)
-            )
-            for key, value in state.items()
-        }
         model.load_state_dict(own, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 

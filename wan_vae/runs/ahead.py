@@ -104,7 +104,9 @@ class AheadJob:
     def config(self) -> WanVAEConfig:
         """The model's configuration; of a file, as its header says. Raises CheckpointError,
         NotAWanVAEError."""
-        return load_checkpoint(self.source).config if isinstance(self.source, str) else self.source
+        if not isinstance(self.source, str):
+            return self.source
+        return load_checkpoint(self.source, check_numbers=False).config
 
     def of_config(self) -> AheadJob:
         """The same job of a configuration, so that two files of one model are the same work.

@@ -15,7 +15,8 @@ from itertools import accumulate
 import torch
 
 from .. import layout
-from ..io.image import HostCopier, host_empty
+from ..device import host_empty
+from ..io.image import HostCopier
 from ..network.cache import FeatureCache
 
 

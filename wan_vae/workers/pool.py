@@ -35,6 +35,7 @@ from ..hooks import Hooks, OnProgress, ShouldStop
 from ..io.image import FollowingCopy
 from ..io.latents import as_batch, check_latent, check_pixels
 from ..network.model import NO_ENCODER, WanVAEModel, tensor_version
+from ..network.weights import copy_weights
 from ..options import (
     COLLECTS,
     AxisRequest,
@@ -586,10 +587,15 @@ class WorkerPool:
         for name, value in state.items():
             table.append((name, offset, tuple(value.shape), dtype_name(value.dtype)))
             offset += aligned(value.numel() * value.element_size())
-        buffer = SharedBuffer.create(max(offset, 1), self.shared_folders)
+        buffer = SharedBuffer.create(max(offset, 1), self.shared_folders, reserved=0)
         try:
-            for (_, start, shape, _), value in zip(table, state.values(), strict=True):
-                view(buffer.raw, start, shape, value.dtype).copy_(value)
+            # Threads could not write to tensors that are made in inference mode.
+            with torch.inference_mode(False):
+                places = {
+                    name: view(buffer.raw, start, shape, state[name].dtype)
+                    for name, start, shape, _ in table
+                }
+            copy_weights(state, places, before=lambda place: buffer.reserve(place.view(1, 1, -1)))
             self._send_all(
                 "load",
                 path=str(buffer.path),

@@ -1,0 +1,112 @@
+"""Copies weights: each number is read once, cast, looked at and written, by a few threads.
+
+A process waits for this before its first decode, and it is memory that takes the time: the file is
+read for the first time, and nobody has written to the copy's pages yet. PyTorch's own threads make
+it slower: on a machine with many cores, or with busy ones, waking them for each of 194 tensors
+takes longer than the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+
+from ..device import host_empty
+
+# Dtypes that every device has: not float64 (MPS) and not float8, which are cast where they are.
+_EVERYWHERE = (torch.float32, torch.float16, torch.bfloat16)
+# At most so many threads copy. One casts about 5 GB/s of what it reads and writes, and the lock of
+# Python that they share takes 20 ms of the 127 million numbers of Wan 2.1.
+_THREADS = 8
+# Numbers that a thread copies at a time. They stay in the cache of its core, so that looking at
+# them costs next to nothing; and PyTorch takes no threads of its own for fewer than 32768.
+_PIECE = 32_000
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Tensors of our own. suspects: names of those that may hold NaN or inf; a cast to float16
+    makes inf of numbers that are none."""
+
+    state: dict[str, torch.Tensor]
+    suspects: tuple[str, ...] = ()
+
+
+def copied(state: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> Copies:
+    """Copies of `state` on `device` in `dtype`, dense and contiguous for any strides of the source.
+
+    They are ordinary tensors, also if the caller is in inference mode: inference tensors could not
+    be moved or used outside of it.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        if device.type == "cpu":
+            targets = {key: host_empty(tuple(x.shape), dtype) for key, x in state.items()}
+            return Copies(targets, copy_weights(state, targets))
+        own = {
+            key: torch.empty(value.shape, dtype=dtype, device=device).copy_(
+                value if value.dtype in _EVERYWHERE else value.to(dtype)
+            )
+            for key, value in state.items()
+        }
+        return Copies(own, suspects_of(own))
+
+
+def suspects_of(state: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """The names of tensors that may hold NaN or inf; those on `meta` hold nothing.
+
+    A sum of numbers of which one is NaN or inf is neither finite, and PyTorch adds a tensor up in a
+    tenth of the time that it takes to ask for each number, without memory for the answers. The sum
+    of finite numbers may be inf too. One transfer a device, which waits for it.
+    """
+    sums: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for key, value in state.items():
+        if not value.is_meta:
+            # Float8 has no arithmetic; float64 is asked what remains of it.
+            x = value if value.dtype in _EVERYWHERE else value.float()
+            sums.setdefault(value.device, {})[key] = x.sum().float()
+    return tuple(
+        key
+        for found in sums.values()
+        for key, total in zip(found, torch.stack(list(found.values())).tolist(), strict=True)
+        if not isfinite(total)
+    )
+
+
+def copy_weights(
+    sources: Mapping[str, torch.Tensor],
+    targets: Mapping[str, torch.Tensor],
+    before: Callable[[torch.Tensor], None] = lambda target: None,
+) -> tuple[str, ...]:
+    """Copy and cast each of `sources` to the contiguous tensor on the host of the same name.
+
+    before: called with each target before it is written, by the thread that writes it. Returns the
+    names of what may hold NaN or inf, see `suspects_of`. Raises what `before` raises.
+    """
+
+    def copy(key: str) -> bool:
+        with torch.no_grad():  # a mode of each thread; a source may be a parameter
+            before(targets[key])
+            return _copy(sources[key], targets[key])
+
+    # The largest first, so that the threads end together. This thread alone asks other devices.
+    keys = sorted(sources, key=lambda key: sources[key].numel(), reverse=True)
+    on_host = [key for key in keys if sources[key].device.type == "cpu"]
+    elsewhere = [key for key in keys if sources[key].device.type != "cpu"]
+    threads = min(_THREADS, torch.get_num_threads())
+    with ThreadPoolExecutor(threads, thread_name_prefix="wan_vae_weights") as pool:
+        found = pool.map(copy, on_host)
+        rest = [copy(key) for key in elsewhere]
+        are_finite = dict(zip((*on_host, *elsewhere), (*found, *rest), strict=True))
+    return tuple(key for key in sources if not are_finite[key])
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> bool:
+    """Copy `source` to `target` piece by piece; whether the sum of what was written is finite."""
+    total, read = 0.0, source.reshape(-1).cpu()
+    for piece, written in zip(read.split(_PIECE), target.view(-1).split(_PIECE), strict=True):
+        total += written.copy_(piece).sum().item()
+    return isfinite(total)
