@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import winograd_error
 from wan_vae.kernels.winograd import DIRECT, PAIRS, POINTS, QUADS, Points, quad_phases
@@ -33,6 +34,24 @@ def test_phases_of_a_weight():
     assert phases.shape == (6, 2, 3, 3, 3) and phases.dtype == torch.float64
     taps = weight[1, 2, :, 0, 1].double()
     assert torch.allclose(phases[:, 1, 2, 0, 1], POINTS.weights @ taps, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_phases_start_no_library_of_products_and_round_as_one(dtype):
+    """On a card, the first matrix product of a process loads and starts cuBLAS."""
+    seen: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    weight = torch.randn(48, 32, 3, 3, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with Seen():
+        phases = quad_phases(weight)
+    assert "mul" in seen and not {"bmm", "mm", "addmm", "baddbmm"} & set(seen)
+    product = torch.einsum("pt,octhw->pochw", POINTS.weights, weight.double())
+    assert torch.equal(phases.half(), product.half())
 
 
 @pytest.mark.parametrize("frames,groups", [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])

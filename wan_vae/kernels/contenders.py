@@ -156,6 +156,8 @@ class Contenders:
         found: list[tuple[Contender, list[int]]] = []
         problem, device = site.problem, self.device
         has_numbers = not site.weights.weight.is_meta
+        # Of the layer's operand, by their limit: kernels share them.
+        operands: dict[float, list[int]] = {}
         for kernel in registry.kernels_of(problem.operation, self.families):
             reason = kernel.requires.unmet(device, problem)
             configs = () if reason else kernel.candidates(problem, device)
@@ -164,9 +166,11 @@ class Contenders:
                 reason = reason or f"no configuration for {channels}"
                 found.append((Contender(kernel, reason=reason), []))
                 continue
-            shared = []
-            if has_numbers and kernel.requires.largest_operand < float("inf"):
-                shared = self._kept(operand_bound(site.weights, kernel.requires.largest_operand))
+            shared, limit = list[int](), kernel.requires.largest_operand
+            if has_numbers and limit < float("inf"):
+                if limit not in operands:
+                    operands[limit] = self._kept(operand_bound(site.weights, limit))
+                shared = operands[limit]
             for config in configs:
                 bound = kernel.bound(site.weights, problem, config) if has_numbers else None
                 if bound is not None:

@@ -114,9 +114,14 @@ POINTS = Points(11 / 16, 11 / 8, (2.0, 2.0, 1.0, 1.0, 2.0, 2.0))
 
 
 def quad_phases(weight: torch.Tensor) -> torch.Tensor:
-    """[O, C, 3, kH, kW] -> [6, O, C, kH, kW] float64: the weights of the products, in order."""
-    into = POINTS.weights.to(weight.device)
-    return torch.einsum("pt,octhw->pochw", into, weight.detach().double())
+    """[O, C, 3, kH, kW] -> [6, O, C, kH, kW] float64: the weights of the products, in order.
+
+    Not as a product of matrices, for which PyTorch would load and start cuBLAS: nothing else in a
+    decode with kernels does. The order of the sum is that of the taps, on every device.
+    """
+    into = POINTS.weights.to(weight.device)[..., None, None, None, None]
+    g0, g1, g2 = weight.detach().double().unbind(2)
+    return into[:, 0] * g0 + into[:, 1] * g1 + into[:, 2] * g2
 
 
 def grown_quad_phases(weight: torch.Tensor) -> torch.Tensor:

@@ -120,8 +120,9 @@ def pack_doubled(folded: torch.Tensor, variant: Variant) -> torch.Tensor:
 
 def _swizzled(p: torch.Tensor) -> torch.Tensor:
     """Rows [..., row, 4, 8] of 64 bytes, their 16-byte words in the hardware's order; flat."""
-    row = torch.arange(p.shape[-3], device=p.device)
-    place = torch.arange(4, device=p.device)[None, :] ^ (row[:, None] // 2 % 4)
+    # Made on the host: a process loads each of PyTorch's kernels when it is first used.
+    row = torch.arange(p.shape[-3], device="cpu")
+    place = (torch.arange(4, device="cpu")[None, :] ^ (row[:, None] // 2 % 4)).to(p.device)
     return p.contiguous().gather(-2, place[:, :, None].expand(p.shape)).flatten()
 
 
