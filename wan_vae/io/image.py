@@ -179,7 +179,8 @@ class EndFrames:
         for frame in {0, self._total - 1}:
             if start_frame <= frame < start_frame + pixels.shape[2]:
                 image = pixels[:, :, frame - start_frame].add(1.0).mul_(0.5).movedim(1, -1)
-                self._kept[frame] = image.to(self._device, self._dtype).contiguous()
+                # In order on the device of the pixels: on the host it would wake PyTorch's threads.
+                self._kept[frame] = image.contiguous().to(self._device, self._dtype)
 
     def close(self) -> None:
         """Nothing to flush."""
