@@ -8,7 +8,7 @@ large, they go on in passes of fewer frames.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import SupportsIndex, cast
 
@@ -89,6 +89,15 @@ class Pass:
             )
             for a, b in zip(starts, stops, strict=True)
         ]
+
+    def parts(self, stage: int, limits: tuple[int, ...], config: WanVAEConfig) -> Iterator[Pass]:
+        """The passes in which the first stage takes this one on its way through `stage`, in turn:
+        those of `stage`, each split by the stages before it."""
+        for one in self.split(stage, limits, config):
+            if stage:
+                yield from one.parts(stage - 1, limits, config)
+            else:
+                yield one
 
 
 def whole_number(value: object, what: str) -> int:

@@ -325,7 +325,7 @@ class WanVAE:
         pixels: [B, 3, T, H, W] or [3, T, H, W] in [-1, 1], or with `unit_range` in [0, 1]; any
         strides, such as those of IMAGE frames (`io.image.frames_view`). On another device than
         the VAE they stay there, and each pass fetches what it needs. Or a `FrameReader`, such as
-        `io.video_read.open_clip` gives it, of which no more than a pass is in memory. Frames past
+        `io.video_read.open_clip` gives it, of which two passes at most are in memory. Frames past
         4n + 1 are dropped; rows and columns past a multiple of the spatial factor are cropped
         evenly from both sides.
         Returns float32 [B, z, (T-1)//4+1, H//8, W//8] (16 for Wan 2.2) on the VAE's device;

@@ -26,7 +26,7 @@ from wan_vae.io.image import (
     copy_threads,
     frames_to_pixels,
 )
-from wan_vae.io.pixels import PieceThreads
+from wan_vae.io.staging import PieceThreads
 
 
 def expected(pixels):

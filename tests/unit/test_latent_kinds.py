@@ -111,7 +111,8 @@ def test_a_large_latent_is_sampled(shape):
     noise = torch.randn((2, config.z_dim, *shape), generator=torch.Generator().manual_seed(0))
     with Reads() as reads:
         assert statistics_hint(noise, config) is not None
-    assert 1024 * config.z_dim <= reads.largest <= 4096 * config.z_dim
+    # Of a channel at a time.
+    assert 1024 <= reads.largest <= 4096 and reads.names.count("mean") >= config.z_dim
     # To the host once: what follows is of some channels.
     assert reads.names.count("stack") == 1
 

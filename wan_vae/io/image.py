@@ -31,7 +31,7 @@ from .sink import Reserve, room_for
 OnWritten = Callable[[int], None]
 Done = Callable[[], None]
 # Blocks that are not yet copied: the device computes one while the host empties the other.
-_BLOCKS_UNDER_WAY = 2
+BLOCKS_UNDER_WAY = 2
 # At most so many threads copy: memory of one socket is no faster with more.
 _COPY_THREADS = 4
 # Frames whose pages are mapped before anything of them is known.
@@ -179,7 +179,8 @@ class EndFrames:
         for frame in {0, self._total - 1}:
             if start_frame <= frame < start_frame + pixels.shape[2]:
                 image = pixels[:, :, frame - start_frame].add(1.0).mul_(0.5).movedim(1, -1)
-                self._kept[frame] = image.to(self._device, self._dtype).contiguous()
+                # In order on the device of the pixels: on the host it would wake PyTorch's threads.
+                self._kept[frame] = image.contiguous().to(self._device, self._dtype)
 
     def close(self) -> None:
         """Nothing to flush."""
@@ -249,7 +250,7 @@ class _Now:
         """Nothing to wait for."""
 
 
-_NOW = _Now()
+NOW = _Now()
 # Brings a piece to the host; the result is read before the next call.
 Fetch = Callable[[torch.Tensor], torch.Tensor]
 
@@ -283,7 +284,7 @@ class FollowingCopy:
             return
         self._copied = stop
         ahead = self.image[:, stop : 2 * stop - start]
-        self._writer.put(_NOW, self._frames[:, start:stop], self.image[:, start:stop], ahead)
+        self._writer.put(NOW, self._frames[:, start:stop], self.image[:, start:stop], ahead)
 
     def finish(self) -> torch.Tensor:
         """The copy, when all frames of the original are final."""
@@ -355,10 +356,10 @@ class HostWriter:
         for number, place in pieces:
             part = ahead[place]
             nothing = part[:, :0]
-            self._queue(number, _Piece(block, _NOW, nothing, nothing, part))
+            self._queue(number, _Piece(block, NOW, nothing, nothing, part))
 
     def _await_room(self) -> None:
-        while len(self._under_way) >= _BLOCKS_UNDER_WAY:
+        while len(self._under_way) >= BLOCKS_UNDER_WAY:
             self._under_way.popleft().is_over.wait()
 
     def _queue(self, number: int, piece: _Piece) -> None:

@@ -28,6 +28,7 @@ from .tensors import (
     read_tensors,
     safetensors_metadata,
     save_tensors,
+    seen_finite,
 )
 
 # Names that tools give to the tensor, most specific first.
@@ -310,6 +311,8 @@ def check_latent(latent: torch.Tensor, config: WanVAEConfig) -> None:
 
 def check_latent_values(latent: torch.Tensor) -> None:
     """Raise LatentError unless every value of `latent` [B, z, T, H, W] is finite."""
+    if seen_finite(latent):
+        return
     # One pass over memory.
     extremes = torch.stack(latent.detach().aminmax()).tolist()
     consequence = said(
@@ -413,6 +416,15 @@ def _sample(latent: torch.Tensor) -> torch.Tensor:
     return latent[::videos, :, ::frames, ::rows, ::columns]
 
 
+def _statistics(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means and standard deviations of the channels of `values` [B, z, T, H, W], on the CPU."""
+    # Channel by channel: for all of them together PyTorch would wake a thread for each core.
+    channels = [channel.float() for channel in values.unbind(1)]
+    found = [one for c in channels for one in (c.mean(), c.std(correction=0))]
+    mean, deviation = torch.stack(found).cpu().view(-1, 2).unbind(1)  # in one transfer
+    return mean, deviation
+
+
 def statistics_hint(
     latent: torch.Tensor, config: WanVAEConfig, normalized: bool = False
 ) -> str | None:
@@ -429,9 +441,7 @@ def statistics_hint(
         return None
     if latent.ndim != 5 or latent.shape[1] != config.z_dim:
         return None  # another check has words for it
-    values = _sample(latent.detach()).float().transpose(0, 1).flatten(1)
-    # Both in one transfer.
-    mean, std = torch.stack((values.mean(dim=1), values.std(dim=1, correction=0))).cpu()
+    mean, std = _statistics(_sample(latent.detach()))
     if not bool((std > 1e-3).all()):
         return None  # a channel without contrast says nothing
     their_mean, their_std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)

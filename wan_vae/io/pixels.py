@@ -1,27 +1,33 @@
 """Pixels on their way to the device: pass by pass, never the whole clip.
 
 A clip that lies in host memory stays there. Each pass fetches its frames, of a strip only its rows,
-as they lie in memory; scaling and rounding happen on the device, where they take no time.
+as they lie in memory; scaling and rounding happen on the device, where they take no time. On CUDA
+the frames of the next passes come while the host launches a pass.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
 
 from .. import layout
 from ..geometry import Window
-from .image import LockedMemory, bits, copy_threads, pieces_of
+from .staging import Buffer, CudaStaging, Staging
 
 # Device memory for so many passes of pixels: one is filled while the other is read.
 STAGING_BUFFERS = 2
+# Passes of a file that are read before they are asked for: host memory for one more is enough, as
+# one thread reads.
+_READ_AHEAD = 1
+# First frame, last frame and rows of what is fetched at a time.
+Part = tuple[int, int, slice]
+# Called with n before frames [0, n) are read; returns when they are there.
+WaitForFrames = Callable[[int], None]
 
 
 @runtime_checkable
@@ -38,7 +44,8 @@ class FrameReader(Protocol):
 
     def read(self, first: int, last: int) -> torch.Tensor:
         """Frames [first, last) as [1, C, t, H, W], on the CPU. Pieces are asked for in order, and
-        from the start again where the run starts over."""
+        from the start again where the run starts over. By one thread at a time, which need not be
+        the caller's; by none after the run."""
         ...
 
 
@@ -60,83 +67,24 @@ class ReadWindow:
 
 
 @dataclass
-class _Buffer:
-    """Device memory for the pixels of one pass, and when the device has read them."""
+class _Coming:
+    """Pixels that a thread brings. job: returns them as they lie on the host, when they are in
+    `buffer` on the device; None is for those of a file, of whose numbers nothing is known yet."""
 
-    memory: torch.Tensor
-    is_read: torch.cuda.Event
-
-
-class PieceThreads:
-    """Threads that bring a tensor in host memory to another place, piece by piece.
-
-    Each piece goes through `move(source, target)`. CUDA's own copy of pageable memory takes one
-    thread, and of the columns of a shard it wants a dense copy first, in memory that is new.
-    """
-
-    def __init__(self, threads: int, move: Callable[[torch.Tensor, torch.Tensor], None]):
-        self._move = move
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="wan_vae_fetch")
-
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Move all pieces of `source` [A, B, C, ...] to dense `target`. Raises the first error."""
-        jobs = [
-            self._pool.submit(self._piece, source[place], target[place])
-            for _, place in pieces_of(target)
-        ]
-        wait(jobs)
-        for job in jobs:
-            job.result()
-
-    def _piece(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        # Each thread has its own inference mode; see `image.HostWriter`.
-        with torch.inference_mode():
-            self._move(source, target)
-
-    def close(self) -> None:
-        """End the threads."""
-        self._pool.shutdown()
-
-
-@dataclass
-class _Locked:
-    """Page-locked memory for a piece, and when the device has read it."""
-
-    memory: LockedMemory = field(default_factory=LockedMemory)
-    is_read: torch.cuda.Event | None = None
-
-
-class _ToDevice:
-    """Moves pieces from any thread to CUDA memory, on `stream`: each thread fills one page-locked
-    buffer while the device reads the other."""
-
-    def __init__(self, stream: torch.cuda.Stream):
-        self._stream = stream
-        self._own = threading.local()
-
-    def __call__(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        if not hasattr(self._own, "buffers"):
-            # A thread begins with device 0, where leaving a stream of another would make a context.
-            torch.cuda.set_device(self._stream.device)
-            self._own.buffers = [_Locked(), _Locked()]
-        locked: _Locked = self._own.buffers.pop(0)
-        self._own.buffers.append(locked)
-        if locked.is_read is not None:
-            locked.is_read.synchronize()
-        staged = locked.memory.like(target)
-        np.copyto(bits(staged), bits(source))
-        locked.is_read = torch.cuda.Event(blocking=True)
-        with torch.cuda.stream(self._stream):
-            target.copy_(staged, non_blocking=True)
-            locked.is_read.record(self._stream)
+    part: Part
+    buffer: Buffer | None
+    job: Future[torch.Tensor]
 
 
 class PixelSource:
     """The pixels of a clip, frames at a time, on `device` in `dtype` and in [-1, 1].
 
     pixels: [B, 3, T, H, W] in [-1, 1], or with `unit_range` in [0, 1], on any device, with any
-    strides; or a video that is read. From host memory to CUDA the copy of a pass runs beside the
-    computation of the one before, on a stream of its own, by threads.
+    strides; or a video that is read. await_frames: for a tensor that others still write. staging:
+    how pixels go to a device while it computes; the default is that of `device`, if it has one.
+
+    From host memory to CUDA, threads bring what `expect` was told of before it is asked for: a
+    tensor's frames to `STAGING_BUFFERS` buffers on the device, and those of a file to the host.
     """
 
     def __init__(
@@ -146,29 +94,46 @@ class PixelSource:
         dtype: torch.dtype,
         *,
         unit_range: bool = False,
+        await_frames: WaitForFrames | None = None,
+        staging: Staging | None = None,
     ):
-        self._pixels = pixels.detach() if isinstance(pixels, torch.Tensor) else pixels
+        self._pixels = pixels
+        if isinstance(pixels, torch.Tensor):
+            self._pixels = pixels.detach().resolve_neg()  # bytes are copied, not numbers
         self.device, self.dtype = device, dtype
         self.unit_range = unit_range
+        self._await_frames = await_frames
         self._lowest: torch.Tensor | None = None
         self._highest: torch.Tensor | None = None
-        self._is_staged = device.type == "cuda" and pixels.device.type == "cpu"
-        self._stream = torch.cuda.Stream(device) if self._is_staged else None
-        self._buffers: list[_Buffer] = []
-        self._threads: PieceThreads | None = None
+        if staging is None and device.type == "cuda" and pixels.device.type == "cpu":
+            staging = CudaStaging(device)
+        self._staging = staging
+        self._expected: Iterator[Part] | None = None
+        # What threads bring, in the order in which it was expected; and what nobody reads.
+        self._coming: deque[_Coming] = deque()
+        self._ahead: ThreadPoolExecutor | None = None
+        self._buffers: list[Buffer] = []
+        self._free: list[Buffer] = []
+
+    def expect(self, parts: Iterable[Part]) -> None:
+        """Say all that `fetch` will be called for, in its order, until `release`."""
+        self._expected = iter(parts)
 
     def fetch(self, first: int, last: int, rows: slice = slice(None)) -> torch.Tensor:
-        """Frames [first, last) and `rows` of every video, [B, 3, t, h, W]."""
-        if isinstance(self._pixels, torch.Tensor):
-            part = self._pixels[:, :, first:last, rows]
+        """Frames [first, last) and `rows` of every video, [B, 3, t, h, W].
+
+        Raises what reading raises, and RuntimeError for a part that is not the expected one.
+        """
+        wanted, staging = (first, last, rows), self._staging
+        buffer: Buffer | None = None
+        if staging is not None:
+            buffer, x = self._staged(staging, wanted)
         else:
-            part = self._pixels.part(first, last, rows)
-        if part.dtype == torch.float64 and not self._is_staged:
-            part = part.float()  # where they are: MPS has no float64
-        buffer: _Buffer | None = None
-        if self._is_staged:
-            buffer, x = self._stage(part)
-        else:
+            if self._expected is not None:
+                _compare(next(self._expected, None), wanted)
+            part = self._part(wanted)
+            if part.dtype == torch.float64:
+                part = part.float()  # where they are: MPS has no float64
             x = part.to(self.device)
         self._look_at(x)
         white = self._white
@@ -178,8 +143,11 @@ class PixelSource:
             # As ComfyUI does it: in float32, doubled and then moved, both exact but for the end.
             x = x.float().mul(2.0).sub_(1.0)
         x = x.to(self.dtype, copy=buffer is not None and white is None and not self.unit_range)
-        if buffer is not None:
-            buffer.is_read.record(torch.cuda.current_stream(self.device))
+        if staging is not None and buffer is not None:
+            staging.end_reading(buffer)
+            self._free.append(buffer)
+            buffer = None  # which the next pass may find too small, and free
+            self._start_ahead(staging)
         return x
 
     @property
@@ -192,12 +160,17 @@ class PixelSource:
         return None if isinstance(self._pixels, torch.Tensor) else self._pixels.white
 
     def release(self) -> None:
-        """Give back the device memory of the buffers, and end the threads: after the last `fetch`,
-        or before the first one of another attempt."""
+        """End the threads, forget what was expected, and give back the device memory: after the
+        last `fetch`, or before the first one of another attempt."""
+        self._expected = None
+        if self._ahead is not None:
+            self._ahead.shutdown(wait=True, cancel_futures=True)
+            self._ahead = None
+        if self._staging is not None:
+            self._staging.close()
+        self._coming.clear()
+        self._free.clear()
         self._buffers.clear()
-        if self._threads is not None:
-            self._threads.close()
-            self._threads = None
 
     def extremes(self) -> tuple[float, float] | None:
         """The smallest and the largest value that was fetched, NaN if there was one, in [-1, 1]
@@ -218,36 +191,84 @@ class PixelSource:
             high = torch.maximum(high, self._highest)
         self._lowest, self._highest = low, high
 
-    def _stage(self, part: torch.Tensor) -> tuple[_Buffer, torch.Tensor]:
-        """`part` in a buffer on the device, and the view of it that has the shape of `part`."""
-        assert self._stream is not None
-        if self._threads is None:
-            self._threads = PieceThreads(copy_threads(os.cpu_count()), _ToDevice(self._stream))
-        order = layout.memory_order(part)
-        # Dense memory and one dtype: the copy moves bytes, and all else happens on the device.
-        dense = part.permute(order)
-        current = torch.cuda.current_stream(self.device)
-        buffer = self._free_buffer(part, current)
-        memory = buffer.memory[: part.numel()].view(dense.shape)
-        self._stream.wait_event(buffer.is_read)
-        # The host goes on as soon as it has read `part`: the next one is fetched while the device
-        # computes.
-        try:
-            self._threads.copy(dense, memory)
-        finally:  # also before memory of a failed copy is given back
-            current.wait_stream(self._stream)
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return buffer, memory.permute(back)
+    def _part(self, part: Part) -> torch.Tensor:
+        """`part` on the host, read from a file or once it is there."""
+        first, last, rows = part
+        if not isinstance(self._pixels, torch.Tensor):
+            return self._pixels.part(first, last, rows)
+        if self._await_frames is not None:
+            self._await_frames(last)
+        return self._pixels[:, :, first:last, rows]
 
-    def _free_buffer(self, part: torch.Tensor, current: torch.cuda.Stream) -> _Buffer:
-        """The buffer that was used longest ago, or a new one that is large enough."""
-        assert self._stream is not None
-        buffer = self._buffers.pop(0) if len(self._buffers) == STAGING_BUFFERS else None
-        if buffer is None or buffer.memory.numel() < part.numel():
-            buffer = None  # freed before the larger one is made
-            memory = torch.empty(part.numel(), dtype=part.dtype, device=self.device)
-            buffer = _Buffer(memory, torch.cuda.Event())
-            # What had this memory before may not be done with it.
-            buffer.is_read.record(current)
+    # -- to the device while it computes -------------------------------------------------------
+
+    def _staged(self, staging: Staging, wanted: Part) -> tuple[Buffer, torch.Tensor]:
+        """`wanted` in a buffer on the device, and the view of it that has its shape."""
+        if not self._coming:
+            expected = wanted if self._expected is None else next(self._expected, None)
+            _compare(expected, wanted)
+            self._start(staging, wanted)
+        coming = self._coming.popleft()
+        _compare(coming.part, wanted)
+        self._start_ahead(staging)
+        host, buffer = coming.job.result(), coming.buffer
+        order = layout.memory_order(host)
+        if buffer is None:
+            buffer = self._buffer_for(staging, host)
+            staging.fill(buffer, host.permute(order))
+        staging.begin_reading(buffer)
+        lies = [host.shape[dim] for dim in order]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return buffer, buffer.memory[: host.numel()].view(lies).permute(back)
+
+    def _start_ahead(self, staging: Staging) -> None:
+        """Let threads bring what comes next, as far as there is room for it."""
+        is_read = not isinstance(self._pixels, torch.Tensor)
+        while self._expected is not None:
+            has_room = self._free or len(self._buffers) < STAGING_BUFFERS
+            if len(self._coming) >= _READ_AHEAD if is_read else not has_room:
+                return
+            part = next(self._expected, None)
+            if part is None:
+                return
+            self._start(staging, part)
+
+    def _start(self, staging: Staging, part: Part) -> None:
+        """Let a thread bring `part`. One thread for all, so that they come in order."""
+        if self._ahead is None:
+            self._ahead = ThreadPoolExecutor(1, "wan_vae_ahead", staging.enter)
+        buffer: Buffer | None = None
+        if isinstance(self._pixels, torch.Tensor):
+            first, last, rows = part
+            buffer = self._buffer_for(staging, self._pixels[:, :, first:last, rows])
+        job = self._ahead.submit(self._bring, staging, part, buffer)
+        self._coming.append(_Coming(part, buffer, job))
+
+    def _bring(self, staging: Staging, part: Part, buffer: Buffer | None) -> torch.Tensor:
+        """Read `part`, and copy it to `buffer` if that is known; in the thread."""
+        host = self._part(part)
+        if buffer is not None:
+            staging.fill(buffer, host.permute(layout.memory_order(host)))
+        return host
+
+    def _buffer_for(self, staging: Staging, host: torch.Tensor) -> Buffer:
+        """The buffer that was read longest ago, or a new one that is large enough."""
+        buffer: Buffer | None = None
+        if len(self._buffers) == STAGING_BUFFERS:
+            buffer = self._free.pop(0)
+            self._buffers.remove(buffer)
+        if (
+            buffer is None
+            or buffer.memory.dtype != host.dtype
+            or buffer.memory.numel() < host.numel()
+        ):
+            del buffer  # freed before the larger one is made
+            buffer = staging.allocate(host.numel(), host.dtype)
         self._buffers.append(buffer)
         return buffer
+
+
+def _compare(expected: Part | None, wanted: Part) -> None:
+    """Raise RuntimeError unless `wanted` is what was expected: its pixels would be others."""
+    if expected != wanted:
+        raise RuntimeError(f"pixels {wanted} are fetched where {expected} were expected")

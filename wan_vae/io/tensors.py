@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -34,6 +35,20 @@ def missing_data(x: torch.Tensor) -> str | None:
     if x.is_meta:
         return "meta"
     return "freed" if _needed_bytes(x) > x.untyped_storage().nbytes() else None
+
+
+def seen_finite(x: torch.Tensor) -> bool:
+    """Whether a quick look shows every number of `x`, on the CPU, to be finite; False says nothing.
+
+    A sum of numbers of which one is NaN or inf is neither finite. By NumPy, in this thread: of more
+    than 32768 numbers PyTorch wakes a thread for each core, which takes longer than to look (10 to
+    20 ms on a host with two H200, also for 1 MB).
+    """
+    is_known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    if not is_known or missing_data(x) is not None:
+        return False
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(x.detach().resolve_neg().numpy().sum()))
 
 
 def _needed_bytes(x: torch.Tensor) -> int:

@@ -20,7 +20,7 @@ import torch
 from ..errors import OutputError
 from ..said import said
 from .files import ffmpeg_name, import_package, writing
-from .tensors import missing_data
+from .tensors import missing_data, seen_finite
 
 Container = Literal["mp4", "mov", "mkv", "webm"]
 Codec = Literal["auto", "h264", "av1"]
@@ -74,7 +74,9 @@ class Sound:
                 rate=self.rate,
                 most=_HIGHEST_RATE,
             )
-        bad = int((~torch.isfinite(self.samples)).sum())
+        bad = 0
+        if not seen_finite(self.samples):
+            bad = int((~torch.isfinite(self.samples)).sum())
         if bad:
             return said(
                 "sound.not_finite",

@@ -12,7 +12,7 @@ time. Pixels are asked for pass by pass, so that the clip need not lie on the de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from itertools import accumulate
 
@@ -110,8 +110,17 @@ class Encoder(nn.Module):
         the first stage (`geometry.encoder_halos`), and the result is the strip's own latent rows.
         At an inner edge each convolution makes one more row wrong; these are cropped on the way.
         """
-        last = len(self._stage_starts) - 3
-        return (yield from self._through(last, pixels, Pass(0, frames, step.chunk), step, strip))
+        part = Pass(0, frames, step.chunk)
+        return (yield from self._through(self._last_stage, pixels, part, step, strip))
+
+    def passes(self, frames: int, step: Step) -> Iterator[Pass]:
+        """Those for which `stages` asks for pixels, in its order."""
+        return Pass(0, frames, step.chunk).parts(self._last_stage, step.pass_frames, self.config)
+
+    @property
+    def _last_stage(self) -> int:
+        """The last one of `stages`."""
+        return len(self._stage_starts) - 3
 
     def _through(
         self, i: int, pixels: PixelSource, part: Pass, step: Step, strip: Strip | None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..chunking import Pass
 from ..config import WanVAEConfig
 from ..errors import CheckpointError
 from ..geometry import Strip
@@ -92,6 +93,12 @@ class WanVAEModel(nn.Module):
         if self.encoder is None:
             raise CheckpointError(NO_ENCODER)
         return self.encoder.stages(pixels, frames, step, strip)
+
+    def encode_passes(self, frames: int, step: Step) -> Iterator[Pass]:
+        """The passes for which `encode_stages` asks for pixels, in its order."""
+        if self.encoder is None:
+            raise CheckpointError(NO_ENCODER)
+        return self.encoder.passes(frames, step)
 
     def moments(self, features: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Result of `encode_stages` -> mean and log-variance [B, z, t, h, w] of the posterior."""

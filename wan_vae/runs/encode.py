@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite, nan, prod
@@ -22,7 +22,7 @@ from ..io.latents import (
     not_finite,
     range_warning,
 )
-from ..io.pixels import FrameReader, PixelSource, ReadWindow
+from ..io.pixels import FrameReader, Part, PixelSource, ReadWindow, WaitForFrames
 from ..network.blocks import Step
 from ..network.cache import FeatureCache
 from ..network.model import result_of
@@ -38,7 +38,10 @@ from .run import Piece, Run, granted, in_memory, latent_frames_of, ready
 
 @dataclass(frozen=True)
 class EncodeRequest:
-    """What is to be encoded and how; see `WanVAE.encode`."""
+    """What is to be encoded and how; see `WanVAE.encode`.
+
+    await_frames: for pixels that another process still writes; see `PixelSource`.
+    """
 
     pixels: torch.Tensor | FrameReader
     normalized: bool = False
@@ -48,6 +51,7 @@ class EncodeRequest:
     context: ShardContext = SINGLE
     gather: Gather = "all"
     unit_range: bool = False
+    await_frames: WaitForFrames | None = None
 
 
 class EncodeRun(Run):
@@ -87,6 +91,7 @@ class EncodeRun(Run):
             self.device,
             self.ops.pixels or setup.dtype,
             unit_range=request.unit_range,
+            await_frames=request.await_frames,
         )
         self.builder.layout["latent_format"] = pixel_format
         self.builder.pixel_shape = self._size
@@ -124,6 +129,7 @@ class EncodeRun(Run):
     # -- the way through -----------------------------------------------------------------------
 
     def _whole(self) -> Iterator[Piece]:
+        self.source.expect(self._parts([None]))
         for chunk, step in self.chunks(self.source.rows // self.config.spatial_factor):
             what = latent_frames_of(chunk)
             if self.ranks.exchange is None:
@@ -154,7 +160,9 @@ class EncodeRun(Run):
         height = self.plan.latent_shape[3]
         collected: dict[Chunk, torch.Tensor] = {}
         nothing = torch.empty(0, device=self.device)
-        for i, strip in enumerate(geometry.strips(height, count, self.config)):
+        strips = geometry.strips(height, count, self.config)
+        self.source.expect(self._parts(strips))
+        for i, strip in enumerate(strips):
             cache, rows = FeatureCache(), encoder_latent_rows(self.config, strip)
             for chunk, _ in self.chunks(rows):
                 step = self.step(cache, chunk, rows)
@@ -196,17 +204,33 @@ class EncodeRun(Run):
     def _source_of(self, chunk: Chunk, strip: Strip | None) -> Callable[[int, int], torch.Tensor]:
         """What gives the pixels of `chunk` and of the rows of `strip`; see `PixelSource`."""
         start, _ = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
-        rows = slice(None)
-        if strip is not None:
-            patch, halo = self.config.patch_size, geometry.encoder_halos(self.config)[0]
-            top, bottom = strip.bounds(self.config.spatial_factor // patch, halo)
-            rows = slice(top * patch, bottom * patch)
+        rows = self._rows_of(strip)
 
         def pixels(first: int, last: int) -> torch.Tensor:
             x = self.source.fetch(start + first, start + last, rows)
             return x if self.ranks.exchange is None else layout.to_format(x, "contiguous")
 
         return pixels
+
+    def _rows_of(self, strip: Strip | None) -> slice:
+        """The rows of pixels that `strip` reads."""
+        if strip is None:
+            return slice(None)
+        patch, halo = self.config.patch_size, geometry.encoder_halos(self.config)[0]
+        top, bottom = strip.bounds(self.config.spatial_factor // patch, halo)
+        return slice(top * patch, bottom * patch)
+
+    def _parts(self, strips: Sequence[Strip | None]) -> Iterator[Part]:
+        """All pixels that this attempt will fetch, in its order."""
+        for strip in strips:
+            latent_rows = self.source.rows // self.config.spatial_factor
+            if strip is not None:
+                latent_rows = encoder_latent_rows(self.config, strip)
+            rows = self._rows_of(strip)
+            for chunk, step in self.chunks(latent_rows):
+                start, _ = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
+                for one in self.model.encode_passes(self.frames_of(chunk), step):
+                    yield start + one.first, start + one.last, rows
 
     def _mean(self, features: torch.Tensor, step: Step) -> torch.Tensor:
         mean, _ = self.model.moments(features, step)

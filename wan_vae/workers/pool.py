@@ -54,6 +54,7 @@ from ..said import said
 from ..sharding.plan import plan_shards
 from ..walk import parameters
 from .devices import Transport, parse_devices, pick_transport
+from .giving import Giving, copy_on_host, frames_first
 from .launch import WorkerProcess, receive, settle, spawn, try_send
 from .pipe import ready_of
 from .shared import SharedBuffer, Spares, aligned, view
@@ -419,15 +420,21 @@ class WorkerPool:
                 self._load(job.vae)
             with self._timed("hand over"):
                 # In the order in which it lies, so that it is one plain copy.
-                order = layout.memory_order(job.tensor)
-                dense = job.tensor.permute(order)
+                given = job.tensor.detach().resolve_neg()
+                order = layout.memory_order(given)
+                dense = given.permute(order)
                 input_at = _CONTROL_BYTES
                 output_at = input_at + aligned(dense.numel() * 4)
                 output_bytes = torch.Size(job.shape).numel() * 4
                 buffer, fresh = self._memory(output_at + aligned(output_bytes), output_at)
             try:
                 with self._timed("hand over"):
-                    view(buffer.raw, input_at, dense.shape, torch.float32).copy_(dense)
+                    target = view(buffer.raw, input_at, dense.shape, torch.float32)
+                    giving = self._giving(job, dense, target, order)
+                    if giving is None:
+                        copy_on_host(dense, target)
+                    else:
+                        stack.enter_context(giving)
                     copy = self._copy_of(job, buffer, output_at, fresh)
                     if copy is not None:
                         stack.enter_context(copy)
@@ -444,6 +451,7 @@ class WorkerPool:
                         fresh=fresh,
                         wait_s=self.timeout_s,
                         sent_s=time.monotonic(),
+                        **({} if giving is None else {"given": 0}),
                         **job.arguments,
                     )
                     results = Watch(
@@ -456,6 +464,7 @@ class WorkerPool:
                             operation=job.operation,
                             on_written=None if copy is None else copy.follow,
                             writers=self._writers(job),
+                            give=None if giving is None else giving.step,
                         )
                     ).until_done()
             finally:
@@ -469,7 +478,8 @@ class WorkerPool:
                 else:
                     result = buffer.tensor(output_at, job.shape, torch.float32)
                 if job.operation == "encode":
-                    result = result.clone()  # a latent must not keep a whole video
+                    # A latent must not keep a whole video.
+                    result = torch.from_numpy(result.numpy().copy())
                 if is_done:
                     self._spares.give(buffer)
         job.vae.last_report = report = self._whole_report(output_bytes)
@@ -477,6 +487,23 @@ class WorkerPool:
             # Agreed among the ranks, all of which are ready for the next command.
             raise DecodeCancelled(report.error or "cancelled")
         return result
+
+    def _giving(
+        self, job: _Job, dense: torch.Tensor, target: torch.Tensor, order: tuple[int, ...]
+    ) -> Giving | None:
+        """What copies the video of an encode, `dense` in memory's `order`, while the workers run;
+        None where all is copied before: a latent, and a video whose frames lie apart."""
+        plain = (dense.device.type, dense.dtype) == ("cpu", torch.float32)
+        if job.operation != "encode" or not plain or not frames_first(order):
+            return None
+        if order[0] == 2:
+            dense, target = dense.unsqueeze(0), target.unsqueeze(0)
+
+        def tell(frames: int) -> None:
+            for rank in self._ranks:
+                try_send(rank.pipe, ("given", frames))
+
+        return Giving(dense, target, tell)
 
     def _writers(self, job: _Job) -> list[int]:
         """The ranks that write a part of the image of `job`: not those without rows."""

@@ -61,6 +61,8 @@ class Watched:
     # Called with n when all `writers` have written their part of frames [0, n).
     on_written: Callable[[int], None] | None = None
     writers: Sequence[int] = ()
+    # Gives the ranks a part of their input; whether there is more to give.
+    give: Callable[[], bool] | None = None
 
 
 class Watch:
@@ -76,6 +78,7 @@ class Watch:
         self.on_written = watched.on_written
         # Frames that each rank has written.
         self.written = dict.fromkeys(watched.writers, 0)
+        self.give = watched.give
         self.report: dict[str, Any] | None = None
         self.mapped = 0
         self.asked_at: dict[int, float] = {}  # ranks that have a ping to answer
@@ -91,7 +94,10 @@ class Watch:
         while left and (until is None or time.monotonic() < until):
             if until is None and not self.buffer.raw[0] and should_stop and should_stop():
                 self.buffer.raw[0] = 1
-            for pipe in ready_of(left, _POLL_S):
+            # Also after a failure or a cancel: ranks that wait for their input hear of neither.
+            if self.give is not None and not self.give():
+                self.give = None
+            for pipe in ready_of(left, _POLL_S if self.give is None else 0.0):
                 rank = left[pipe]
                 kind, value = receive(rank)
                 self.asked_at.pop(rank.rank, None)

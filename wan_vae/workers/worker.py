@@ -38,6 +38,7 @@ from ..sharding.plan import plan_shards
 from ..sharding.proof import check_wire
 from ..sharding.transport import HOST_AND_DEVICE, Wire
 from .devices import make_current
+from .giving import Given
 from .pipe import PipeEnd
 from .shared import SharedBuffer, view
 
@@ -147,13 +148,23 @@ def _listen(pipe: _Sender, commands: queue.SimpleQueue[tuple[str, dict[str, Any]
     When the parent is gone, end at once, also out of a wait for another rank.
     """
     with suppress(EOFError, OSError):
-        while True:
-            message = pipe.receive()
-            if message[0] == "ping":
-                pipe.send("pong", None)
-            else:
-                commands.put(message)
+        _receive_all(pipe, commands)
     os._exit(1)
+
+
+def _receive_all(pipe: _Sender, commands: queue.SimpleQueue[tuple[str, dict[str, Any]]]) -> None:
+    """See `_listen`. Raises EOFError or OSError when the parent is gone."""
+    given = Given()
+    while True:
+        command, value = pipe.receive()
+        if command == "ping":
+            pipe.send("pong", None)
+        elif command == "given":
+            given.give(value)
+        else:
+            if "given" in value:  # here, in the order of the pipe: a run may have been left
+                given = value["given"] = Given(value["given"])
+            commands.put((command, value))
 
 
 def _describe(error: BaseException, settings: WorkerSettings) -> dict[str, Any]:
@@ -208,6 +219,10 @@ class _Worker:
             torch.set_num_threads(settings.threads)
         else:
             make_current(self.device)
+        if self.device.type == "cuda":
+            # Here the host launches, and copies in threads of ours. For any tensor of more than
+            # 32768 numbers PyTorch would wake a thread for each core, in every worker.
+            torch.set_num_threads(1)
         if settings.world_size == 1:
             return
         import torch.distributed as dist
@@ -355,13 +370,19 @@ class _Worker:
             )
         return self._report(laps)
 
-    def on_encode(self, unit_range: bool, **arguments: Any) -> dict[str, object]:
-        """Encode the pixels in shared memory; rank 0 writes the latent there."""
+    def on_encode(
+        self, unit_range: bool, given: Given | None = None, **arguments: Any
+    ) -> dict[str, object]:
+        """Encode the pixels in shared memory; rank 0 writes the latent there.
+
+        given: of pixels that the parent still copies.
+        """
         laps = Laps(arguments["sent_s"])
         job = EncodeJob(**arguments)
         buffer, pixels = self._open(job)
         raw = buffer.raw
         laps.add("open")
+        await_frames = None if given is None else partial(given.wait_for, seconds=job.wait_s)
         with suppress(DecodeCancelled):
             latent = self.vae.run_encode(
                 EncodeRequest(
@@ -372,6 +393,7 @@ class _Worker:
                     hooks=self._hooks(raw),
                     context=self._context(job.axis, job.wait_s),
                     gather="rank0",
+                    await_frames=await_frames,
                 )
             )
             if latent is not None:

@@ -1,0 +1,187 @@
+"""Host memory on its way to a device, brought by threads while the device computes.
+
+`Staging` is what `pixels.PixelSource` needs of a device, `CudaStaging` that of NVIDIA and AMD.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from .image import LockedMemory, bits, copy_threads, pieces_of
+
+
+class PieceThreads:
+    """Threads that bring a tensor in host memory to another place, piece by piece.
+
+    Each piece goes through `move(source, target)`. CUDA's own copy of pageable memory takes one
+    thread, and of the columns of a shard it wants a dense copy first, in memory that is new.
+    """
+
+    def __init__(self, threads: int, move: Callable[[torch.Tensor, torch.Tensor], None]):
+        self._move = move
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="wan_vae_fetch")
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Move all pieces of `source` [A, B, C, ...] to dense `target`. Raises the first error."""
+        jobs = [
+            self._pool.submit(self._piece, source[place], target[place])
+            for _, place in pieces_of(target)
+        ]
+        wait(jobs)
+        for job in jobs:
+            job.result()
+
+    def _piece(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        # Each thread has its own inference mode; see `image.HostWriter`.
+        with torch.inference_mode():
+            self._move(source, target)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+
+class Buffer(Protocol):
+    """Memory of a device for numbers of one dtype."""
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """The numbers, [n]."""
+        ...
+
+
+class Staging(Protocol):
+    """Buffers of a device that the host fills while the device computes something else.
+
+    `fill` is for any one thread at a time, all else for the thread that launches.
+    """
+
+    def allocate(self, count: int, dtype: torch.dtype) -> Buffer:
+        """A buffer of `count` numbers."""
+        ...
+
+    def enter(self) -> None:
+        """Begin a thread that will call `fill`."""
+        ...
+
+    def fill(self, buffer: Buffer, source: torch.Tensor) -> None:
+        """Copy `source` [A, B, C, ...] to the start of `buffer`, densely, once the device is done
+        with what was there. Returns when `source` was read."""
+        ...
+
+    def begin_reading(self, buffer: Buffer) -> None:
+        """What is launched from here on finds what `fill`, which has returned, has copied."""
+        ...
+
+    def end_reading(self, buffer: Buffer) -> None:
+        """What was launched is the last that reads the contents of `buffer`."""
+        ...
+
+    def close(self) -> None:
+        """Buffers may be freed afterwards. No thread is in `fill` any more."""
+        ...
+
+
+@dataclass
+class _CudaBuffer:
+    """A buffer, when the device has read it, and when it is filled."""
+
+    memory: torch.Tensor
+    is_read: torch.cuda.Event
+    is_filled: torch.cuda.Event
+
+
+class CudaStaging:
+    """A `Staging` of CUDA: copies go on a stream of their own, out of page-locked memory."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._threads: PieceThreads | None = None
+
+    def allocate(self, count: int, dtype: torch.dtype) -> Buffer:
+        memory = torch.empty(count, dtype=dtype, device=self._device)
+        buffer = _CudaBuffer(memory, torch.cuda.Event(), torch.cuda.Event())
+        # What had this memory before may not be done with it.
+        buffer.is_read.record(self._current)
+        return buffer
+
+    def enter(self) -> None:
+        # A thread begins with device 0, where leaving a stream of another would make a context.
+        torch.cuda.set_device(self._stream.device)
+
+    def fill(self, buffer: Buffer, source: torch.Tensor) -> None:
+        assert isinstance(buffer, _CudaBuffer)
+        if self._threads is None:
+            move = _ToDevice(self._stream)
+            self._threads = PieceThreads(copy_threads(os.cpu_count()), move)
+        self._stream.wait_event(buffer.is_read)
+        try:
+            # Dense memory and one dtype: the copy moves bytes, all else happens on the device.
+            self._threads.copy(source, buffer.memory[: source.numel()].view(source.shape))
+        finally:
+            buffer.is_filled.record(self._stream)
+
+    def begin_reading(self, buffer: Buffer) -> None:
+        assert isinstance(buffer, _CudaBuffer)
+        self._current.wait_event(buffer.is_filled)
+
+    def end_reading(self, buffer: Buffer) -> None:
+        assert isinstance(buffer, _CudaBuffer)
+        buffer.is_read.record(self._current)
+
+    def close(self) -> None:
+        if self._threads is None:
+            return
+        self._threads.close()
+        self._threads = None
+        # Copies that nobody will read may be under way into memory that is freed next. A broken
+        # device, whose error has ended the run, copies nothing, and would answer with that error.
+        with suppress(RuntimeError):
+            self._current.wait_stream(self._stream)
+
+    @property
+    def _current(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._device)
+
+
+@dataclass
+class _Locked:
+    """Page-locked memory for a piece, and when the device has read it."""
+
+    memory: LockedMemory = field(default_factory=LockedMemory)
+    is_read: torch.cuda.Event | None = None
+
+
+class _ToDevice:
+    """Moves pieces from any thread to CUDA memory, on `stream`: each thread fills one page-locked
+    buffer while the device reads the other."""
+
+    def __init__(self, stream: torch.cuda.Stream):
+        self._stream = stream
+        self._own = threading.local()
+
+    def __call__(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        if not hasattr(self._own, "buffers"):
+            # See `CudaStaging.enter`.
+            torch.cuda.set_device(self._stream.device)
+            self._own.buffers = [_Locked(), _Locked()]
+        locked: _Locked = self._own.buffers.pop(0)
+        self._own.buffers.append(locked)
+        if locked.is_read is not None:
+            locked.is_read.synchronize()
+        staged = locked.memory.like(target)
+        np.copyto(bits(staged), bits(source))
+        locked.is_read = torch.cuda.Event(blocking=True)
+        with torch.cuda.stream(self._stream):
+            target.copy_(staged, non_blocking=True)
+            locked.is_read.record(self._stream)
