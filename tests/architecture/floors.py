@@ -36,6 +36,7 @@ FLOORS = (
             "wan_vae.arithmetic",
             "wan_vae.device",
             "wan_vae.clock",
+            "wan_vae.walk",
         ),
         "sizes, strides, number formats, devices",
     ),
