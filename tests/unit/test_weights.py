@@ -17,8 +17,8 @@ from wan_vae.io.checkpoint import CAST_DTYPES, FLOAT_DTYPES
 from wan_vae.network.weights import copied, copy_weights, suspects_of
 
 CPU = torch.device("cpu")
-# Pieces of 32000 numbers: several of them and a rest, exactly two, one, and none.
-SIZES = [(5, 20001), (2, 32000), (3, 4, 3, 3, 3), (1,), (0, 7)]
+# Pieces of 32000 numbers: several of them and a rest, exactly two, one, and none. And of 1 << 19.
+SIZES = [(5, 20001), (2, 32000), (3, 4, 3, 3, 3), (1,), (0, 7), (3, 200_003), (1, 1 << 19)]
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -35,6 +35,18 @@ def test_copies_are_what_a_cast_gives(source, dtype):
     for key, value in state.items():
         assert torch.equal(copies.state[key], value.to(dtype)), key
         assert copies.state[key].data_ptr() != value.data_ptr() or not value.numel()
+
+
+def test_float32_is_rounded_as_pytorch_rounds_it():
+    bits = torch.randint(0, 0x7F7FFFFF, (1 << 20,), generator=torch.Generator().manual_seed(1))
+    bits = bits.to(torch.int32)
+    # Halfway between two numbers, and next to it.
+    halves = (bits & ~0xFFFF) | 0x8000
+    x = torch.cat([bits, halves, halves - 1, halves + 1]).view(torch.float32)
+    x = torch.cat([x, -x])
+    copies = copied({"x": x}, CPU, torch.bfloat16)
+    assert torch.equal(copies.state["x"].view(torch.int16), x.to(torch.bfloat16).view(torch.int16))
+    assert copies.suspects == ()
 
 
 def test_copies_are_contiguous_and_ordinary_whatever_the_source_is():
