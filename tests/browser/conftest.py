@@ -20,7 +20,7 @@ CAT = EXAMPLES / "latents" / "cat_416x240_17f.latent"
 
 
 # What `make test` runs: an old frontend and the newest, each in one of the ways in which it draws.
-# `make test-all` has both ways of both.
+# `make test-all` has both ways of all.
 QUICK = {("pinned", "canvas"), ("newest", "nodes2")}
 
 
@@ -33,9 +33,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.full)
 
 
-@pytest.fixture(scope="session", params=["pinned", "newest"])
+@pytest.fixture(scope="session", params=["pinned", "usual", "newest"])
 def frontend_name(request) -> str:
-    """Of the frontend: the one that this ComfyUI pins, then the newest one."""
+    """Of the frontend: the one that this ComfyUI pins, the one of most users, the newest one."""
     return request.param
 
 
@@ -43,7 +43,11 @@ def frontend_name(request) -> str:
 def server(frontend_name, tmp_path_factory) -> Iterator[Comfy]:
     """ComfyUI with that frontend."""
     environment = provision()
-    root = {"pinned": environment.pinned_frontend, "newest": environment.newest_frontend}
+    root = {
+        "pinned": environment.pinned_frontend,
+        "usual": environment.usual_frontend,
+        "newest": environment.newest_frontend,
+    }
     flags = ("--front-end-root", root[frontend_name])
     server = Comfy(environment, tmp_path_factory.mktemp(frontend_name), *flags)
     graphs.write_vaes(server.base / "models" / "vae")
