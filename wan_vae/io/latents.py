@@ -288,6 +288,9 @@ def save_latent(path: str | Path, latent: torch.Tensor, name: Path | None = None
         save_tensors(tensors, Path(path))
 
 
+# What a sentence is about.
+WHAT = {"latent": said("word.latent", "latent"), "video": said("word.video", "video")}
+
 # The dtypes that samplers and files use and that arithmetic supports; float8 has no isfinite.
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # And those from which a file's numbers are cast.
@@ -297,9 +300,23 @@ _STORED = (*_READABLE, torch.float8_e4m3fn, torch.float8_e5m2)
 def as_batch(x: torch.Tensor, what: str) -> torch.Tensor:
     """Add a batch dimension to `x` if it has four. Raises LatentError unless `x` is dense."""
     if not isinstance(x, torch.Tensor):
-        raise LatentError(f"the {what} is a {type(x).__name__}: expected a torch.Tensor")
+        raise LatentError(
+            said(
+                "input.no_tensor",
+                "the {what} is a {kind}: expected a torch.Tensor",
+                what=what,
+                kind=type(x).__name__,
+            )
+        )
     if kind := missing_data(x):
-        raise LatentError(f"the {what} is a {kind} tensor: expected a dense one, with data")
+        raise LatentError(
+            said(
+                "input.no_data",
+                "the {what} is a {kind} tensor: expected a dense one, with data",
+                what=what,
+                kind=kind,
+            )
+        )
     return x.unsqueeze(0) if x.ndim == 4 else x
 
 
@@ -318,33 +335,57 @@ def check_latent_values(latent: torch.Tensor) -> None:
     consequence = said(
         "latent.overflow", "the sampler overflowed, and any decoder would return black frames"
     )
-    if error := not_finite(extremes, latent, "latent", consequence):
+    if error := not_finite(extremes, latent, WHAT["latent"], consequence):
         raise error
 
 
 def check_latent_shape(latent: torch.Tensor, config: WanVAEConfig) -> None:
     """Check all that `check_latent` checks, except the values."""
     if latent.ndim != 5:
-        raise LatentError(f"the latent is {tuple(latent.shape)}: expected [B, z, T, H, W]")
+        raise LatentError(
+            said(
+                "latent.dimensions",
+                "the latent is {shape}: expected [B, z, T, H, W]",
+                shape=tuple(latent.shape),
+            )
+        )
     if 0 in latent.shape:
-        raise LatentError(f"the latent is empty: its shape is {tuple(latent.shape)}")
+        raise LatentError(
+            said(
+                "latent.empty_shape",
+                "the latent is empty: its shape is {shape}",
+                shape=tuple(latent.shape),
+            )
+        )
     if latent.dtype not in _READABLE:
         raise LatentError(
-            f"the latent is of {latent.dtype}: expected a floating tensor of 16 to 64 bits"
+            said(
+                "latent.dtype",
+                "the latent is of {dtype}: expected a floating tensor of 16 to 64 bits",
+                dtype=latent.dtype,
+            )
         )
     others = [i for i in range(2, 5) if latent.shape[i] == config.z_dim]
     if latent.shape[1] != config.z_dim and others == [2]:
         raise LatentError(
-            f"the latent is {tuple(latent.shape)}, which looks like [B, T, z, H, W]: expected "
-            "[B, z, T, H, W], so swap its second and third dimension"
+            said(
+                "latent.frames_first",
+                "the latent is {shape}, which looks like [B, T, z, H, W]: expected [B, z,"
+                " T, H, W], so swap its second and third dimension",
+                shape=tuple(latent.shape),
+            )
         )
     if latent.shape[1] != config.z_dim and others == [4]:
         raise LatentError(
-            f"the latent is {tuple(latent.shape)}, which looks like [B, T, H, W, z]: expected "
-            "[B, z, T, H, W], so move its last dimension to the second place"
+            said(
+                "latent.channels_last",
+                "the latent is {shape}, which looks like [B, T, H, W, z]: expected [B, z,"
+                " T, H, W], so move its last dimension to the second place",
+                shape=tuple(latent.shape),
+            )
         )
     check_channels(latent.shape[1], config)
-    check_frames(latent.shape[2], config, "latent")
+    check_frames(latent.shape[2], config, WHAT["latent"])
 
 
 def check_frames(frames: int, config: WanVAEConfig, what: str) -> None:
@@ -395,7 +436,13 @@ def check_pixels(pixels: torch.Tensor, config: WanVAEConfig) -> None:
     """
     check_video_shape(tuple(pixels.shape), config)
     if pixels.dtype not in _READABLE:
-        raise LatentError(f"the video is of {pixels.dtype}: expected floating values in [-1, 1]")
+        raise LatentError(
+            said(
+                "encode.dtype",
+                "the video is of {dtype}: expected floating values in [-1, 1]",
+                dtype=pixels.dtype,
+            )
+        )
 
 
 # Numbers of each channel at which `statistics_hint` looks, at most. The deviation of so many is
@@ -536,10 +583,19 @@ def encode_notices(pixels: tuple[int, ...], channels: int, config: WanVAEConfig)
 def check_video_shape(shape: tuple[int, ...], config: WanVAEConfig) -> None:
     """Raise LatentError unless `shape` is [B, 3, T, H, W] of a video that this VAE encodes."""
     if len(shape) != 5 or shape[1] != config.colours:
-        raise LatentError(f"the video is {shape}: expected [B, {config.colours}, T, H, W]")
+        raise LatentError(
+            said(
+                "encode.shape",
+                "the video is {shape}: expected [B, {colours}, T, H, W]",
+                shape=shape,
+                colours=config.colours,
+            )
+        )
     if 0 in shape:
-        raise LatentError(f"the video is empty: its shape is {shape}")
-    check_frames(shape[2], config, "video")
+        raise LatentError(
+            said("encode.empty", "the video is empty: its shape is {shape}", shape=shape)
+        )
+    check_frames(shape[2], config, WHAT["video"])
 
 
 def range_warning(largest: float) -> str | None:
