@@ -453,6 +453,10 @@ def test_a_latent_that_looks_normalised_gets_a_hint(comfy):
         run = comfy.run(decode(samples, normalized=normalized))
         assert run.error is None, run.error
         hints.append(run.report("3")["warnings"])
+        channels = run.report("3")["latent_channels"]
+        # All of them, where there is a hint.
+        assert len(channels) == (0 if normalized else 16)
+        assert all(0.8 < channel["deviation"] < 1.2 for channel in channels)
     assert len(hints[0]) == 1 and hints[1] == []
     assert hints[0][0].startswith("the latent looks normalised")
     assert "1.13 to 3.27" in hints[0][0] and "channel 8: 1.0" in hints[0][0]
