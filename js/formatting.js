@@ -125,6 +125,24 @@ export function sayer(report, t) {
   return say;
 }
 
+const LABEL_COLUMNS = 9;
+
+/** How many columns `text` takes where all letters are as wide: those of Chinese take two. */
+function columnsOf(text) {
+  return [...text].reduce((sum, letter) => sum + (letter >= "\u2e80" ? 2 : 1), 0);
+}
+
+/** The rows of a report (of Wan VAE Inspect) as lines: a label, and what it says behind it. */
+export function rowsText(report, t) {
+  const say = sayer(report, t);
+  return report.rows
+    .map(([label, text]) => {
+      const said = say(label);
+      return `${said}${" ".repeat(Math.max(0, LABEL_COLUMNS - columnsOf(said)))} ${say(text)}`;
+    })
+    .join("\n");
+}
+
 /** "81 frames", "1 frame", or while it runs or was stopped "33 of 81 frames". */
 function framesText(report, t) {
   const [done, total] = [report.done_frames ?? 0, report.total_frames ?? 0];

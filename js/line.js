@@ -1,5 +1,5 @@
 import { element } from "./dom.js";
-import { layoutOf, lineParts, SIGNS, toneOf } from "./formatting.js";
+import { layoutOf, lineParts, rowsText, SIGNS, toneOf } from "./formatting.js";
 
 /**
  * `<wan-vae-line>`: the last report of one node in two rows. It is a button that opens the panel.
@@ -73,6 +73,7 @@ export class WanVAEText extends HTMLElement {
   update() {
     const { find, t } = this.context;
     this.tabIndex = 0;
-    this.textContent = find()?.report.text ?? t("text.idle");
+    const report = find()?.report;
+    this.textContent = report?.rows ? rowsText(report, t) : t("text.idle");
   }
 }

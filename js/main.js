@@ -16,6 +16,7 @@ import {
   replaceable,
   replaceNode,
 } from "./switch.js";
+import { adapted, isNested } from "./video_options.js";
 
 const EVENT = "wan_vae.report";
 const REPORTS = "/wan_vae/reports";
@@ -252,6 +253,14 @@ app.registerExtension({
     for (const detail of (await refresh()) ?? []) {
       app.extensionManager.toast?.add({ severity: "error", summary: t("panel.title"), detail });
     }
+  },
+  beforeRegisterNodeDef(nodeType, definition) {
+    if (definition.name !== "WanVAEDecodeToVideo") return;
+    const { configure } = nodeType.prototype;
+    nodeType.prototype.configure = function (saved) {
+      const values = adapted(saved.widgets_values, isNested(definition));
+      return configure.call(this, values === saved.widgets_values ? saved : { ...saved, widgets_values: values });
+    };
   },
   nodeCreated(node) {
     if (!NODES.test(node.comfyClass ?? "")) return;

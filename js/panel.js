@@ -146,6 +146,7 @@ class ReportCard {
       this.#section("layout", [report.layout, report.latent_shape, report.pixel_shape],
         () => layoutFacts(report, t)),
       this.#section("shards", report.shards, () => shardTable(report, t)),
+      this.#folded("channels", report.latent_channels, () => channelTable(report, t)),
       this.#folded("backends", report.backends, () => backendFacts(report, t)),
       this.#folded("layers", report.layers, () => layerStrip(report, t)),
     ].filter((section) => section !== null);
@@ -349,26 +350,40 @@ function memoryFacts({ memory }, t) {
   return facts(sizes.map((name) => [t(`memory.${name}`), bytesText(memory[`${name}_bytes`])]));
 }
 
+/** Of a latent that looks like the other kind: each channel beside what the VAE makes. */
+function channelTable(report, t) {
+  const channels = report.latent_channels ?? [];
+  if (channels.length === 0) return null;
+  const names = ["deviation", "vae_deviation", "mean", "vae_mean"];
+  const rows = channels.map((channel, index) => [
+    index,
+    ...names.map((name) => channel[name].toFixed(2)),
+  ]);
+  return tableOf([t("channels.channel"), ...names.map((name) => t(`channels.${name}`))], rows);
+}
+
 function shardTable(report, t) {
   const shards = report.shards ?? [];
   if (shards.length === 0) return null;
-  const heads = ["rank", "device", "rows", "halo", "wait"];
+  const heads = ["rank", "device", "rows", "halo", "wait"].map((name) => t(`shards.${name}`));
+  const rows = shards.map((shard) => [
+    shard.rank,
+    shard.device,
+    `${shard.axis} ${shard.start_row}–${shard.stop_row}`,
+    `${shard.halo_rows} (${bytesText(shard.halo_bytes)})`,
+    durationText(shard.wait_ms),
+  ]);
+  return tableOf(heads, rows);
+}
+
+function tableOf(heads, rows) {
   const cell = (text) => element("td", {}, String(text));
   const table = element(
     "table",
     {},
-    element("thead", {}, element("tr", {}, heads.map((name) =>
-      element("th", { scope: "col" }, t(`shards.${name}`))))),
-    element("tbody", {}, shards.map((shard) =>
-      element(
-        "tr",
-        {},
-        cell(shard.rank),
-        cell(shard.device),
-        cell(`${shard.axis} ${shard.start_row}–${shard.stop_row}`),
-        cell(`${shard.halo_rows} (${bytesText(shard.halo_bytes)})`),
-        cell(durationText(shard.wait_ms)),
-      ))),
+    element("thead", {}, element("tr", {}, heads.map((text) =>
+      element("th", { scope: "col" }, text)))),
+    element("tbody", {}, rows.map((row) => element("tr", {}, row.map(cell)))),
   );
   return element("div", { class: "wan-vae-scrolled" }, table);
 }

@@ -15,6 +15,7 @@ from ..wan_vae.io.latents import check_latent_shape
 from ..wan_vae.io.video_encode import BIT_DEPTHS, frame_rate
 from ..wan_vae.options import MemoryFormat
 from ..wan_vae.report import SCHEMA
+from ..wan_vae.said import expected_one_of
 from . import hand_over, inputs
 from .lazy_video import Decoding, LazyVideo
 from .reports import HIDDEN, NodeId
@@ -82,7 +83,7 @@ class WanVAECreateVideo(io.ComfyNode):
         with session(cls.hidden, vae, precision, "video") as run:
             # What is wrong is said here, and not in the node that reads the video.
             if bit_depth not in BIT_DEPTHS:
-                raise OutputError(inputs.expected_one_of("bit_depth", bit_depth, BIT_DEPTHS))
+                raise OutputError(expected_one_of("bit_depth", bit_depth, BIT_DEPTHS))
             inputs.sound(audio)
             frame_rate(Path("VIDEO"), fps or hand_over.FPS)
             clips = hand_over.clips(run, samples, normalized)

@@ -13,13 +13,14 @@ from comfy_api.latest import InputImpl, io
 from ..wan_vae import geometry
 from ..wan_vae.io.image import EndFrames
 from ..wan_vae.io.sink import Sink, with_colours
-from ..wan_vae.io.video_encode import CODECS, Codec, VideoSettings
+from ..wan_vae.io.video_encode import Codec, VideoSettings
 from ..wan_vae.io.video_sink import VideoFileSink
 from ..wan_vae.io.video_write import TeeSink
 from ..wan_vae.options import MemoryFormat
 from . import hand_over, inputs
+from .file_options import CRF, file_inputs, file_options
 from .reports import HIDDEN
-from .saved_video import FOLDERS, FORMATS, Folder, SavedVideo, metadata
+from .saved_video import FOLDERS, Folder, SavedVideo, metadata
 from .schema import (
     advanced,
     audio_input,
@@ -72,31 +73,7 @@ class WanVAEDecodeToVideo(io.ComfyNode):
                 precision_input(),
                 chunk_input(),
                 # New inputs come after those of version 0.1: saved workflows count them.
-                advanced(
-                    io.Combo.Input,
-                    "format",
-                    options=list(FORMATS),
-                    default="auto",
-                    tooltip="The kind of file, as in Save Video. auto is mp4.",
-                ),
-                advanced(
-                    io.Combo.Input,
-                    "codec",
-                    options=list(CODECS),
-                    default="auto",
-                    tooltip="How pictures are stored, as in Save Video. auto is H.264, and AV1 in "
-                    "webm.",
-                ),
-                advanced(
-                    io.Float.Input,
-                    "crf",
-                    default=16.0,
-                    min=0.0,
-                    max=63.0,
-                    step=1.0,
-                    tooltip="Quality: lower values look better and make larger files. Save Video "
-                    "takes 23 for H.264 (at most 51) and 30 for AV1 (at most 63).",
-                ),
+                *file_inputs(),
                 bit_depth_input(),
                 advanced(
                     io.Combo.Input,
@@ -141,9 +118,9 @@ class WanVAEDecodeToVideo(io.ComfyNode):
         memory_layout: MemoryFormat = "auto",
         precision: str = "auto",
         chunk_frames: int = 0,
-        format: str = "auto",
+        format: Any = "auto",
         codec: Codec = "auto",
-        crf: float = 16.0,
+        crf: float = CRF,
         bit_depth: int = 8,
         save_to: Folder = "output",
         normalized: bool = False,
@@ -151,10 +128,12 @@ class WanVAEDecodeToVideo(io.ComfyNode):
     ) -> io.NodeOutput:
         tags = metadata(cls.hidden)
         with session(cls.hidden, vae, precision, "decode") as run:
-            out = _Clips(run, filename_prefix, save_to, format)
+            options = file_options(cls.hidden, format, codec, crf)
+            out = _Clips(run, filename_prefix, save_to, options.format)
 
             def settings(place: int) -> VideoSettings:
-                return VideoSettings(codec, crf, bit_depth, tags, inputs.sound(audio, place))
+                sound = inputs.sound(audio, place)
+                return VideoSettings(options.codec, options.crf, bit_depth, tags, sound)
 
             clips = hand_over.clips(run, samples, normalized)
             if clips is not None:

@@ -13,6 +13,7 @@ import torch
 
 from ..wan_vae.device import allocated_bytes
 from ..wan_vae.device import free_bytes as device_free_bytes
+from ..wan_vae.said import said
 from .free_memory import believed_free_bytes
 
 
@@ -79,7 +80,8 @@ class ComfyMemory:
             patcher = entry.model
             if patcher is None or patcher is self._patcher or entry.device != self._device:
                 continue
-            found[f"ComfyUI's {type(patcher.model).__name__}"] += int(entry.model_loaded_memory())
+            name = said("memory.comfyui", "ComfyUI's {name}", name=type(patcher.model).__name__)
+            found[name] += int(entry.model_loaded_memory())
         return dict(found)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,17 +12,6 @@ from ..wan_vae.io.image import frames_view
 from ..wan_vae.io.tensors import missing_data
 from ..wan_vae.io.video_encode import Sound
 from ..wan_vae.said import said
-
-
-def expected_one_of(name: str, value: object, words: Iterable[object]) -> str:
-    """The sentence about an input `name` whose `value` is none of `words`."""
-    return said(
-        "input.expected",
-        "{name} is {value}: expected one of {words}",
-        name=name,
-        value=repr(value),
-        words=", ".join(map(repr, words)),
-    )
 
 
 def latent(samples: Mapping[str, Any]) -> torch.Tensor:

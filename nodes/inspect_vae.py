@@ -6,7 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..wan_vae.commands.report_text import report_text
+from ..wan_vae.commands.report_text import report_rows, rows_text
+from ..wan_vae.said import worded
 from .reports import HIDDEN
 from .schema import schema, vae_input
 from .session import session
@@ -35,6 +36,11 @@ class WanVAEInspect(io.ComfyNode):
         with session(cls.hidden, vae, "auto", "inspect") as run:
             run.packed.load(0)
             report = run.with_notes(run.wan.inspect())
-            text = report_text(report, dtypes=weight_dtypes(vae), all_layers=True)
-            run.report = {**report.as_dict(), "text": text}  # shown on the node
+            rows = report_rows(report, dtypes=weight_dtypes(vae), all_layers=True)
+            text = rows_text(rows)
+            plain: dict[str, Any] = report.as_dict()
+            # Shown on the node, in the language of the page.
+            plain["rows"] = [[str.__str__(part) for part in row] for row in rows]
+            plain["worded"] |= worded(part for row in rows for part in row)
+            run.report = plain
         return io.NodeOutput(text, ui={**run.ui, "text": [text]})

@@ -147,20 +147,30 @@ class LazyVideo(Input.Video):
                     wanted=color_space,
                 )
             )
-        settings = VideoSettings(
-            codec=cast("Codec", _word(codec)),
+        # Core has counted files to find the name, and another server may count meanwhile: so first.
+        # An empty file that is there already may be the caller's own temporary one.
+        name: AbstractContextManager[None] = nullcontext()
+        if isinstance(path, (str, os.PathLike)):
+            name = reserved(Path(path))
+        with name:
+            self._save(path, _word(format), self._settings(_word(codec), metadata, bit_depth, crf))
+
+    def _settings(
+        self, codec: str, metadata: dict[str, Any] | None, bit_depth: int | None, crf: float | None
+    ) -> VideoSettings:
+        return VideoSettings(
+            codec=cast("Codec", codec),
             crf=crf,
             bit_depth=self._decoding.bit_depth if bit_depth is None else bit_depth,
             metadata={str(key): json.dumps(value) for key, value in (metadata or {}).items()},
             sound=inputs.sound(self._decoding.audio, self._decoding.place),
         )
-        decoding = self._decoding
-        shape = decoding.pixel_shape
-        # Core has chosen the name before the decode, and another server may choose meanwhile.
-        name: AbstractContextManager[None] = nullcontext()
-        if isinstance(path, (str, os.PathLike)):
-            name = reserved(Path(path))
-        with name, self._session() as run:
+
+    def _save(
+        self, path: str | os.PathLike[str] | BytesIO, container: str, settings: VideoSettings
+    ) -> None:
+        decoding, shape = self._decoding, self._decoding.pixel_shape
+        with self._session() as run:
             run.look_at(decoding.latent, decoding.normalized)
             plan = run.plan(
                 tuple(decoding.latent.shape),
@@ -168,7 +178,7 @@ class LazyVideo(Input.Video):
                 chunk_frames=decoding.chunk_frames,
                 whole_frames=True,
             )
-            sink = _sink(path, _word(format), shape, decoding.fps, settings)
+            sink = _sink(path, container, shape, decoding.fps, settings)
             target = with_colours(sink, shape[1])
             run.decode_into(target, decoding.latent, plan, normalized=decoding.normalized)
             run.warnings += sink.warnings

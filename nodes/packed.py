@@ -32,9 +32,9 @@ from ..wan_vae.device import DTYPES
 from ..wan_vae.io.fingerprint import fingerprint
 from ..wan_vae.options import PRECISIONS
 from ..wan_vae.runs.engine import count_weight_formats
+from ..wan_vae.said import expected_one_of
 from ..wan_vae.walk import parameters
 from .device_memory import ComfyMemory, loaded
-from .inputs import expected_one_of
 from .weights import state_of
 
 # A workflow may use both generations of Wan, or one of them in two precisions. A copy of Wan 2.1 in

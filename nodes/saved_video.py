@@ -14,8 +14,7 @@ from comfy.cli_args import args
 
 from ..wan_vae import OutputError
 from ..wan_vae.io.files import check_output, writing
-from ..wan_vae.said import said
-from .inputs import expected_one_of
+from ..wan_vae.said import expected_one_of, said
 
 # The words of core's Save Video: containers, of which auto is mp4.
 FORMATS = ("auto", "mp4", "mkv", "webm")

@@ -24,11 +24,11 @@ from PIL import Image
 from ..wan_vae import DecodeCancelled, DecodeReport, NotAWanVAEError, Plan, WanVAE, WanVAEError
 from ..wan_vae.errors import first_line
 from ..wan_vae.io.image import ImageSink
-from ..wan_vae.io.latents import check_latent_shape, statistics_hint
+from ..wan_vae.io.latents import check_latent_shape, mismatch
 from ..wan_vae.io.preview import PreviewSink
 from ..wan_vae.io.sink import Sink
 from ..wan_vae.options import MemoryFormat, Operation, RunOptions
-from ..wan_vae.report import SCHEMA, of_batch
+from ..wan_vae.report import SCHEMA, ChannelRecord, of_batch
 from ..wan_vae.runs.engine import PROOF_BYTES, SetupRequest
 from ..wan_vae.runs.run import ready
 from ..wan_vae.said import said, worded
@@ -57,6 +57,8 @@ class Session:
         # Sentences that the final report gets beside the library's own.
         self.warnings: list[str] = []
         self.fallbacks: list[str] = []
+        # Of the first latent that looks like the other kind.
+        self.channels: tuple[ChannelRecord, ...] = ()
         self._packed: Packed | None = None
         self._memory: ComfyMemory | None = None
         self._before: DecodeReport | None = None
@@ -249,9 +251,10 @@ class Session:
         """
         check_latent_shape(latent, self.wan.config)
         with self.timed("latent"):
-            hint = statistics_hint(latent, self.wan.config, normalized)
-        if hint is not None and hint not in self.warnings:
-            self.warnings.append(hint)
+            found = mismatch(latent, self.wan.config, normalized)
+        if found is not None and found.sentence not in self.warnings:
+            self.warnings.append(found.sentence)
+            self.channels = self.channels or found.channels
 
     def decode(self, latent: torch.Tensor, plan: Plan, *, normalized: bool = False) -> torch.Tensor:
         """The frames [B, T, H, W, 3] in [0, 1] of `latent` by `plan`, where ComfyUI wants them."""
@@ -376,6 +379,7 @@ class Session:
             warnings=(*report.warnings, *self.warnings),
             fallbacks=(*report.fallbacks, *self.fallbacks),
             host_ms=self._all_phases(report.host_ms),
+            latent_channels=self.channels,
         )
 
     def _all_phases(self, of_library: dict[str, float]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import SupportsIndex, cast
 
 from .config import WanVAEConfig
 from .errors import GeometryError
+from .said import said
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,14 @@ def whole_number(value: object, what: str) -> int:
             raise TypeError
         return operator.index(cast(SupportsIndex, value))
     except TypeError as error:
-        raise GeometryError(f"{what} is {value!r}: expected a whole number") from error
+        raise GeometryError(
+            said(
+                "input.whole",
+                "{what} is {value}: expected a whole number",
+                what=what,
+                value=repr(value),
+            )
+        ) from error
 
 
 def schedule(total_frames: int, chunk_frames: int | Sequence[int]) -> list[Chunk]:
@@ -120,11 +128,23 @@ def schedule(total_frames: int, chunk_frames: int | Sequence[int]) -> list[Chunk
     lengths that add up to `total_frames`. Raises GeometryError for an impossible schedule.
     """
     if total_frames < 1:
-        raise GeometryError(f"a latent of {total_frames} frames cannot be decoded: need at least 1")
+        raise GeometryError(
+            said(
+                "latent.no_frames",
+                "a latent of {frames} frames cannot be decoded: need at least 1",
+                frames=total_frames,
+            )
+        )
     if not isinstance(chunk_frames, Sequence):
         chunk_frames = whole_number(chunk_frames, "chunk_frames")
         if chunk_frames < 1:
-            raise GeometryError(f"chunk_frames is {chunk_frames}: expected 1 or more latent frames")
+            raise GeometryError(
+                said(
+                    "input.chunk_frames",
+                    "chunk_frames is {frames}: expected 1 or more latent frames",
+                    frames=chunk_frames,
+                )
+            )
         lengths = [
             min(chunk_frames, total_frames - i) for i in range(0, total_frames, chunk_frames)
         ]
@@ -132,7 +152,12 @@ def schedule(total_frames: int, chunk_frames: int | Sequence[int]) -> list[Chunk
         lengths = [whole_number(n, "a chunk length") for n in chunk_frames]
         if any(n < 1 for n in lengths) or sum(lengths) != total_frames:
             raise GeometryError(
-                f"chunk schedule {lengths} does not cover {total_frames} latent frames exactly"
+                said(
+                    "plan.schedule",
+                    "chunk schedule {lengths} does not cover {frames} latent frames exactly",
+                    lengths=lengths,
+                    frames=total_frames,
+                )
             )
     chunks, start = [], 0
     for n in lengths:

@@ -5,7 +5,7 @@ This is the first step of every run: the weights decide which latents fit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -226,7 +226,9 @@ def detect_config(state: Mapping[str, torch.Tensor]) -> WanVAEConfig:
     a tensor that decides the architecture is missing or has an impossible shape.
     """
     if not state:
-        raise NotAWanVAEError("the checkpoint holds no tensors: expected a Wan 2.1 or 2.2 VAE")
+        raise NotAWanVAEError(
+            said("vae.empty", "the checkpoint holds no tensors: expected a Wan 2.1 or 2.2 VAE")
+        )
     if "decoder.middle.0.residual.0.gamma" not in state:
         other = identify_other_model(state)
         sample = ", ".join(sorted(state)[:3])
@@ -283,27 +285,50 @@ def _pictures(config: WanVAEConfig, inputs: int | None, outputs: int) -> WanVAEC
     if head is None or (head[1] < config.decoder_patch_size):
         known = [n for n, (_, patch) in _HEADS.items() if patch >= config.decoder_patch_size]
         raise NotAWanVAEError(
-            f"not a {config.family} VAE that is known: decoder.head.2.weight has {outputs} "
-            f"outputs, expected {_or(sorted(known))}"
+            said(
+                "vae.unknown_outputs",
+                "not a {family} VAE that is known: decoder.head.2.weight has {outputs} "
+                "outputs, expected one of {known}",
+                family=config.family,
+                outputs=outputs,
+                known=", ".join(map(str, sorted(known))),
+            )
         )
     area = config.patch_size**2
     colours = head[0] if inputs is None else inputs // area
     if inputs is not None and (inputs % area or colours not in (3, 4)):
         raise NotAWanVAEError(
-            f"not a {config.family} VAE that is known: encoder.conv1.weight has {inputs} inputs, "
-            f"expected {3 * area} or {4 * area}"
+            said(
+                "vae.unknown_inputs",
+                "not a {family} VAE that is known: encoder.conv1.weight has {inputs} "
+                "inputs, expected {without} or {alpha}",
+                family=config.family,
+                inputs=inputs,
+                without=3 * area,
+                alpha=4 * area,
+            )
         )
     return replace(config, colours=colours, decoder_colours=head[0], decoder_patch_size=head[1])
 
 
-def _or(numbers: Sequence[int]) -> str:
-    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}"
-
-
 def _shape(state: Mapping[str, torch.Tensor], key: str, ndim: int) -> tuple[int, ...]:
     if key not in state:
-        raise CheckpointError(f"the checkpoint is missing {key}, which decides the architecture")
+        raise CheckpointError(
+            said(
+                "vae.lacks",
+                "the checkpoint is missing {name}, which decides the architecture",
+                name=key,
+            )
+        )
     shape = tuple(state[key].shape)
     if len(shape) != ndim or 0 in shape:
-        raise CheckpointError(f"{key} has shape {shape}: expected {ndim} non-empty dimensions")
+        raise CheckpointError(
+            said(
+                "vae.dimensions",
+                "{name} has shape {shape}: expected {dimensions} non-empty dimensions",
+                name=key,
+                shape=shape,
+                dimensions=ndim,
+            )
+        )
     return shape

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from .errors import BackendError
+from .said import expected_one_of, said
 from .version import __version__
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,32 +46,51 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise BackendError(
-            f"device {device!r} is unknown: expected cpu, cuda, cuda:1, xpu, mps or "
-            "privateuseone:0 (DirectML)"
+            said(
+                "device.unknown",
+                "device {device} is unknown: expected cpu, cuda, cuda:1, xpu, mps or "
+                "privateuseone:0 (DirectML)",
+                device=repr(device),
+            )
         ) from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise BackendError(
-                f"device {device} was asked for, but PyTorch sees no CUDA device here: name one "
-                "that is here, such as cpu"
+                said(
+                    "device.no_cuda",
+                    "device {device} was asked for, but PyTorch sees no CUDA device here:"
+                    " name one that is here, such as cpu",
+                    device=device,
+                )
             )
         index = torch.cuda.current_device() if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise BackendError(
-                f"device cuda:{index} was asked for: this machine has "
-                f"{torch.cuda.device_count()} CUDA device(s), counted from 0"
+                said(
+                    "device.no_such_cuda",
+                    "device cuda:{index} was asked for: this machine has {count} CUDA "
+                    "device(s), counted from 0",
+                    index=index,
+                    count=torch.cuda.device_count(),
+                )
             )
         device = torch.device("cuda", index)
     if device.type == "meta":
-        raise BackendError("device meta holds no data: nothing can be decoded on it")
+        raise BackendError(
+            said("device.meta", "device meta holds no data: nothing can be decoded on it")
+        )
     if device.type == "privateuseone" and has_directml():
         importlib.import_module("torch_directml")  # which makes PyTorch know the device
         return device
     module = torch.backends.mps if device.type == "mps" else getattr(torch, device.type, None)
     if device.type not in ("cpu", "cuda") and not (module and module.is_available()):
         raise BackendError(
-            f"device {device} was asked for, but PyTorch sees none of its kind here: name one that "
-            "is here, such as cpu"
+            said(
+                "device.none",
+                "device {device} was asked for, but PyTorch sees none of its kind here: "
+                "name one that is here, such as cpu",
+                device=device,
+            )
         )
     return device
 
@@ -89,7 +109,7 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return auto_dtype(device)[0]
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
-        raise BackendError(f"dtype is {dtype!r}: expected 'auto', 'fp32', 'bf16' or 'fp16'")
+        raise BackendError(expected_one_of("dtype", dtype, ("auto", "fp32", "bf16", "fp16")))
     return chosen
 
 

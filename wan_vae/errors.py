@@ -4,6 +4,10 @@ ComfyUI users read it in a red box, users of the command line on one line of std
 numbers that an engineer needs.
 """
 
+from __future__ import annotations
+
+from .said import Said, said
+
 
 class WanVAEError(Exception):
     """Base class of every error that this package raises on purpose.
@@ -74,5 +78,14 @@ class OutputError(WanVAEError):
 
 def first_line(error: BaseException) -> str:
     """The first line of what `error` says, at most 200 characters, or the name of its type."""
-    text = str(error).strip()
+    text = str(error)
+    if isinstance(text, Said):
+        return text  # one of ours is one line, and knows its key
+    text = text.strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def named(error: BaseException) -> str:
+    """What `error` is and the first line of what it says: "RuntimeError: no kernel image"."""
+    kind = type(error).__name__
+    return said("error.named", "{kind}: {message}", kind=kind, message=first_line(error))

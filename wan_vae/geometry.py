@@ -177,7 +177,13 @@ def strips(rows: int, count: int, config: WanVAEConfig) -> list[Strip]:
     count = whole_number(count, "strips")
     if not 1 <= count <= rows:
         raise GeometryError(
-            f"cannot cut {rows} latent rows into {count} strips: expected 1 to {rows}"
+            said(
+                "plan.no_strips",
+                "cannot cut {rows} latent rows into {count} strips: expected 1 to {most}",
+                rows=rows,
+                count=count,
+                most=rows,
+            )
         )
     base, extra = divmod(rows, count)
     out, start = [], 0

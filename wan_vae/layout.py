@@ -19,7 +19,7 @@ import torch
 
 from .errors import LayoutError
 from .libraries import Libraries
-from .said import said
+from .said import expected_one_of, said
 from .walk import named_parameters
 
 Format = Literal["contiguous", "channels_last_3d", "either", "other"]
@@ -38,7 +38,13 @@ def detect(x: torch.Tensor) -> Format:
     not matter for the place of any element.
     """
     if x.ndim not in _CHANNELS_LAST:
-        raise LayoutError(f"memory format of a {x.ndim}-D tensor: expected 4 or 5 dimensions")
+        raise LayoutError(
+            said(
+                "layout.dimensions",
+                "memory format of a {count}-D tensor: expected 4 or 5 dimensions",
+                count=x.ndim,
+            )
+        )
     shape, strides = x.shape, x.stride()
     first, last = (_is_dense(shape, strides, order) for order in _INNERMOST_FIRST[x.ndim])
     if first and last:
@@ -118,7 +124,7 @@ def _decide(
     """`decide` where no format is known to be wrong."""
     if requested not in ("auto", "contiguous", "channels_last_3d"):
         raise LayoutError(
-            f"memory_format is {requested!r}: expected 'auto', 'contiguous' or 'channels_last_3d'"
+            expected_one_of("memory_format", requested, ("auto", "contiguous", "channels_last_3d"))
         )
     if requested != "auto":
         return LayoutDecision(requested, requested, said("layout.requested", "requested"))
@@ -179,7 +185,9 @@ def to_format(x: torch.Tensor, fmt: str) -> torch.Tensor:
         if detect(x) in ("contiguous", "either"):
             return _canonical(x, _contiguous_strides(x.shape))
         return x.contiguous()
-    raise LayoutError(f"cannot convert to memory format {fmt!r}")
+    raise LayoutError(
+        said("layout.unknown", "cannot convert to memory format {format}", format=repr(fmt))
+    )
 
 
 def _canonical(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
@@ -226,7 +234,14 @@ class DenseForm:
     def of(cls, x: torch.Tensor) -> DenseForm:
         """The form of `x`. Raises LayoutError for a tensor with gaps."""
         if not _is_dense(x.shape, x.stride(), reversed(memory_order(x))):
-            raise LayoutError(f"a tensor of {tuple(x.shape)} with strides {x.stride()} has gaps")
+            raise LayoutError(
+                said(
+                    "layout.gaps",
+                    "a tensor of {shape} with strides {strides} has gaps",
+                    shape=tuple(x.shape),
+                    strides=x.stride(),
+                )
+            )
         return cls(tuple(x.shape), x.stride(), x.dtype)
 
     @property
@@ -254,8 +269,13 @@ def match_input(x: torch.Tensor, weight: torch.Tensor, counter: LayoutCounter) -
     wanted = detect(weight)
     if wanted == "other":
         raise LayoutError(
-            f"a weight of shape {tuple(weight.shape)} is neither contiguous nor channels_last_3d "
-            f"(strides {weight.stride()}): pack the weights with pack_weights first"
+            said(
+                "layout.weight",
+                "a weight of shape {shape} is neither contiguous nor channels_last_3d "
+                "(strides {strides}): pack the weights with pack_weights first",
+                shape=tuple(weight.shape),
+                strides=weight.stride(),
+            )
         )
     if wanted == "either":
         if detect(x) != "other":
@@ -346,6 +366,11 @@ def contiguous_for_collective(x: torch.Tensor) -> torch.Tensor:
     out = x.contiguous()
     if out.ndim in _CHANNELS_LAST and detect(out) not in ("contiguous", "either"):
         raise LayoutError(
-            f"a tensor of shape {tuple(x.shape)}, strides {x.stride()} did not become contiguous"
+            said(
+                "layout.not_contiguous",
+                "a tensor of shape {shape}, strides {strides} did not become contiguous",
+                shape=tuple(x.shape),
+                strides=x.stride(),
+            )
         )
     return out

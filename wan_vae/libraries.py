@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .said import said
+
 # The cuDNN releases for which PyTorch 2.9 and 2.10 skip cuDNN in half-precision 3-D convolutions,
 # from the first one on and up to the last one not included. The fault behind it (pytorch #163539)
 # concerns inputs of about 2^31 numbers; a pass of a decode holds at most a fifth of that.
@@ -65,14 +67,16 @@ class Libraries:
     def missing(self) -> str | None:
         """Why convolutions have no library behind them; None if they have one."""
         if self.device_type == "cpu":
-            return None if self.enabled else "oneDNN is off or missing"
+            return None if self.enabled else said("library.onednn", "oneDNN is off or missing")
         if self.device_type != "cuda":
             return None  # MPS and XPU bring their own
         if not self.enabled:
             name = "MIOpen" if self.is_hip else "cuDNN"
-            return f"{name} is off (torch.backends.cudnn.enabled is False)"
+            return said(
+                "library.off", "{name} is off (torch.backends.cudnn.enabled is False)", name=name
+            )
         if not self.is_hip and self.cudnn is None:
-            return "this PyTorch has no cuDNN"
+            return said("library.no_cudnn", "this PyTorch has no cuDNN")
         return None
 
     def skips_cudnn(self, dtype: torch.dtype, fmt: str) -> bool:

@@ -46,6 +46,7 @@ from .runs.engine import (
     weights_bytes,
 )
 from .runs.run import ready
+from .said import expected_one_of, said
 from .sharding.context import SINGLE, ShardContext
 
 
@@ -118,8 +119,12 @@ class WanVAE:
         without_data = [name for name, value in canonical.items() if value.is_meta]
         if without_data:
             raise CheckpointError(
-                f"{without_data[0]} is meta ({len(without_data)} tensors are): expected tensors "
-                "with data"
+                said(
+                    "vae.meta",
+                    "{name} is meta ({count} tensors are): expected tensors with data",
+                    name=without_data[0],
+                    count=len(without_data),
+                )
             )
         device = pick_device(device)
         copies = copied(canonical, device, pick_dtype(dtype, device))
@@ -378,13 +383,25 @@ def checked_shape(
 ) -> tuple[int, ...]:
     """The shape of a latent that is to be planned for. Raises LatentError, GeometryError."""
     if operation not in OPERATIONS:
-        raise GeometryError(f"operation is {operation!r}: expected 'decode' or 'encode'")
+        raise GeometryError(expected_one_of("operation", operation, OPERATIONS))
     if axis not in AXES:
-        raise GeometryError(f"axis is {axis!r}: expected 'auto', 'height' or 'width'")
+        raise GeometryError(expected_one_of("axis", axis, AXES))
     if not isinstance(latent_shape, Sequence):
-        raise GeometryError(f"latent_shape is {latent_shape!r}: expected [B, z, T, H, W]")
+        raise GeometryError(
+            said(
+                "plan.latent_shape",
+                "latent_shape is {shape}: expected [B, z, T, H, W]",
+                shape=repr(latent_shape),
+            )
+        )
     shape = tuple(whole_number(n, "a size of latent_shape") for n in latent_shape)
     if len(shape) != 5 or min(shape) < 1:
-        raise GeometryError(f"latent_shape is {shape}: expected [B, z, T, H, W], all above 0")
+        raise GeometryError(
+            said(
+                "plan.latent_sizes",
+                "latent_shape is {shape}: expected [B, z, T, H, W], all above 0",
+                shape=shape,
+            )
+        )
     check_channels(shape[1], config)
     return shape

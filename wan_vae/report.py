@@ -115,6 +115,16 @@ class MemoryRecord:
 
 
 @dataclass(frozen=True)
+class ChannelRecord:
+    """Mean and standard deviation of one channel of a latent, and those of latents of its VAE."""
+
+    mean: float
+    deviation: float
+    vae_mean: float
+    vae_deviation: float
+
+
+@dataclass(frozen=True)
 class VideoRecord:
     """A video that was written while it was decoded.
 
@@ -176,6 +186,8 @@ class DecodeReport:
     plan: dict[str, object] | None = None
     # None if no video was written.
     video: VideoRecord | None = None
+    # The channels of a latent that looks like the other kind, in order; a warning says so.
+    latent_channels: tuple[ChannelRecord, ...] = ()
     # Milliseconds of the host by phase, in order; see `ReportBuilder.lap` and `WorkerPool`.
     host_ms: dict[str, float] = field(default_factory=dict)
 
@@ -215,6 +227,8 @@ class DecodeReport:
         ]
         values["chunks"] = [ChunkRecord(**v) for v in plain["chunks"]]
         values["shards"] = [ShardRecord(**v) for v in plain["shards"]]
+        channels = plain.get("latent_channels", ())  # which older reports do not have
+        values["latent_channels"] = [ChannelRecord(**v) for v in channels]
         if plain.get("video") is not None:
             values["video"] = VideoRecord(**plain["video"])
         for name, value in values.items():

@@ -33,6 +33,33 @@ def said(key: str, template: str, **values: object) -> Said:
     return sentence
 
 
+def expected_one_of(name: str, value: object, words: Iterable[object]) -> Said:
+    """The sentence about an argument or an input `name` whose `value` is none of `words`."""
+    return said(
+        "input.expected",
+        "{name} is {value}: expected one of {words}",
+        name=name,
+        value=repr(value),
+        words=", ".join(map(repr, words)),
+    )
+
+
+def together(sentences: Iterable[str]) -> str:
+    """`sentences` as one, with semicolons between them; empty for none."""
+    whole = ""
+    for sentence in sentences:
+        whole = said("text.and", "{one}; {more}", one=whole, more=sentence) if whole else sentence
+    return whole
+
+
+def listed(items: Iterable[str]) -> str:
+    """`items` with commas between them; empty for none."""
+    whole = ""
+    for item in items:
+        whole = said("text.comma", "{one}, {more}", one=whole, more=item) if whole else item
+    return whole
+
+
 def worded(sentences: Iterable[str | None]) -> dict[str, dict[str, object]]:
     """Keys and values of those of `sentences`, and of sentences in them, that have any."""
     found: dict[str, dict[str, object]] = {}

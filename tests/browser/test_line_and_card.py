@@ -228,7 +228,7 @@ def test_the_line_is_no_input_of_the_node(frontend):
     )
     assert widget[:2] == [True, False]
     assert not [name for name in widget[2] if "line" in name]
-    if frontend.name != "newest":  # which has a panel of parameters
+    if frontend.name == "pinned":  # it has no panel of parameters
         return
     frontend.setting("Comfy.RightSidePanel.IsOpen", True)
     try:
@@ -299,6 +299,24 @@ def test_phases_come_before_the_first_frames(frontend):
     running = {"status": "running", "done_frames": 33, "left_ms": 80_000}
     send(frontend, message("3", "WanVAEDecode", identity, **running))
     frontend.line("▸33 of 161 frames · 1:20 left · 1920×1080")
+
+
+def test_the_channels_of_a_latent_are_a_folded_table(frontend):
+    frontend.load(workflow(seed=1, identity=f"channels-{frontend.mode}"))
+    channel = {"mean": -0.01, "deviation": 1.004, "vae_mean": 0.5, "vae_deviation": 2.75}
+    told = message("3", "WanVAEDecode", identity_of(frontend), latent_channels=[channel] * 16)
+    send(frontend, told)
+    frontend.open_tab()
+    section = frontend.page.locator(".wan-vae-card .wan-vae-channels").first
+    section.locator("summary").wait_for()
+    assert not section.locator("table").is_visible()
+    section.locator("summary").click()
+    rows = [row.locator("td").all_inner_texts() for row in section.locator("tbody tr").all()]
+    assert len(rows) == 16 and rows[15] == ["15", "1.00", "2.75", "-0.01", "0.50"]
+    frontend.shot("channels")
+    # Of a run without a hint there is none.
+    send(frontend, message("3", "WanVAEDecode", identity_of(frontend), latent_channels=[]))
+    section.wait_for(state="detached")
 
 
 def test_inspect_shows_its_text_on_the_node(frontend):

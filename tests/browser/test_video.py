@@ -79,6 +79,46 @@ def test_a_video_is_shown_plays_and_gives_its_workflow_back(frontend):
     frontend.line("✓9 frames")
 
 
+# Values as pages save them: fps and four others, format and what is in it, bit_depth and others.
+SAVED = {
+    "before there was a choice": (["auto", "auto"], {}),
+    "flat": (["mkv", "av1", 30, 10, "temp", True], {"codec": "av1", "crf": 30}),
+    "flat, crf alone": (["auto", "auto", 20, 10, "temp", True], {"codec": "h264", "crf": 20}),
+    "nested": (
+        ["mkv", "av1", "re-encode", 30, "auto", "auto", 16, 10, "temp", True],
+        {"codec": "av1", "crf": 30},
+    ),
+}
+INPUTS = """async () => {
+  const { output } = await window.app.graphToPrompt();
+  return Object.values(output).find((node) => node.class_type === "WanVAEDecodeToVideo").inputs;
+}"""
+
+
+@pytest.mark.parametrize("form", SAVED)
+def test_a_workflow_saved_in_one_form_opens_in_the_other(frontend, form):
+    values, meant = SAVED[form]
+    made = video_workflow("WanVAEDecodeToVideo", f"saved-{frontend.name}-{frontend.mode}")
+    (saved,) = (one for one in made["nodes"] if one["type"] == "WanVAEDecodeToVideo")
+    saved["widgets_values"] = [16, "video/WanVAE", "auto", "auto", 0, *values]
+    frontend.load(made)
+    inputs = frontend.page.evaluate(INPUTS)
+    nested = "format.codec" in inputs
+    prefix = "format.codec.encoding." if nested else ""
+    assert inputs["format"] == values[0]
+    codec = inputs["format.codec" if nested else "codec"]
+    # Where crf alone was chosen, only the nested form names the codec that auto stands for.
+    assert codec == (meant.get("codec", "auto") if nested or form != "flat, crf alone" else "auto")
+    assert inputs.get(f"{prefix}crf", 16) == meant.get("crf", 16)
+    wanted = (10, "temp", True) if meant else (8, "output", False)
+    assert tuple(inputs[name] for name in ("bit_depth", "save_to", "normalized")) == wanted
+    # Saved again and opened again, as copies and undo do.
+    frontend.page.evaluate("() => window.app.loadGraphData(window.app.graph.serialize())")
+    assert frontend.page.evaluate(INPUTS) == inputs
+    frontend.fit()
+    frontend.shot(f"options-{'nested' if nested else 'flat'}")
+
+
 def test_the_line_of_create_video_shows_what_the_reader_did(frontend):
     """It decodes nothing itself; Save Video, a node of core's, decodes as it saves."""
     frontend.load(video_workflow("WanVAECreateVideo", f"lazy-{frontend.name}-{frontend.mode}"))

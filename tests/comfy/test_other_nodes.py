@@ -56,6 +56,10 @@ def test_inspect_reports_without_decoding(comfy):
     for kind, number in kinds.items():
         assert f" {number} {kind.replace(' either ', ' layout-free (1x1x1) ')}\n" in text
     assert text.count("\nlayer  ") == len(layers) > 30
+    # The page words the rows itself.
+    assert "\n".join(f"{label:<9} {said}" for label, said in report["rows"]) == text
+    labels = {label for label, _ in report["rows"] if label}  # a row that goes on has none
+    assert {report["worded"][label]["key"] for label in labels} > {"row.model"}
 
 
 def test_inspect_tells_the_numbers_of_the_file_from_those_of_the_computation(comfy):

@@ -101,6 +101,88 @@ def test_the_options_of_save_video(comfy, sample, options, suffix, codec, pixel_
         )
 
 
+@pytest.fixture(scope="module")
+def nested(comfy) -> bool:
+    """Whether this ComfyUI's Save Video nests its options, and so our node too."""
+    kinds = [
+        comfy.get(f"/object_info/{name}")[name]["input"][place]["format"][0]
+        for name, place in (("SaveVideo", "required"), ("WanVAEDecodeToVideo", "optional"))
+    ]
+    forms = [kind == "COMFY_DYNAMICCOMBO_V3" for kind in kinds]
+    assert forms[0] == forms[1], "the options have the form of core's"
+    return forms[0]
+
+
+def alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two videos were encoded in the same way: x264 does not make the same bits of the same
+    frames, and seven levels of crf are five times as far apart."""
+    return one.shape == other.shape and bool(np.abs(one - other).mean() < 0.5)
+
+
+def nest(format: str, codec: str, crf: float | None = None) -> dict:
+    """Inputs as core's Save Video has them: a codec of a format, and crf of what is encoded."""
+    made = {"format": format, "format.codec": codec}
+    if codec != "auto":
+        made["format.codec.encoding"] = "auto" if crf is None else "re-encode"
+    if crf is not None:
+        made |= {
+            "format.codec.encoding.crf": crf,
+            "format.codec.encoding.color_space": "auto",
+        }
+    return made
+
+
+@pytest.mark.parametrize(
+    ("flat", "words"),
+    [
+        ({}, ("auto", "auto")),
+        ({"format": "mkv", "crf": 45.0}, ("mkv", "h264", 45.0)),
+        ({"format": "webm", "codec": "av1", "crf": 50.0}, ("webm", "av1", 50.0)),
+        ({"format": "mp4", "codec": "h264"}, ("mp4", "h264")),
+    ],
+)
+def test_flat_names_mean_what_those_of_core_mean(comfy, nested, flat, words):
+    """What a prompt of before says, and what a page says since core nests its options."""
+    paths = [saved(comfy, comfy.run(prompt(**flat)))]
+    if nested:
+        paths.append(saved(comfy, comfy.run(prompt(**nest(*words)))))
+        # A page also sends the flat names, which it does not show.
+        both = prompt(**nest(*words), codec="auto", crf=16.0)
+        paths.append(saved(comfy, comfy.run(both)))
+    wanted = ".mp4" if words[0] == "auto" else f".{words[0]}"
+    assert {path.suffix for path in paths} == {wanted}
+    first = frames(paths[0])
+    assert all(alike(frames(path), first) for path in paths)
+    if "crf" in flat:
+        usual = saved(comfy, comfy.run(prompt(**flat | {"crf": 16.0})))
+        assert not alike(frames(usual), first)
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"format": "avi"}, "format is 'avi': expected one of 'auto', 'mp4'"),
+        (nest("mp4", "vp9"), "format.codec is 'vp9': expected one of 'auto', 'h264', 'av1'"),
+        (nest("webm", "h264"), "format.codec is 'h264': expected one of 'auto', 'av1'"),
+    ],
+)
+def test_an_option_that_is_none_is_refused_and_not_left_out(comfy, nested, told, words):
+    """ComfyUI leaves nested options out that it does not know, without a word."""
+    if not nested and "format.codec" in told:
+        return  # nobody sends these names
+    kind, message = failed(comfy, prompt(**told))
+    assert kind.endswith("OutputError") and words in message
+
+
+def test_format_and_codec_can_be_linked(comfy):
+    made = prompt(format=["4", 0], codec=["5", 0], crf=["6", 0])
+    made["4"], made["5"] = node("ProbeChoice", value="webm"), node("ProbeChoice", value="av1")
+    made["6"] = node("PrimitiveFloat", value=50.0)
+    path = saved(comfy, comfy.run(made))
+    given = saved(comfy, comfy.run(prompt(format="webm", codec="av1", crf=50.0)))
+    assert path.suffix == ".webm" and alike(frames(path), frames(given))
+
+
 def test_the_first_and_the_last_frame_are_those_of_the_decode(comfy):
     made = prompt()
     made["4"] = node("WanVAEDecode", vae=["1", 0], samples=["2", 0])
@@ -453,6 +535,10 @@ def test_a_latent_that_looks_normalised_gets_a_hint(comfy):
         run = comfy.run(decode(samples, normalized=normalized))
         assert run.error is None, run.error
         hints.append(run.report("3")["warnings"])
+        channels = run.report("3")["latent_channels"]
+        # All of them, where there is a hint.
+        assert len(channels) == (0 if normalized else 16)
+        assert all(0.8 < channel["deviation"] < 1.2 for channel in channels)
     assert len(hints[0]) == 1 and hints[1] == []
     assert hints[0][0].startswith("the latent looks normalised")
     assert "1.13 to 3.27" in hints[0][0] and "channel 8: 1.0" in hints[0][0]

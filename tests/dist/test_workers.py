@@ -28,6 +28,7 @@ from tests.dist import jobs
 from tests.dist.sockets import local_addresses
 from wan_vae import WanVAE
 from wan_vae.config import wan21
+from wan_vae.said import Said
 from wan_vae.errors import DecodeCancelled, DecodeMemoryError, GeometryError, LatentError, ShardingError
 from wan_vae.hooks import Hooks
 from wan_vae.io import pages
@@ -224,7 +225,7 @@ def test_ranks_with_their_own_memory_formats_agree(pool, vae, latent, expected):
     assert (pixels - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert [r.layout.chosen for r in pool.last_reports] == ["contiguous", "channels_last_3d"]
     assert vae.last_report.layout.mixed_calls == 0
-    with pytest.raises(ShardingError, match="1 memory formats for 2 ranks"):
+    with pytest.raises(ShardingError, match="memory_formats has 1 entries for 2 ranks"):
         decode(pool, vae, latent, memory_formats=["contiguous"])
 
 
@@ -291,6 +292,7 @@ def test_a_killed_rank_is_named_and_the_next_decode_is_right(
     ) as caught:
         decode(pool, vae, jobs.noise(LONG), **hooks)
     assert caught.value.rank == rank
+    assert isinstance(str(caught.value), Said)
     assert all(is_gone(pid) for pid in pids) and pool.pids == []
     assert torch.equal(decode(pool, vae, latent), expected)
 
@@ -844,7 +846,7 @@ def test_the_pool_plans_and_each_rank_executes_its_plan(pool, vae, latent, expec
     # What the plans decide cannot be asked for again, and a plan is for its own cut.
     with pytest.raises(GeometryError, match="give the options to plan"):
         pool.decode(vae, latent, plans=plans, chunk_frames=2)
-    with pytest.raises(ShardingError, match="1 plans for 2 ranks"):
+    with pytest.raises(ShardingError, match="plans has 1 entries for 2 ranks"):
         pool.decode(vae, latent, plans=plans[:1])
     with pytest.raises(ShardingError, match="over 2 ranks by height: this is"):
         pool.decode(vae, latent, axis="width", plans=plans)

@@ -189,3 +189,29 @@ test("layers by operation and format", () => {
 test("the copied report is the report", () => {
   assert.deepEqual(JSON.parse(f.reportText(report)), report);
 });
+
+test("the rows of an inspection in columns, in the language of the page", () => {
+  const rows = [
+    ["model", "wan2.1 VAE"],
+    ["not used", "conv3d cuda: no GPU"],
+  ];
+  const inspected = {
+    rows,
+    worded: {
+      "not used": { key: "row.off", values: {} },
+      "conv3d cuda: no GPU": { key: "off", values: { op: "conv3d", backend: "cuda", why: "no GPU" } },
+      "no GPU": { key: "no_gpu", values: {} },
+    },
+  };
+  assert.equal(
+    f.rowsText(inspected, t),
+    "model     wan2.1 VAE\nnot used  conv3d cuda: no GPU",
+  );
+  const chinese = translator({
+    "said.row.off": "未使用",
+    "said.off": "{op} {backend}:{why}",
+    "said.no_gpu": "没有 GPU",
+  });
+  // A Chinese letter takes two columns.
+  assert.equal(f.rowsText(inspected, chinese), "model     wan2.1 VAE\n未使用    conv3d cuda:没有 GPU");
+});

@@ -116,7 +116,7 @@ class FakeKernel:
     def bound(self, weights: LayerWeights, problem: ConvProblem, config: str) -> Bound | None:
         if config not in self.reach:
             return None
-        return Bound(torch.tensor(self.reach[config]), 100.0, "its sums may reach")
+        return Bound(torch.tensor(self.reach[config]), 100.0, "sums")
 
     def prepare(
         self, weights: LayerWeights, problem: ConvProblem, config: str, device: Device
@@ -572,8 +572,8 @@ def test_a_configuration_whose_sums_could_overflow_is_refused(monkeypatch, proof
     ops = chosen(monkeypatch, [kernel], [site("x", 16, 16)], proofs)
     assert ops.choices["x"].config == "c" and len(proofs) == 1
     assert [r.reason for r in ops.refusals] == [
-        "fake a: its sums may reach 1e+02, too large for float16",
-        "fake b: its sums may reach nan, too large for float16",
+        "fake a: its sums in float16 may reach 1e+02, too large for float16",
+        "fake b: its sums in float16 may reach nan, too large for float16",
     ]
 
 

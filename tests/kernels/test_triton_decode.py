@@ -151,7 +151,7 @@ def test_the_format_of_the_weights_does_not_change_a_bit(family):
 
 def test_requests_that_cannot_be_met_are_refused(vae):
     z = latent(vae, 1)
-    with pytest.raises(BackendError, match="expected one of auto, eager, triton, cuda"):
+    with pytest.raises(BackendError, match="expected one of 'auto', 'eager', 'triton'"):
         vae.decode(z, backend="tensorrt")
 
 

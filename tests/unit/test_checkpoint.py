@@ -286,7 +286,7 @@ def test_weights_of_any_memory_format_give_the_same_bits(tmp_path):
 @pytest.mark.parametrize("dtype", ["int8", "half", torch.float64, torch.int32], ids=str)
 def test_an_impossible_compute_dtype(dtype, tmp_path):
     state = random_state(SMALL_CONFIGS["wan2.1"])
-    with pytest.raises(BackendError, match="expected 'auto', 'fp32', 'bf16' or 'fp16'"):
+    with pytest.raises(BackendError, match="expected one of 'auto', 'fp32', 'bf16', 'fp16'"):
         wan_vae.WanVAE.from_state_dict(state, device="cpu", dtype=dtype)
 
 

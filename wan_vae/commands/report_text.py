@@ -8,11 +8,12 @@ from math import prod
 
 from ..planning.plan import Plan
 from ..report import DecodeReport, LayerRecord, VideoRecord
+from ..said import listed, said
 
 # A line of text: its label and what it says. Lines without a label continue the one above.
 Row = tuple[str, str]
 # What a person calls the memory formats of a report.
-_FORMAT_NAMES = {"either": "layout-free (1x1x1)"}
+_FORMAT_NAMES = {"either": said("format.either", "layout-free (1x1x1)")}
 
 
 def report_text(
@@ -23,23 +24,70 @@ def report_text(
     dtypes: how many stored weights are of each dtype, if the caller knows. all_layers: list each
     layer; otherwise they are counted.
     """
+    return rows_text(report_rows(report, dtypes=dtypes, all_layers=all_layers))
+
+
+def report_rows(
+    report: DecodeReport, *, dtypes: Mapping[str, int] | None = None, all_layers: bool = False
+) -> list[Row]:
+    """The rows of `report_text`. Those of an inspection have keys, as sentences of a report do."""
     layout = report.layout
-    loaded, used = counts(layout.weights_found), counts(layout.weights_used)
-    rows = [
-        ("model", _model(report.config)),
-        ("compute", f"{report.dtype} on {report.device} ({report.device_name})"),
-        ("layout", f"{layout.chosen} (requested: {layout.requested}; {layout.reason})"),
+    rows: list[Row] = [
+        (said("row.model", "model"), _model(report.config)),
+        (
+            said("row.compute", "compute"),
+            said(
+                "inspect.compute",
+                "{dtype} on {device} ({name})",
+                dtype=report.dtype,
+                device=report.device,
+                name=report.device_name,
+            ),
+        ),
+        (
+            said("row.layout", "layout"),
+            said(
+                "inspect.layout",
+                "{chosen} (requested: {requested}; {reason})",
+                chosen=layout.chosen,
+                requested=layout.requested,
+                reason=layout.reason,
+            ),
+        ),
     ]
     if dtypes is not None:
-        rows.append(("weights", f"as loaded: {counts(dtypes)}"))
-    rows.append(("conv3d", f"weights as loaded: {loaded}; as used: {used}"))
+        found = said("inspect.weights", "as loaded: {counts}", counts=counts(dtypes))
+        rows.append((said("row.weights", "weights"), found))
+    rows.append(
+        (
+            said("row.conv3d", "conv3d"),
+            said(
+                "inspect.conv3d",
+                "weights as loaded: {loaded}; as used: {used}",
+                loaded=counts(layout.weights_found),
+                used=counts(layout.weights_used),
+            ),
+        )
+    )
     if report.operation != "inspect":
         rows += _run_rows(report)
     rows += _backend_rows(report.backends_used, report.layers, all_layers)
-    rows += [("not used", f"{off.op} {off.backend}: {off.reason}") for off in report.backends_off]
-    rows += [("fallback", text) for text in report.fallbacks]
-    rows += [("warning", text) for text in report.warnings]
-    return _lines(rows)
+    rows += [
+        (
+            said("row.off", "not used"),
+            said(
+                "inspect.off",
+                "{op} {backend}: {reason}",
+                op=off.op,
+                backend=off.backend,
+                reason=off.reason,
+            ),
+        )
+        for off in report.backends_off
+    ]
+    rows += [(said("row.fallback", "fallback"), text) for text in report.fallbacks]
+    rows += [(said("row.warning", "warning"), text) for text in report.warnings]
+    return rows
 
 
 def plan_text(plan: Plan, *, all_layers: bool = False) -> str:
@@ -75,7 +123,7 @@ def plan_text(plan: Plan, *, all_layers: bool = False) -> str:
         ("", f"free on the device: {gibibytes(plan.free_bytes)}"),
     ]
     rows += [("note", text) for text in plan.notes]
-    return _lines(rows)
+    return rows_text(rows)
 
 
 def count(n: int, noun: str) -> str:
@@ -85,8 +133,12 @@ def count(n: int, noun: str) -> str:
 
 def counts(numbers: Mapping[str, int]) -> str:
     """How many there are of each kind: "31 contiguous, 1 layout-free (1x1x1)"."""
-    parts = [f"{n} {_FORMAT_NAMES.get(name, name)}" for name, n in numbers.items() if n]
-    return ", ".join(parts) or "none"
+    parts = [
+        said("inspect.count", "{count} {kind}", count=n, kind=_FORMAT_NAMES.get(name, name))
+        for name, n in numbers.items()
+        if n
+    ]
+    return listed(parts) or said("inspect.none", "none")
 
 
 def gibibytes(size: float | None) -> str:
@@ -94,23 +146,35 @@ def gibibytes(size: float | None) -> str:
     return "unknown" if size is None else f"{size / 2**30:.2f} GiB"
 
 
-def _lines(rows: Iterable[Row]) -> str:
+def rows_text(rows: Iterable[Row]) -> str:
+    """`rows` as lines, one below the other."""
     return "\n".join(f"{label:<9} {text}" for label, text in rows)
 
 
 def _model(config: Mapping[str, object]) -> str:
     factor = config["decoded_factor"]
-    encoder = "" if config.get("has_encoder", True) else ", no encoder"
-    kinds: dict[object, str] = {1: ", grey pictures", 4: ", pictures with alpha"}
-    kind = kinds.get(config["decoder_colours"], "")
+    parts = []
+    if config["decoder_colours"] == 1:
+        parts.append(said("inspect.grey", "grey pictures"))
+    if config["decoder_colours"] == 4:
+        parts.append(said("inspect.alpha", "pictures with alpha"))
     if factor != config["spatial_factor"]:
-        kind += ", twice as large as what was encoded"
+        parts.append(said("inspect.doubled", "twice as large as what was encoded"))
     if config["image_only"]:
-        kind += ", images only"
-    return (
-        f"{config['family']} VAE: {config['z_dim']} latent channels, width {config['dim']} / "
-        f"{config['decoder_dim']}, {factor}x{factor} pixels per latent pixel{kind}{encoder}"
+        parts.append(said("inspect.images", "images only"))
+    if not config.get("has_encoder", True):
+        parts.append(said("inspect.no_encoder", "no encoder"))
+    text = said(
+        "inspect.model",
+        "{family} VAE: {channels} latent channels, width {encoder} / {decoder}, {factor}x{factor} "
+        "pixels per latent pixel",
+        family=config["family"],
+        channels=config["z_dim"],
+        encoder=config["dim"],
+        decoder=config["decoder_dim"],
+        factor=factor,
     )
+    return listed([text, *parts])
 
 
 def _run_rows(report: DecodeReport) -> list[Row]:
@@ -159,27 +223,42 @@ def _backend_rows(
     for op, backend in used.items():
         operations[backend].append(op)
     texts = [f"{backend}: {', '.join(ops)}" for backend, ops in operations.items()]
-    rows = _labelled("backends", texts)
+    rows = _labelled(said("row.backends", "backends"), texts)
     groups: defaultdict[tuple[str, str, str], list[LayerRecord]] = defaultdict(list)
     for layer in layers:
         groups[layer.op, layer.format, layer.backend].append(layer)
     rows += _labelled(
-        "layers",
+        said("row.layers", "layers"),
         [
-            f"{len(group)} {op} {_FORMAT_NAMES.get(name, name)} {backend}{_gains(group)}"
+            said(
+                "inspect.layers",
+                "{count} {op} {format} {backend}{gains}",
+                count=len(group),
+                op=op,
+                format=_FORMAT_NAMES.get(name, name),
+                backend=backend,
+                gains=_gains(group),
+            )
             for (op, name, backend), group in groups.items()
         ],
     )
     if all_layers:
-        rows += [("layer", _layer(layer)) for layer in layers]
+        rows += [(said("row.layer", "layer"), _layer(layer)) for layer in layers]
     return rows
 
 
 def _layer(layer: LayerRecord) -> str:
     shape = "x".join(map(str, layer.shape))
-    name = _FORMAT_NAMES.get(layer.format, layer.format)
-    runs = f"{layer.backend} {layer.kernel}".strip()
-    return f"{layer.name:<42} {layer.op} {shape:<16} {name} {runs}{_gains([layer])}"
+    return said(
+        "inspect.layer",
+        "{name} {op} {shape} {format} {runs}{gains}",
+        name=f"{layer.name:<42}",
+        op=layer.op,
+        shape=f"{shape:<16}",
+        format=_FORMAT_NAMES.get(layer.format, layer.format),
+        runs=f"{layer.backend} {layer.kernel}".strip(),
+        gains=_gains([layer]),
+    )
 
 
 def _gains(layers: Sequence[LayerRecord]) -> str:
@@ -188,7 +267,9 @@ def _gains(layers: Sequence[LayerRecord]) -> str:
     if not gains:
         return ""
     least, most = (f"{gain:.1f}x" for gain in (gains[0], gains[-1]))
-    return f", {least}" if least == most else f", {least} to {most}"
+    if least == most:
+        return f", {least}"
+    return said("inspect.gains", ", {least} to {most}", least=least, most=most)
 
 
 def _labelled(label: str, texts: Sequence[str]) -> list[Row]:

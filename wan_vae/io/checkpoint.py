@@ -22,7 +22,7 @@ from ..config import WanVAEConfig, detect_config
 from ..errors import CheckpointError, NotAWanVAEError, first_line
 from ..network.model import expected_shapes
 from ..network.weights import suspects_of
-from ..said import said
+from ..said import said, together
 from .files import unreadable_reason
 from .tensors import PYTORCH_SUFFIXES, missing_data, read_tensors
 
@@ -102,9 +102,17 @@ class Checkpoint:
         if damaged:
             error = _incomplete(
                 self.config,
-                f"NaN or inf in {_some(damaged)}: the file is damaged or was badly converted",
+                said(
+                    "vae.not_finite",
+                    "NaN or inf in {names}: the file is damaged or was badly converted",
+                    names=_some(damaged),
+                ),
             )
-            raise error if self.path is None else CheckpointError(f"{self.path}: {error}")
+            if self.path is None:
+                raise error
+            raise CheckpointError(
+                said("vae.file", "{path}: {reason}", path=self.path, reason=error)
+            )
 
 
 def load_checkpoint(path: str | Path, *, check_numbers: bool = True) -> Checkpoint:
@@ -140,22 +148,36 @@ def canonical_state_dict(
     """
     if not isinstance(mapping, Mapping):
         raise CheckpointError(
-            f"the state dict is a {type(mapping).__name__}: expected a dict of tensors"
+            said(
+                "vae.no_dict",
+                "the state dict is a {kind}: expected a dict of tensors",
+                kind=type(mapping).__name__,
+            )
         )
     bad = [k for k, v in mapping.items() if not isinstance(k, str) or not torch.is_tensor(v)]
     if bad:
         raise CheckpointError(
-            f"not a state dict of tensors: {_some([str(k) for k in bad])} are something else"
+            said(
+                "vae.no_tensors",
+                "not a state dict of tensors: {names} are something else",
+                names=_some([str(k) for k in bad]),
+            )
         )
     # First: they have no shape to ask for.
     nested = [f"{k} is nested" for k, v in mapping.items() if v.is_nested]
     if nested:
-        raise CheckpointError(f"{_some(nested)}; expected dense tensors with data")
+        raise CheckpointError(
+            said("vae.not_dense", "{names}; expected dense tensors with data", names=_some(nested))
+        )
     prefixes = _prefixes_of(mapping)
     if len(prefixes) > 1:
         raise CheckpointError(
-            f"contains {len(prefixes)} Wan VAEs, under {_some([repr(p) for p in prefixes])}: "
-            "expected one"
+            said(
+                "vae.several",
+                "contains {count} Wan VAEs, under {prefixes}: expected one",
+                count=len(prefixes),
+                prefixes=_some([repr(p) for p in prefixes]),
+            )
         )
     prefix = prefixes[0] if prefixes else ""
     state = {k.removeprefix(prefix): v for k, v in mapping.items() if k.startswith(prefix)}
@@ -278,8 +300,11 @@ def _native_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     counted = Counter(names.values())
     if twice := [key for key, name in names.items() if counted[name] > 1]:
         raise CheckpointError(
-            f"holds tensors twice, under native and diffusers' names: {_some(twice)}: expected one "
-            "VAE"
+            said(
+                "vae.twice",
+                "holds tensors twice, under native and diffusers' names: {names}: expected one VAE",
+                names=_some(twice),
+            )
         )
     return {names[key]: value for key, value in state.items()}
 
@@ -348,8 +373,12 @@ def _check(state: Mapping[str, torch.Tensor], config: WanVAEConfig) -> None:
     scales = [k for k in state if k.endswith(_SCALES) or k == "scaled_fp8"]
     if scales:
         raise CheckpointError(
-            f"scaled float8 weights ({_some(scales)}): without their scales they give another "
-            "picture; load the VAE in float16, bfloat16 or float32"
+            said(
+                "vae.scaled",
+                "scaled float8 weights ({names}): without their scales they give another "
+                "picture; load the VAE in float16, bfloat16 or float32",
+                names=_some(scales),
+            )
         )
     missing = [k for k in expected if k not in state]
     extra = [k for k in state if k not in expected]
@@ -360,27 +389,41 @@ def _check(state: Mapping[str, torch.Tensor], config: WanVAEConfig) -> None:
     ]
     problems = []
     if missing:
-        problems.append(f"missing {_some(missing)}")
+        problems.append(said("vae.missing", "missing {names}", names=_some(missing)))
     if extra:
-        problems.append(f"unknown {_some(extra)}")
+        problems.append(said("vae.extra", "unknown {names}", names=_some(extra)))
     if shapes:
-        problems.append(f"wrong shape: {_some(shapes)}")
+        problems.append(said("vae.shapes", "wrong shape: {names}", names=_some(shapes)))
     kinds = {k: missing_data(v) for k, v in state.items()}
     empty = [f"{k} is {kind}" for k, kind in kinds.items() if kind not in (None, "meta")]
     if empty:
-        problems.append(f"{_some(empty)}; expected dense tensors with data")
+        problems.append(
+            said("vae.not_dense", "{names}; expected dense tensors with data", names=_some(empty))
+        )
     known = (*FLOAT_DTYPES, *CAST_DTYPES)
     dtypes = [f"{k} is {v.dtype}" for k, v in state.items() if v.dtype not in known]
     if dtypes:
-        problems.append(f"{_some(dtypes)}; expected floating numbers of 8 to 64 bits")
+        problems.append(
+            said(
+                "vae.dtypes",
+                "{names}; expected floating numbers of 8 to 64 bits",
+                names=_some(dtypes),
+            )
+        )
     if problems:
         raise _incomplete(config, *problems)
 
 
 def _incomplete(config: WanVAEConfig, *problems: str) -> CheckpointError:
     return CheckpointError(
-        f"not a complete {config.family} VAE (z {config.z_dim}, width {config.decoder_dim}): "
-        + "; ".join(problems)
+        said(
+            "vae.incomplete",
+            "not a complete {family} VAE (z {channels}, width {width}): {problems}",
+            family=config.family,
+            channels=config.z_dim,
+            width=config.decoder_dim,
+            problems=together(problems),
+        )
     )
 
 
@@ -399,7 +442,15 @@ def _is_finite(x: torch.Tensor) -> bool:
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:_LISTED])
     rest = len(names) - _LISTED
-    return f"{shown} and {rest} more ({len(names)} in all)" if rest > 0 else shown
+    if rest <= 0:
+        return shown
+    return said(
+        "text.more",
+        "{shown} and {rest} more ({count} in all)",
+        shown=shown,
+        rest=rest,
+        count=len(names),
+    )
 
 
 # -- files ----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 from types import ModuleType
 
 from ..errors import OutputError, WanVAEError, first_line
+from ..said import said
 
 # The longest file name, in bytes, on all common file systems.
 _NAME_BYTES = 255
@@ -49,7 +50,11 @@ def writing(path: Path, *more: type[Exception]) -> Iterator[None]:
     except errors as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         note = too_long_note(path, sys.platform, _PARTIAL_ADDS)
-        raise OutputError(f"{path}: cannot be written: {reason}{note}") from error
+        if note:
+            reason = said("file.with_note", "{reason}{note}", reason=reason, note=note)
+        raise OutputError(
+            said("file.unwritable", "{path}: cannot be written: {reason}", path=path, reason=reason)
+        ) from error
 
 
 def too_long_note(path: PurePath, platform: str, more: int = 0) -> str:
@@ -60,9 +65,12 @@ def too_long_note(path: PurePath, platform: str, more: int = 0) -> str:
     length = len(str(path.absolute() if isinstance(path, Path) else path))
     if platform != "win32" or length + more <= _WINDOWS_PATH:
         return ""
-    return (
-        f" (the path has {length} characters: unless long paths are switched on, Windows takes "
-        f"{_WINDOWS_PATH - more} here; choose a shorter folder)"
+    return said(
+        "file.windows_path",
+        " (the path has {length} characters: unless long paths are switched on, Windows takes "
+        "{most} here; choose a shorter folder)",
+        length=length,
+        most=_WINDOWS_PATH - more,
     )
 
 
@@ -72,7 +80,7 @@ def impossible_name(name: str, platform: str) -> str | None:
     On Windows, "10:30.mp4" would be a stream of the file "10", which nobody sees.
     """
     if platform == "win32" and ":" in name:
-        return "a file name cannot contain ':' on Windows"
+        return said("file.colon", "a file name cannot contain ':' on Windows")
     return None
 
 
@@ -86,32 +94,72 @@ def check_output(path: Path, *, is_folder: bool = False) -> None:
     """Raise OutputError if no file (or folder) of this name can be created. Creates nothing."""
     name = path.name
     if name in ("", ".."):
-        raise OutputError(f"{path}: not a file name: expected a name such as out.mp4")
+        raise OutputError(
+            said(
+                "file.no_name",
+                "{path}: not a file name: expected a name such as out.mp4",
+                path=path,
+            )
+        )
     if name.endswith(".") or (name.startswith(".") and not path.suffix):
         raise OutputError(
-            f"{path}: an incomplete file name: expected a name such as out.mp4, or a folder"
+            said(
+                "file.incomplete",
+                "{path}: an incomplete file name: expected a name such as out.mp4, or a folder",
+                path=path,
+            )
         )
     if "\0" in str(path):
-        raise OutputError(f"{str(path)!r}: cannot be written: a file name cannot contain NUL")
+        raise OutputError(
+            said(
+                "file.nul",
+                "{path}: cannot be written: a file name cannot contain NUL",
+                path=repr(str(path)),
+            )
+        )
     if reason := impossible_name(name, sys.platform):
-        raise OutputError(f"{path}: cannot be written: {reason}")
+        raise OutputError(
+            said("file.unwritable", "{path}: cannot be written: {reason}", path=path, reason=reason)
+        )
     try:
         lengths = [len(os.fsencode(part)) for part in path.parts]
     except UnicodeEncodeError as error:
         raise OutputError(
-            f"{str(path)!r}: cannot be written: a file name cannot contain "
-            f"{error.object[error.start]!r}"
+            said(
+                "file.character",
+                "{path}: cannot be written: a file name cannot contain {character}",
+                path=repr(str(path)),
+                character=repr(error.object[error.start]),
+            )
         ) from error
     if max(lengths) > _NAME_BYTES:
-        raise OutputError(f"{path}: cannot be written: file name too long")
+        raise OutputError(
+            said("file.long", "{path}: cannot be written: file name too long", path=path)
+        )
     with writing(path):
         if not is_folder and path.is_dir():
-            raise OutputError(f"{path}: is a folder: expected the name of a file")
+            raise OutputError(
+                said("file.folder", "{path}: is a folder: expected the name of a file", path=path)
+            )
         folder = nearest_folder(path)
         if folder is None:
-            raise OutputError(f"{path}: cannot be written: {path.absolute().anchor} is not there")
+            raise OutputError(
+                said(
+                    "file.no_drive",
+                    "{path}: cannot be written: {drive} is not there",
+                    path=path,
+                    drive=path.absolute().anchor,
+                )
+            )
         if not folder.is_dir():
-            raise OutputError(f"{path}: {folder.name} is a file, not a folder")
+            raise OutputError(
+                said(
+                    "file.below_file",
+                    "{path}: {name} is a file, not a folder",
+                    path=path,
+                    name=folder.name,
+                )
+            )
 
 
 def import_package(module: str, package: str, path: Path, error: type[WanVAEError]) -> ModuleType:

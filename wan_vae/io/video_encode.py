@@ -131,7 +131,14 @@ class VideoEncoder:
         self.fps = float(rate)
         self._height, self._width = size
         if container not in _MUXERS:
-            raise OutputError(f"{self._name}: {container} is no container for a video")
+            raise OutputError(
+                said(
+                    "video.container",
+                    "{file}: {container} is no container for a video",
+                    file=self._name,
+                    container=container,
+                )
+            )
         codec = settings.codec if settings.codec != "auto" else _codec_of(container)
         self._check(settings, container, codec)
         self.bit_depth = settings.bit_depth
@@ -157,7 +164,15 @@ class VideoEncoder:
 
     def _check(self, settings: VideoSettings, container: Container, codec: Codec) -> None:
         if settings.codec not in CODECS:  # first: what it is may not be a word
-            raise OutputError(f"{self._name}: codec is {settings.codec!r}: expected {CODECS}")
+            raise OutputError(
+                said(
+                    "video.codec",
+                    "{file}: codec is {codec}: expected {codecs}",
+                    file=self._name,
+                    codec=repr(settings.codec),
+                    codecs=CODECS,
+                )
+            )
         if container == "webm" and codec != "av1":
             raise OutputError(
                 said(
@@ -167,7 +182,14 @@ class VideoEncoder:
                 )
             )
         if settings.bit_depth not in BIT_DEPTHS:
-            raise OutputError(f"{self._name}: bit_depth is {settings.bit_depth}: expected 8 or 10")
+            raise OutputError(
+                said(
+                    "video.bit_depth",
+                    "{file}: bit_depth is {bits}: expected 8 or 10",
+                    file=self._name,
+                    bits=settings.bit_depth,
+                )
+            )
         highest, crf = (51 if codec == "h264" else 63), settings.crf
         is_number = isinstance(crf, (int, float, np.number))
         if crf is not None and not (is_number and 0 <= crf <= highest):
@@ -266,8 +288,14 @@ class VideoEncoder:
         channels = sound.samples.shape[0] if sound.samples.ndim == 2 else 0
         if channels not in _CHANNELS:
             raise OutputError(
-                f"{self._name}: the sound is {tuple(sound.samples.shape)} at {sound.rate} a "
-                "second: expected samples [channels, n] with 1, 2 or 6 channels"
+                said(
+                    "sound.shape",
+                    "{file}: the sound is {shape} at {rate} a second: expected samples "
+                    "[channels, n] with 1, 2 or 6 channels",
+                    file=self._name,
+                    shape=tuple(sound.samples.shape),
+                    rate=sound.rate,
+                )
             )
         if wrong := sound.is_wrong():
             raise OutputError(
@@ -367,5 +395,12 @@ def frame_rate(path: Path, fps: float) -> Fraction:
         value = None
     # Containers count time in 32-bit ticks, which bounds the rates that they can store.
     if value is None or not 0.01 <= value <= 1000:
-        raise OutputError(f"{path}: {fps!r} frames a second: expected a number, 0.01 to 1000")
+        raise OutputError(
+            said(
+                "video.fps",
+                "{file}: {fps} frames a second: expected a number, 0.01 to 1000",
+                file=path,
+                fps=repr(fps),
+            )
+        )
     return Fraction(value).limit_denominator(1001)

@@ -150,7 +150,9 @@ class EncodingThread:
 
     def _ask(self) -> None:
         if self._should_stop is not None and self._should_stop():
-            raise DecodeCancelled("cancelled while the decode waited for the video's encoder")
+            raise DecodeCancelled(
+                said("video.cancelled", "cancelled while the decode waited for the video's encoder")
+            )
 
     def _raise_failure(self) -> None:
         """Raise what ended the thread before its time."""

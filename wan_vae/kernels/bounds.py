@@ -7,11 +7,13 @@ weights alone. Where a kernel's numbers might overflow, its layer is refused.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from ..ops.problem import LayerWeights
+from ..said import said
 
 LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 # How many channels are added up in float16 before the sum goes on in float32.
@@ -21,11 +23,12 @@ SUMMED_CHANNELS = 32
 @dataclass(frozen=True)
 class Bound:
     """`value`, a number that a kernel computes at most: a scalar on the device of the weights. It
-    must stay below `limit`; `text` names it: "its operand may reach"."""
+    must stay below `limit`; `what` is the number, and `of` the kernel that has it, if not all."""
 
     value: torch.Tensor
     limit: float
-    text: str
+    what: Literal["operand", "sums"]
+    of: str = ""
 
     def refusal(self, value: float) -> str | None:
         """Why a kernel with this bound must not run, given `value` on the host; None if it may.
@@ -34,7 +37,22 @@ class Bound:
         """
         if value < self.limit:
             return None
-        return f"{self.text} {value:.0e}, too large for float16"
+        number = f"{value:.0e}"
+        if self.what == "operand":
+            reason = said(
+                "kernel.operand_reaches",
+                "its operand may reach {value}, too large for float16",
+                value=number,
+            )
+        else:
+            reason = said(
+                "kernel.sums_reach",
+                "its sums in float16 may reach {value}, too large for float16",
+                value=number,
+            )
+        if not self.of:
+            return reason
+        return said("kernel.of", "{kernel}: {reason}", kernel=self.of, reason=reason)
 
 
 def operand_bound(weights: LayerWeights, limit: float) -> Bound | None:
@@ -50,7 +68,7 @@ def operand_bound(weights: LayerWeights, limit: float) -> Bound | None:
     if weights.projection is not None:
         reach = weight.detach().float().flatten(1).norm(dim=1).max()
         peak = torch.maximum(peak, peak * reach)
-    return Bound(peak, limit, "its operand may reach")
+    return Bound(peak, limit, "operand")
 
 
 def winograd_phases(weight: torch.Tensor) -> torch.Tensor:
@@ -80,4 +98,4 @@ def float16_sums_bound(
     rows = F.pad(phases.detach().float(), (0, 0, 0, 0, 0, missing))
     # [P, O, groups]: the lengths of the rows of each group of channels, summed over the taps.
     lengths = rows.unflatten(2, (-1, channels)).norm(dim=3).sum((-2, -1))
-    return Bound((lengths * reach).max(), LARGEST_FLOAT16 / 2, "its sums in float16 may reach")
+    return Bound((lengths * reach).max(), LARGEST_FLOAT16 / 2, "sums")

@@ -18,6 +18,7 @@ import torch
 
 from ..ops.problem import LayerSite, Problem
 from ..options import Axis
+from ..said import said
 from . import registry
 from .bounds import Bound, operand_bound
 from .device import Device
@@ -162,8 +163,12 @@ class Contenders:
             reason = kernel.requires.unmet(device, problem)
             configs = () if reason else kernel.candidates(problem, device)
             if not configs:
-                channels = f"{problem.in_channels} to {problem.out_channels} channels"
-                reason = reason or f"no configuration for {channels}"
+                reason = reason or said(
+                    "kernel.no_configuration",
+                    "no configuration for {in_channels} to {out_channels} channels",
+                    in_channels=problem.in_channels,
+                    out_channels=problem.out_channels,
+                )
                 found.append((Contender(kernel, reason=reason), []))
                 continue
             shared, limit = list[int](), kernel.requires.largest_operand
@@ -174,7 +179,7 @@ class Contenders:
             for config in configs:
                 bound = kernel.bound(site.weights, problem, config) if has_numbers else None
                 if bound is not None:
-                    bound = replace(bound, text=f"{kernel.name} {config}: {bound.text}")
+                    bound = replace(bound, of=f"{kernel.name} {config}")
                 own = self._kept(bound)
                 found.append((Contender(kernel, config), [*shared, *own]))
         return found

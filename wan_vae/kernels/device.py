@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 
 from ..errors import BackendError
+from ..said import said
 
 # Names the capability that an NVIDIA card imitates.
 IMITATE = "WAN_VAE_CAPABILITY"
@@ -70,8 +71,13 @@ class Device:
         match = re.fullmatch(r"(\d+)\.(\d)", wanted)
         if match is None:
             raise BackendError(
-                f"{IMITATE} is {wanted!r}: expected a capability such as 8.6, or an AMD "
-                "architecture such as gfx1100"
+                said(
+                    "device.imitate",
+                    "{variable} is {value}: expected a capability such as 8.6, or an AMD "
+                    "architecture such as gfx1100",
+                    variable=IMITATE,
+                    value=repr(wanted),
+                )
             )
         return real if real.capability is None else real.imitating((int(match[1]), int(match[2])))
 

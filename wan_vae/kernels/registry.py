@@ -18,7 +18,7 @@ import torch
 from ..errors import BackendError, first_line
 from ..ops.problem import Operation
 from ..options import BACKENDS, Backend
-from ..said import Said, said
+from ..said import Said, expected_one_of, said
 from .device import Device
 from .kernel import Family, Kernel, no_gpu
 
@@ -87,7 +87,7 @@ def _load(name: str) -> Family | str:
         module = importlib.import_module(_MODULES[name], __package__)
         family: Family = module.make_family()
     except _UNIMPORTABLE as error:
-        return f"cannot be imported: {first_line(error)}"
+        return said("kernel.import", "cannot be imported: {error}", error=first_line(error))
     return family
 
 
@@ -97,7 +97,7 @@ def families_of(requested: Backend, device: Device) -> tuple[str, ...]:
     "auto" imports those that need a compiler, to see whether it is here. Raises BackendError.
     """
     if requested not in BACKENDS:
-        raise BackendError(f"backend is {requested!r}: expected one of {', '.join(BACKENDS)}")
+        raise BackendError(expected_one_of("backend", requested, BACKENDS))
     if requested != "auto":
         return REQUESTS[requested]
     if auto_reason(device):

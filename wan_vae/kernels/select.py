@@ -26,6 +26,7 @@ from ..errors import BackendError
 from ..ops.opset import LayerChoice, OpSet, eager_ops
 from ..ops.problem import LayerSite, Problem
 from ..options import Axis
+from ..said import said
 from . import registry
 from .contenders import (
     TIMED,
@@ -265,15 +266,23 @@ class _Selection:
                 reason = choice.refused[key]
                 axis = None if choice.times_ms else self.request.axis  # what was proven
                 key = proof_key(contender.kernel, site.problem, contender.config, axis)
-                table.refuse(site, contender.kernel.family, f"{key}: {reason}", failed=True)
+                table.refuse(
+                    site,
+                    contender.kernel.family,
+                    said("kernel.of", "{kernel}: {reason}", kernel=key, reason=reason),
+                    failed=True,
+                )
             if key == choice.winner and not choice.times_ms:
                 return
         if choice.winner == EAGER and len(choice.times_ms) > 1:
             best = min(ms for key, ms in choice.times_ms.items() if key != EAGER)
             gain = best / choice.times_ms[EAGER]
-            reason = (
-                f"{_library(site.problem, self.request.device)} is {gain:.1f}x faster here: the "
-                "bits of these layers depend on the size of the picture"
+            reason = said(
+                "kernel.library_faster",
+                "{library} is {gain}x faster here: the bits of these layers depend on the size of "
+                "the picture",
+                library=_library(site.problem, self.request.device),
+                gain=f"{gain:.1f}",
             )
             table.refuse(site, one.contenders[0].kernel.family, reason, failed=True)
 
@@ -295,7 +304,7 @@ class _Selection:
         if wanted is None:
             if one.contenders:
                 family = one.contenders[0].kernel.family
-                table.refuse(site, family, "eager on rank 0", failed=True)
+                table.refuse(site, family, said("kernel.rank_0", "eager on rank 0"), failed=True)
             return
         named = (wanted.family, wanted.kernel, wanted.config)
         for contender in one.contenders:
@@ -303,11 +312,26 @@ class _Selection:
             if (kernel.family, kernel.name, config) == named:
                 verdict = self._verdict(site.problem, contender, self.request.axis)
                 if not verdict.passed:
-                    raise BackendError(f"{site.name} cannot run {wanted.text}: {verdict.reason}")
+                    raise BackendError(
+                        said(
+                            "kernel.prescribed",
+                            "{layer} cannot run {choice}: {reason}",
+                            layer=site.name,
+                            choice=wanted.text,
+                            reason=verdict.reason,
+                        )
+                    )
                 layer = kernel.prepare(site.weights, site.problem, config, self.request.device)
                 table.bind(site, kernel, layer, wanted)
                 return
-        raise BackendError(f"{site.name} cannot run {wanted.text}: not made for this device")
+        raise BackendError(
+            said(
+                "kernel.not_made",
+                "{layer} cannot run {choice}: not made for this device",
+                layer=site.name,
+                choice=wanted.text,
+            )
+        )
 
 
 def _is_timed_beside(contender: Contender, right: Sequence[Contender]) -> bool:

@@ -14,6 +14,7 @@ from ..layout import LayoutDecision
 from ..ops.opset import Refusal
 from ..options import Operation, RunOptions
 from ..report import LayerRecord
+from ..said import reworded, worded
 from ..sharding.plan import ShardPlan
 
 
@@ -95,12 +96,15 @@ class Plan:
             plain["options"]["free_bytes"] = "inf"
         plain |= plain.pop("choices")
         plain["backends"] = {"used": plain.pop("used"), "refusals": plain.pop("refusals")}
+        reasons = (refusal.reason for refusal in self.choices.refusals)
+        plain["worded"] = worded((self.layout.reason, *self.notes, *reasons))
         return {name: _plain(value) for name, value in plain.items()}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Plan:
         """Make a plan from what `as_dict` returned, in this process or another."""
         values = dict(plain)
+        words = values.pop("worded", {})
         backends, layers = values.pop("backends"), values.pop("layers")
         options, shards = values["options"], values["shards"]
         if options["free_bytes"] == "inf":
@@ -111,20 +115,26 @@ class Plan:
         values |= {
             "options": RunOptions(**options),
             "shards": shards,
-            "layout": LayoutDecision(**values["layout"]),
+            "layout": LayoutDecision(
+                **{**values["layout"], "reason": reworded(values["layout"]["reason"], words)}
+            ),
             "choices": LayerChoices(
                 tuple(LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in layers),
                 dict(backends["used"]),
-                tuple(Refusal(**{**r, "layers": tuple(r["layers"])}) for r in backends["refusals"]),
+                tuple(
+                    Refusal(r["op"], r["family"], reworded(r["reason"], words), tuple(r["layers"]))
+                    for r in backends["refusals"]
+                ),
             ),
         }
         for name in ("latent_shape", "pixel_shape", "lengths", "notes"):
             values[name] = tuple(values[name])
+        values["notes"] = tuple(reworded(note, words) for note in values["notes"])
         return cls(**values)
 
     def summary(self) -> dict[str, object]:
         """`as_dict` without what a report says elsewhere: layers, backends, layout, options."""
-        elsewhere = ("layers", "backends", "layout", "options", "device", "dtype")
+        elsewhere = ("layers", "backends", "layout", "options", "device", "dtype", "worded")
         # Made without the layers, of which there are so many that it takes milliseconds.
         rest = replace(self, choices=LayerChoices())
         return {k: v for k, v in rest.as_dict().items() if k not in elsewhere}

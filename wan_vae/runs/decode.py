@@ -16,7 +16,7 @@ from ..chunking import Chunk
 from ..errors import DecodeMemoryError, OutputError
 from ..geometry import Strip
 from ..hooks import Hooks, OwnMemory
-from ..io.latents import as_batch, check_latent_shape, check_latent_values
+from ..io.latents import WHAT, as_batch, check_latent_shape, check_latent_values
 from ..io.sink import NullSink, Sink, TensorSink, check_out, sink_bytes, sink_video
 from ..network.cache import FeatureCache
 from ..options import Gather, RunOptions
@@ -61,7 +61,7 @@ class DecodeRun(Run):
         """
         if request.sink is not None and request.out is not None:
             raise OutputError("decode got both out= and sink=: expected one of them")
-        latent = as_batch(request.latent, "latent")
+        latent = as_batch(request.latent, WHAT["latent"])
         check_latent_shape(latent, engine.config)
         shape = tuple(latent.shape)
         shards = shards_of(request.context, shape)
@@ -106,7 +106,13 @@ class DecodeRun(Run):
                 shape = self.ranks.result_shape(self.pixel_shape, self.config.decoded_factor)
                 if out is None:
                     make = partial(torch.empty, shape, dtype=torch.float32, device=self.device)
-                    out = granted(self.device, self.memory, prod(shape) * 4, "output", make)
+                    out = granted(
+                        self.device,
+                        self.memory,
+                        prod(shape) * 4,
+                        said("run.output", "output"),
+                        make,
+                    )
                 check_out(out, shape)
                 sink = TensorSink(out)
             sink = NullSink() if sink is None else sink
@@ -209,7 +215,7 @@ class DecodeRun(Run):
             first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
             size = (b, colours, last - first, height, width)
             frame = in_memory(
-                f"{last - first} whole frames",
+                said("run.whole_frames", "{count} whole frames", count=last - first),
                 partial(features.new_empty, size, dtype=torch.float32),
             )
             for strip, cache in zip(strips, caches, strict=True):
@@ -230,7 +236,7 @@ class DecodeRun(Run):
         longest = max(self.frames_of(chunk) for chunk in self._schedule())
         b, colours, _, height, width = self.pixel_shape
         frames = in_memory(
-            f"{longest} frames in host memory",
+            said("run.host_frames", "{count} frames in host memory", count=longest),
             partial(HostFrames, (b, colours, longest, height, width), self.device),
         )
         histories = StripHistories(count, self.device)
@@ -262,12 +268,15 @@ class DecodeRun(Run):
                     self.done_frames = max(self.done_frames, min(first + share, last - 1))
                     yield Piece(nothing, first, top)
                 if not is_only_chunk:
-                    cache = in_memory("history in host memory", partial(histories.after, i, cache))
+                    cache = in_memory(
+                        said("run.host_history", "history in host memory"),
+                        partial(histories.after, i, cache),
+                    )
             del features
             for start in range(max(first, done_before), last, step):
                 stop = min(start + step, last)
                 values = in_memory(
-                    f"{stop - start} whole frames",
+                    said("run.whole_frames", "{count} whole frames", count=stop - start),
                     partial(frames.read, start - first, stop - first),
                 )
                 self.done_frames = stop

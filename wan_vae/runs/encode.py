@@ -16,6 +16,7 @@ from ..errors import DecodeMemoryError, ShardingError
 from ..geometry import Strip
 from ..hooks import Hooks, OwnMemory
 from ..io.latents import (
+    WHAT,
     as_batch,
     check_pixels,
     check_video_shape,
@@ -102,7 +103,7 @@ class EncodeRun(Run):
         result: torch.Tensor | None = None
         try:
             make = partial(torch.empty, own, dtype=torch.float32, device=self.device)
-            latent = granted(self.device, self.memory, prod(own) * 4, "latent", make)
+            latent = granted(self.device, self.memory, prod(own) * 4, WHAT["latent"], make)
             self.builder.memory["output_bytes"] = latent.numel() * latent.element_size()
             self._latent = latent
             self.begin(plan=self.request.plan)
@@ -166,11 +167,13 @@ class EncodeRun(Run):
             cache, rows = FeatureCache(), encoder_latent_rows(self.config, strip)
             for chunk, _ in self.chunks(rows):
                 step = self.step(cache, chunk, rows)
-                part = self._features(chunk, step, f"strip of {rows} latent rows", strip)
+                part = self._features(
+                    chunk, step, said("run.strip", "strip of {rows} latent rows", rows=rows), strip
+                )
                 if chunk not in collected:
                     size = (*part.shape[:3], height, part.shape[4])
                     collected[chunk] = in_memory(
-                        f"features of {part.shape[2]} frames",
+                        said("run.features", "features of {frames} frames", frames=part.shape[2]),
                         partial(layout.empty_like_format, part, size),
                     )
                 collected[chunk][:, :, :, strip.start : strip.stop] = part
@@ -257,7 +260,12 @@ class EncodeRun(Run):
     def _is_not_finite(self) -> None:
         wrong = None
         if self._pixels is not None:
-            wrong = not_finite((nan,), self._pixels, "video", "nothing can be encoded from it")
+            wrong = not_finite(
+                (nan,),
+                self._pixels,
+                WHAT["video"],
+                said("encode.nothing", "nothing can be encoded from it"),
+            )
         if wrong is not None:
             raise wrong
         advice = said("run.encode_in_fp32", "encode with precision='fp32'")
@@ -279,7 +287,7 @@ class EncodeRun(Run):
     def _does_not_fit(self, tried: str, reason: str) -> DecodeMemoryError:
         _, _, _, height, width = self._size
         error = self.ranks.out_of_memory(reason)
-        tried = f", {tried}" if tried else ""
+        tried = said("run.and_tried", ", {tried}", tried=tried) if tried else ""
         return error or DecodeMemoryError(
             said(
                 "run.encode_out_of_memory",
@@ -300,11 +308,15 @@ def _checked(request: EncodeRequest, config: WanVAEConfig) -> torch.Tensor | Fra
     """The video of `request`, which this VAE can encode. Raises LatentError, ShardingError."""
     pixels = request.pixels
     if isinstance(pixels, torch.Tensor) or not isinstance(pixels, FrameReader):
-        pixels = as_batch(pixels, "video")
+        pixels = as_batch(pixels, WHAT["video"])
         check_pixels(pixels, config)
         return pixels
     if not request.context.is_single:
-        raise ShardingError("a video that is read piece by piece has no shards: pass a tensor")
+        raise ShardingError(
+            said(
+                "encode.pieces", "a video that is read piece by piece has no shards: pass a tensor"
+            )
+        )
     check_video_shape(tuple(pixels.shape), config)
     return pixels
 

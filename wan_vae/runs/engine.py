@@ -34,6 +34,7 @@ from ..options import PARTS, Operation, Part, RunOptions
 from ..planning.choose import Choice, PlanRequest, choice_of, choose
 from ..planning.plan import LayerChoices, Plan
 from ..report import LayerRecord
+from ..said import expected_one_of, said
 from ..sharding.plan import ShardPlan
 from ..walk import named_parameters, parameters
 from .kernel_choice import OpsRequest, may_prove, select_ops, weights_state
@@ -147,7 +148,12 @@ class Engine:
             chunk_lengths(frames, options.chunk_frames)
         if options.strips is not None:
             if request.shards is not None:
-                raise GeometryError("strips divide one device's picture: not possible with a shard")
+                raise GeometryError(
+                    said(
+                        "plan.strips_of_shard",
+                        "strips divide one device's picture: not possible with a shard",
+                    )
+                )
             geometry.strips(rows, options.strips, self.config)
         return Setup(request, model, ops, decision)
 
@@ -318,7 +324,7 @@ class Engine:
         precision = options.precision
         if precision != "auto" and (not isinstance(precision, str) or precision not in DTYPES):
             raise BackendError(
-                f"precision is {precision!r}: expected 'auto', 'fp32', 'bf16' or 'fp16'"
+                expected_one_of("precision", precision, ("auto", "fp32", "bf16", "fp16"))
             )
         dtype = self.dtype if precision == "auto" else DTYPES[precision]
         wrong = self.wrong_formats(dtype)
@@ -411,7 +417,13 @@ def checked_options(options: RunOptions) -> RunOptions:
         strips = whole_number(strips, "strips")
     if free is not None:
         if isinstance(free, bool) or not isinstance(free, Real) or not free >= 0:
-            raise GeometryError(f"free_bytes is {free!r}: expected a number of bytes, 0 or more")
+            raise GeometryError(
+                said(
+                    "input.free_bytes",
+                    "free_bytes is {value}: expected a number of bytes, 0 or more",
+                    value=repr(free),
+                )
+            )
         free = inf if free > 1 << 62 else int(free)
     return replace(options, chunk_frames=frames, strips=strips, free_bytes=free)
 
@@ -425,13 +437,20 @@ def options_of(plan: Plan | None, options: RunOptions) -> RunOptions:
         return options
     if not isinstance(plan, Plan):
         raise GeometryError(
-            f"plan is a {type(plan).__name__}: expected a Plan, from plan() or Plan.from_dict"
+            said(
+                "plan.no_plan",
+                "plan is a {kind}: expected a Plan, from plan() or Plan.from_dict",
+                kind=type(plan).__name__,
+            )
         )
     free = options.free_bytes
     planned = replace(plan.options, free_bytes=free)
     if options not in (planned, RunOptions(free_bytes=free)):
         raise GeometryError(
-            "a run got plan= and options that the plan has decided: give the options to plan()"
+            said(
+                "plan.options",
+                "a run got plan= and options that the plan has decided: give the options to plan()",
+            )
         )
     return planned
 
@@ -482,8 +501,12 @@ def latent_statistics(
     """
     if config.latents_mean is None or config.latents_std is None:
         raise LatentError(
-            f"no statistics are known for latents of {config.z_dim} channels, so normalized=True "
-            "is impossible: pass the latent as ComfyUI holds it"
+            said(
+                "latent.no_statistics",
+                "no statistics are known for latents of {channels} channels, so "
+                "normalized=True is impossible: pass the latent as ComfyUI holds it",
+                channels=config.z_dim,
+            )
         )
     shape = (1, config.z_dim, 1, 1, 1)
     return (

@@ -6,6 +6,7 @@ import torch
 
 from ..device import holders
 from ..hooks import DeviceMemory
+from ..said import listed, said
 
 
 def who_holds(device: torch.device, memory: DeviceMemory, least_bytes: int) -> str:
@@ -16,20 +17,43 @@ def who_holds(device: torch.device, memory: DeviceMemory, least_bytes: int) -> s
     free = memory.free_bytes()
     if free is None:
         return ""
-    text = f"{_gib(free)} GiB are free, at least {_gib(least_bytes)} are needed"
+    text = said(
+        "memory.free",
+        "{free} GiB are free, at least {needed} are needed",
+        free=_gib(free),
+        needed=_gib(least_bytes),
+    )
     found = holders(device)
     named = {name: size for name, size in memory.held().items() if size}
-    parts = [f"{name} {_gib(size)}" for name, size in named.items()]
-    if found is not None:
-        # What has a name is among the tensors of this process.
-        tensors = max(0, found.tensors - sum(named.values()))
-        parts.append(f"{'other ' if named else ''}tensors of this process {_gib(tensors)}")
-        parts.append(f"PyTorch's cache {_gib(found.cached)}")
-        parts.append(f"other processes and CUDA itself {_gib(found.others)}")
-        text += f"; the rest of {_gib(found.total)} GiB is held by"
-    elif parts:
-        text += "; the rest is held by"
-    return f"{text} {', '.join(parts)}; ".replace("  ", " ").replace(" ; ", "; ")
+    parts = [_part(name, size) for name, size in named.items()]
+    if found is None:
+        if not parts:
+            return said("memory.only_free", "{free}; ", free=text)
+        return said(
+            "memory.rest", "{free}; the rest is held by {parts}; ", free=text, parts=listed(parts)
+        )
+    # What has a name is among the tensors of this process.
+    tensors = max(0, found.tensors - sum(named.values()))
+    if named:
+        ours = said("memory.other_tensors", "other tensors of this process")
+    else:
+        ours = said("memory.tensors", "tensors of this process")
+    parts += [
+        _part(ours, tensors),
+        _part(said("memory.cache", "PyTorch's cache"), found.cached),
+        _part(said("memory.others", "other processes and CUDA itself"), found.others),
+    ]
+    return said(
+        "memory.rest_of",
+        "{free}; the rest of {total} GiB is held by {parts}; ",
+        free=text,
+        total=_gib(found.total),
+        parts=listed(parts),
+    )
+
+
+def _part(name: str, size: float) -> str:
+    return said("memory.part", "{name} {size}", name=name, size=_gib(size))
 
 
 def _gib(size: float) -> str:

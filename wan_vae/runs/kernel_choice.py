@@ -19,6 +19,7 @@ from ..network.sites import layer_sites
 from ..ops.eager.forms import EagerForms
 from ..ops.opset import LayerChoice, OpSet, Refusal, eager_ops
 from ..options import Axis, Backend, Part
+from ..said import said, together
 from ..walk import parameters
 
 
@@ -79,8 +80,13 @@ def select_ops(
         if requested == "auto":
             return _eager_because(missing, request.forms)
         raise BackendError(
-            f"backend {requested!r} cannot run: {_in_words(missing)}; take auto, or eager, which "
-            "is plain PyTorch"
+            said(
+                "kernel.backend",
+                "backend {backend} cannot run: {reasons}; take auto, or eager, which is "
+                "plain PyTorch",
+                backend=repr(requested),
+                reasons=_in_words(missing),
+            )
         )
     key = _key(request)
     state = (device, request.weights_now(), request.forms)
@@ -148,7 +154,10 @@ def _missing(families: tuple[str, ...], device: Device, dtype: torch.dtype) -> d
 def _in_words(missing: Mapping[str, str]) -> str:
     if len(set(missing.values())) == 1:
         return next(iter(missing.values()))
-    return "; ".join(f"{family}: {reason}" for family, reason in missing.items())
+    return together(
+        said("kernel.of", "{kernel}: {reason}", kernel=family, reason=reason)
+        for family, reason in missing.items()
+    )
 
 
 def own_modules(model: WanVAEModel, part: Part) -> tuple[nn.Module, nn.Module]:

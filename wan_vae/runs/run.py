@@ -164,12 +164,16 @@ class Run(ABC):
         """
         self._check_run_of(plan)
         if (now.device, now.dtype, now.choices) != (plan.device, plan.dtype, plan.choices):
-            return "device, dtype or kernels are not those of the plan"
+            return said("plan.changed", "device, dtype or kernels are not those of the plan")
         if now.whole_frames and plan.strips and not plan.whole_frames:
-            return "the output needs whole frames"
+            return said("plan.whole_frames", "the output needs whole frames")
         if now.free_bytes is not None and now.planned_bytes < plan.planned_bytes:
-            planned, free = plan.planned_bytes / 2**30, now.free_bytes / 2**30
-            return f"{planned:.2f} GiB were planned, {free:.2f} GiB are free now"
+            return said(
+                "plan.less_free",
+                "{planned} GiB were planned, {free} GiB are free now",
+                planned=f"{plan.planned_bytes / 2**30:.2f}",
+                free=f"{now.free_bytes / 2**30:.2f}",
+            )
         return None
 
     def _check_run_of(self, plan: Plan) -> None:
@@ -178,8 +182,12 @@ class Run(ABC):
         same = (request.operation, request.latent_shape, request.shards)
         if (plan.operation, plan.latent_shape, plan.shards) != same:
             raise GeometryError(
-                f"the plan is for {_what(plan.operation, plan.latent_shape, plan.shards)}: this is "
-                f"{_what(*same)}"
+                said(
+                    "plan.other_run",
+                    "the plan is for {planned}: this is {wanted}",
+                    planned=_what(plan.operation, plan.latent_shape, plan.shards),
+                    wanted=_what(*same),
+                )
             )
 
     def _report_plan(self, plan: Plan, notes: tuple[str, ...]) -> None:
@@ -304,7 +312,11 @@ class Run(ABC):
         else:
             smaller = self._smaller(failed)
             if smaller is None:
-                tried = f"even with one latent frame a chunk and {failed.strips or 1} strip(s)"
+                tried = said(
+                    "run.tried",
+                    "even with one latent frame a chunk and {strips} strip(s)",
+                    strips=failed.strips or 1,
+                )
                 self.builder.fallbacks.append(text)
                 raise self._does_not_fit(tried, failure)
             if smaller.lengths != failed.lengths and smaller.strips == failed.strips:
@@ -449,14 +461,16 @@ class Run(ABC):
         """`put` the piece; the error if there is no memory for that. Raises it if the piece cannot
         be put again."""
         try:
-            in_memory("output", partial(put, piece))
+            in_memory(said("run.output", "output"), partial(put, piece))
             return None
         except DecodeMemoryError as error:
             release_frames(error)
             refused = error.with_traceback(None)
         if puts_again and self.may_start_over:
             return refused
-        raise self._does_not_fit("while its output was written", str(refused))
+        raise self._does_not_fit(
+            said("run.while_written", "while its output was written"), str(refused)
+        )
 
     def _tell_progress(self) -> None:
         on_progress = self.hooks.on_progress
@@ -555,7 +569,9 @@ def granted(
 def ready(engine: Engine, request: SetupRequest, memory: DeviceMemory) -> Setup:
     """`engine.setup(request)`, which proves kernels in device memory before there is a plan."""
     work = partial(engine.setup, request)
-    return granted(engine.device, memory, PROOF_BYTES, "proofs of kernels", work)
+    return granted(
+        engine.device, memory, PROOF_BYTES, said("run.proofs", "proofs of kernels"), work
+    )
 
 
 def release_frames(error: BaseException) -> None:
@@ -584,11 +600,24 @@ def _fits(now: Plan, failed: Plan) -> bool:
 
 def latent_frames_of(chunk: Chunk) -> str:
     """A chunk in words."""
-    return f"chunk of {chunk.frames} latent frame{'s' if chunk.frames > 1 else ''}"
+    if chunk.frames == 1:
+        return said("run.chunk_of_one", "chunk of 1 latent frame")
+    return said("run.chunk", "chunk of {frames} latent frames", frames=chunk.frames)
 
 
 def _what(operation: Operation, latent_shape: tuple[int, ...], shards: ShardPlan | None) -> str:
     """An operation in words."""
-    article = "an" if operation == "encode" else "a"
-    ranks = "" if shards is None else f" over {shards.world_size} ranks by {shards.axis}"
-    return f"{article} {operation} of a latent {list(latent_shape)}{ranks}"
+    shape = list(latent_shape)
+    if operation == "encode":
+        text = said("plan.encode", "an encode of a latent {shape}", shape=shape)
+    else:
+        text = said("plan.decode", "a decode of a latent {shape}", shape=shape)
+    if shards is None:
+        return text
+    return said(
+        "plan.over_ranks",
+        "{text} over {ranks} ranks by {axis}",
+        text=text,
+        ranks=shards.world_size,
+        axis=shards.axis,
+    )

@@ -100,8 +100,13 @@ class ShardRanks:
         for other, text in enumerate(wire.all_gather_texts(failure)):
             if text:
                 raise ShardingError(
-                    f"rank {other} cannot run the kernels that rank 0 has chosen ({text}): use "
-                    "cards of one kind, or backend='eager'",
+                    said(
+                        "shard.kernels",
+                        "rank {rank} cannot run the kernels that rank 0 has chosen "
+                        "({reason}): use cards of one kind, or backend='eager'",
+                        rank=other,
+                        reason=text,
+                    ),
                     rank=other,
                 )
         return adopted
@@ -145,7 +150,13 @@ class ShardRanks:
         if any(row[0] for row in rows):
             return True
         if len({row[1] for row in rows}) > 1:
-            raise ShardingError(f"ranks are at different chunks: {[row[1] for row in rows]}")
+            raise ShardingError(
+                said(
+                    "shard.steps",
+                    "ranks are at different chunks: {chunks}",
+                    chunks=[row[1] for row in rows],
+                )
+            )
         return False
 
     def gather(self, part: torch.Tensor, factor: int, site: str) -> torch.Tensor | None:
@@ -201,8 +212,15 @@ class ShardRanks:
     def out_of_memory(self, reason: str) -> DecodeMemoryError | None:
         context = self._context
         return DecodeMemoryError(
-            f"rank {context.rank} of {context.world_size} is out of memory on "
-            f"{self._request.device}: {reason}; use smaller chunks or more devices"
+            said(
+                "shard.out_of_memory",
+                "rank {rank} of {ranks} is out of memory on {device}: {reason}; use "
+                "smaller chunks or more devices",
+                rank=context.rank,
+                ranks=context.world_size,
+                device=self._request.device,
+                reason=reason,
+            )
         )
 
 

@@ -6,6 +6,7 @@ import torch
 
 from ..errors import ShardingError
 from ..options import GATHERS, Gather
+from ..said import expected_one_of
 from .halo import Shard
 from .transport import Incoming, Outgoing
 
@@ -13,7 +14,7 @@ from .transport import Incoming, Outgoing
 def check_gather(gather: str) -> None:
     """Raise ShardingError for an unknown mode."""
     if gather not in GATHERS:
-        raise ShardingError(f"gather is {gather!r}: expected 'all', 'rank0' or 'own'")
+        raise ShardingError(expected_one_of("gather", gather, GATHERS))
 
 
 def gather_picture(

@@ -11,6 +11,7 @@ import torch
 from .. import layout
 from ..errors import ShardingError
 from ..ops.opset import HaloRows
+from ..said import said
 from .context import ShardContext
 from .plan import ShardPlan
 from .transport import Incoming, Outgoing, Wire
@@ -115,7 +116,14 @@ class Shard:
         start, stop = self.plan.rows_of(rank)
         if x.shape[dim] != stop - start:
             raise ShardingError(
-                f"rank {rank} holds {x.shape[dim]} rows at {site}, its plan says {stop - start}",
+                said(
+                    "shard.rows",
+                    "rank {rank} holds {rows} rows at {site}, its plan says {planned}",
+                    rank=rank,
+                    rows=x.shape[dim],
+                    site=site,
+                    planned=stop - start,
+                ),
                 rank=rank,
             )
         into = [

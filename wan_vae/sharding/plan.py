@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import GeometryError
-from ..options import Axis, AxisRequest
+from ..options import AXES, Axis, AxisRequest
+from ..said import expected_one_of, said
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,17 @@ def plan_shards(height: int, width: int, ranks: int, axis: AxisRequest = "auto")
     """
     if ranks < 1 or height < 1 or width < 1:
         raise GeometryError(
-            f"cannot cut a latent of {height}x{width} over {ranks} ranks: each must be at least 1"
+            said(
+                "shard.sizes",
+                "cannot cut a latent of {height}x{width} over {ranks} ranks: each must be"
+                " at least 1",
+                height=height,
+                width=width,
+                ranks=ranks,
+            )
         )
-    if axis not in ("auto", "height", "width"):
-        raise GeometryError(f"axis is {axis!r}: expected 'auto', 'height' or 'width'")
+    if axis not in AXES:
+        raise GeometryError(expected_one_of("axis", axis, AXES))
     # Boundary rows have `width` pixels, boundary columns `height`.
     cost: dict[Axis, tuple[int, int]] = {
         "height": (-min(ranks, height), width),

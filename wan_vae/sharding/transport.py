@@ -24,6 +24,7 @@ import torch.distributed as dist
 from ..clock import Mark
 from ..errors import ShardingError, first_line
 from ..layout import contiguous_for_collective, detect
+from ..said import said, together
 from .context import Headers, ShardContext
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64)
@@ -103,21 +104,37 @@ class Wire:
     def __init__(self, context: ShardContext, device: torch.device):
         if not dist.is_initialized() and context.group is None:
             raise ShardingError(
-                f"rank {context.rank} of {context.world_size}: torch.distributed has no process "
-                "group; start the program with torchrun, or pass ShardContext(group=...)",
+                said(
+                    "shard.no_group",
+                    "rank {rank} of {ranks}: torch.distributed has no process group; "
+                    "start the program with torchrun, or pass ShardContext(group=...)",
+                    rank=context.rank,
+                    ranks=context.world_size,
+                ),
                 rank=context.rank,
             )
         if dist.get_world_size(context.group) != context.world_size:
             raise ShardingError(
-                f"the context says {context.world_size} ranks, its process group has "
-                f"{dist.get_world_size(context.group)}",
+                said(
+                    "shard.group",
+                    "the context says {ranks} ranks, its process group has {size}",
+                    ranks=context.world_size,
+                    size=dist.get_world_size(context.group),
+                ),
                 rank=context.rank,
             )
         if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
             # NCCL's grouped messages and Triton use the current device, not that of the tensors.
             raise ShardingError(
-                f"rank {context.rank} decodes on {device}, the current device of its thread is "
-                f"cuda:{torch.cuda.current_device()}: call torch.cuda.set_device({device.index})",
+                said(
+                    "shard.current_device",
+                    "rank {rank} decodes on {device}, the current device of its thread is"
+                    " cuda:{current}: call torch.cuda.set_device({index})",
+                    rank=context.rank,
+                    device=device,
+                    current=torch.cuda.current_device(),
+                    index=device.index,
+                ),
                 rank=context.rank,
             )
         self.context = context
@@ -153,8 +170,13 @@ class Wire:
         for buffer in buffers:
             if buffer.ndim in (4, 5) and detect(buffer) not in ("contiguous", "either"):
                 raise ShardingError(
-                    f"rank {self.context.rank}: rows received for {site} are "
-                    f"{detect(buffer)}, expected contiguous",
+                    said(
+                        "shard.format",
+                        "rank {rank}: rows received for {site} are {format}, expected contiguous",
+                        rank=self.context.rank,
+                        site=site,
+                        format=detect(buffer),
+                    ),
                     rank=self.context.rank,
                 )
             self.received_bytes += buffer.numel() * buffer.element_size()
@@ -219,8 +241,16 @@ class Wire:
         for header, expected, i in zip(theirs, wanted, into, strict=True):
             if header.tolist() != expected.tolist():
                 raise ShardingError(
-                    f"rank {self.context.rank} refused what rank {i.peer} sends at {site}: "
-                    f"{_describe(header)}, expected {_describe(expected)}",
+                    said(
+                        "shard.refused",
+                        "rank {rank} refused what rank {peer} sends at {site}: {header}, "
+                        "expected {expected}",
+                        rank=self.context.rank,
+                        peer=i.peer,
+                        site=site,
+                        header=_describe(header),
+                        expected=_describe(expected),
+                    ),
                     rank=i.peer,
                 )
         self._headers.add(key, f"{site} {dtype}")
@@ -248,10 +278,18 @@ class Wire:
             raise self._no_answer(site, peers, error) from error
 
     def _no_answer(self, site: str, peers: Sequence[int], error: RuntimeError) -> ShardingError:
-        names = ", ".join(f"rank {p}" for p in sorted(set(peers)))
+        others = ", ".join(map(str, sorted(set(peers))))
         return ShardingError(
-            f"rank {self.context.rank} has no answer from {names} at {site} (waits at most "
-            f"{self.context.timeout_s:g} s): {first_line(error)}",
+            said(
+                "shard.no_answer",
+                "rank {rank} has no answer from rank {peers} at {site} (waits at most "
+                "{seconds} s): {error}",
+                rank=self.context.rank,
+                peers=others,
+                site=site,
+                seconds=f"{self.context.timeout_s:g}",
+                error=first_line(error),
+            ),
             rank=peers[0] if len(set(peers)) == 1 else None,
         )
 
@@ -286,8 +324,15 @@ class Wire:
             self._wait(work, transport)
         except RuntimeError as error:
             raise ShardingError(
-                f"rank {self.context.rank} got no gather over {self.context.world_size} ranks "
-                f"(waits at most {self.context.timeout_s:g} s): {first_line(error)}"
+                said(
+                    "shard.no_gather",
+                    "rank {rank} got no gather over {ranks} ranks (waits at most "
+                    "{seconds} s): {error}",
+                    rank=self.context.rank,
+                    ranks=self.context.world_size,
+                    seconds=f"{self.context.timeout_s:g}",
+                    error=first_line(error),
+                )
             ) from error
         parts = gathered.view(self.context.world_size, -1).unbind(0)
         return [p.view(x.dtype).view(x.shape) for p in parts]
@@ -336,10 +381,18 @@ class Wire:
         rows = self.all_gather_numbers([*facts.values(), *own])
         for name, values in zip(facts, zip(*rows, strict=True), strict=False):
             if len(set(values)) > 1:
-                said = ", ".join(f"rank {r} has {v}" for r, v in enumerate(values))
+                each = together(
+                    said("shard.has", "rank {rank} has {value}", rank=rank, value=value)
+                    for rank, value in enumerate(values)
+                )
                 raise ShardingError(
-                    f"ranks disagree about {name}: {said}; give every rank the same latent, "
-                    "weights and options"
+                    said(
+                        "shard.disagree",
+                        "ranks disagree about {name}: {values}; give every rank the same "
+                        "latent, weights and options",
+                        name=name,
+                        values=each,
+                    )
                 )
         return [row[len(facts) :] for row in rows]
 

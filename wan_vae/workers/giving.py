@@ -16,6 +16,7 @@ import torch
 
 from ..errors import ShardingError
 from ..io.image import BLOCKS_UNDER_WAY, NOW, HostWriter, copy_threads, on_host
+from ..said import said
 
 # Bytes of the frames of which workers are told together: 2 to 5 ms for our threads.
 _BLOCK_BYTES = 32 << 20
@@ -117,6 +118,12 @@ class Given:
                 before = self._frames
                 if not self._more.wait(seconds) and self._frames == before:
                     raise ShardingError(
-                        f"the program that started this worker gave it {before} of {frames} frames "
-                        f"and no other for {seconds:g} s: it is stopped or overloaded"
+                        said(
+                            "worker.not_given",
+                            "the program that started this worker gave it {given} of {frames} "
+                            "frames and no other for {seconds} s: it is stopped or overloaded",
+                            given=before,
+                            frames=frames,
+                            seconds=f"{seconds:g}",
+                        )
                     )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import ShardingError
+from ..said import said
 from ..sharding.transport import group_environment
 from .pipe import PipeEnd
 from .worker import WorkerSettings
@@ -33,7 +34,7 @@ class WorkerProcess:
 
     @property
     def name(self) -> str:
-        return f"rank {self.rank} ({self.device})"
+        return said("worker.name", "rank {rank} ({device})", rank=self.rank, device=self.device)
 
 
 def spawn(rank: int, device: torch.device) -> WorkerProcess:
@@ -66,7 +67,15 @@ def spawn(rank: int, device: torch.device) -> WorkerProcess:
         )
     except OSError as error:
         raise ShardingError(
-            f"rank {rank} ({device}) of {package} cannot start: {error}", rank=rank
+            said(
+                "worker.not_started",
+                "rank {rank} ({device}) of {package} cannot start: {error}",
+                rank=rank,
+                device=device,
+                package=package,
+                error=error,
+            ),
+            rank=rank,
         ) from error
     finally:
         theirs.close()
@@ -108,4 +117,5 @@ def receive(rank: WorkerProcess) -> tuple[str, Any]:
         return message
     except (EOFError, ConnectionResetError):
         code = rank.process.wait()
-        return "error", {"kind": "died", "text": f"exit code {code}", "rank": rank.rank}
+        text = said("worker.exit_code", "exit code {code}", code=code)
+        return "error", {"kind": "died", "text": text, "rank": rank.rank}

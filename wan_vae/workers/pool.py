@@ -33,7 +33,7 @@ from ..errors import (
 )
 from ..hooks import Hooks, OnProgress, ShouldStop
 from ..io.image import FollowingCopy
-from ..io.latents import as_batch, check_latent, check_pixels
+from ..io.latents import WHAT, as_batch, check_latent, check_pixels
 from ..network.model import NO_ENCODER, WanVAEModel, tensor_version
 from ..network.weights import copy_weights
 from ..options import (
@@ -50,7 +50,7 @@ from ..pipeline import WanVAE, checked_shape
 from ..planning.plan import Plan
 from ..report import DecodeReport
 from ..runs.engine import checked_options
-from ..said import said
+from ..said import expected_one_of, listed, said
 from ..sharding.plan import plan_shards
 from ..walk import parameters
 from .devices import Transport, parse_devices, pick_transport
@@ -215,7 +215,7 @@ class WorkerPool:
                     axis=axis,
                     options=asdict(options),
                 )
-                plain = self._wait_for_all("plan", self.start_timeout_s)
+                plain = self._wait_for_all(said("worker.plan", "plan"), self.start_timeout_s)
         plans = [Plan.from_dict(p) for p in plain]
         if chunk_frames is None:
             fewest = chunk_lengths(shape[2], min(plan.chunk_frames for plan in plans))
@@ -258,9 +258,9 @@ class WorkerPool:
         DecodeCancelled. Not a collective; decodes of other threads wait.
         """
         if gather not in COLLECTS:
-            raise ShardingError(f"gather is {gather!r}: expected 'shared', 'rank0' or 'all'")
+            raise ShardingError(expected_one_of("gather", gather, COLLECTS))
         if form not in ("pixels", "image"):
-            raise ShardingError(f"form is {form!r}: expected 'pixels' or 'image'")
+            raise ShardingError(expected_one_of("form", form, ("pixels", "image")))
         latent = latent.unsqueeze(0) if latent.ndim == 4 else latent
         check_latent(latent, vae.config)
         options = RunOptions(chunk_frames, memory_format, precision, backend=backend)
@@ -293,11 +293,22 @@ class WorkerPool:
         plans = tuple(plans)
         for plan in plans:
             if not isinstance(plan, Plan):
-                raise GeometryError(f"a plan is a {type(plan).__name__}: expected a Plan")
+                raise GeometryError(
+                    said(
+                        "plan.no_plan_of_rank",
+                        "a plan is a {kind}: expected a Plan",
+                        kind=type(plan).__name__,
+                    )
+                )
             if (plan.operation, plan.latent_shape) != ("decode", tuple(latent.shape)):
                 raise GeometryError(
-                    f"a plan is for a {plan.operation} of {list(plan.latent_shape)}: this is a "
-                    f"decode of {list(latent.shape)}"
+                    said(
+                        "plan.other_decode",
+                        "a plan is for a {operation} of {planned}: this is a decode of {wanted}",
+                        operation=plan.operation,
+                        planned=list(plan.latent_shape),
+                        wanted=list(latent.shape),
+                    )
                 )
         return plans
 
@@ -309,9 +320,17 @@ class WorkerPool:
     ) -> list[dict[str, Any]]:
         """What a decode tells each rank alone."""
         ranks = len(self.devices)
-        for what, values in (("memory formats", memory_formats), ("plans", plans)):
+        for what, values in (("memory_formats", memory_formats), ("plans", plans)):
             if values is not None and len(values) != ranks:
-                raise ShardingError(f"{len(values)} {what} for {ranks} ranks")
+                raise ShardingError(
+                    said(
+                        "worker.per_rank",
+                        "{name} has {count} entries for {ranks} ranks",
+                        name=what,
+                        count=len(values),
+                        ranks=ranks,
+                    )
+                )
         by_rank: list[dict[str, Any]] = [{} for _ in range(ranks)]
         if memory_formats is not None:
             for own, fmt in zip(by_rank, memory_formats, strict=True):
@@ -319,8 +338,11 @@ class WorkerPool:
         if plans is not None:
             if options != RunOptions() or memory_formats is not None:
                 raise GeometryError(
-                    "a decode got plans= and options that the plans have decided: give the "
-                    "options to plan()"
+                    said(
+                        "plan.options_of_ranks",
+                        "a decode got plans= and options that the plans have decided: "
+                        "give the options to plan()",
+                    )
                 )
             for own, plan in zip(by_rank, plans, strict=True):
                 own["plan"] = plan.as_dict()
@@ -345,7 +367,7 @@ class WorkerPool:
 
         Raises what `decode` raises, and CheckpointError if the checkpoint had no encoder.
         """
-        pixels = as_batch(pixels, "video")
+        pixels = as_batch(pixels, WHAT["video"])
         check_pixels(pixels, vae.config)
         if vae.encoder is None:
             raise CheckpointError(NO_ENCODER)
@@ -373,10 +395,14 @@ class WorkerPool:
         also for a pool of one.
         """
         if len(self.devices) < 2:
-            raise ShardingError("one rank sends nothing: there is nothing to prove")
+            raise ShardingError(
+                said("worker.one", "one rank sends nothing: there is nothing to prove")
+            )
         with self._busy():
             self._send_all("check_wire", wait_s=self.timeout_s)
-            return self._wait_for_all("prove their messages", self.timeout_s + GRACE_S)
+            return self._wait_for_all(
+                said("worker.prove", "prove their messages"), self.timeout_s + GRACE_S
+            )
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -581,7 +607,7 @@ class WorkerPool:
                 ),
             )
         settled_s = time.monotonic()
-        started = self._wait_for_all("start", self.start_timeout_s)
+        started = self._wait_for_all(said("worker.start", "start"), self.start_timeout_s)
         imported_s = max(began_s for began_s, _ in started)
         self._laps["workers: import"] = (imported_s - self._spawned_s) * 1e3
         joined_s = max(joined_s for _, joined_s in started) - max(imported_s, settled_s)
@@ -632,7 +658,7 @@ class WorkerPool:
                 dtype=dtype_name(vae.dtype),
                 weights_found=vae.weights_found,
             )
-            self._wait_for_all("load the weights", self.start_timeout_s)
+            self._wait_for_all(said("worker.load", "load the weights"), self.start_timeout_s)
         finally:
             buffer.unlink()
 
@@ -667,11 +693,21 @@ class WorkerPool:
                 if kind == "error":
                     failures.append(failure_of(rank, value, self.transport))
             if not ready:
-                names = ", ".join(r.name for r in left.values())
+                names = listed(r.name for r in left.values())
                 first = next(iter(left.values())).rank
-                raise ShardingError(f"{names} did not {what} within {timeout_s:g} s", rank=first)
+                raise ShardingError(
+                    said(
+                        "worker.too_slow",
+                        "{ranks} did not {what} within {seconds} s",
+                        ranks=names,
+                        what=what,
+                        seconds=f"{timeout_s:g}",
+                    ),
+                    rank=first,
+                )
         if failures:
-            raise error_of(failures, self._ranks, f"could not {what}")
+            could_not = said("worker.could_not", "could not {what}", what=what)
+            raise error_of(failures, self._ranks, could_not)
         return [answers[r.rank] for r in self._ranks]
 
     def _end(self, patience_s: float) -> None:

@@ -22,6 +22,7 @@ import torch
 
 from ..errors import ShardingError
 from ..io import pages
+from ..said import said, together
 
 
 def default_folders() -> tuple[Path, ...]:
@@ -96,13 +97,20 @@ class SharedBuffer:
         Its first `reserved` bytes (None: all) may be written now, the others after `reserve`: the
         memory of a large output takes as long to reserve as a few GPUs take to decode it.
         """
-        refused = []
+        refused: list[str] = []
         for folder in folders or default_folders():
             if not folder.is_dir():
                 continue
             free = shutil.disk_usage(folder).free
             if free < size:
-                refused.append(f"{folder} has {free / 2**20:.0f} MiB")
+                refused.append(
+                    said(
+                        "worker.folder_has",
+                        "{folder} has {free} MiB",
+                        folder=folder,
+                        free=f"{free / 2**20:.0f}",
+                    )
+                )
                 continue
             descriptor, name = tempfile.mkstemp(prefix="wan_vae_", dir=folder)
             failure = None
@@ -119,9 +127,13 @@ class SharedBuffer:
             os.unlink(name)
             refused.append(failure)
         raise ShardingError(
-            f"no room for {size / 2**20:.0f} MiB of memory shared between the ranks "
-            f"({'; '.join(refused) or 'no folder for it'}): free memory in /dev/shm or space in "
-            "the temporary folder"
+            said(
+                "worker.no_room",
+                "no room for {size} MiB of memory shared between the ranks ({reasons}): free "
+                "memory in /dev/shm or space in the temporary folder",
+                size=f"{size / 2**20:.0f}",
+                reasons=together(refused) or said("worker.no_folder", "no folder for it"),
+            )
         )
 
     @classmethod
@@ -145,8 +157,14 @@ class SharedBuffer:
                 _fallocate(self._descriptor, start, length)
         except OSError as error:
             raise ShardingError(
-                f"no room for {self.size / 2**20:.0f} MiB of memory shared between the "
-                f"ranks in {self.path.parent}: {error.strerror}"
+                said(
+                    "worker.no_room_in",
+                    "no room for {size} MiB of memory shared between the ranks in "
+                    "{folder}: {error}",
+                    size=f"{self.size / 2**20:.0f}",
+                    folder=self.path.parent,
+                    error=error.strerror,
+                )
             ) from error
 
     def unlink(self) -> None:

@@ -12,6 +12,7 @@ from ..errors import DecodeMemoryError, ShardingError, WanVAEError
 from ..hooks import Hooks
 from ..options import Operation
 from ..report import DecodeReport
+from ..said import reworded, said
 from .launch import WorkerProcess, receive, try_send
 from .pipe import PipeEnd, ready_of
 from .shared import SharedBuffer
@@ -45,7 +46,8 @@ def failure_of(rank: WorkerProcess, value: Mapping[str, Any], transport: str) ->
     aborted = getattr(signal, "SIGABRT", None)
     if kind == "died" and transport == "nccl" and aborted and rank.process.poll() == -aborted:
         kind = "aborted"
-    return Failure(rank, kind, value["text"], value["rank"])
+    text = reworded(value["text"], value.get("worded", {}))
+    return Failure(rank, kind, text, value["rank"])
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,11 @@ class Watch:
     def __init__(self, watched: Watched) -> None:
         self.ranks, self.buffer = watched.ranks, watched.buffer
         self.transport, self.timeout_s = watched.transport, watched.timeout_s
-        self.what = f"failed while {watched.operation.removesuffix('e')}ing"
+        self.what = (
+            said("worker.while_encoding", "failed while encoding")
+            if watched.operation == "encode"
+            else said("worker.while_decoding", "failed while decoding")
+        )
         self.hooks = watched.hooks
         self.done_frames = [0] * len(self.ranks)
         self.reported_frames = 0
@@ -139,8 +145,11 @@ class Watch:
         now, timeout_s = time.monotonic(), self.timeout_s
         # An answer may have come while this process copied frames.
         answered = set(ready_of(left, 0))
+        no_sign = said(
+            "worker.no_sign", "gave no sign of life for {seconds} s", seconds=f"{timeout_s:g}"
+        )
         stuck = [
-            Failure(r, "stuck", f"gave no sign of life for {timeout_s:g} s", r.rank)
+            Failure(r, "stuck", no_sign, r.rank)
             for pipe, r in left.items()
             if now - self.asked_at.get(r.rank, now) > timeout_s and pipe not in answered
         ]
@@ -166,6 +175,37 @@ class Watch:
             on_progress(everywhere, total, replace(report, done_frames=everywhere))
 
 
+def _died(rank: str, text: str, what: str) -> str:
+    return said("worker.died", "{rank} died ({how}); it {what}", rank=rank, how=text, what=what)
+
+
+def _has_no_memory(rank: str, text: str, what: str) -> str:
+    return said(
+        "worker.no_memory",
+        "{rank} is out of memory: {reason}; it {what}",
+        rank=rank,
+        reason=text,
+        what=what,
+    )
+
+
+def _is_silent(rank: str, text: str, _what: str) -> str:
+    return said(
+        "worker.silent",
+        "{rank} does not answer (stuck or overloaded): {reason}",
+        rank=rank,
+        reason=text,
+    )
+
+
+# What is the cause wherever it happened, the first before the others, and its sentence.
+_CAUSES: dict[str, Callable[[str, str, str], str]] = {
+    "died": _died,
+    DecodeMemoryError.__name__: _has_no_memory,
+    "stuck": _is_silent,
+}
+
+
 def error_of(
     failures: list[Failure],
     ranks: Sequence[WorkerProcess],
@@ -173,26 +213,26 @@ def error_of(
     finished: Set[int] = frozenset(),
 ) -> WanVAEError:
     """The one error that names the cause: a death, then no memory, then what was said first."""
-    causes = {
-        "died": "died ({}); it " + what,
-        DecodeMemoryError.__name__: "is out of memory: {}; it " + what,
-        "stuck": "does not answer (stuck or overloaded): {}",
-    }
-    for kind, text in causes.items():
+    for kind, sentence in _CAUSES.items():
         for f in failures:
             if f.kind == kind:
-                return ShardingError(f"{f.rank.name} {text.format(f.text)}", rank=f.rank.rank)
+                return ShardingError(sentence(f.rank.name, f.text, what), rank=f.rank.rank)
     silent = [r for r in ranks if r.rank not in {f.rank.rank for f in failures} | finished]
     for f in failures:
         if f.kind in (ShardingError.__name__, "aborted"):
             if silent:
                 stuck = next((r for r in silent if r.rank == f.blames), silent[0])
-                return ShardingError(
-                    f"{stuck.name} does not answer (stuck or overloaded): {f.text}",
-                    rank=stuck.rank,
-                )
+                return ShardingError(_is_silent(stuck.name, f.text, what), rank=stuck.rank)
             return ShardingError(f.text, rank=f.blames)
     first = failures[0]
     return ShardingError(
-        f"{first.rank.name} {what}: {first.kind}: {first.text}", rank=first.rank.rank
+        said(
+            "worker.raised",
+            "{rank} {what}: {kind}: {text}",
+            rank=first.rank.name,
+            what=what,
+            kind=first.kind,
+            text=first.text,
+        ),
+        rank=first.rank.rank,
     )

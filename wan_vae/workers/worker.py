@@ -33,6 +33,7 @@ from ..planning.plan import Plan
 from ..report import DecodeReport
 from ..runs.decode import DecodeRequest
 from ..runs.encode import EncodeRequest
+from ..said import said, worded
 from ..sharding.context import SINGLE, Agreed, ShardContext
 from ..sharding.plan import plan_shards
 from ..sharding.proof import check_wire
@@ -168,14 +169,14 @@ def _receive_all(pipe: _Sender, commands: queue.SimpleQueue[tuple[str, dict[str,
 
 
 def _describe(error: BaseException, settings: WorkerSettings) -> dict[str, Any]:
-    """An error as plain values: kind, one line of text, the rank at fault."""
+    """An error as plain values: kind, one line of text with its words, the rank at fault."""
     text = first_line(error)
     kind, rank = type(error).__name__, getattr(error, "rank", None)
     if is_out_of_memory(error):
         kind = DecodeMemoryError.__name__
     if isinstance(error, DecodeMemoryError) or kind == DecodeMemoryError.__name__:
         rank = settings.rank
-    return {"kind": kind, "text": text, "rank": rank}
+    return {"kind": kind, "text": text, "rank": rank, "worded": worded([text])}
 
 
 class Laps:
@@ -230,7 +231,11 @@ class _Worker:
         nccl, start = settings.transport == "nccl", timedelta(seconds=settings.start_s)
         if not dist.is_available():
             raise ShardingError(
-                "this PyTorch was built without torch.distributed: name one device", settings.rank
+                said(
+                    "worker.no_distributed",
+                    "this PyTorch was built without torch.distributed: name one device",
+                ),
+                settings.rank,
             )
         from torch._C._distributed_c10d import FileStore, PrefixStore
 
@@ -281,7 +286,9 @@ class _Worker:
     @property
     def vae(self) -> WanVAE:
         if self._vae is None:
-            raise ShardingError("a worker got a command before the weights")
+            raise ShardingError(
+                said("worker.no_weights", "a worker got a command before the weights")
+            )
         return self._vae
 
     def _context(self, axis: AxisRequest, wait_s: float) -> ShardContext:

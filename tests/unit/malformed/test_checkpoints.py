@@ -125,7 +125,7 @@ CHECKPOINTS: dict[str, tuple[str, bytes | Callable[[], bytes], type, str]] = {
     "a head of five channels": (
         "v.safetensors",
         lambda: changed(decoder__head__2__weight=torch.ones(5, 8, 3, 3, 3)),
-        NotAWanVAEError, "5 outputs, expected 1, 3, 4, 12 or 16"),
+        NotAWanVAEError, "5 outputs, expected one of 1, 3, 4, 12, 16"),
     "an encoder of two channels": (
         "v.safetensors",
         lambda: changed(encoder__conv1__weight=torch.ones(8, 2, 3, 3, 3)),

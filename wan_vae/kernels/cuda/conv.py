@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from ...errors import LayoutError
+from ...said import said
 from ..weights import fit_channels
 from .program import Program, integers, launch
 
@@ -129,9 +130,16 @@ def conv(call: Call, variant: Variant, machine_code: str) -> torch.Tensor:
     x = call.x.permute(0, 2, 3, 4, 1)
     if not x.is_contiguous() or x.dtype != variant.operand or x.shape[-1] != variant.cin:
         raise LayoutError(
-            f"the kernel's operand {tuple(call.x.shape)} in {x.dtype} has strides "
-            f"{call.x.stride()}: expected {variant.cin} channels in {variant.operand}, "
-            "channels_last_3d"
+            said(
+                "kernel.operand",
+                "the kernel's operand {shape} in {dtype} has strides {strides}: expected "
+                "{channels} channels in {wanted}, channels_last_3d",
+                shape=tuple(call.x.shape),
+                dtype=x.dtype,
+                strides=call.x.stride(),
+                channels=variant.cin,
+                wanted=variant.operand,
+            )
         )
     b, frames_in, *plane, _ = x.shape
     (kt, *kernel), (st, *stride) = variant.kernel, variant.stride
@@ -146,7 +154,14 @@ def conv(call: Call, variant: Variant, machine_code: str) -> torch.Tensor:
     if kernel == stride == [1, 1]:
         # A plane is a row, and if frames do not meet, all of them are one.
         if padded != plane:
-            raise LayoutError(f"a kernel of one pixel with padding {call.padding}, {after}")
+            raise LayoutError(
+                said(
+                    "kernel.padding",
+                    "a kernel of one pixel with padding {padding}, {after}",
+                    padding=call.padding,
+                    after=after,
+                )
+            )
         row = plane[0] * plane[1]
         sizes = [b, frames_in, frames, 1, row, 1, row]
         if kt == st == 1:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from ...errors import LayoutError
+from ...said import said
 from ..winograd import DIRECT, PAIRS, QUADS, Transform, quad_phases
 from .driver import Argument, frames_map
 from .program import Program, integers, launch_persistent
@@ -144,8 +145,12 @@ def conv3x3(
     """
     if not buffer.is_contiguous(memory_format=torch.channels_last_3d):
         raise LayoutError(
-            f"the kernel's operand {tuple(buffer.shape)} has strides {buffer.stride()}: expected "
-            "channels_last_3d"
+            said(
+                "kernel.operand_strides",
+                "the kernel's operand {shape} has strides {strides}: expected channels_last_3d",
+                shape=tuple(buffer.shape),
+                strides=buffer.stride(),
+            )
         )
     b, c, frames_in, h, w = buffer.shape
     height, width = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2

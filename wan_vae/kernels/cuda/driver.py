@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from ...said import said
 from ..cache_folder import write_whole
 from ..kernel import BuildError
 
@@ -54,14 +55,14 @@ class Function:
     def __init__(self, code: bytes, name: str, shared_bytes: int, device: int):
         self._module, self._function = c_void_p(), c_void_p()
         driver = _driver()
-        _check(driver.cuModuleLoadData(byref(self._module), code), "load a kernel")
+        _check(driver.cuModuleLoadData(byref(self._module), code), "cuModuleLoadData")
         _check(
             driver.cuModuleGetFunction(byref(self._function), self._module, name.encode()),
-            f"find {name}",
+            f"cuModuleGetFunction {name}",
         )
         _check(
             driver.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared_bytes),
-            f"give {name} {shared_bytes} bytes of shared memory",
+            f"cuFuncSetAttribute {name} {shared_bytes}",
         )
         self._shared, self._name, self._device = shared_bytes, name, device
 
@@ -76,7 +77,7 @@ class Function:
         code = _driver().cuLaunchKernel(
             self._function, *grid, threads, 1, 1, self._shared, stream, pointers, None
         )
-        _check(code, f"launch {self._name}")
+        _check(code, f"cuLaunchKernel {self._name}")
 
 
 def compile_source(
@@ -127,7 +128,13 @@ def _compile(source: str, options: list[str], kind: str) -> bytes:
     program = c_void_p()
     code = nvrtc.nvrtcCreateProgram(byref(program), source.encode(), b"wan_vae.cu", 0, None, None)
     if code:
-        raise BuildError(f"NVRTC cannot start: {nvrtc.nvrtcGetErrorString(code).decode()}")
+        raise BuildError(
+            said(
+                "kernel.nvrtc",
+                "NVRTC cannot start: {message}",
+                message=nvrtc.nvrtcGetErrorString(code).decode(),
+            )
+        )
     try:
         flags = (c_char_p * len(options))(*(o.encode() for o in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), flags):
@@ -136,7 +143,7 @@ def _compile(source: str, options: list[str], kind: str) -> bytes:
             log = ctypes.create_string_buffer(size.value)
             nvrtc.nvrtcGetProgramLog(program, log)
             lines = [line for line in log.value.decode(errors="replace").splitlines() if line]
-            raise BuildError(f"NVRTC: {lines[0][:200] if lines else 'no message'}")
+            raise BuildError(f"NVRTC: {lines[0][:200] if lines else '-'}")
         name = "PTX" if kind == "ptx" else "CUBIN"
         size = c_size_t()
         getattr(nvrtc, f"nvrtcGet{name}Size")(program, byref(size))
@@ -169,7 +176,7 @@ def frames_map(
     code = _driver().cuTensorMapEncodeTiled(
         byref(raw, at), _FLOAT16, 4, c_void_p(address), sizes, strides, boxes, steps, *layout
     )
-    _check(code, f"describe a tensor of {shape}")
+    _check(code, f"cuTensorMapEncodeTiled {shape}")
     return TensorMap.from_buffer_copy(raw, at)
 
 
@@ -186,7 +193,7 @@ def unavailable_reason() -> str | None:
         _nvrtc()
         _driver()
     except OSError as error:
-        return f"cannot be compiled here: {error}"
+        return said("kernel.no_compiler", "cannot be compiled here: {error}", error=error)
     return None
 
 
@@ -196,9 +203,11 @@ def compiler_missing() -> str | None:
     try:
         _nvrtc()
     except OSError as error:
-        return (
-            f"NVRTC, the compiler, cannot be loaded ({error}): PyTorch's CUDA builds bring it, and "
-            "so does the package nvidia-cuda-nvrtc"
+        return said(
+            "kernel.no_nvrtc",
+            "NVRTC, the compiler, cannot be loaded ({error}): PyTorch's CUDA builds bring it, and "
+            "so does the package nvidia-cuda-nvrtc",
+            error=error,
         )
     return None
 
@@ -254,9 +263,17 @@ def _driver() -> ctypes.CDLL:
     return library
 
 
-def _check(code: int, what: str) -> None:
+def _check(code: int, call: str) -> None:
+    """Raise BuildError if `call` of the driver, in its own words, returned an error."""
     if code:
         text = c_char_p()
         _driver().cuGetErrorString(code, byref(text))
         reason = text.value.decode() if text.value else f"error {code}"
-        raise BuildError(f"cannot {what}: {reason}")
+        raise BuildError(
+            said(
+                "kernel.driver",
+                "the CUDA driver refuses {call}: {reason}",
+                call=call,
+                reason=reason,
+            )
+        )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...ops.problem import HeadProblem, LayerWeights, NormConvProblem, UpsampleProblem
+from ...said import said
 from ..bounds import Bound, float16_sums_bound, winograd_phases
 from ..device import Device
 from ..kernel import BuildError, Family, Kernel, Requires
@@ -47,9 +48,15 @@ class _Wgmma(CudaKernel):
     def build(self, problem: Any, config: str, device: Device) -> None:
         """See `Kernel`."""
         if device.machine_code != "sm_90":
-            raise BuildError(f"its machine code is for compute capability 9.0, {device.spoken}")
+            raise BuildError(
+                said(
+                    "kernel.machine_code",
+                    "its machine code is for compute capability 9.0, {device}",
+                    device=device.spoken,
+                )
+            )
         if not driver.has_tensor_maps():
-            raise BuildError("needs a driver of CUDA 12 or later")
+            raise BuildError(said("kernel.old_driver", "needs a driver of CUDA 12 or later"))
         super().build(problem, config, device)
 
 

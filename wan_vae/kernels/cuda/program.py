@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
+from ...said import said
 from ..cache_folder import cache_folder
 from ..device import Device
 from ..kernel import BuildError
@@ -115,7 +116,14 @@ def _queue(
         build(program)
         return
     if device.type != "cuda":
-        raise BuildError(f"{program.entry} was made for NVIDIA cards, not for {device.type}")
+        raise BuildError(
+            said(
+                "kernel.nvidia",
+                "{entry} was made for NVIDIA cards, not for {kind}",
+                entry=program.entry,
+                kind=device.type,
+            )
+        )
     if device.index == torch.cuda.current_device():
         _loaded(program, device.index).launch(grid, program.threads, arguments)
     else:

@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...errors import first_line
+from ...said import said
 from ..device import Device, Vendor
 from ..kernel import BuildError
 
@@ -46,25 +47,51 @@ def unavailable_reason(device: Device, release: str | None) -> str | None:
     Imports the package if its version will do.
     """
     if release is None:
-        return "comfy-kitchen is not installed"
+        return said("kitchen.missing", "comfy-kitchen is not installed")
     numbers = tuple(int(n) for n in re.findall(r"\d+", release)[:3])
     if numbers < _LEAST_VERSION:
         least = ".".join(map(str, _LEAST_VERSION))
-        return f"{_DISTRIBUTION} {release} is installed: its convolution came with {least}"
+        return said(
+            "kitchen.old",
+            "{package} {release} is installed: its convolution came with {least}",
+            package=_DISTRIBUTION,
+            release=release,
+            least=least,
+        )
     if device.runs_on is not None:
-        return f"{_DISTRIBUTION} has machine code for the card itself, and imitates no other"
+        return said(
+            "kitchen.imitates",
+            "{package} has machine code for the card itself, and imitates no other",
+            package=_DISTRIBUTION,
+        )
     backend = _BACKENDS.get(device.vendor)
     if backend is None:
-        return f"{_DISTRIBUTION} has no compiled kernels for this device"
+        return said(
+            "kitchen.device",
+            "{package} has no compiled kernels for this device",
+            package=_DISTRIBUTION,
+        )
     try:
         registry = _registry()
     except _IMPORT_FAILURES as error:
-        return f"{_DISTRIBUTION} {release} cannot be imported: {first_line(error)}"
+        return said(
+            "kitchen.import",
+            "{package} {release} cannot be imported: {error}",
+            package=_DISTRIBUTION,
+            release=release,
+            error=first_line(error),
+        )
     # Such as a build of PyTorch for CUDA 12, or a card without matrix instructions.
     answer = registry.validate_backend_for_call(backend, FUNCTION, {})
     if answer.success:
         return None
-    return f"{_DISTRIBUTION} {release} cannot run here: {first_line(answer.failure_reason)}"
+    return said(
+        "kitchen.refuses",
+        "{package} {release} cannot run here: {reason}",
+        package=_DISTRIBUTION,
+        release=release,
+        reason=first_line(answer.failure_reason),
+    )
 
 
 def convolution(device: Device) -> Convolution:
@@ -103,4 +130,12 @@ def check_own_kernel(conv: Convolution, weight: torch.Tensor, bias: torch.Tensor
         conv(x.permute(0, 4, 1, 2, 3), weight, bias, None, [1, 1, 1])
     if watch.convolutions:
         o, c = weight.shape[:2]
-        raise BuildError(f"{_DISTRIBUTION} hands {c} to {o} channels over to PyTorch")
+        raise BuildError(
+            said(
+                "kernel.handed_over",
+                "{package} hands {in_channels} to {out_channels} channels over to PyTorch",
+                package=_DISTRIBUTION,
+                in_channels=c,
+                out_channels=o,
+            )
+        )

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 
 from ...device import device_name, versions
+from ...said import reworded, said, worded
 from ..cache_folder import write_whole
 from ..device import Device
 from .choice import EAGER, Choice
@@ -145,13 +147,22 @@ class ProofCache:
         except FileNotFoundError:
             return _Kept()
         except (OSError, ValueError, RecursionError) as error:
-            self._note(f"{path.name} cannot be read ({error}): kernels are proven again")
+            self._note(
+                said(
+                    "proof.unreadable",
+                    "{file} cannot be read ({error}): kernels are proven again",
+                    file=path.name,
+                    error=error,
+                )
+            )
             return _Kept()
         if isinstance(content, dict) and content.get("schema") in _OLDER_SCHEMAS:
             return _Kept()
         kept = _parse(content, self.environment)
         if kept is None:
-            self._note(f"{path.name} is damaged: kernels are proven again")
+            self._note(
+                said("proof.damaged", "{file} is damaged: kernels are proven again", file=path.name)
+            )
             return _Kept()
         return kept
 
@@ -166,16 +177,19 @@ class ProofCache:
         theirs = self._read()
         verdicts = theirs.verdicts | self._verdicts
         choices = self._choices | theirs.choices
+        reasons = [verdict.reason for verdict in verdicts.values()]
+        reasons += [reason for choice in choices.values() for reason in choice.refused.values()]
         content = {
             "schema": SCHEMA,
             "environment": self.environment,
             "verdicts": {key: asdict(v) for key, v in verdicts.items()},
             "choices": {key: asdict(c) for key, c in choices.items()},
+            "worded": worded(reasons),
         }
         try:
             write_whole(self.path, json.dumps(content, indent=1).encode())
         except OSError as error:
-            self._note(f"verdicts are not kept: {error}")
+            self._note(said("proof.not_kept", "verdicts are not kept: {error}", error=error))
             self.path = None
 
 
@@ -195,23 +209,39 @@ def _parse(content: object, environment: Mapping[str, str]) -> _Kept | None:
     if content.get("environment") != dict(environment):
         return None
     verdicts, choices = content.get("verdicts"), content.get("choices")
-    if not isinstance(verdicts, dict) or not isinstance(choices, dict):
+    # Files of earlier versions have no words.
+    words = content.get("worded", {})
+    if not isinstance(verdicts, dict) or not isinstance(choices, dict) or not _are_words(words):
         return None
     kept = _Kept()
     for key, value in verdicts.items():
-        verdict = _verdict(value)
+        verdict = _verdict(value, words)
         if verdict is None:
             return None
         kept.verdicts[key] = verdict
     for key, value in choices.items():
-        choice = _choice(value)
+        choice = _choice(value, words)
         if choice is None:
             return None
         kept.choices[key] = choice
     return kept
 
 
-def _verdict(value: object) -> Verdict | None:
+def _are_words(words: object) -> TypeGuard[dict[str, dict[str, Any]]]:
+    """Whether `words` are what `worded` makes: a sentence is longer than each sentence in it."""
+    if not isinstance(words, dict):
+        return False
+    for sentence, known in words.items():
+        match known:
+            case {"key": str(), "values": dict(values)} if all(
+                isinstance(value, str) and len(value) < len(sentence) for value in values.values()
+            ):
+                continue
+        return False
+    return True
+
+
+def _verdict(value: object, words: dict[str, dict[str, Any]]) -> Verdict | None:
     if not isinstance(value, dict) or value.keys() != {"passed", "reason", "error"}:
         return None
     passed, reason, error = value["passed"], value["reason"], value["error"]
@@ -219,10 +249,10 @@ def _verdict(value: object) -> Verdict | None:
         return None
     if not (error is None or isinstance(error, float)):
         return None
-    return Verdict(passed, reason, error)
+    return Verdict(passed, reworded(reason, words), error)
 
 
-def _choice(value: object) -> Choice | None:
+def _choice(value: object, words: dict[str, dict[str, Any]]) -> Choice | None:
     if not isinstance(value, dict) or value.keys() != {"winner", "times_ms", "refused"}:
         return None
     winner, times, refused = value["winner"], value["times_ms"], value["refused"]
@@ -232,4 +262,4 @@ def _choice(value: object) -> Choice | None:
         return None
     if not all(isinstance(reason, str) for reason in refused.values()):
         return None
-    return Choice(winner, times, refused)
+    return Choice(winner, times, {key: reworded(reason, words) for key, reason in refused.items()})

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ... import layout
-from ...errors import first_line
+from ...errors import named
 from ...layout import LayoutCounter
 from ...ops.eager.attention import attention
 from ...ops.eager.conv3d import conv2d, conv3d
@@ -118,7 +118,7 @@ def prove_kernel(
     try:
         checks = checks_of(kernel, problem, config, device, inputs)
     except kernel.build_failures as failure:
-        return Verdict(False, f"{type(failure).__name__}: {first_line(failure)}")
+        return Verdict(False, named(failure))
     for check in checks:
         bound = check.bound + kernel.sums_error
         part = prove(check.kernel, check.reference, bound, kernel.build_failures)

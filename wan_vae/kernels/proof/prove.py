@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...errors import first_line
+from ...errors import named
+from ...said import said
 
 # Of the largest single error, in units of the bound times the result's root mean square: rounding
 # of random data stays below 8; a tile read twice or not at all is far above.
@@ -52,22 +53,57 @@ def prove(
     except torch.OutOfMemoryError:
         raise
     except failures as failure:
-        return Verdict(False, f"{type(failure).__name__}: {first_line(failure)}")
+        return Verdict(False, named(failure))
     if first.shape != expected.shape:
-        return Verdict(False, f"shape {tuple(first.shape)}, expected {tuple(expected.shape)}")
+        return Verdict(
+            False,
+            said(
+                "proof.shape",
+                "shape {shape}, expected {expected}",
+                shape=tuple(first.shape),
+                expected=tuple(expected.shape),
+            ),
+        )
     if not bool(torch.isfinite(first).all()):
-        return Verdict(False, "left elements unwritten, or NaN or inf in the result")
+        return Verdict(
+            False, said("proof.not_finite", "left elements unwritten, or NaN or inf in the result")
+        )
     different = int((first != second).sum())
     if different:
-        return Verdict(False, f"two runs differ in {different} of {first.numel()} values: a race")
+        return Verdict(
+            False,
+            said(
+                "proof.race",
+                "two runs differ in {different} of {count} values: a race",
+                different=different,
+                count=first.numel(),
+            ),
+        )
     difference = first.float() - expected
     error = float(difference.norm() / expected.norm())
     if not error <= bound:
-        return Verdict(False, f"relative error {error:.1e}, allowed {bound:.1e}", error)
+        return Verdict(
+            False,
+            said(
+                "proof.error",
+                "relative error {error}, allowed {bound}",
+                error=f"{error:.1e}",
+                bound=f"{bound:.1e}",
+            ),
+            error,
+        )
     rms = float(expected.square().mean().sqrt())
     worst = float(difference.abs().max())
     if not worst <= _WORST_ELEMENT * bound * rms:
-        return Verdict(False, f"one value is off by {worst / rms:.1e} of the mean size", error)
+        return Verdict(
+            False,
+            said(
+                "proof.one_value",
+                "one value is off by {worst} of the mean size",
+                worst=f"{worst / rms:.1e}",
+            ),
+            error,
+        )
     return Verdict(True, "", error)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...clock import Mark
-from ...errors import first_line
+from ...errors import named
 from ...ops.problem import AttentionProblem, Problem
 from ..device import Device
 from ..kernel import Kernel
@@ -111,7 +111,7 @@ def time_kernels(
             except torch.OutOfMemoryError:
                 raise
             except failures as failure:
-                best[i] = f"{type(failure).__name__}: {first_line(failure)}"
+                best[i] = named(failure)
     eager = None if device.tunes_by_search else best.pop()
     assert not isinstance(eager, str)
     return Times(tuple(best), eager)

@@ -15,7 +15,7 @@ import torch
 import triton
 
 from ... import layout
-from ...errors import first_line
+from ...errors import named
 from ...ops.problem import (
     AttentionProblem,
     ConvProblem,
@@ -26,6 +26,7 @@ from ...ops.problem import (
     StridedProblem,
     UpsampleProblem,
 )
+from ...said import said
 from ..bounds import Bound
 from ..device import Device, Feature, Vendor
 from ..kernel import BuildError, Family, Kernel, Requires
@@ -87,13 +88,19 @@ class _TritonKernel:
     def build(self, problem: Any, config: str, device: Device) -> None:
         """See `Kernel`. For the card in use: launched on `meta` tensors, as its proof does it."""
         if device.vendor not in _VENDORS:
-            raise BuildError(f"Triton does not compile for {device.architecture}")
+            raise BuildError(
+                said(
+                    "kernel.triton_target",
+                    "Triton does not compile for {architecture}",
+                    architecture=device.architecture,
+                )
+            )
         inputs = Inputs(_META, problem.feature_dtype, None, proof_size(problem, _META))
         try:
             for check in checks_of(cast(Kernel[Any, Any], self), problem, config, device, inputs):
                 check.kernel()
         except BUILD_FAILURES as failure:
-            raise BuildError(f"{type(failure).__name__}: {first_line(failure)}") from failure
+            raise BuildError(named(failure)) from failure
 
     def bound(self, weights: LayerWeights, problem: object, config: str) -> Bound | None:
         """See `Kernel`. Sums are float32."""

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from ...errors import first_line
+from ...said import said
 from ..kernel import BuildError
 
 # What Triton's compiler says, as a plain RuntimeError, where one of its passes fails.
@@ -33,7 +34,13 @@ def launch_kernel(
     except RuntimeError as error:
         if _FAILED_PASS not in str(error):
             raise
-        raise BuildError(f"Triton cannot compile it: {first_line(error)}") from error
+        raise BuildError(
+            said(
+                "kernel.triton_failed",
+                "Triton cannot compile it: {message}",
+                message=first_line(error),
+            )
+        ) from error
 
 
 def get_ready() -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from ...libraries import Libraries
+from ...said import said
 from . import unfolded
 
 # "library": torch.nn.functional, and what stands behind it. "cudnn": cuDNN, past PyTorch, which
@@ -49,17 +50,30 @@ def choose_forms(
     """
     conv3d: ConvForm = "library"
     conv2d: ConvForm = "library"
-    reason = ""
+    reason: str = ""
     if is_wrong:
         # 2-D convolutions are another code path, which nobody has seen wrong.
-        conv3d, reason = "planes", "wrong in both memory formats here: 2-D convolutions, added up"
+        conv3d = "planes"
+        reason = said(
+            "eager.planes", "wrong in both memory formats here: 2-D convolutions, added up"
+        )
     elif libraries.missing is not None:
         conv3d = conv2d = unfolded.UNFOLDED
-        reason = f"{libraries.missing}: convolutions as products of matrices ({conv3d})"
+        reason = said(
+            "eager.products",
+            "{missing}: convolutions as products of matrices ({form})",
+            missing=libraries.missing,
+            form=conv3d,
+        )
     elif libraries.skips_cudnn(dtype, fmt):
         conv3d = "cudnn"
         version = ".".join(map(str, libraries.torch_version))
-        reason = f"PyTorch {version} skips cuDNN {libraries.cudnn} here: it is called directly"
+        reason = said(
+            "eager.cudnn",
+            "PyTorch {version} skips cuDNN {cudnn} here: it is called directly",
+            version=version,
+            cudnn=libraries.cudnn,
+        )
     sliced = not libraries.has_fused_attention(dtype)
     return EagerForms(
         conv3d,
