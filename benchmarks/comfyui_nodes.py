@@ -68,7 +68,7 @@ from benchmarks.suite.node_runs import (
 )
 from benchmarks.suite.sharded_nodes import PairRows, measure_pair, pairs, pairs_markdown
 from benchmarks.suite.weights import random_state
-from tests.comfy.provision import ComfyEnvironment
+from tests.comfy.provision import without_frontend
 from tests.comfy.server import Comfy
 from wan_vae.config import wan21, wan22
 
@@ -137,7 +137,7 @@ def _server(
     empty = folder / "frontend"
     empty.mkdir(exist_ok=True)
     server = Comfy(
-        ComfyEnvironment(setting.python, str(setting.path), str(empty), str(empty)),
+        without_frontend(setting.python, setting.path, empty),
         folder / name,
         *("--front-end-root", str(empty), *setting.flags.split()),
         install=link_pack,

@@ -260,6 +260,13 @@ def test_waiting_is_measured_in_three_comfyuis_of_which_one_has_the_caches_of_an
     assert page.count("| 2.5 |") == 10
 
 
+def test_a_server_to_measure_in_is_ready_to_start(tmp_path):
+    setting = comfyui_nodes.Setting(tmp_path / "ComfyUI", "python", on_cpu=True, flags="--lowvram")
+    server = comfyui_nodes._server(setting, tmp_path, "comfyui")
+    assert (server.base / "custom_nodes" / "wan_vae_bench_probe.py").is_file()
+    assert "--lowvram" in server._command
+
+
 def test_several_devices_do_the_work_of_one():
     found = sharded_nodes.pairs(False, "0,1", wan22=True, warm=5)
     assert [pair.name.split(" video")[0] for pair in found[:2]] == [

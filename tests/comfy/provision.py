@@ -99,6 +99,11 @@ def cache_root() -> Path:
     return Path(base) / "wan_vae" / "comfy_env"
 
 
+def without_frontend(python: str, comfyui: Path, empty: Path) -> ComfyEnvironment:
+    """An environment whose pages are those of the folder `empty`: for users of the API alone."""
+    return ComfyEnvironment(python, str(comfyui), str(empty), str(empty), str(empty))
+
+
 def provision() -> ComfyEnvironment:
     """Make what is missing and say where it is. Raises CalledProcessError when pip fails."""
     root = cache_root()
