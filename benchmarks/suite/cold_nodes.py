@@ -7,6 +7,7 @@ a process of low priority compiles.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -125,7 +126,9 @@ def _measured(
         raise RuntimeError(f"{what}: {run.error['exception_message']}")
     report = run.report(_DECODE)
     speed = run.outputs[_SAMPLER]["speed"][0] if sample_s else None
-    said = tuple(line for line in server.log_text().splitlines() if "Wan VAE:" in line)
+    # Without the colours that newer ComfyUIs give the level.
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", server.log_text()).splitlines()
+    said = tuple(line for line in lines if "Wan VAE:" in line)
     host_ms = report.get("host_ms", {})
     return ColdRow(what, clock.ms, report["duration_ms"], speed, said, host_ms)
 
