@@ -265,6 +265,8 @@ app.registerExtension({
   nodeCreated(node) {
     if (!NODES.test(node.comfyClass ?? "")) return;
     replaceTokens(node);
+    // Nodes 2.0 of frontend 1.32.9 takes a file for an image where the node has no VIDEO input.
+    if (node.comfyClass === "WanVAEDecodeToVideo") node.previewMediaType = "video";
     if (node.comfyClass === "WanVAEInspect") {
       addElement(node, "wan-vae-text", TEXT_HEIGHT, undefined);
     }
