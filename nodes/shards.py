@@ -120,12 +120,14 @@ class Pools:
         if self._patcher is None or self._patcher.load_device != device:
             model = WanVAEWorkers(self._pool)
             self._patcher = WorkersPatcher(model, device, device, size=size)
+        held = self._patcher.loaded_size() if loaded(self._patcher) else 0
         self._patcher.size = size
-        memory = ComfyMemory(device, self._patcher)
-        if theirs and loaded(self._patcher) and memory.has(needed_bytes):
+        # ComfyUI adds the weights of workers that it does not count, or that have ended.
+        wanted = needed_bytes + (max(0, size - held) if held else 0)
+        if theirs and held and ComfyMemory(device, self._patcher).has(wanted):
             return  # ComfyUI would ask the driver several times, to free nothing
         model_management.load_models_gpu(
-            [self._patcher], memory_required=needed_bytes if theirs else 0, force_full_load=True
+            [self._patcher], memory_required=wanted if theirs else 0, force_full_load=True
         )
 
 

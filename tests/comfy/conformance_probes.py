@@ -11,6 +11,7 @@ import os
 import sys
 import types
 
+import comfy.model_management as model_management
 import comfy.nested_tensor
 import comfy.sd
 import torch
@@ -424,6 +425,30 @@ class ProbeCopies(_Probe):
         return {"ui": {"copies": found, "marks": marks}}
 
 
+class ProbeWorkersCounted(_Probe):
+    """Whether ComfyUI is asked for room: for workers that run and hold more than is free, that need
+    no more than is free, and that have ended."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"image": ("IMAGE",), "other": ("IMAGE",)}}
+
+    def probe(self, image, other):
+        (module,) = (m for name, m in sys.modules.items() if name.endswith(".nodes.shards"))
+        pools, entries = module.POOLS, model_management.current_loaded_models
+        patcher = pools._patcher
+
+        def is_asked(weights_bytes):
+            entries.sort(key=lambda entry: entry.model is patcher)  # what is asked for comes first
+            pools.count(patcher.load_device, weights_bytes, 1)
+            return entries[0].model is patcher
+
+        held = patcher.size
+        asked = [is_asked(1 << 60), is_asked(held)]
+        pools._pool.close()
+        return {"ui": {"models": [len(entries)], "asked": [*asked, is_asked(held)]}}
+
+
 class ProbeGiveBack(_Probe):
     """Gives back `mib` of memory through our `ComfyMemory`, as a run that has too little does, once
     `image` and `before` are made.
@@ -531,5 +556,6 @@ NODE_CLASS_MAPPINGS = {
         ProbeExtra,
         ProbeExpand,
         ProbeCopies,
+        ProbeWorkersCounted,
     )
 }

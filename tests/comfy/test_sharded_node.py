@@ -102,6 +102,18 @@ def test_unloading_models_gives_the_workers_back(comfy):
     assert len(workers(comfy)) == 2 and not set(before) & set(workers(comfy))
 
 
+def test_room_is_made_for_workers_that_ended_or_hold_a_smaller_vae(comfy):
+    """They ended for want of work, or get other weights: ComfyUI makes room for those."""
+    prompt = sharded(latent(seed=58))
+    prompt["4"] = node("WanVAEDecode", vae=["1", 0], samples=["2", 0])
+    prompt["5"] = node("ProbeWorkersCounted", image=["3", 0], other=["4", 0])
+    run = comfy.run(prompt)
+    assert run.error is None, run.error
+    assert run.outputs["5"]["models"][0] > 1, "the order of one tells nothing"
+    more_than_is_free, no_more, ended = run.outputs["5"]["asked"]
+    assert more_than_is_free and ended and not no_more
+
+
 def test_workers_load_nothing_of_the_server_and_listen_to_nobody_outside(comfy):
     comfy.run(sharded(latent(seed=54)))
     assert "aiohttp" in Path(f"/proc/{comfy.pid}/maps").read_text(), "what to look for"
