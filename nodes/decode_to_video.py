@@ -125,6 +125,8 @@ class WanVAEDecodeToVideo(io.ComfyNode):
         save_to: Folder = "output",
         normalized: bool = False,
         audio: Mapping[str, Any] | None = None,
+        # Nested options that are linked come under their whole names; `file_options` refuses them.
+        **_linked: object,
     ) -> io.NodeOutput:
         tags = metadata(cls.hidden)
         with session(cls.hidden, vae, precision, "decode") as run:

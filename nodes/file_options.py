@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from comfy_api.latest import io
+from comfy_execution.graph_utils import is_link
 from comfy_extras.nodes_video import SaveVideo
 
 from ..wan_vae import OutputError
 from ..wan_vae.io.video_encode import CODECS, Codec
-from ..wan_vae.said import expected_one_of
+from ..wan_vae.said import expected_one_of, said
 from .saved_video import FORMATS
 from .schema import advanced
 
@@ -75,8 +76,20 @@ def file_options(hidden: Any, format: Any, codec: Codec, crf: float) -> FileOpti
     hidden: the node's hidden inputs. format: a word, or a dictionary that has it and what is nested
     in it. A flat codec or crf counts where the nested one is not chosen.
     """
-    for name, value, words in _dropped(_told(hidden)):
+    told = _told(hidden)
+    for name, value, words in _wrong(told):
         raise OutputError(expected_one_of(name, value, words))
+    for name, value in _left_out(told, format):
+        raise OutputError(
+            said(
+                "video.left_out",
+                "{name} is {value}, which this ComfyUI leaves out: what it is nested in was not "
+                "chosen or is linked, or nothing is nested here; take the inputs codec and crf, "
+                "which may be linked",
+                name=name,
+                value=repr(value),
+            )
+        )
     if not isinstance(format, Mapping):
         return FileOptions(str(format), codec, crf)
     nested = format.get("codec") or {}
@@ -98,23 +111,34 @@ def _told(hidden: Any) -> Mapping[str, Any]:
     return inputs
 
 
-def _dropped(told: Mapping[str, Any]) -> Iterator[tuple[str, str, Iterable[str]]]:
+def _wrong(told: Mapping[str, Any]) -> Iterator[tuple[str, object, Iterable[str]]]:
     """Nested choices that are none: ComfyUI passes a node nothing at all for them, without a word.
 
     Each with its value and the words that it may be. What is linked is checked by the file.
     """
     container = told.get("format", "auto")
-    if not isinstance(container, str):
-        return
     choices = (
         ("format", FORMATS),
-        ("format.codec", codecs_of(container)),
+        ("format.codec", codecs_of(container) if isinstance(container, str) else CODECS),
         ("format.codec.encoding", ENCODINGS),
     )
     for name, words in choices:
         value = told.get(name)
-        if isinstance(value, str) and value not in words:
+        if value is not None and not is_link(value) and value not in words:
             yield name, value, words
+
+
+def _left_out(told: Mapping[str, Any], format: Any) -> Iterator[tuple[str, object]]:
+    """Nested inputs of the prompt that are not in `format`, unless they say what is usual."""
+    for name, value in told.items():
+        first, *path = name.split(".")
+        if first != "format" or not path or value in ("auto", CRF):
+            continue
+        place = format
+        for part in path:
+            place = place.get(part) if isinstance(place, Mapping) else None
+        if place is None:
+            yield name, value
 
 
 def _core_nests() -> bool:

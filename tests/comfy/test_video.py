@@ -174,6 +174,40 @@ def test_an_option_that_is_none_is_refused_and_not_left_out(comfy, nested, told,
     assert kind.endswith("OutputError") and words in message
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"format": "mkv", "format.codec": ["5", 0]},
+        {"format": ["4", 0], "format.codec": "av1"},
+        {"format": "mkv", "format.codec": "av1", "format.codec.encoding": ["5", 0]},
+        {"format.codec": "av1"},
+        {"format": "mkv", "format.codec": "auto", "format.codec.encoding": "re-encode"},
+        {"format": "mkv", "format.codec": "av1", "format.codec.encoding.crf": 45.0},
+    ],
+)
+def test_a_nested_option_that_does_not_arrive_is_refused(comfy, told):
+    """A video with another codec or quality than the prompt asks for is a wrong one."""
+    made = prompt(**told)
+    made["4"], made["5"] = node("ProbeChoice", value="mkv"), node("ProbeChoice", value="av1")
+    kind, message = failed(comfy, made)
+    assert kind.endswith("OutputError")
+    assert any(f"{name} is {value!r}, which" in message for name, value in told.items()), message
+
+
+@pytest.mark.parametrize("value", [7, {"format": "mkv"}])
+def test_a_format_that_is_no_word_is_refused(comfy, nested, value):
+    if not nested:
+        return  # ComfyUI refuses the prompt
+    kind, message = failed(comfy, prompt(format=value))
+    assert kind.endswith("OutputError") and f"format is {value!r}: expected one of" in message
+
+
+def test_what_is_left_out_and_usual_is_no_error(comfy):
+    told = {"format.codec": "auto", "format.codec.encoding": "auto"}
+    path = saved(comfy, comfy.run(prompt(format="mkv", **told)))
+    assert path.suffix == ".mkv"
+
+
 def test_format_and_codec_can_be_linked(comfy):
     made = prompt(format=["4", 0], codec=["5", 0], crf=["6", 0])
     made["4"], made["5"] = node("ProbeChoice", value="webm"), node("ProbeChoice", value="av1")
