@@ -6,10 +6,11 @@ while the VAE is loaded, so that the state dict has other names and numbers then
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container, Hashable, Iterable
 from inspect import isfunction
-from typing import Any
+from typing import Any, cast
 
 import comfy.model_management as model_management
 import comfy.sd
@@ -131,23 +132,21 @@ def _changed_modules(model: torch.nn.Module | None) -> list[str]:
     changed = []
     for name, module in () if model is None else walk.named_modules(model):
         own = vars(module)
-        methods = [key for key in _methods_of(type(module)) & own.keys() if callable(own[key])]
+        methods = [
+            key
+            for key in _methods_of(cast(Hashable, type(module))) & own.keys()
+            if callable(own[key])
+        ]
         hooks = [key.strip("_") for key in _HOOKS if own[key]]
         changed += [f"{name}.{key}".strip(".") for key in (*sorted(methods), *hooks)]
     return changed
 
 
-_methods: dict[type, frozenset[str]] = {}
-
-
-def _methods_of(cls: type) -> frozenset[str]:
-    """The names of all functions that `cls` has or inherits."""
-    if cls not in _methods:
-        functions = (vars(base).items() for base in cls.__mro__)
-        _methods[cls] = frozenset(
-            name for items in functions for name, value in items if isfunction(value)
-        )
-    return _methods[cls]
+@functools.lru_cache(maxsize=256)
+def _methods_of(cls: Hashable) -> frozenset[str]:
+    """The names of all functions that the class `cls` has or inherits."""
+    functions = (vars(base).items() for base in cast(type, cls).__mro__)
+    return frozenset(name for items in functions for name, value in items if isfunction(value))
 
 
 def replaced_methods(vae: Any) -> list[str]:

@@ -6,6 +6,10 @@ through all levels, which takes a millisecond for the 300 modules of a Wan VAE.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Hashable
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -56,18 +60,17 @@ def is_plain(module: nn.Module) -> bool:
     class or its own."""
     own = vars(module)
     has_hooks = own["_state_dict_hooks"] or own["_state_dict_pre_hooks"]
-    return not has_hooks and own.keys().isdisjoint(_METHODS) and _is_plain_class(type(module))
+    return (
+        not has_hooks
+        and own.keys().isdisjoint(_METHODS)
+        and _is_plain_class(cast(Hashable, type(module)))
+    )
 
 
 # What makes a state dict.
 _METHODS = ("state_dict", "_save_to_state_dict", "get_extra_state")
 
 
-_plain_classes: dict[type[nn.Module], bool] = {}
-
-
-def _is_plain_class(kind: type[nn.Module]) -> bool:
-    if kind not in _plain_classes:
-        plain = all(getattr(kind, name) is getattr(nn.Module, name) for name in _METHODS)
-        _plain_classes[kind] = plain
-    return _plain_classes[kind]
+@functools.lru_cache(maxsize=256)
+def _is_plain_class(kind: Hashable) -> bool:
+    return all(getattr(kind, name) is getattr(nn.Module, name) for name in _METHODS)

@@ -43,6 +43,17 @@ def test_duplicates(channels, out, factor_t, dtype):
             assert (was == "channels_last_3d") == (now == "channels_last_3d")
 
 
+def test_what_lies_between_words_is_moved_all_the_same():
+    shortcut, step = DuplicateShortcut(16, 16, 2, 2), SimpleNamespace()
+    step.chunk = SimpleNamespace(is_first=False)
+    pixels = torch.randn(1 + 2 * 3 * 3 * 16).to(torch.bfloat16)
+    x = pixels[1:].view(1, 2, 3, 3, 16).permute(0, 4, 1, 2, 3)
+    assert torch.equal(shortcut(x, step), plain(shortcut, x, False))
+    one_word = DuplicateShortcut(2, 2, 2, 2)
+    x = torch.randn(1, 2, 2, 1, 1).contiguous(memory_format=LAST)
+    assert torch.equal(one_word(x, step), plain(one_word, x, False))
+
+
 def test_gradients_go_through():
     shortcut, step = DuplicateShortcut(16, 16, 2, 2), SimpleNamespace()
     step.chunk = SimpleNamespace(is_first=False)

@@ -421,8 +421,9 @@ def _interleave(pairs: torch.Tensor) -> torch.Tensor:
 
 def _has_words(x: torch.Tensor, channels: int) -> bool:
     """Whether pixels of `channels` can be moved in words of eight bytes: not where a gradient needs
-    their numbers."""
-    return not x.requires_grad and channels * x.itemsize % 8 == 0
+    their numbers, where a pixel is a single word, or where the first does not begin with one."""
+    size, start = channels * x.itemsize, int(x.storage_offset()) * x.itemsize
+    return not x.requires_grad and size % 8 == start % 8 == 0 and size > 8
 
 
 class Downsample(nn.Module):

@@ -353,6 +353,8 @@ class Engine:
         state = (dtype, [(p.data_ptr(), tensor_version(p)) for p in weights])
         if self._cast is None or self._cast[0] != state:
             self._cast = state, copy.deepcopy(self.model).to(dtype)
+            # Its weights may lie where those of the copy before lay.
+            self._packed_as.clear()
         return self._cast[1]
 
     def _proof_cache(self) -> ProofCache:
