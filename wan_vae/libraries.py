@@ -67,16 +67,16 @@ class Libraries:
     def missing(self) -> str | None:
         """Why convolutions have no library behind them; None if they have one."""
         if self.device_type == "cpu":
-            return None if self.enabled else said("library.onednn", "oneDNN is off or missing")
+            return None if self.enabled else said("libraries.onednn", "oneDNN is off or missing")
         if self.device_type != "cuda":
             return None  # MPS and XPU bring their own
         if not self.enabled:
             name = "MIOpen" if self.is_hip else "cuDNN"
             return said(
-                "library.off", "{name} is off (torch.backends.cudnn.enabled is False)", name=name
+                "libraries.off", "{name} is off (torch.backends.cudnn.enabled is False)", name=name
             )
         if not self.is_hip and self.cudnn is None:
-            return said("library.no_cudnn", "this PyTorch has no cuDNN")
+            return said("libraries.no_cudnn", "this PyTorch has no cuDNN")
         return None
 
     def skips_cudnn(self, dtype: torch.dtype, fmt: str) -> bool:

@@ -727,6 +727,16 @@ def test_processes_that_were_started_ahead_are_those_of_the_first_run(vae, laten
         assert not any(name.startswith("workers: ") for name in vae.last_report.host_ms)
 
 
+def test_a_report_has_no_time_of_a_run_that_failed(vae, latent):
+    def fail():
+        raise ValueError("asked")
+
+    with WorkerPool("cpu,cpu", start_timeout_s=PATIENCE_S) as pool:
+        with pytest.raises(ValueError, match="asked"):
+            pool.decode(vae, latent, should_stop=fail)
+        assert pool._laps == {}
+
+
 def test_processes_that_wait_end_with_their_pool_and_are_replaced_when_gone(vae, latent, expected):
     pool = WorkerPool("cpu,cpu", start_timeout_s=PATIENCE_S)
     pool.start_ahead()

@@ -278,7 +278,7 @@ class _Selection:
             best = min(ms for key, ms in choice.times_ms.items() if key != EAGER)
             gain = best / choice.times_ms[EAGER]
             reason = said(
-                "kernel.library_faster",
+                "kernel.faster_library",
                 "{library} is {gain}x faster here: the bits of these layers depend on the size of "
                 "the picture",
                 library=_library(site.problem, self.request.device),

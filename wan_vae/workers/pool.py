@@ -723,6 +723,7 @@ class WorkerPool:
         self._ranks, self._loaded, self._joined = [], None, False
         self._spares.clear()
         self._planned.clear()
+        self._laps.clear()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
