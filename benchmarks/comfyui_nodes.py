@@ -218,7 +218,7 @@ def _cold_main(setting: Setting, model: str, output: Path | None, argv: Sequence
     facts = _facts(report, version, argv)
     lines = ["# Waiting in a running ComfyUI", "", *facts.lines(), *_COLD_NOTES, ""]
     text = "\n".join([*lines, *cold_lines(rows)]) + "\n"
-    _write(output, "cold", text, {**facts.as_dict(), "rows": [row.as_dict() for row in rows]})
+    _show(output, "cold", text, {**facts.as_dict(), "rows": [row.as_dict() for row in rows]})
     return 0
 
 
@@ -233,6 +233,7 @@ def _measured(server: Comfy, setting: Setting, case: NodeCase, seed: int) -> Nod
     print(f"{case.title}, {case.video} {setting.flags}", file=sys.stderr, flush=True)
     try:
         row = replace(measure(server, case, seed), flags=setting.flags)
+        print(f"  {row.first_ms:.0f} ms, then {row.median_ms:.1f} ms", file=sys.stderr, flush=True)
         if setting.is_trial and setting.ballast_gib is None and case.patch == ACCELERATE:
             apart = difference(server, case, case.comparison(seed + 90))
             row = replace(row, difference=apart)
@@ -398,7 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts = facts_of(rows, version, argv)
         lines = ["# Our nodes after things went wrong", "", *facts.lines(), "", *fault_lines(rows)]
         data = {**facts.as_dict(), "rows": [row.as_dict() for row in rows]}
-        _write(args.output, "faults", "\n".join(lines) + "\n", data)
+        _show(args.output, "faults", "\n".join(lines) + "\n", data)
         return _said([fault for row in rows for fault in row.faults()])
     for name in ["default"] if args.flags is None else args.flags or FLAGS:
         if args.everywhere:
@@ -411,10 +412,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = "" if name == "default" else f"--{name}"
         more, version = run(replace(setting, flags=flags), wanted)
         rows += more
-    facts = facts_of(rows, version, argv)
-    data = {**facts.as_dict(), "rows": [row.as_dict() for row in rows]}
-    _write(args.output, "nodes", nodes_markdown(rows, facts), data)
+        if args.output is not None:  # after each flag, for who ends this before the last one
+            _write(args.output, "nodes", *_page(rows, version, argv))
+    print(_page(rows, version, argv)[0])
     return _said([fault for row in rows for fault in row.faults()])
+
+
+def _page(
+    rows: Sequence[NodeRow], version: str, argv: Sequence[str]
+) -> tuple[str, dict[str, object]]:
+    """The Markdown and the data of `rows`."""
+    facts = facts_of(rows, version, argv)
+    return nodes_markdown(rows, facts), {
+        **facts.as_dict(),
+        "rows": [row.as_dict() for row in rows],
+    }
 
 
 def _main_sharded(setting: Setting, args: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -427,20 +439,24 @@ def _main_sharded(setting: Setting, args: argparse.Namespace, argv: Sequence[str
         | {"one": row.one.as_dict(), "several": row.several.as_dict()}
         for row in rows
     ]
-    _write(
+    _show(
         args.output, "sharded", sharded_markdown(rows, facts), {**facts.as_dict(), "pairs": found}
     )
     return _said([fault for row in rows for fault in row.faults(setting.on_cpu)])
 
 
-def _write(folder: Path | None, name: str, text: str, data: Mapping[str, object]) -> None:
+def _show(folder: Path | None, name: str, text: str, data: Mapping[str, object]) -> None:
     """Print the page; if there is a `folder`, put it and the data there."""
     print(text)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.md").write_text(text, encoding="utf-8")
-        plain = json.dumps(data, indent=1) + "\n"
-        (folder / f"{name}.json").write_text(plain, encoding="utf-8")
+        _write(folder, name, text, data)
+
+
+def _write(folder: Path, name: str, text: str, data: Mapping[str, object]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    plain = json.dumps(data, indent=1) + "\n"
+    (folder / f"{name}.json").write_text(plain, encoding="utf-8")
 
 
 def _said(faults: Sequence[str]) -> int:
