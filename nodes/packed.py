@@ -29,7 +29,7 @@ from comfy.patcher_extension import CallbacksMP
 
 from ..wan_vae import BackendError, WanVAE
 from ..wan_vae.device import DTYPES
-from ..wan_vae.io.fingerprint import fingerprint
+from ..wan_vae.io.fingerprint import Look, fingerprint
 from ..wan_vae.options import PRECISIONS
 from ..wan_vae.runs.engine import count_weight_formats
 from ..wan_vae.said import expected_one_of
@@ -105,8 +105,8 @@ class PackedCopies:
     def __init__(self, limit: int = MAX_COPIES) -> None:
         self._limit = limit
         self._copies: OrderedDict[Key, Packed] = OrderedDict()
-        # The last fingerprint of each network of ComfyUI that is alive.
-        self._sources: weakref.WeakKeyDictionary[torch.nn.Module, bytes] = (
+        # The last fingerprint of each network of ComfyUI that is alive, and how its weights lay.
+        self._sources: weakref.WeakKeyDictionary[torch.nn.Module, tuple[bytes, Look | None]] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -145,7 +145,10 @@ class PackedCopies:
 
         Weights that cannot be read now (not in memory) are taken for those that were read last.
         """
-        known, source = self._sources.get(model), fingerprint(state)
+        known, look = self._sources.get(model, (None, None))
+        if look is not None and look.is_still_true(state):
+            return known
+        source = fingerprint(state)
         if source is None:
             return known
         if known is None:
@@ -154,7 +157,8 @@ class PackedCopies:
             for packed in self._copies.values():
                 packed.models.discard(model)
             self._drop_where(lambda key, packed: key.source == known and not packed.is_wanted)
-        self._sources[model] = source
+        # From the second time on: to make one takes longer than a fingerprint.
+        self._sources[model] = source, Look.of(state) if known == source else None
         return source
 
     def _make_room(self) -> None:

@@ -72,9 +72,8 @@ def _own_state(vae: Any) -> dict[str, torch.Tensor]:
     """`vae.get_sd()`, in a tenth of its time where that is the state dict of plain modules."""
     model = vae.first_stage_model
     is_own = "get_sd" not in vars(vae) and getattr(type(vae), "get_sd", None) is comfy.sd.VAE.get_sd
-    if is_own and all(walk.is_plain(module) for _, module in walk.named_modules(model)):
-        return walk.state(model)
-    return dict(vae.get_sd())
+    state = walk.plain_state(model) if is_own else None
+    return dict(vae.get_sd()) if state is None else state
 
 
 def _put_back(state: dict[str, torch.Tensor], name: str, original: object) -> None:
@@ -132,13 +131,11 @@ def _changed_modules(model: torch.nn.Module | None) -> list[str]:
     changed = []
     for name, module in () if model is None else walk.named_modules(model):
         own = vars(module)
-        methods = [
-            key
-            for key in _methods_of(cast(Hashable, type(module))) & own.keys()
-            if callable(own[key])
-        ]
-        hooks = [key.strip("_") for key in _HOOKS if own[key]]
-        changed += [f"{name}.{key}".strip(".") for key in (*sorted(methods), *hooks)]
+        methods = _methods_of(cast(Hashable, type(module)))
+        if not methods.isdisjoint(own):
+            replaced = sorted(key for key in methods & own.keys() if callable(own[key]))
+            changed += [f"{name}.{key}".strip(".") for key in replaced]
+        changed += [f"{name}.{key.strip('_')}".strip(".") for key in _HOOKS if own[key]]
     return changed
 
 

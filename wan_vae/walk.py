@@ -44,31 +44,26 @@ def parameters(*roots: nn.Module) -> list[nn.Parameter]:
     return [parameter for root in roots for _, parameter in named_parameters(root)]
 
 
-def state(root: nn.Module) -> dict[str, torch.Tensor]:
-    """What `root.state_dict()` holds, where no module has changed how it is made (`is_plain`)."""
+def plain_state(root: nn.Module) -> dict[str, torch.Tensor] | None:
+    """What `root.state_dict()` holds; None where a module has changed how it is made, by a hook or
+    by a method of its class or its own."""
     found: dict[str, torch.Tensor] = {}
     for name, module in named_modules(root):
+        own = vars(module)
+        if own["_state_dict_hooks"] or own["_state_dict_pre_hooks"]:
+            return None
+        if not (_METHODS.isdisjoint(own) and _is_plain_class(cast(Hashable, type(module)))):
+            return None
         before = f"{name}." if name else ""
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and key not in module._non_persistent_buffers_set:
-                found[before + key] = tensor
+        for tensors in (own["_parameters"], own["_buffers"]):
+            for key, tensor in tensors.items():
+                if tensor is not None and key not in own["_non_persistent_buffers_set"]:
+                    found[before + key] = tensor
     return found
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether the state dict of `module` is what `nn.Module` makes of it: no hook, no method of its
-    class or its own."""
-    own = vars(module)
-    has_hooks = own["_state_dict_hooks"] or own["_state_dict_pre_hooks"]
-    return (
-        not has_hooks
-        and own.keys().isdisjoint(_METHODS)
-        and _is_plain_class(cast(Hashable, type(module)))
-    )
-
-
 # What makes a state dict.
-_METHODS = ("state_dict", "_save_to_state_dict", "get_extra_state")
+_METHODS = frozenset(("state_dict", "_save_to_state_dict", "get_extra_state"))
 
 
 @functools.lru_cache(maxsize=256)

@@ -496,7 +496,8 @@ class ProbeReady(_Probe):
 COUNTED = {
     ("model_management.py", "get_free_memory"): "asks for free memory",
     ("model_management.py", "load_models_gpu"): "asks ComfyUI to load or free",
-    ("fingerprint.py", "fingerprint"): "samples of all weights",
+    ("fingerprint.py", "fingerprint"): "fingerprints",
+    ("fingerprint.py", "Look.is_still_true"): "looks at all weights",
     ("checkpoint.py", "canonical_state_dict"): "copies of all weights",
     ("choose.py", "choose"): "plans",
     ("cache.py", "ProofCache._parsed"): "reads of proofs",
@@ -511,7 +512,7 @@ COUNTED_IN_C = {"openssl_sha256": "hashes", "sha256": "hashes"}
 
 
 class ProbeCounts(_Probe):
-    """Decodes twice with our node, and counts what the second run does, beside the arithmetic."""
+    """Decodes with our node, and counts what the third run does, beside the arithmetic."""
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -521,7 +522,8 @@ class ProbeCounts(_Probe):
         (module,) = (m for name, m in sys.modules.items() if name.endswith(".nodes.decode"))
         hidden = types.SimpleNamespace(unique_id="counted", dynprompt=None, extra_pnginfo=None)
         counted = type("Counted", (module.WanVAEDecode,), {"hidden": hidden})
-        counted.execute(samples, vae)
+        for _ in range(2):
+            counted.execute(samples, vae)
         counts = collections.Counter()
 
         def note(frame, event, called):

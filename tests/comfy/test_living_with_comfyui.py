@@ -225,7 +225,7 @@ def test_what_a_warm_run_does_beside_the_decode(comfy):
     run = comfy.run(prompt)
     assert run.error is None, run.error
     (counts,) = run.outputs["3"]["counts"]
-    once = ("asks for free memory", "samples of all weights", "plans")
+    once = ("asks for free memory", "looks at all weights", "plans")
     assert {what: counts.pop(what, 0) for what in once} == dict.fromkeys(once, 1)
     assert counts.pop("asks for free host memory", 0) <= 1
     assert counts.pop("reports sent") == counts.pop("reports made") == 1

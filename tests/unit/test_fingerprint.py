@@ -1,5 +1,6 @@
 """When the weights of a VAE count as changed."""
 
+import weakref
 from typing import ClassVar
 
 import pytest
@@ -8,7 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import random_state
 from wan_vae.config import wan21
-from wan_vae.io.fingerprint import PER_ROW, _places, _places_on, _sampled, _taken, fingerprint
+from wan_vae.io.fingerprint import (
+    PER_ROW,
+    Look,
+    _places,
+    _places_on,
+    _sampled,
+    _taken,
+    fingerprint,
+)
 
 
 @pytest.fixture
@@ -75,6 +84,85 @@ def test_nan_equals_itself(state):
 
 def test_weights_that_are_nowhere_have_none(state):
     assert fingerprint({**state, "conv2.bias": torch.empty(16, device="meta")}) is None
+
+
+def _odd(state):
+    """`state` with weights in other formats and widths, one part of a larger tensor, one empty."""
+    odd = dict(state)
+    for number, (name, tensor) in enumerate(state.items()):
+        if number % 3 == 0:
+            odd[name] = tensor.bfloat16()
+        elif tensor.ndim == 5 and number % 3 == 1:
+            odd[name] = tensor.contiguous(memory_format=torch.channels_last_3d)
+    odd["conv2.bias"] = torch.randn(3, 16)[1]
+    odd["conv2.weight"] = torch.randn(16, 40).t()[3:19]
+    odd["none"] = torch.empty(0, 3)
+    return odd
+
+
+@pytest.mark.parametrize("make", [dict, _odd])
+def test_a_look_sees_each_change_of_bits_in_place(state, make):
+    made = make(state)
+    look = Look.of(made)
+    assert look.is_still_true(made) and look.is_still_true(dict(reversed(made.items())))
+    for name, tensor in made.items():
+        if tensor.numel() and tensor.dtype.is_floating_point:
+            before = tensor.clone()
+            tensor.mul_(1.01)
+            assert not look.is_still_true(made), name
+            tensor.copy_(before)
+            assert look.is_still_true(made), name
+
+
+def test_a_look_sees_any_one_output_channel(state):
+    weight = state["decoder.middle.0.residual.2.weight"]
+    look = Look.of(state)
+    for channel in range(weight.shape[0]):
+        weight[channel].neg_()
+        assert not look.is_still_true(state), channel
+        weight[channel].neg_()
+    assert look.is_still_true(state)
+
+
+def test_a_look_sees_other_tensors(state):
+    """Also such as lie where the old ones lay."""
+    look, name = Look.of(state), "decoder.middle.0.residual.2.weight"
+    weight = state[name]
+    others = (
+        weight.clone(),
+        weight.view(torch.int32),
+        weight.transpose(0, 1),
+        weight[:-1],
+        torch._neg_view(weight),
+        weight.to("meta"),
+        weight.to_sparse(),
+        torch.nested.nested_tensor([weight]),
+        None,
+        weight.numpy(),
+    )
+    for other in others:
+        assert not look.is_still_true({**state, name: other}), type(other)
+    assert not look.is_still_true({k: v for k, v in state.items() if k != name})
+    assert not look.is_still_true({**state, "other": weight})
+
+
+def test_a_look_keeps_no_tensor_and_reads_no_memory_that_was_given_back(state):
+    look, name = Look.of(state), "decoder.middle.0.residual.2.weight"
+    gone = weakref.ref(state[name])
+    state[name] = state[name].clone()
+    assert gone() is None and not look.is_still_true(state)
+    look = Look.of(state)
+    state[name].untyped_storage().resize_(16)  # the memory may stay where it is
+    assert not look.is_still_true(state)
+    state[name].untyped_storage().resize_(0)
+    assert not look.is_still_true(state)
+
+
+def test_no_look_at_what_is_not_in_host_memory_or_lies_at_odd_addresses(state):
+    assert Look.of({**state, "conv2.bias": torch.empty(16, device="meta")}) is None
+    odd = torch.frombuffer(bytearray(4 * 16 + 1), dtype=torch.float32, offset=1, count=16)
+    assert fingerprint({**state, "conv2.bias": odd}) is not None
+    assert Look.of({**state, "conv2.bias": odd}) is None
 
 
 @pytest.mark.gpu

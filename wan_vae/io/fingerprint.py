@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,85 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> bytes | None:
     digest = hashlib.blake2b("".join(described).encode(), digest_size=16)
     digest.update(b"".join([on_host[name].tobytes() for name in names]))
     return digest.digest()
+
+
+class Look:
+    """A state dict in host memory as it was when this was made, to see fast whether it is still so.
+
+    Reads the samples that `fingerprint` takes by one index for all tensors of a width. A
+    fingerprint of Wan 2.1 makes a view of each of 194 tensors and digests what it reads: 9 ms in
+    ComfyUI on a host with an H200, which decodes an image of 256 x 256 in 8. Keeps no tensor alive:
+    memory is read only where a tensor of the state dict at hand lies.
+    """
+
+    def __init__(self, lying: dict[str, tuple[Any, ...]], gathers: list[_Gather]) -> None:
+        self._lying = lying
+        self._gathers = [(gather, gather.read()) for gather in gathers]
+
+    @classmethod
+    def of(cls, state: Mapping[str, torch.Tensor]) -> Look | None:
+        """None where a tensor does not lie in host memory, or not at a multiple of its width."""
+        addresses: dict[int, list[np.ndarray]] = defaultdict(list)
+        for tensor in state.values():
+            on_host = _is_usual(tensor) and tensor.device.type == "cpu" and _has_bits(tensor)
+            if not on_host or tensor.data_ptr() % tensor.element_size():
+                return None
+            shape, steps, width = tuple(tensor.shape), tensor.stride(), tensor.element_size()
+            sampled = _places(shape) if tensor.numel() > WHOLE else np.indices(shape)
+            offsets = np.tensordot(np.array(steps, np.int64), sampled, 1).reshape(-1)
+            addresses[width].append(tensor.data_ptr() + offsets * width)
+        lying = {name: _lying(tensor) for name, tensor in state.items()}
+        return cls(lying, [_Gather(w, np.concatenate(at)) for w, at in addresses.items()])
+
+    def is_still_true(self, state: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the tensors of `state` lie where those of the first one lay, with the same bits
+        at the sampled places."""
+        return (
+            all(map(_is_usual, state.values()))
+            and {name: _lying(tensor) for name, tensor in state.items()} == self._lying
+            and all(np.array_equal(gather.read(), kept) for gather, kept in self._gathers)
+        )
+
+
+_USUAL = (torch.Tensor, torch.nn.Parameter)
+
+
+def _is_usual(tensor: object) -> bool:
+    """Whether `tensor` is a strided one of a class that has nothing of its own to say."""
+    return (
+        type(tensor) in _USUAL
+        and isinstance(tensor, torch.Tensor)
+        and not tensor.is_nested
+        and tensor.layout is torch.strided
+    )
+
+
+def _lying(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where the numbers of `tensor` lie, as what, and how large their storage is now."""
+    address, shape, steps = tensor.data_ptr(), tensor.shape, tensor.stride()
+    lazy = tensor.is_neg(), tensor.is_conj()
+    return address, tensor.dtype, shape, steps, lazy, tensor.untyped_storage().nbytes()
+
+
+class _Gather:
+    """Reads the unsigned integers of `width` bytes at `addresses`, all multiples of it."""
+
+    def __init__(self, width: int, addresses: np.ndarray) -> None:
+        first = int(addresses.min()) if addresses.size else 0
+        self._index = (addresses - first) // width
+        # NumPy views memory by this. It ends with the last of the addresses, and what lies between
+        # them is not read.
+        count = int(self._index.max()) + 1 if addresses.size else 0
+        self.__array_interface__ = {
+            "data": (first, True),  # read-only
+            "shape": (count,),
+            "typestr": np.dtype(f"u{width}").str,
+            "version": 3,
+        }
+
+    def read(self) -> np.ndarray:
+        taken: np.ndarray = np.asarray(self).take(self._index)
+        return taken
 
 
 @functools.lru_cache(maxsize=256)
