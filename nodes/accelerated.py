@@ -96,7 +96,14 @@ class AcceleratedVAE(comfy.sd.VAE):
 
     def _session(self, operation: str) -> Any:
         options = self.wan_vae
-        return session(executing_node(), self, options.precision, operation, options.node)
+        return session(
+            executing_node(),
+            self,
+            options.precision,
+            operation,
+            options.node,
+            is_shared=options.sharding is not None,
+        )
 
     def _decode(
         self, samples: torch.Tensor, tile: Tile | None, asked: dict[str, Any] | None = None

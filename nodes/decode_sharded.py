@@ -117,7 +117,7 @@ class WanVAEDecodeSharded(io.ComfyNode):
         normalized: bool = False,
     ) -> io.NodeOutput:
         sharding = Sharding(devices, axis, gather, allow_fallback, timeout_s)
-        with session(cls.hidden, vae, precision, "decode") as run:
+        with session(cls.hidden, vae, precision, "decode", is_shared=True) as run:
             image = hand_over.decode(run, samples, normalized)
             if image is None:
                 latent = inputs.latent_5d(samples)

@@ -27,7 +27,7 @@ from ..wan_vae.io.image import ImageSink
 from ..wan_vae.io.latents import check_latent_shape, mismatch
 from ..wan_vae.io.preview import PreviewSink
 from ..wan_vae.io.sink import Sink
-from ..wan_vae.options import MemoryFormat, Operation, RunOptions
+from ..wan_vae.options import PARTS, MemoryFormat, Operation, RunOptions
 from ..wan_vae.report import SCHEMA, ChannelRecord, of_batch
 from ..wan_vae.runs.engine import PROOF_BYTES, SetupRequest
 from ..wan_vae.runs.run import ready
@@ -46,14 +46,21 @@ class Session:
     """
 
     def __init__(
-        self, node: NodeId | None, vae: Any, precision: str, operation: str, started_s: float
+        self,
+        node: NodeId | None,
+        vae: Any,
+        precision: str,
+        operation: str,
+        started_s: float,
+        is_shared: bool = False,
     ) -> None:
-        """started_s: when the node began, by `time.perf_counter`."""
+        """started_s: when the node began, by `time.perf_counter`. is_shared: workers do the run."""
         self._reporter = Reporter(node)
         self.operation = operation
         self._started_s = started_s
         self._bar = comfy.utils.ProgressBar(1)
         self.vae, self._precision = vae, precision
+        self._loads = operation in PARTS and not is_shared
         # Sentences that the final report gets beside the library's own.
         self.warnings: list[str] = []
         self.fallbacks: list[str] = []
@@ -100,7 +107,9 @@ class Session:
         if self._packed is None:
             with self.timed("copy"):
                 try:
-                    self._packed = COPIES.get(self.vae, self._precision, self.begin_planning)
+                    self._packed = COPIES.get(
+                        self.vae, self._precision, self.begin_planning, loads=self._loads
+                    )
                 except NotAWanVAEError as error:
                     if not has_weights(self.vae):
                         raise
@@ -395,17 +404,24 @@ class Session:
 
 @contextmanager
 def session(
-    hidden: Any, vae: Any, precision: str, operation: str, through: str | None = None
+    hidden: Any,
+    vae: Any,
+    precision: str,
+    operation: str,
+    through: str | None = None,
+    *,
+    is_shared: bool = False,
 ) -> Iterator[Session]:
     """Run a node's work with progress, cancel and reports.
 
     hidden: what ComfyUI gives the node as hidden inputs. through: the id of the node that
-    made `vae` or the video, where the node is not one of ours. A cancel raises ComfyUI's own
+    made `vae` or the video, where the node is not one of ours. is_shared: workers will do the work,
+    on devices of theirs. A cancel raises ComfyUI's own
     exception. Every other error is raised again, after its report was sent: otherwise the panel
     would still show the previous run.
     """
     started_s = time.perf_counter()
-    run = Session(NodeId.of(hidden, through), vae, precision, operation, started_s)
+    run = Session(NodeId.of(hidden, through), vae, precision, operation, started_s, is_shared)
     try:
         with torch.inference_mode(False), torch.no_grad():
             yield run

@@ -21,6 +21,7 @@ from .io.checkpoint import Checkpoint, canonical_state_dict, load_checkpoint
 from .io.latents import check_channels
 from .io.pixels import FrameReader
 from .io.sink import Sink
+from .io.staging import CudaUpload
 from .network.model import WanVAEModel, model_of
 from .network.weights import copied
 from .options import (
@@ -127,7 +128,12 @@ class WanVAE:
                 )
             )
         device = pick_device(device)
-        copies = copied(canonical, device, pick_dtype(dtype, device))
+        wanted = pick_dtype(dtype, device)
+        if device.type == "cuda":
+            with CudaUpload(device) as upload:
+                copies = copied(canonical, device, wanted, upload)
+        else:
+            copies = copied(canonical, device, wanted)
         checkpoint.check_numbers(copies.suspects)
         model = model_of(checkpoint.config, copies.state)
         return cls(model, count_weight_formats(canonical), checkpoint.notes)

@@ -14,7 +14,9 @@ from wan_vae.config import wan21
 from wan_vae.device import host_empty
 from wan_vae.errors import CheckpointError
 from wan_vae.io.checkpoint import CAST_DTYPES, FLOAT_DTYPES
-from wan_vae.network.weights import copied, copy_weights, suspects_of
+from wan_vae.io.staging import CudaUpload
+from wan_vae.network import weights
+from wan_vae.network.weights import copied, copy_weights, suspects_of, uploaded
 
 CPU = torch.device("cpu")
 # Pieces of 32000 numbers: several of them and a rest, exactly two, one, and none. And of 1 << 19.
@@ -35,6 +37,56 @@ def test_copies_are_what_a_cast_gives(source, dtype):
     for key, value in state.items():
         assert torch.equal(copies.state[key], value.to(dtype)), key
         assert copies.state[key].data_ptr() != value.data_ptr() or not value.numel()
+
+
+@pytest.mark.parametrize("source", [*FLOAT_DTYPES, *CAST_DTYPES], ids=str)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_uploads_are_cast_group_by_group(source, dtype, monkeypatch):
+    """Without a device: what is sent there, and what becomes of it."""
+    monkeypatch.setattr(weights, "_GROUP_BYTES", 100_000)
+    sent = []
+
+    def upload(group):
+        assert all(x.dtype in (*FLOAT_DTYPES, dtype) for x in group.values())
+        sent.append(list(group))
+        return {key: x.clone() for key, x in group.items()}
+
+    state = tensors(source)
+    own = uploaded(state, dtype, upload)
+    assert len(sent) > 2 and [key for group in sent for key in group] == list(state) == list(own)
+    for key, value in state.items():
+        assert own[key].dtype == dtype and torch.equal(own[key], value.to(dtype)), key
+    assert uploaded({}, dtype, upload) == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("source", [*FLOAT_DTYPES, *CAST_DTYPES], ids=str)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_copies_on_a_device_have_the_bits_of_those_on_the_host(source, dtype):
+    """Of memory that is used again and again, and of tensors that lie in any way."""
+    state = {**tensors(source), "large": torch.randn(33, 700_001).to(source)}
+    state |= {"turned": state["large"].t(), "some": state["large"][::3, ::2]}
+    state["parameter"] = torch.nn.Parameter(state["(5, 20001)"].clone(), requires_grad=False)
+    state["there"] = state["(5, 20001)"].cuda()
+    device = torch.device("cuda", 0)
+    expected = copied(state, CPU, dtype).state
+    for _ in range(3):
+        with torch.inference_mode(), CudaUpload(device) as upload:
+            copies = copied(state, device, dtype, upload)
+        assert copies.suspects == () and set(copies.state) == set(state)
+        for key, value in copies.state.items():
+            assert value.device == device and value.is_contiguous() and not value.is_inference()
+            assert torch.equal(value.cpu(), expected[key]), key
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_suspected_on_a_device(bad):
+    state = tensors()
+    state["(2, 32000)"][1, 31999] = bad
+    with CudaUpload(torch.device("cuda")) as upload:
+        copies = copied(state, torch.device("cuda"), torch.bfloat16, upload)
+    assert copies.suspects == ("(2, 32000)",)
 
 
 def test_float32_is_rounded_as_pytorch_rounds_it():
