@@ -169,3 +169,17 @@ def schedule(total_frames: int, chunk_frames: int | Sequence[int]) -> list[Chunk
 def chunk_lengths(total_frames: int, chunk_frames: int | Sequence[int]) -> tuple[int, ...]:
     """Latent frames of each chunk of `schedule`. Raises GeometryError."""
     return tuple(chunk.frames for chunk in schedule(total_frames, chunk_frames))
+
+
+def lengths_of_ranks(
+    total_frames: int, chunk_frames: int | Sequence[int], operation: str
+) -> tuple[int, ...]:
+    """`chunk_lengths` for ranks that share a picture. Raises GeometryError.
+
+    A decode ends with a chunk of one latent frame, where frames are left to choose: while its
+    pixels are copied, no device has work any more.
+    """
+    lengths = chunk_lengths(total_frames, chunk_frames)
+    if operation != "decode" or isinstance(chunk_frames, Sequence) or lengths[-1] <= 2:
+        return lengths
+    return (*lengths[:-1], lengths[-1] - 1, 1)

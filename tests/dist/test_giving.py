@@ -220,6 +220,52 @@ def test_a_worker_reads_no_frame_before_it_has_waited_for_it(vae, tmp_path):
     buffer.unlink()
 
 
+class CopiedWhenAwaited(Given):
+    """A latent lies in memory only when somebody has waited for all of it."""
+
+    def __init__(self, latent, place):
+        super().__init__()
+        self.latent, self.place, self.awaited = latent, place, []
+
+    def wait_for(self, parts, seconds):
+        self.awaited.append(parts)
+        self.place.copy_(self.latent)
+
+
+def test_a_worker_decodes_no_latent_before_it_has_waited_for_all_of_it(vae, tmp_path):
+    latent = torch.randn(1, 16, 3, 4, 5, generator=torch.Generator().manual_seed(4))
+    expected = vae.decode(latent)
+    input_at, output_at = 4096, 4096 + aligned(latent.numel() * 4)
+    buffer = SharedBuffer.create(output_at + aligned(expected.numel() * 4), [tmp_path])
+    place = view(buffer.raw, input_at, latent.shape, torch.float32)
+    place.fill_(float("nan"))
+    given = CopiedWhenAwaited(latent, place)
+    one = worker._Worker(
+        WorkerSettings(0, 1, "cpu", "gloo", "", 1.0, 1.0, torch.get_num_threads()), Wire()
+    )
+    one._vae = vae
+    one.on_decode(
+        given=given,
+        path=str(buffer.path),
+        size=buffer.size,
+        kept=[],
+        input=(input_at, tuple(latent.shape)),
+        order=layout.memory_order(latent),
+        output=(output_at, tuple(expected.shape)),
+        fresh=True,
+        sent_s=time.monotonic(),
+        axis="auto",
+        wait_s=1.0,
+        normalized=False,
+        options=asdict(RunOptions()),
+        form="pixels",
+        gather="shared",
+    )
+    assert torch.equal(view(buffer.raw, output_at, expected.shape, torch.float32), expected)
+    assert given.awaited == [16]
+    buffer.unlink()
+
+
 # -- both ----------------------------------------------------------------------------------------
 
 
@@ -319,6 +365,31 @@ def test_a_parent_that_gives_nothing_is_an_error_after_the_time_out(pool, vae):
     assert pool.pids == []
     pool.timeout_s, pool.first_limit = PATIENCE_S, 10**9
     assert torch.equal(encode(pool, vae, video), expected)
+
+
+CLOSE = {"rtol": 0, "atol": 1e-4}
+
+
+@pytest.mark.parametrize("videos", [1, 2])
+def test_workers_get_ready_while_the_latent_is_withheld(pool, vae, videos):
+    """All of it is awaited; no number of the run before, whose memory is used again, is taken."""
+    generator = torch.Generator().manual_seed(videos)
+    latents = [torch.randn(videos, 16, 3, 5, 4, generator=generator) for _ in range(2)]
+    # One of them lies with its channels last: handed over in the order of its memory.
+    latents[1] = latents[1].contiguous(memory_format=torch.channels_last_3d)
+    for latent in (*latents, *latents):
+        # Convolutions of other sizes add in another order on a CPU.
+        torch.testing.assert_close(pool.decode(vae, latent), vae.decode(latent), **CLOSE)
+        assert pool.held._queued == pool.held._frames
+    pool.timeout_s, pool.first_limit = SHORT_S, 1
+    with pytest.raises(ShardingError, match=r"gave it \d+ of \d+ frames and no other for 3 s"):
+        pool.decode(vae, latents[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_latents_of_other_dtypes_are_cast_before_the_run(pool, vae, dtype):
+    latent = torch.randn(1, 16, 2, 4, 5, generator=torch.Generator().manual_seed(9)).to(dtype)
+    torch.testing.assert_close(pool.decode(vae, latent), vae.decode(latent), **CLOSE)
 
 
 def test_an_error_of_the_copy_ends_the_run(pool, vae):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wan_vae import geometry
-from wan_vae.chunking import schedule
+from wan_vae.chunking import chunk_lengths, lengths_of_ranks, schedule
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import GeometryError
 
@@ -57,3 +57,21 @@ def test_halos_of_the_real_architectures():
     """Counted by hand: 7 rows at full size (six convolutions and the head), then upwards."""
     assert geometry.strip_halos(wan21()) == (13, 12, 10, 7)
     assert geometry.strip_halos(wan22()) == (13, 12, 10, 7)
+
+
+@pytest.mark.parametrize(
+    ("frames", "most", "lengths"),
+    [
+        (21, 8, (8, 8, 4, 1)),
+        (21, 4, (4, 4, 4, 4, 4, 1)),
+        (31, 4, (4, 4, 4, 4, 4, 4, 4, 2, 1)),
+        (16, 4, (4, 4, 4, 3, 1)),
+        (21, 21, (20, 1)),
+        (2, 8, (2,)),
+        (1, 4, (1,)),
+        (21, (10, 11), (10, 11)),  # as the caller wants it
+    ],
+)
+def test_a_decode_of_ranks_ends_with_a_short_chunk(frames, most, lengths):
+    assert lengths_of_ranks(frames, most, "decode") == lengths
+    assert lengths_of_ranks(frames, most, "encode") == chunk_lengths(frames, most)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import torch
 
-from ..chunking import Chunk, schedule
+from ..chunking import Chunk, lengths_of_ranks, schedule
 from ..config import WanVAEConfig
 from ..device import Allocator
 from ..network.architecture import residual_convolutions
@@ -325,7 +325,8 @@ class _Chooser:
         frames = min(request.latent_shape[2], _SHARD_CHUNKS * self._full_chunk())
         wanted = 0
         while True:
-            choice = self._whole(self._schedule(frames), None)
+            lengths = lengths_of_ranks(request.latent_shape[2], frames, request.operation)
+            choice = self._whole(self._schedule(lengths), None)
             wanted = max(wanted, choice.planned_bytes)
             fits = free is None or choice.planned_bytes <= self.margin.whole * free
             if fits or frames == 1:

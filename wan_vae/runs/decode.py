@@ -36,6 +36,7 @@ class DecodeRequest:
     """What is to be decoded, how, and where the pixels go; see `WanVAE.decode`.
 
     notes: sentences for `report.fallbacks`, from a caller that tried something else first.
+    await_latent: of a `latent` that another process still writes: returns when all of it is there.
     """
 
     latent: torch.Tensor
@@ -48,6 +49,7 @@ class DecodeRequest:
     context: ShardContext = SINGLE
     gather: Gather = "all"
     notes: tuple[str, ...] = ()
+    await_latent: Callable[[], None] | None = None
 
 
 class DecodeRun(Run):
@@ -69,6 +71,10 @@ class DecodeRun(Run):
         memory = request.hooks.memory or OwnMemory(engine.device)
         setup = ready(engine, SetupRequest("decode", shape, options, shards), memory)
         latent_format = layout.detect(latent)
+        if ranks is None:
+            setup, ranks = join_ranks(engine, setup, latent, request.context, request.gather)
+        if request.await_latent is not None:
+            request.await_latent()
 
         # A copy: a stream reads it long after the call, when the caller's may have changed.
         z = granted(
@@ -83,8 +89,6 @@ class DecodeRun(Run):
             mean, std = latent_statistics(engine.config, z)
             z = z * std + mean
         z = z.to(setup.dtype)
-        if ranks is None:
-            setup, ranks = join_ranks(engine, setup, latent, request.context, request.gather)
         super().__init__(engine, setup, request.hooks, ranks)
         self.request = request
         self.pixel_shape = geometry.pixel_shape(shape, self.config)

@@ -10,7 +10,7 @@ from zlib import crc32
 
 import torch
 
-from ..chunking import Chunk, chunk_lengths
+from ..chunking import Chunk, lengths_of_ranks
 from ..errors import BackendError, DecodeMemoryError, ShardingError
 from ..layout import LayoutCounter
 from ..ops.opset import HaloExchange, LayerChoice
@@ -143,7 +143,8 @@ class ShardRanks:
         rows = wire.agree(facts, [plan.chunk_frames])
         if explicit:
             return plan.lengths
-        return chunk_lengths(plan.latent_shape[2], min(frames for (frames,) in rows))
+        fewest = min(frames for (frames,) in rows)
+        return lengths_of_ranks(plan.latent_shape[2], fewest, plan.operation)
 
     def agree_to_stop(self, chunk: Chunk, stop: bool) -> bool:
         rows = self._shard.wire.all_gather_numbers([stop, chunk.start])

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from .. import geometry, layout
-from ..chunking import chunk_lengths
+from ..chunking import chunk_lengths, lengths_of_ranks
 from ..device import dtype_name, host_free_bytes
 from ..errors import (
     CheckpointError,
@@ -218,8 +218,9 @@ class WorkerPool:
                 plain = self._wait_for_all(said("worker.plan", "plan"), self.start_timeout_s)
         plans = [Plan.from_dict(p) for p in plain]
         if chunk_frames is None:
-            fewest = chunk_lengths(shape[2], min(plan.chunk_frames for plan in plans))
-            plans = [replace(plan, lengths=fewest) for plan in plans]
+            fewest = min(plan.chunk_frames for plan in plans)
+            lengths = lengths_of_ranks(shape[2], fewest, operation)
+            plans = [replace(plan, lengths=lengths) for plan in plans]
         self._planned[key] = tuple(plans)
         return tuple(plans)
 
@@ -461,10 +462,6 @@ class WorkerPool:
                         copy_on_host(dense, target)
                     else:
                         stack.enter_context(giving)
-                    copy = self._copy_of(job, buffer, output_at, fresh)
-                    if copy is not None:
-                        stack.enter_context(copy)
-                with self._timed("run"):
                     self._send_all(
                         job.operation,
                         job.by_rank,
@@ -480,6 +477,11 @@ class WorkerPool:
                         **({} if giving is None else {"given": 0}),
                         **job.arguments,
                     )
+                    # While the workers get ready.
+                    copy = self._copy_of(job, buffer, output_at, fresh)
+                    if copy is not None:
+                        stack.enter_context(copy)
+                with self._timed("run"):
                     results = Watch(
                         Watched(
                             ranks=self._ranks,
@@ -517,17 +519,17 @@ class WorkerPool:
     def _giving(
         self, job: _Job, dense: torch.Tensor, target: torch.Tensor, order: tuple[int, ...]
     ) -> Giving | None:
-        """What copies the video of an encode, `dense` in memory's `order`, while the workers run;
-        None where all is copied before: a latent, and a video whose frames lie apart."""
+        """What copies the input, `dense` in memory's `order`, while the workers run; None where all
+        is copied before: another dtype, another device, and a video whose frames lie apart."""
         plain = (dense.device.type, dense.dtype) == ("cpu", torch.float32)
-        if job.operation != "encode" or not plain or not frames_first(order):
+        if not plain or (job.operation == "encode" and not frames_first(order)):
             return None
-        if order[0] == 2:
+        if job.operation == "encode" and order[0] == 2:
             dense, target = dense.unsqueeze(0), target.unsqueeze(0)
 
-        def tell(frames: int) -> None:
+        def tell(parts: int) -> None:
             for rank in self._ranks:
-                try_send(rank.pipe, ("given", frames))
+                try_send(rank.pipe, ("given", parts))
 
         return Giving(dense, target, tell)
 

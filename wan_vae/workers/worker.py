@@ -340,8 +340,11 @@ class _Worker:
             wire.all_gather_numbers([0])
         return plan.as_dict()
 
-    def on_decode(self, **arguments: Any) -> dict[str, object]:
-        """Decode the latent in shared memory; this rank's rows go to the output there."""
+    def on_decode(self, given: Given | None = None, **arguments: Any) -> dict[str, object]:
+        """Decode the latent in shared memory; this rank's rows go to the output there.
+
+        given: of a latent that the parent still copies.
+        """
         laps = Laps(arguments["sent_s"])
         job = DecodeJob(**arguments)
         buffer, latent = self._open(job)
@@ -362,10 +365,14 @@ class _Worker:
         elif job.gather == "shared" or rank == 0:
             sink = TensorSink(out, reserve)
         plan = None if job.plan is None else Plan.from_dict(job.plan)
+        await_latent = None
+        if given is not None:
+            await_latent = partial(given.wait_for, job.input[1][1], seconds=job.wait_s)
         with suppress(DecodeCancelled):  # the report says it
             self.vae.run_decode(
                 DecodeRequest(
-                    latent=latent.clone() if self.device.type == "cpu" else latent,
+                    latent=latent,
+                    await_latent=await_latent,
                     normalized=job.normalized,
                     options=RunOptions(**job.options) if plan is None else plan.options,
                     hooks=self._hooks(raw),
