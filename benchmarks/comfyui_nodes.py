@@ -15,8 +15,8 @@ the host's time goes.
 
 --everywhere measures core's own nodes with the VAE of WanVAEAccelerate and with ComfyUI's own, and
 compares their results; --flags does that under each flag for the VAE in turn, in a ComfyUI of its
-own; --ballast GIB leaves so much device memory free, as a small card has it (all of this needs
---everywhere). What ComfyUI's own VAE cannot do then is a row with its error.
+own; --ballast GIB leaves so much device memory free, as a small card has it, and then ComfyUI's own
+VAE runs once only (all of this needs --everywhere). What it cannot do then is a row with its error.
 
 --faults lets things go wrong before our nodes run in 5 GB (or --ballast): another node runs out of
 memory and its traceback is kept, a sampler's model is loaded, another process takes memory between
@@ -233,14 +233,16 @@ def _measured(server: Comfy, setting: Setting, case: NodeCase, seed: int) -> Nod
     print(f"{case.title}, {case.video} {setting.flags}", file=sys.stderr, flush=True)
     try:
         row = replace(measure(server, case, seed), flags=setting.flags)
-        print(f"  {row.first_ms:.0f} ms, then {row.median_ms:.1f} ms", file=sys.stderr, flush=True)
+        print(f"  {row.in_a_line()}", file=sys.stderr, flush=True)
         if setting.is_trial and setting.ballast_gib is None and case.patch == ACCELERATE:
             apart = difference(server, case, case.comparison(seed + 90))
             row = replace(row, difference=apart)
         return row
     except RuntimeError as error:
         if setting.is_trial:
-            return replace(failed(case, error), flags=setting.flags)
+            row = replace(failed(case, error), flags=setting.flags)
+            print(f"  {row.in_a_line()}", file=sys.stderr, flush=True)
+            return row
         print(server.log_text()[-6000:], file=sys.stderr)
         raise
 
@@ -301,13 +303,10 @@ def _line(row: NodeRow, trial: bool) -> str:
     memory = report["memory"]
     used = report["backends"]["used"]
     asked = row.asked_bytes[-1] if row.asked_bytes else None
-    warm = f"{row.median_ms:.1f}"
-    if len(row.warm_ms) > 1:
-        warm += f" ({min(row.warm_ms):.1f} to {max(row.warm_ms):.1f})"
     cells = [
         row.node,
         row.video,
-        *(("", row.error) if row.error else (f"{row.first_ms:.0f}", warm)),
+        *(("", row.error) if row.error else (f"{row.first_ms:.0f}", row.warm)),
         _gib(memory.get("free_bytes")),
         _gib(memory.get("planned_bytes")),
         _gib(asked),
@@ -404,7 +403,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ["default"] if args.flags is None else args.flags or FLAGS:
         if args.everywhere:
             scale = _scale(args.cpu, args.flags, args.ballast, name)
-            wanted = everywhere_cases(scale, args.kjnodes is not None)
+            own_warm = 1 if args.ballast is None else 0
+            wanted = everywhere_cases(scale, args.kjnodes is not None, own_warm)
         elif args.peers:
             wanted = peer_cases(args.cpu, args.kjnodes is not None)
         else:

@@ -102,6 +102,36 @@ def test_our_vae_is_measured_before_comfyuis_own_in_the_same_nodes(scale):
         assert linked <= set(prompt)
 
 
+def test_comfyuis_own_runs_once_where_a_run_takes_a_minute(rows, monkeypatch, tmp_path):
+    found = everywhere_cases("large", own_warm=0)
+    assert {case.warm for case in found if "ComfyUI's own" in case.title} == {0}
+    assert {case.warm for case in found if "our VAE" in case.title} == {3}
+    (tmp_path / "main.py").touch()
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    warm = []
+
+    def run(setting, wanted):
+        warm.append({case.warm for case in wanted if "ComfyUI's own" in case.title})
+        return rows, "0.33"
+
+    monkeypatch.setattr(comfyui_nodes, "run", run)
+    for words in ([], ["--ballast", "8"]):
+        comfyui_nodes.main(["--everywhere", *words])
+    assert warm == [{1}, {0}]
+
+
+def test_a_row_without_warm_runs_shows_the_first(rows):
+    once = replace(rows[0], first_ms=45678.9, warm_ms=(), median_ms=45678.9)
+    facts = Facts("schema", "command", "device", "2026-01-01", {})
+    assert "| 45679 | 45678.9 (first run) |" in comfyui_nodes.nodes_markdown([once], facts)
+    assert once.in_a_line() == "45679 ms"
+    assert replace(once, warm_ms=(7.0,), median_ms=7.0).in_a_line() == "45679 ms, then 7.0 ms"
+    pair = sharded_nodes.PairRows("a decode", once, replace(rows[0], difference=0.0))
+    (line,) = (one for one in sharded_nodes.pairs_markdown([pair]) if "| a decode | 4" in one)
+    assert line.startswith("| a decode | 45678.9 (first run) |")
+    assert f"| {45678.9 / rows[0].median_ms:.2f}x |" in line
+
+
 def test_kjnodes_patch_comes_before_ours():
     found = [case for case in everywhere_cases("usual", kjnodes=True) if case.before]
     assert [case.node for case in found] == ["WanImageToVideo", "VAEDecode"]
