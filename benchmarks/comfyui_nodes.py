@@ -100,14 +100,19 @@ def run(setting: Setting, wanted: Sequence[NodeCase]) -> tuple[list[NodeRow], st
     return rows, version
 
 
-def run_faults(setting: Setting) -> tuple[list[NodeRow], str]:
-    """Our nodes after each fault with little free memory, and before them with all of it."""
-    with running(replace(setting, ballast_gib=None)) as (server, _):
-        plain = list(rows_without_faults(server))
-    digests = {row.node: row.digest for row in plain}
+def run_faults(setting: Setting) -> Iterator[tuple[list[NodeRow], str]]:
+    """Our nodes with all memory, and after each fault with little: all rows so far, after each of
+    them; and ComfyUI's version."""
+    rows: list[NodeRow] = []
+    with running(replace(setting, ballast_gib=None)) as (server, version):
+        for row in rows_without_faults(server):
+            rows.append(row)
+            yield rows, version
+    digests = {row.node: row.digest for row in rows}
     with running(setting) as (server, version):
-        rows = list(rows_after_faults(server, digests))
-    return [*plain, *rows], version
+        for row in rows_after_faults(server, digests):
+            rows.append(row)
+            yield rows, version
 
 
 def run_pairs(
@@ -391,15 +396,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main_sharded(setting, args, argv)
     if args.cold:
         return _cold_main(setting, args.model, args.output, argv)
-    rows, version = [], ""
     if args.faults:
-        ballast = _FAULTS_GIB if args.ballast is None else args.ballast
-        rows, version = run_faults(replace(setting, ballast_gib=ballast))
-        facts = facts_of(rows, version, argv)
-        lines = ["# Our nodes after things went wrong", "", *facts.lines(), "", *fault_lines(rows)]
-        data = {**facts.as_dict(), "rows": [row.as_dict() for row in rows]}
-        _show(args.output, "faults", "\n".join(lines) + "\n", data)
-        return _said([fault for row in rows for fault in row.faults()])
+        return _main_faults(setting, args.output, argv)
+    rows, version = [], ""
     for name in ["default"] if args.flags is None else args.flags or FLAGS:
         if args.everywhere:
             scale = _scale(args.cpu, args.flags, args.ballast, name)
@@ -427,6 +426,23 @@ def _page(
         **facts.as_dict(),
         "rows": [row.as_dict() for row in rows],
     }
+
+
+def _main_faults(setting: Setting, output: Path | None, argv: Sequence[str]) -> int:
+    """`--faults`: measure, and write after each row; 1 if a node of ours was wrong."""
+    if setting.ballast_gib is None:
+        setting = replace(setting, ballast_gib=_FAULTS_GIB)
+    rows: list[NodeRow] = []
+    text = ""
+    for rows, version in run_faults(setting):
+        facts = facts_of(rows, version, argv)
+        lines = ["# Our nodes after things went wrong", "", *facts.lines(), "", *fault_lines(rows)]
+        text = "\n".join(lines) + "\n"
+        if output is not None:  # for who ends this before the last row
+            data = {**facts.as_dict(), "rows": [row.as_dict() for row in rows]}
+            _write(output, "faults", text, data)
+    print(text)
+    return _said([fault for row in rows for fault in row.faults()])
 
 
 def _main_sharded(setting: Setting, args: argparse.Namespace, argv: Sequence[str]) -> int:
