@@ -366,6 +366,9 @@ class WorkerPool:
     ) -> torch.Tensor:
         """Encode on all devices: `WanVAE.encode` with its options, the latent in host memory.
 
+        The ranks agree to stop before a chunk. A video that fits is one chunk, which is computed to
+        its end: only `chunk_frames` makes several of it.
+
         Raises what `decode` raises, and CheckpointError if the checkpoint had no encoder.
         """
         pixels = as_batch(pixels, WHAT["video"])
