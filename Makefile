@@ -7,7 +7,9 @@ VENV ?= .venv
 # of CUDA packages. TORCH_INDEX names another package index (PyTorch's own CPU index, say).
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 TORCH_INDEX ?=
-PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# What is imported is compiled at its first import, and kept; the rest, most of it, never.
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
+export PYTHONDONTWRITEBYTECODE =
 RUN = $(VENV)/bin/python -m
 OUT ?= demo_output
 JOBS ?= 2
@@ -27,8 +29,10 @@ help:
 	@echo "make bench-multi  one decode over this machine's GPUs: right, timed, broken (RANKS=1,2)"
 	@echo "make bench     compare with fastvae, diffusers and ComfyUI (BENCH='--output FOLDER' keeps it)"
 
-$(VENV)/.demo: pyproject.toml
+$(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)" numpy
 	$(PIP) --editable .
 	touch $@
@@ -53,8 +57,9 @@ check: $(VENV)/.test
 	$(RUN) tests.architecture.check_files
 	$(RUN) tests.architecture.check_types
 
-# A ComfyUI, its frontends and the registry's tools, in the user's cache folder.
-provision: $(VENV)/.test
+# A ComfyUI, its frontends and the registry's tools, in the user's cache folder. Needs nothing that
+# pip installs, so that `make -j2 test` does it beside that and the checks.
+provision: | $(VENV)/bin/python
 	$(RUN) tests.comfy.provision
 
 # Two processes, as most tests keep one core busy. tests/conftest.py says which tests share a

@@ -15,8 +15,8 @@ the host's time goes.
 
 --everywhere measures core's own nodes with the VAE of WanVAEAccelerate and with ComfyUI's own, and
 compares their results; --flags does that under each flag for the VAE in turn, in a ComfyUI of its
-own; --ballast GIB leaves so much device memory free, as a small card has it (all of this needs
---everywhere). What ComfyUI's own VAE cannot do then is a row with its error.
+own; --ballast GIB leaves so much device memory free, as a small card has it, and then ComfyUI's own
+VAE runs once only (all of this needs --everywhere). What it cannot do then is a row with its error.
 
 --faults lets things go wrong before our nodes run in 5 GB (or --ballast): another node runs out of
 memory and its traceback is kept, a sampler's model is loaded, another process takes memory between
@@ -100,14 +100,19 @@ def run(setting: Setting, wanted: Sequence[NodeCase]) -> tuple[list[NodeRow], st
     return rows, version
 
 
-def run_faults(setting: Setting) -> tuple[list[NodeRow], str]:
-    """Our nodes after each fault with little free memory, and before them with all of it."""
-    with running(replace(setting, ballast_gib=None)) as (server, _):
-        plain = list(rows_without_faults(server))
-    digests = {row.node: row.digest for row in plain}
+def run_faults(setting: Setting) -> Iterator[tuple[list[NodeRow], str]]:
+    """Our nodes with all memory, and after each fault with little: all rows so far, after each of
+    them; and ComfyUI's version."""
+    rows: list[NodeRow] = []
+    with running(replace(setting, ballast_gib=None)) as (server, version):
+        for row in rows_without_faults(server):
+            rows.append(row)
+            yield rows, version
+    digests = {row.node: row.digest for row in rows}
     with running(setting) as (server, version):
-        rows = list(rows_after_faults(server, digests))
-    return [*plain, *rows], version
+        for row in rows_after_faults(server, digests):
+            rows.append(row)
+            yield rows, version
 
 
 def run_pairs(
@@ -233,14 +238,16 @@ def _measured(server: Comfy, setting: Setting, case: NodeCase, seed: int) -> Nod
     print(f"{case.title}, {case.video} {setting.flags}", file=sys.stderr, flush=True)
     try:
         row = replace(measure(server, case, seed), flags=setting.flags)
-        print(f"  {row.first_ms:.0f} ms, then {row.median_ms:.1f} ms", file=sys.stderr, flush=True)
+        print(f"  {row.in_a_line()}", file=sys.stderr, flush=True)
         if setting.is_trial and setting.ballast_gib is None and case.patch == ACCELERATE:
             apart = difference(server, case, case.comparison(seed + 90))
             row = replace(row, difference=apart)
         return row
     except RuntimeError as error:
         if setting.is_trial:
-            return replace(failed(case, error), flags=setting.flags)
+            row = replace(failed(case, error), flags=setting.flags)
+            print(f"  {row.in_a_line()}", file=sys.stderr, flush=True)
+            return row
         print(server.log_text()[-6000:], file=sys.stderr)
         raise
 
@@ -301,13 +308,10 @@ def _line(row: NodeRow, trial: bool) -> str:
     memory = report["memory"]
     used = report["backends"]["used"]
     asked = row.asked_bytes[-1] if row.asked_bytes else None
-    warm = f"{row.median_ms:.1f}"
-    if len(row.warm_ms) > 1:
-        warm += f" ({min(row.warm_ms):.1f} to {max(row.warm_ms):.1f})"
     cells = [
         row.node,
         row.video,
-        *(("", row.error) if row.error else (f"{row.first_ms:.0f}", warm)),
+        *(("", row.error) if row.error else (f"{row.first_ms:.0f}", row.warm)),
         _gib(memory.get("free_bytes")),
         _gib(memory.get("planned_bytes")),
         _gib(asked),
@@ -392,19 +396,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main_sharded(setting, args, argv)
     if args.cold:
         return _cold_main(setting, args.model, args.output, argv)
-    rows, version = [], ""
     if args.faults:
-        ballast = _FAULTS_GIB if args.ballast is None else args.ballast
-        rows, version = run_faults(replace(setting, ballast_gib=ballast))
-        facts = facts_of(rows, version, argv)
-        lines = ["# Our nodes after things went wrong", "", *facts.lines(), "", *fault_lines(rows)]
-        data = {**facts.as_dict(), "rows": [row.as_dict() for row in rows]}
-        _show(args.output, "faults", "\n".join(lines) + "\n", data)
-        return _said([fault for row in rows for fault in row.faults()])
+        return _main_faults(setting, args.output, argv)
+    rows, version = [], ""
     for name in ["default"] if args.flags is None else args.flags or FLAGS:
         if args.everywhere:
             scale = _scale(args.cpu, args.flags, args.ballast, name)
-            wanted = everywhere_cases(scale, args.kjnodes is not None)
+            own_warm = 1 if args.ballast is None else 0
+            wanted = everywhere_cases(scale, args.kjnodes is not None, own_warm)
         elif args.peers:
             wanted = peer_cases(args.cpu, args.kjnodes is not None)
         else:
@@ -427,6 +426,23 @@ def _page(
         **facts.as_dict(),
         "rows": [row.as_dict() for row in rows],
     }
+
+
+def _main_faults(setting: Setting, output: Path | None, argv: Sequence[str]) -> int:
+    """`--faults`: measure, and write after each row; 1 if a node of ours was wrong."""
+    if setting.ballast_gib is None:
+        setting = replace(setting, ballast_gib=_FAULTS_GIB)
+    rows: list[NodeRow] = []
+    text = ""
+    for rows, version in run_faults(setting):
+        facts = facts_of(rows, version, argv)
+        lines = ["# Our nodes after things went wrong", "", *facts.lines(), "", *fault_lines(rows)]
+        text = "\n".join(lines) + "\n"
+        if output is not None:  # for who ends this before the last row
+            data = {**facts.as_dict(), "rows": [row.as_dict() for row in rows]}
+            _write(output, "faults", text, data)
+    print(text)
+    return _said([fault for row in rows for fault in row.faults()])
 
 
 def _main_sharded(setting: Setting, args: argparse.Namespace, argv: Sequence[str]) -> int:

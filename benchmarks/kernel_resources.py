@@ -62,7 +62,7 @@ def resources(args: argparse.Namespace, architecture: str) -> Iterator[Resources
     if "cuda" in wanted:
         layers = problems(families, dtype, images=True)
         made = cuda_kernels.jobs(layers, device, args.first, args.kernel)
-        named = [job for job in made if args.layer in job.name]
+        named = [job for job in made if _wanted(job.name, args)]
         yield from cuda_kernels.compile_jobs(named, device)
     if "triton" in wanted:
         from benchmarks.resources import triton_kernels
@@ -70,9 +70,13 @@ def resources(args: argparse.Namespace, architecture: str) -> Iterator[Resources
         # Those of an image are those of a video, with fewer taps.
         layers = problems(families, dtype, images=False)
         jobs = triton_kernels.jobs(layers, device, args.first, args.kernel)
-        of_layer = [job for job in jobs if args.layer in job.name]
+        of_layer = [job for job in jobs if _wanted(job.name, args)]
         for target in args.target or [architecture]:
             yield from triton_kernels.compile_jobs(of_layer, card(target))
+
+
+def _wanted(name: str, args: argparse.Namespace) -> bool:
+    return any(part in name for part in args.layer or [""])
 
 
 def line(r: Resources) -> str:
@@ -118,7 +122,9 @@ def main() -> int:
     )
     parser.add_argument("--kernels", choices=KERNELS, action="append", help="default: both")
     parser.add_argument("--kernel", help='only kernels of this name, such as "pointer"')
-    parser.add_argument("--layer", default="", help='only layers whose name has this, "96x96"')
+    parser.add_argument(
+        "--layer", action="append", help='only layers whose name has this, "96x96"; repeatable'
+    )
     parser.add_argument("--first", action="store_true", help="only what is tried first")
     parser.add_argument("--family", choices=FAMILIES, action="append", help="default: both")
     parser.add_argument("--dtype", choices=DTYPES, help="of features (default: see above)")

@@ -1,6 +1,6 @@
 """A latent to an mp4: ours beside x264 alone, and beside an IMAGE that is saved as core saves it.
 
-    wan-vae bench video [--case wan2.1-720p-81] [--device cpu] [--output FILE.json]
+    wan-vae bench video [--case wan2.1-720p-81] [--mini] [--device cpu] [--output FILE.json]
     python benchmarks/video.py                # the same
 
 Five ways, all in one process and on the same pictures. *x264*: frames that lie ready as YUV through
@@ -9,7 +9,9 @@ pixels dropped. *stream*: the decode with the encoder beside it, to a file. *ima
 an IMAGE in host memory. *save*: that IMAGE to a file, frame by frame through 8-bit RGB and FFmpeg's
 scaler with PyAV's default threads, as ComfyUI's Save Video does. Every file has one crf.
 
-Random weights make random pictures, which x264 finds hard; --vae and --latent take real ones.
+Random weights make random pictures, on which x264 takes several times as long. --vae and --latent
+take real ones. --mini takes the miniature VAE of examples/ and its sample latent, repeated to the
+size of the case: real pictures, but a decode by a model of a sixth of the width.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,13 @@ from wan_vae.io.yuv import even, to_yuv420
 from wan_vae.pipeline import WanVAE
 
 _FPS = 16
+_EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+_MINI = _EXAMPLES / "wan_vae_mini.safetensors"
+_SAMPLE = _EXAMPLES / "latents" / "cat_416x240_17f.latent"
+_MINI_NOTE = (
+    "Weights of the miniature VAE, a sixth as wide as Wan 2.1: times of decodes are not those of "
+    "Wan 2.1, times of x264 are those of real pictures."
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,11 @@ def median_ms(work: Callable[[], object], device: torch.device, repeats: int) ->
 
 
 def measure(name: str, vae: WanVAE, latent: torch.Tensor, crf: float, repeats: int) -> Times:
-    """Each way in turn, `repeats` times, after one decode that keeps the pictures as YUV."""
+    """Each way in turn, `repeats` times, after one decode that keeps the pictures as YUV.
+
+    Prints each time as it comes.
+    """
+    print(name, file=sys.stderr, flush=True)
     shape = geometry.pixel_shape(tuple(latent.shape), vae.config)
     size, settings = (shape[3], shape[4]), VideoSettings(crf=crf)
     ready: list[torch.Tensor] = []
@@ -116,7 +129,11 @@ def measure(name: str, vae: WanVAE, latent: torch.Tensor, crf: float, repeats: i
             "save_ms": lambda: save_as_core(frames, file, crf),
             "stream_ms": stream,
         }
-        times = {way: median_ms(work, vae.device, repeats) for way, work in ways.items()}
+        times = {}
+        for way, work in ways.items():
+            times[way] = median_ms(work, vae.device, repeats)
+            said = f"  {way.removesuffix('_ms')}: {times[way] / 1e3:.2f} s"
+            print(said, file=sys.stderr, flush=True)
         assert vae.last_report is not None and vae.last_report.video is not None
         video = vae.last_report.video
         return Times(
@@ -139,6 +156,13 @@ def save_as_core(frames: torch.Tensor, path: Path, crf: float) -> None:
             picture = av.VideoFrame.from_ndarray(levels, format="rgb24")
             file.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709")))
         file.mux(stream.encode(None))
+
+
+def mini_latent(shape: Sequence[int]) -> torch.Tensor:
+    """The sample latent, repeated to `shape` [B, z, T, H, W], which has its channels."""
+    sample = load_latent(_SAMPLE)
+    times = [-(-wanted // has) for wanted, has in zip(shape, sample.shape, strict=True)]
+    return sample.repeat(times)[tuple(slice(wanted) for wanted in shape)].contiguous()
 
 
 def table(rows: Sequence[Times]) -> str:
@@ -166,36 +190,65 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="wan-vae bench video",
         description="A latent to an mp4: ours beside x264 alone and beside an IMAGE that is saved.",
+        epilog="Random weights make random pictures, on which x264 takes several times as long. "
+        "For real ones, name a checkpoint and a latent that was made for it (--vae, --latent), or "
+        "take those of the examples (--mini).",
     )
     parser.add_argument("--device", help="cuda:0, cpu (default: the best one here)")
     parser.add_argument("--case", action="append", choices=CASES, help="may be repeated")
     parser.add_argument("--vae", type=Path, help="a checkpoint, in place of random weights")
     parser.add_argument("--latent", type=Path, help="a latent for --vae")
+    parser.add_argument(
+        "--mini",
+        action="store_true",
+        help="the miniature VAE of examples/ and its sample latent, repeated to the size of the "
+        "case: real pictures, but a narrow model, which decodes in another time (Wan 2.1 only)",
+    )
     parser.add_argument("--crf", type=float, default=16.0)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="write the rows to this JSON file, too")
+    parser.add_argument("--repeats", type=int, default=3, help="of each way; 1 or more")
+    parser.add_argument(
+        "--output", type=Path, help="write the rows to this JSON file, too, after each case"
+    )
     args = parser.parse_args(argv)
     if (args.vae is None) != (args.latent is None):
         parser.error("--vae and --latent belong together")
+    if args.mini and args.vae is not None:
+        parser.error("--mini has a VAE and a latent of its own")
+    if args.repeats < 1:
+        parser.error("--repeats must be 1 or more")
     device = pick_device(args.device)
     is_cuda = device.type == "cuda"
-    rows = []
-    if args.vae is not None:
-        vae = wan_vae.load(args.vae, device)
-        latent = load_latent(args.latent)
-        rows.append(measure(args.latent.stem, vae, latent, args.crf, args.repeats))
-    else:
-        default = ("wan2.1-720p-81", "wan2.1-480p-81") if is_cuda else ("wan2.1-narrow",)
-        for name in args.case or default:
-            case = CASES[name]
-            vae = random_vae(case.config, device)
-            rows.append(measure(name, vae, case.random_latent(), args.crf, args.repeats))
+    default = ("wan2.1-720p-81", "wan2.1-480p-81") if is_cuda else ("wan2.1-narrow",)
+    names = args.case or default
+    unfit = [name for name in names if CASES[name].config.family != "wan2.1"]
+    if args.mini and unfit:
+        parser.error(f"--mini is a VAE of Wan 2.1, which does not fit {', '.join(unfit)}")
     device_name = torch.cuda.get_device_name(device) if is_cuda else str(device)
-    print(f"{device_name}, torch {torch.__version__}, av {av.__version__}\n\n{table(rows)}")
-    if args.output is not None:
-        plain = {"device": device_name, "rows": [asdict(row) for row in rows]}
-        args.output.write_text(json.dumps(plain, indent=1), encoding="utf-8")
+    weights = "miniature" if args.mini else "random" if args.vae is None else args.vae.name
+    rows = []
+    for name, vae, latent in _inputs(args, device, names):
+        rows.append(measure(name, vae, latent, args.crf, args.repeats))
+        if args.output is not None:  # for who ends this before the last case
+            plain = {"device": device_name, "weights": weights, "rows": list(map(asdict, rows))}
+            args.output.write_text(json.dumps(plain, indent=1), encoding="utf-8")
+    note = f"{_MINI_NOTE}\n\n" if args.mini else ""
+    print(f"{device_name}, torch {torch.__version__}, av {av.__version__}\n\n{note}{table(rows)}")
     return 0
+
+
+def _inputs(
+    args: argparse.Namespace, device: torch.device, names: Sequence[str]
+) -> Iterator[tuple[str, WanVAE, torch.Tensor]]:
+    """Name, VAE and latent of each measurement; each is made when it is asked for."""
+    if args.vae is not None:
+        yield args.latent.stem, wan_vae.load(args.vae, device), load_latent(args.latent)
+    elif args.mini:
+        vae = wan_vae.load(_MINI, device)
+        for name in names:
+            yield f"{name}, miniature VAE", vae, mini_latent(CASES[name].latent)
+    else:
+        for name in names:
+            yield name, random_vae(CASES[name].config, device), CASES[name].random_latent()
 
 
 if __name__ == "__main__":

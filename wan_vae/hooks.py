@@ -15,7 +15,8 @@ from .report import DecodeReport
 
 # Frames done, frames in all, and the report of this moment.
 OnProgress = Callable[[int, int, DecodeReport], None]
-# Asked before each pass; true ends the run with DecodeCancelled.
+# Asked before each pass; true ends the run with DecodeCancelled. A pass that a device was given is
+# computed to its end.
 ShouldStop = Callable[[], bool]
 
 

@@ -231,7 +231,10 @@ class WanVAE:
         memory_format: of weights and features: "auto", "contiguous" or "channels_last_3d".
         precision: compute dtype: "auto" (that of the weights), "fp32", "bf16" or "fp16".
         on_progress(done_frames, total_frames, report) follows each pass (a chunk, or a part of
-        one) and counts the frames of all videos of a batch; should_stop() is asked before each.
+        one) and counts the frames of all videos of a batch; should_stop() is asked before each,
+        in an encode before each of its stages too. A GPU computes what it was given: where an
+        encode is one pass, as on a large card, it is not stopped on its way; chunk_frames makes
+        several of it.
         strips: decode the picture in that many exact bands of rows, one after another; None plans
         them where not even one latent frame a chunk fits.
         backend: "auto", "eager" (plain PyTorch), "triton", "cuda" or "kitchen".

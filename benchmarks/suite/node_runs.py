@@ -201,12 +201,15 @@ def peer_cases(on_cpu: bool, kjnodes: bool) -> tuple[NodeCase, ...]:
     )
 
 
-def everywhere_cases(scale: Scale, kjnodes: bool = False) -> tuple[NodeCase, ...]:
+def everywhere_cases(
+    scale: Scale, kjnodes: bool = False, own_warm: int = 1
+) -> tuple[NodeCase, ...]:
     """Core's image to video and VAE Decode with our VAE, and with ComfyUI's own.
 
     kjnodes: also with our VAE made of one that KJNodes' Patch Triton VAE has patched. Ours comes
     first: after ComfyUI's own has run out of memory, that is not free for some time. KJNodes comes
-    last: it changes the memory format of the weights that ComfyUI's own VAE uses.
+    last: it changes the memory format of the weights that ComfyUI's own VAE uses. own_warm: runs of
+    ComfyUI's own after the first; with little memory one of them takes 45 s and more at 1080p.
     """
     sizes = SIZES[scale]
     ours = [
@@ -221,28 +224,28 @@ def everywhere_cases(scale: Scale, kjnodes: bool = False) -> tuple[NodeCase, ...
         for case in ours[:: len(sizes)]
         if kjnodes
     ]
-    return (*ours, alone, *map(own, ours), *behind)
+    return (*ours, alone, *(own(case, own_warm) for case in ours), *behind)
 
 
-def own(case: NodeCase) -> NodeCase:
+def own(case: NodeCase, warm: int) -> NodeCase:
     """The same node with ComfyUI's own VAE."""
     title = case.title.replace("our VAE", "ComfyUI's own")
-    return replace(case, title=title, warm=1, patch=None)
+    return replace(case, title=title, warm=warm, patch=None)
 
 
 @dataclass(frozen=True)
 class NodeRow:
     """What the runs of one case took; all but the times is of the last run.
 
-    Times are from the message that the node is executing to the message that it is done or that
-    the next one is executing. asked_bytes: what ComfyUI was asked to free, call by call; empty
-    where that cannot be seen (before Python 3.12). peak_bytes: of PyTorch's allocator in ComfyUI's
-    process, above what it held after the run before; None on the CPU. report: the node's own.
-    flags: of ComfyUI. difference: the largest one to ComfyUI's own VAE (of several devices: to one
-    device), in units of the spread of its numbers where that is above 1; None if it was not
-    compared. error: of a run that failed; then there are no other numbers. host_ms: medians of the
-    warm runs by phase, of the report's `host_ms`. restart_ms, restart_host_ms: of a run after the
-    workers ended.
+    Times are from the message that the node is executing to the message that it is done or that the
+    next one is executing. median_ms: of the warm runs; without any, the first run. asked_bytes:
+    what ComfyUI was asked to free, call by call; empty where that cannot be seen (before Python
+    3.12). peak_bytes: of PyTorch's allocator in ComfyUI's process, above what it held after the run
+    before; None on the CPU. report: the node's own. flags: of ComfyUI. difference: the largest one
+    to ComfyUI's own VAE (of several devices: to one device), in units of the spread of its numbers
+    where that is above 1; None if it was not compared. error: of a run that failed; then there are
+    no other numbers. host_ms: medians of the warm runs by phase, of the report's `host_ms`.
+    restart_ms, restart_host_ms: of a run after the workers ended.
     """
 
     node: str
@@ -264,6 +267,23 @@ class NodeRow:
     host_ms: Mapping[str, float] = field(default_factory=dict)
     restart_ms: float | None = None
     restart_host_ms: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def warm(self) -> str:
+        """The warm runs for a table: their median, smallest to largest; or that there was one run
+        only."""
+        if not self.warm_ms:
+            return f"{self.median_ms:.1f} (first run)"
+        if len(self.warm_ms) == 1:
+            return f"{self.median_ms:.1f}"
+        return f"{self.median_ms:.1f} ({min(self.warm_ms):.1f} to {max(self.warm_ms):.1f})"
+
+    def in_a_line(self) -> str:
+        """What came of it, for who waits."""
+        if self.error:
+            return self.error
+        then = f", then {self.median_ms:.1f} ms" if self.warm_ms else ""
+        return f"{self.first_ms:.0f} ms{then}"
 
     def faults(self) -> list[str]:
         """What is wrong with a node of ours: a run that is not done, memory not as planned."""

@@ -139,7 +139,7 @@ def pairs_markdown(rows: Sequence[PairRows]) -> list[str]:
         )
         restart = "" if row.several.restart_ms is None else f"{row.several.restart_ms:.0f}"
         lines.append(
-            f"| {row.name} | {_warm(row.one)} | {_warm(row.several)} | {row.speed_up:.2f}x "
+            f"| {row.name} | {row.one.warm} | {row.several.warm} | {row.speed_up:.2f}x "
             f"| {row.several.first_ms:.0f} | {restart} | {row.several.difference:.1e} "
             f"| {shares or 'one device'} |"
         )
@@ -174,10 +174,6 @@ def _phase_table(phases: Mapping[str, float]) -> list[str]:
         "|" + "---:|" * len(phases),
         f"| {' | '.join(f'{ms:.1f}' for ms in phases.values())} |",
     ]
-
-
-def _warm(row: NodeRow) -> str:
-    return f"{row.median_ms:.1f} ({min(row.warm_ms):.1f} to {max(row.warm_ms):.1f})"
 
 
 def _ms(row: NodeRow, phase: str) -> str:

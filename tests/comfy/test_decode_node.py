@@ -58,7 +58,9 @@ def test_options_change_no_pixel(comfy, options):
 
 
 def test_a_lower_precision_is_close_and_said(comfy):
-    run = comfy.run(decode_and_compare(latent(seed=3), precision="bf16"))
+    run = comfy.run(
+        decode_and_compare(latent(frames=2, height=4, width=6, seed=3), precision="bf16")
+    )
     assert run.report("3")["dtype"] == "bfloat16"
     assert TOLERANCE < run.outputs["5"]["difference"][0] < 0.2
 

@@ -76,7 +76,9 @@ def test_what_is_prepared_stays_until_the_weights_move(comfy):
 def test_copies_are_bounded_and_the_oldest_leaves(comfy):
     forget(comfy)
     for seed, precision in enumerate(("fp32", "bf16", "fp16", "fp32", "bf16")):
-        run_right(comfy, decode(latent(frames=1, seed=410 + seed), precision=precision))
+        run_right(
+            comfy, decode(latent(frames=1, height=2, width=3, seed=410 + seed), precision=precision)
+        )
     before = copies(comfy, held(VAES[0]))
     assert [one[1] for one in before] == ["torch.float16", "torch.float32", "torch.bfloat16"]
     run_right(comfy, decode(latent(frames=1, seed=416), load_vae(VAES[1])))

@@ -97,10 +97,13 @@ def decode_with_a_difference(
     frames_of_rank_1=2,
     chunks_of_rank_1=1,
     precision_of_rank_1="fp32",
+    nan_on_rank_1=False,
 ):
     """Rank 1 is given another latent or other options than rank 0."""
     odd = rank == 1
     latent = noise((1, 16, frames_of_rank_1 if odd else 2, 4, 4), seed_of_rank_1 if odd else 0)
+    if odd and nan_on_rank_1:
+        latent[0, 0, 0, 0, 0] = float("nan")
     model("wan2.1").decode(
         latent,
         shard=_context(rank, ranks, group, "height"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,10 +13,11 @@ from benchmarks import emulated_scaling
 from benchmarks.suite.cases import Case
 from benchmarks.suite.emulation import EmulatedWire, emulate
 from benchmarks.suite.facts import Facts
-from benchmarks.suite.ranks import command, faults, rounds
+from benchmarks.suite.ranks import at_once, command, faults, rounds
 from benchmarks.suite.ranks.cases import Sizes
 from benchmarks.suite.ranks.command import Budget, pick_ranks
 from benchmarks.suite.ranks.correct import Reference
+from benchmarks.suite.ranks.counted import Counted, Counts
 from benchmarks.suite.ranks.results import (
     SCHEMA,
     Check,
@@ -33,6 +35,7 @@ from wan_vae.errors import ShardingError
 from wan_vae.sharding.context import ShardContext
 from wan_vae.sharding.plan import plan_shards
 from wan_vae.sharding.transport import Incoming, Outgoing
+from wan_vae.workers.pool import WorkerPool
 
 CPU = torch.device("cpu")
 NARROW = wan21(dim=8)
@@ -46,8 +49,10 @@ def tiny_sizes() -> Sizes:
     small = Case("tiny", NARROW, (1, 16, 2, 4, 16))
     return Sizes(
         (small, Case("tiny odd", NARROW, (1, 16, 1, 5, 17))),
-        (Case("tiny", NARROW, (1, 16, 3, 4, 16)),
-         Case("tiny 2.2", wan22(dim=8, decoder_dim=8), (1, 48, 2, 3, 8))),
+        (
+            Case("tiny", NARROW, (1, 16, 3, 4, 16)),
+            Case("tiny 2.2", wan22(dim=8, decoder_dim=8), (1, 48, 2, 3, 8)),
+        ),
         Case("tiny", NARROW, (1, 16, 4, 4, 16)),
         2.0,
     )
@@ -57,21 +62,31 @@ def tiny_sizes() -> Sizes:
 def test_the_whole_bench_on_two_cpu_ranks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "small_sizes", tiny_sizes)
     monkeypatch.setattr(command, "exact_float32", lambda: None)  # this process goes on
-    code = command.main(["--ranks", "1,2", "--device", "cpu", "--repeats", "1",
-                       "--output", str(tmp_path)])
+    code = command.main(
+        ["--ranks", "1,2", "--device", "cpu", "--repeats", "1", "--output", str(tmp_path)]
+    )
     assert code == 0, capsys.readouterr().out
     found = json.loads((tmp_path / "ranks.json").read_text())
     assert [(c["ranks"], c["passed"]) for c in found["checks"]] == [(1, True)] * 4 + [(2, True)] * 6
     names = [c["name"] for c in found["checks"]]
-    assert names[:4] == ["decode tiny fp32", "encode tiny fp32", "decode tiny odd fp32",
-                         "encode tiny odd fp32"]
+    assert names[:4] == [
+        "decode tiny fp32",
+        "encode tiny fp32",
+        "decode tiny odd fp32",
+        "encode tiny odd fp32",
+    ]
     assert "0 mixed calls" in found["checks"][-2]["said"]
     assert [(t["case"], t["ranks"]) for t in found["timings"]] == [
-        ("tiny", 1), ("tiny", 2), ("tiny 2.2", 1), ("tiny 2.2", 2)]
+        ("tiny", 1),
+        ("tiny", 2),
+        ("tiny 2.2", 1),
+        ("tiny 2.2", 2),
+    ]
     two = found["timings"][1]
     assert two["halo_bytes_a_chunk"] > 0 and two["wait_ms_a_chunk"] > 0
-    assert all(two[k] > 0 for k in ("speed_up", "device_speed_up", "model_speed_up",
-                                    "emulated_speed_up"))
+    assert all(
+        two[k] > 0 for k in ("speed_up", "device_speed_up", "model_speed_up", "emulated_speed_up")
+    )
     assert [f["passed"] for f in found["faults"]] == [True] * 4
     assert "died (exit code -9)" in found["faults"][0]["said"]
     assert found["skipped"] == [] and found["backends"]["2"] == "gloo"
@@ -163,7 +178,11 @@ def test_emulation_times_each_shard_and_adds_the_link():
     vae = random_vae(NARROW, CPU)
     found = emulate(vae, 3, 5, [2, 4], LINKS, repeats=1, clip_frames=2)
     assert [(e.ranks, e.axis, len(e.shard_ms)) for e in found] == [
-        (2, "width", 2), (2, "width", 2), (4, "width", 4), (4, "width", 4)]
+        (2, "width", 2),
+        (2, "width", 2),
+        (4, "width", 4),
+        (4, "width", 4),
+    ]
     two = found[0]
     assert two.frames == 2
     assert two.link_ms == exchanged(NARROW, plan_shards(3, 5, 2), 3, LINKS[0], 4, 2).link_ms > 4
@@ -213,11 +232,138 @@ def test_faults_are_counted_and_leave_nothing(tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "faults.json").read_text())
     assert [(f["rounds"], f["right"], f["wrong"]) for f in found["faults"]] == [(1, 1, [])] * 3
     assert "died (exit code -9)" in (tmp_path / "faults.md").read_text()
-    assert found["transport"] == "gloo" and found["devices"] == 2
+    assert found["transport"] == "gloo" and found["devices"] == 2 and found["is_done"]
+
+
+@pytest.mark.skipif(faults.unavailable_reason() is not None, reason="needs signals")
+@pytest.mark.full
+def test_processes_share_the_rounds_of_faults(tmp_path, capsys):
+    words = ["--devices", "cpu,cpu", "--rounds", "2", "--at-once", "2", "--only", "cancel"]
+    code = rounds.main([*words, "--output", str(tmp_path)])
+    said = capsys.readouterr()
+    assert code == 0, said.out
+    found = json.loads((tmp_path / "faults.json").read_text())
+    (cancel,) = found["faults"]
+    assert (cancel["kind"], cancel["rounds"], cancel["right"]) == ("cancel", 2, 2)
+    assert (found["at_once"], found["timeout_s"]) == (2, rounds.DOCUMENTED_S)
+    for number in (1, 2):
+        assert f"process {number}: round 1, cancel: right" in said.err
+
+
+def test_the_time_out_of_a_busy_machine_is_the_one_of_a_pool():
+    with WorkerPool("cpu,cpu") as pool:
+        assert pool.timeout_s == rounds.DOCUMENTED_S
+
+
+def test_each_child_gets_its_part_of_the_rounds_and_begins_elsewhere():
+    found = at_once.shares(["a", "b", "c"], 20, 8)
+    assert [share.rounds for share in found] == [3, 3, 3, 3, 2, 2, 2, 2]
+    assert ["".join(share.kinds) for share in found[:4]] == ["abc", "bca", "cab", "abc"]
+    assert [share.rounds for share in at_once.shares(["a"], 2, 8)] == [1, 1]
+    assert at_once.shares([], 20, 8) == []
+
+
+# A child that counts one round of each of its kinds, and then does what `end` says.
+CHILD = """
+import json, os, signal, sys
+from pathlib import Path
+_, output, end, *kinds = sys.argv
+assert os.environ["TMPDIR"] == str(Path(output) / "tmp")
+data = {"transport": "gloo", "is_done": False, "faults": []}
+
+def write():
+    (Path(output) / "new").write_text(json.dumps(data))
+    os.replace(Path(output) / "new", Path(output) / "faults.json")  # it is read at any time
+
+for kind in kinds:
+    right = not (end == "wrong" and kind == "b")
+    data["faults"].append({
+        "kind": kind, "name": f"fault {kind}", "rounds": 1, "right": int(right),
+        "seconds": [2.0 if end else 1.0], "next_s": [0.5], "said": {"said": 1},
+        "wrong": [] if right else ["round 1: said"],
+    })
+    write()
+    print(f"counted {kind}", file=sys.stderr, flush=True)
+    if end == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if end == "raises":
+        raise ValueError("planted")
+data["is_done"] = True
+write()
+raise SystemExit(end == "wrong")
+"""
+
+
+def shared(tmp_path, ends, kinds=("a", "b"), limit_s=600.0):
+    """Two rounds of each kind by two children, which end as `ends` says; the counts, and what was
+    started."""
+    counts = Counts(no_results().facts, 2, dict.fromkeys(kinds, 2), 30.0, at_once=2)
+    started = []
+
+    def make(share, left_s, output, temporary):
+        started.append((share, left_s))
+        return [sys.executable, "-c", CHILD, str(output), ends.get(output.name, ""), *share.kinds]
+
+    at_once.run_children(counts, make, tmp_path / "children", limit_s, tmp_path / "page")
+    return counts, started
+
+
+def test_the_page_has_the_numbers_of_all_children(tmp_path, capsys):
+    counts, started = shared(tmp_path, {"2": "wrong"})
+    one, other = counts.found["a"], counts.found["b"]
+    assert (one.rounds, one.right, sorted(one.seconds)) == (2, 2, [1.0, 2.0])
+    assert (other.rounds, other.right, other.said) == (2, 1, {"said": 2})
+    assert other.wrong == ["process 2, round 1: said"]
+    assert counts.failed == {} and not counts.is_right and counts.is_done
+    page = (tmp_path / "page" / "faults.md").read_text()
+    assert "| fault a | 2 | 2 | 1.5 (2.0) | 0.5 |" in page and "rounds not run" not in page
+    assert page == counts.markdown() and "2 processes shared the rounds" in page
+    assert [share.kinds for share, _ in started] == [["a", "b"], ["b", "a"]]
+    assert "process 1: counted a" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(faults.unavailable_reason() is not None, reason="needs signals")
+def test_a_child_that_dies_is_wrong_and_its_last_lines_are_said(tmp_path):
+    counts, _ = shared(tmp_path, {"1": "dies", "2": "raises"})
+    assert counts.failed["process 1"] == "ended with exit code -9: counted a"
+    assert counts.failed["process 2"].startswith("ended with exit code 1: counted b / ")
+    assert counts.failed["process 2"].endswith("ValueError: planted")
+    assert not counts.is_right
+    # What they had counted stays.
+    assert all(one.rounds == one.right == 1 for one in counts.found.values())
+    assert counts.not_run == {"a": 1, "b": 1}
+    page = counts.markdown()
+    assert "- **process 1**: ended with exit code -9" in page
+    assert "- rounds not run: a 1, b 1\n" in page
+
+
+def test_memory_is_counted_by_one_child_after_the_others(tmp_path):
+    counts, started = shared(tmp_path, {}, ("a", "memory"))
+    found = [(list(share.kinds), share.rounds) for share, _ in started]
+    assert found == [(["a"], 1), (["a"], 1), (["memory"], 2)]
+    assert 0 < started[2][1] < started[0][1] <= 600.0
+    # These children count one round of each kind.
+    assert counts.not_run == {"memory": 1}
+
+
+def test_what_the_limit_leaves_is_said(tmp_path):
+    counts, started = shared(tmp_path, {}, limit_s=0.0)
+    assert started == [] and not counts.is_right
+    found = json.loads((tmp_path / "page" / "faults.json").read_text())
+    assert found["not_run"] == {"a": 2, "b": 2} and found["faults"] == []
+
+
+def test_a_child_that_hangs_is_ended_and_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr(at_once, "LATE_S", 0.0)
+    counts = Counts(no_results().facts, 2, {"a": 1}, 30.0, at_once=2)
+    waits = [sys.executable, "-c", "import threading; threading.Event().wait()"]
+    at_once.run_children(counts, lambda *_: waits, tmp_path, 0.5)
+    assert counts.failed == {"process 1": "did not end: it said nothing"}
+    assert not counts.is_right and counts.not_run == {"a": 1}
 
 
 def test_a_round_counts_only_if_nothing_stays_and_the_next_decode_is_right():
-    counted = rounds.Counted("planted")
+    counted = Counted("planted")
     good = Fault(2, "planted", True, 1.0, "said")
     counted.add(good, [], 0.5, True)
     counted.add(good, ["/dev/shm/wan_vae_x"], 0.5, True)
@@ -229,5 +375,7 @@ def test_a_round_counts_only_if_nothing_stays_and_the_next_decode_is_right():
         "round 3: the next decode was wrong",
         "round 4: nothing after 1.0 s",
     ]
-    page = rounds.faults_markdown([counted], no_results().facts, "gloo", 2)
+    counts = Counts(no_results().facts, 2, {"kind": 6}, 10.0, found={"kind": counted})
+    page = counts.markdown()
+    assert page.endswith("\n- rounds not run: kind 2\n") and not counts.is_right
     assert "| planted | 4 | 1 | 1.0 (1.0) | 0.5 | said (3); nothing (1) |" in page

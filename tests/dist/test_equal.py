@@ -202,6 +202,7 @@ def test_the_report_counts_the_halos_that_the_plan_predicts(ranks, name):
         ({"frames_of_rank_1": 3}, "disagree about frames"),
         ({"chunks_of_rank_1": 2}, "disagree about schedule"),
         ({"precision_of_rank_1": "bf16"}, "disagree about precision"),
+        ({"nan_on_rank_1": True}, "disagree about finite: rank 0 has 1"),
     ],
 )
 def test_ranks_that_disagree_are_refused_on_every_rank(ranks, planted, match):

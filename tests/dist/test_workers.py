@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -205,6 +206,73 @@ def test_encode_in_the_workers(pool, vae):
     with pytest.raises(DecodeCancelled):
         pool.encode(vae, video, should_stop=lambda: True)
     assert report.operation == "encode" and vae.last_report.status == "cancelled"
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.bfloat16,
+        pytest.param(torch.float16, marks=FULL),
+        pytest.param(torch.float64, marks=FULL),
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("-inf"), marks=FULL)])
+@pytest.mark.parametrize("operation", ["decode", "image", "encode", "frames"])
+def test_values_that_are_not_finite_are_refused_and_the_workers_stay(
+    pool, vae, latent, expected, operation, value, dtype
+):
+    """With the sentence of one device; found by the ranks, of which one has rows with the value."""
+    decode(pool, vae, latent)
+    pids = pool.pids
+    given = latent.clone().to(dtype) if operation in ("decode", "image") else video_of(dtype)
+    given[0, 1, 2, -1, 3] = value
+    if operation == "frames":
+        given = given.contiguous(memory_format=torch.channels_last_3d)
+    options = {"form": "image"} if operation == "image" else {}
+    name = "decode" if operation == "image" else operation
+    name = "encode" if operation == "frames" else name
+    with pytest.raises(LatentError, match="the (latent|video) itself contains NaN or inf") as alone:
+        getattr(vae, name)(given)
+    status = None if vae.last_report is None else vae.last_report.status
+    with pytest.raises(LatentError) as refused:
+        getattr(pool, name)(vae, given, axis="height", **options)
+    assert str(refused.value) == str(alone.value) and "(2)" in str(alone.value)
+    assert refused.value.args[0].key == "latent.not_finite"
+    assert (None if vae.last_report is None else vae.last_report.status) == status
+    assert pool.pids == pids and pool._laps == {}
+    assert torch.equal(decode(pool, vae, latent), expected)
+
+
+def video_of(dtype):
+    return jobs.noise((1, 3, 5, 48, 64)).tanh().to(dtype)
+
+
+def test_one_device_looks_at_float64_as_workers_do(pool, vae, latent):
+    """Computed in float32, where large numbers are inf."""
+    large = video_of(torch.float64)
+    large[0, 1, 2, -1, 3] = 1e300
+    for encode in (vae.encode, partial(pool.encode, vae)):
+        with pytest.raises(LatentError, match=r"1 of 5 frames \(2\)"):
+            encode(large)
+
+
+def test_a_latent_without_data_is_refused_before_the_workers_see_it(pool, vae):
+    with pytest.raises(LatentError, match="meta tensor"):
+        pool.decode(vae, torch.empty(SHAPE, device="meta"))
+
+
+def test_what_some_ranks_refuse_and_others_take_is_a_failure_of_theirs():
+    """They do not have the same input: nothing that they say can be trusted."""
+    ranks = [SimpleNamespace(rank=n, name=f"rank {n}", pipe=n) for n in range(2)]
+    watch = Watch(
+        Watched(ranks, "gloo", PATIENCE_S, SimpleNamespace(raw=[0]), Hooks(), operation="encode")
+    )
+    refused = {"kind": "LatentError", "text": "NaN", "rank": None, "worded": {}}
+    assert watch._refused_by_some({0: {"refused": refused}, 1: {"refused": refused}}) == []
+    assert watch._refused_by_some({0: {"refused": None}, 1: {"refused": None}}) == []
+    (failure,) = watch._refused_by_some({0: {"refused": None}, 1: {"refused": refused}})
+    assert failure.rank is ranks[1] and failure.text == "NaN"
 
 
 def test_a_video_goes_over_as_it_lies_in_memory_that_is_used_again(pool, vae):

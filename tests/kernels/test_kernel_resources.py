@@ -59,10 +59,31 @@ def compiled(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("family", ["wan2.1", pytest.param("wan2.2", marks=pytest.mark.full)])
-def test_what_hopper_tries_first_compiles_fits_and_does_not_spill(tmp_path, family):
-    """Most kernels of the second are those of the first."""
-    rows = compiled(tmp_path, "--card", "sm_90", "--family", family)
+EVERYTHING: tuple[str, ...] = ()
+# Of Wan 2.1: each kernel that is compiled for a layer, with one of its widths.
+ONE_EACH = tuple(
+    word
+    for layer in (
+        *("latent 16x16", "features 96x192", "features 384x768", "pixels", "attention"),
+        *("norm 96", "norm_conv3d 96x96", "head 96x", "upsample_conv2d 192x96"),
+        *("strided_conv 96x96", "strided_conv 192x192 3x1x1"),
+    )
+    for word in ("--layer", layer)
+)
+quick_or_all = pytest.mark.parametrize(
+    "family,layers",
+    [
+        pytest.param("wan2.1", ONE_EACH, id="wan2.1-one-of-each"),
+        pytest.param("wan2.1", EVERYTHING, id="wan2.1", marks=pytest.mark.full),
+        # Most of its kernels are those of the first.
+        pytest.param("wan2.2", EVERYTHING, id="wan2.2", marks=pytest.mark.full),
+    ],
+)
+
+
+@quick_or_all
+def test_what_hopper_tries_first_compiles_fits_and_does_not_spill(tmp_path, family, layers):
+    rows = compiled(tmp_path, "--card", "sm_90", "--family", family, *layers)
     assert {row["kernel"].split()[0] for row in rows} == {
         *("latent", "features", "pixels", "norm_conv3d", "head", "norm"),
         *("upsample_conv2d", "strided_conv", "attention"),
@@ -82,13 +103,19 @@ def test_what_cards_without_tma_try_first_compiles_fits_and_does_not_spill(tmp_p
 
 
 @pytest.mark.parametrize(
-    "architecture",
-    ["gfx1100", *(pytest.param(name, marks=pytest.mark.full) for name in ("gfx1201", "gfx942"))],
+    "architecture,layers",
+    [
+        pytest.param("gfx1100", ONE_EACH, id="gfx1100-one-of-each"),
+        *(
+            pytest.param(name, EVERYTHING, id=name, marks=pytest.mark.full)
+            for name in ("gfx1100", "gfx1201", "gfx942")
+        ),
+    ],
 )
-def test_what_amds_cards_try_first_compiles_fits_and_does_not_spill(architecture, tmp_path):
+def test_what_amds_cards_try_first_compiles_fits_and_does_not_spill(architecture, layers, tmp_path):
     """All layers of a decode and an encode of Wan 2.1; what else is tried, and Wan 2.2, takes
     minutes: `wan-vae bench resources --check`."""
-    rows = compiled(tmp_path, "--card", architecture, "--family", "wan2.1")
+    rows = compiled(tmp_path, "--card", architecture, "--family", "wan2.1", *layers)
     assert {row["kernel"].split()[0] for row in rows} == {
         *("latent", "features", "pixels", "norm_conv3d", "head", "norm"),
         *("upsample_conv2d", "strided_conv", "attention"),
@@ -100,7 +127,8 @@ def test_what_amds_cards_try_first_compiles_fits_and_does_not_spill(architecture
 
 
 def test_features_in_float16_compile_for_amd_too(tmp_path):
-    rows = compiled(tmp_path, "--card", "gfx1100", "--dtype", "float16", "--layer", "96x")
+    layers = ("--layer", "norm_conv3d 96x96", "--layer", "features 96x", "--layer", "norm 96")
+    rows = compiled(tmp_path, "--card", "gfx1100", "--dtype", "float16", *layers)
     assert rows and all(row["stack_bytes"] == 0 for row in rows)
 
 
@@ -116,11 +144,32 @@ def nvrtc():
         pytest.skip(f"no NVRTC here (pip install nvidia-cuda-nvrtc): {error}")
 
 
+# Each program, with one of its widths; a layer of 96 channels for an image too.
+ONE_EACH_IN_CUDA = tuple(
+    word
+    for layer in (
+        *("conv3d of latent 16x16", "conv3d of features 96x192", "conv3d of features 384x768"),
+        *("conv3d of pixels", "conv 384x384", "attention", "norm_join 96", "norm_pairs 192"),
+        *("norm_quads 96", "norm_conv3d 96x96", "norm_conv3d 192x384", "head 96x"),
+        *("upsample_conv2d 192x96", "strided_conv 96x96", "strided_conv 192x192 3x1x1"),
+    )
+    for word in ("--layer", layer)
+)
+
+
 @pytest.mark.usefixtures("nvrtc")
-@pytest.mark.parametrize("family", ["wan2.1", pytest.param("wan2.2", marks=pytest.mark.full)])
-def test_what_a_geforce_tries_first_in_cuda_fits(tmp_path, family):
+@pytest.mark.parametrize(
+    "family,layers",
+    [
+        pytest.param("wan2.1", ONE_EACH_IN_CUDA, id="wan2.1-one-of-each"),
+        pytest.param("wan2.1", EVERYTHING, id="wan2.1", marks=pytest.mark.full),
+        pytest.param("wan2.2", EVERYTHING, id="wan2.2", marks=pytest.mark.full),
+    ],
+)
+def test_what_a_geforce_tries_first_in_cuda_fits(tmp_path, family, layers):
     """Chosen as for a card of capability 8.6, for videos and images."""
-    rows = checked(tmp_path, "--kernels", "cuda", "--card", "sm_86", "--first", "--family", family)
+    chosen = ("--kernels", "cuda", "--card", "sm_86", "--first", "--family", family)
+    rows = checked(tmp_path, *chosen, *layers)
     names = [row["kernel"] for row in rows]
     assert {name.split()[0] for name in names} == {
         *("conv3d", "norm_conv3d", "head", "upsample_conv2d", "strided_conv", "attention"),

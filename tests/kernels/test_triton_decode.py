@@ -83,7 +83,7 @@ def test_a_video_matches_the_reference_with_the_same_bits_in_any_schedule_and_st
     assert torch.equal(decode(vae, z, strips=2), whole)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ["wan2.1", pytest.param("wan2.2", marks=pytest.mark.full)])
 def test_bits_do_not_depend_on_the_formats_of_latent_and_checkpoint(family):
     state = random_state(CONFIGS[family])
     z = latent(WanVAE.from_state_dict(state, device=DEVICE, dtype=DTYPE), 1)
@@ -142,7 +142,7 @@ def test_a_gain_too_large_for_float16_keeps_the_reference(vae):
 @pytest.mark.parametrize("family", ["wan2.1", pytest.param("wan2.2", marks=pytest.mark.full)])
 def test_the_format_of_the_weights_does_not_change_a_bit(family):
     vae = WanVAE.from_state_dict(random_state(CONFIGS[family]), device=DEVICE, dtype=DTYPE)
-    z = latent(vae, 2)
+    z = latent(vae, 2, height=1)
     other = vae.decode(z, backend="triton", memory_format="contiguous").cpu()
     assert vae.last_report.layout.chosen == "contiguous"
     assert {layer.backend for layer in vae.last_report.layers} == {"triton"}

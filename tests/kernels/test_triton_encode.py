@@ -32,6 +32,12 @@ BOUND = 2e-2 if CUDA else 2e-3
 CONFIGS = {"wan2.1": wan21(dim=16), "wan2.2": wan22(dim=16, decoder_dim=16)}
 
 
+# Tests of what both families share take one of them; `make test-all` takes both.
+either_family = pytest.mark.parametrize(
+    "vae", ["wan2.1", pytest.param("wan2.2", marks=pytest.mark.full)], indirect=True
+)
+
+
 @pytest.fixture(scope="module", params=CONFIGS)
 def vae(request, own_proofs) -> WanVAE:
     return WanVAE.from_state_dict(random_state(CONFIGS[request.param]), device=DEVICE, dtype=DTYPE)
@@ -75,6 +81,7 @@ def test_a_video_matches_the_reference_with_the_same_bits_in_any_schedule_and_fo
     assert torch.equal(other.cpu(), whole)
 
 
+@either_family
 @pytest.mark.parametrize("kernel", ["strided_conv3d", "conv3d"])
 def test_a_kernel_that_fails_its_proof_is_off_and_the_latent_is_right(
     vae, tmp_path, monkeypatch, kernel
@@ -108,6 +115,7 @@ def test_a_kernel_that_fails_its_proof_is_off_and_the_latent_is_right(
     assert backends["encoder.conv1"] == backends["encoder.head.2"] == first
 
 
+@either_family
 def test_decodes_and_encodes_keep_their_kernels_side_by_side(vae):
     vae.model.prepared.clear()
     pixels, z = video(vae, 1, 1), torch.zeros(1, vae.config.z_dim, 1, 1, 1)

@@ -6,7 +6,10 @@ kernel does not write fails the comparison.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +67,18 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
+def in_pairs(*columns: Sequence[Any]) -> list[Any]:
+    """All combinations. `make test` takes those in which each two values of different columns meet:
+    the last column follows from the others, round robin."""
+    made = []
+    for values in product(*(enumerate(column) for column in columns)):
+        *others, last = (index for index, _ in values)
+        is_quick = last == sum(others) % len(columns[-1])
+        row = (value for _, value in values)
+        made.append(pytest.param(*row, marks=() if is_quick else pytest.mark.full))
+    return made
+
+
 def joined(x, scale, history=None, past=2, keep=False, **options) -> NormResult:
     return norm_silu_join(NormCall(x, scale, history, past, keep, **options))
 
@@ -98,10 +113,10 @@ def test_history_in_its_old_place_is_the_same(call, frames):
     assert torch.equal(operand, again) and torch.equal(kept, over)
 
 
-@pytest.mark.parametrize("call", [joined, paired])
-@pytest.mark.parametrize("axis", ["height", "width"])
-@pytest.mark.parametrize("place", ["first", "inner", "last"])
-@pytest.mark.parametrize("channels", [24, 96])
+@pytest.mark.parametrize(
+    "call,axis,place,channels",
+    in_pairs([joined, paired], ["height", "width"], ["first", "inner", "last"], [24, 96]),
+)
 def test_norm_with_a_shards_halo_gives_the_bits_of_the_whole_picture(call, axis, place, channels):
     """Its history too; at the picture's edge the halo is zero."""
     dim, size = (3, 11) if axis == "height" else (4, 7)
@@ -126,10 +141,11 @@ def test_norm_with_a_shards_halo_gives_the_bits_of_the_whole_picture(call, axis,
 
 
 @pytest.mark.parametrize("launch,config", KERNELS)
-@pytest.mark.parametrize("last_slice", [False, True])
-@pytest.mark.parametrize("extras", [True, False], ids=["bias+residual", "bare"])
-@pytest.mark.parametrize("frames,height,width", [(1, 3, 5), (3, 5, 9)])
-def test_conv3d(launch, config, last_slice, extras, frames, height, width):
+@pytest.mark.parametrize(
+    "size,last_slice,extras", in_pairs([(1, 3, 5), (3, 5, 9)], [False, True], [True, False])
+)
+def test_conv3d(launch, config, last_slice, extras, size):
+    frames, height, width = size
     past = 0 if last_slice else 2
     x = rand(2, 32, frames + past, height, width).contiguous(memory_format=LAST)
     weight = (rand(48, 32, 3, 3, 3) / 30).contiguous(memory_format=LAST)
@@ -247,9 +263,10 @@ def test_folded_upsample(launch, padding):
         assert torch.equal(part, whole[:, :, top : 12 - top, left : 14 - left])
 
 
-@pytest.mark.parametrize("channels_out", [3, 12])
-@pytest.mark.parametrize("last_slice", [False, True])
-@pytest.mark.parametrize("padding", [(1, 1), (0, 1), (1, 0)])
+@pytest.mark.parametrize(
+    "padding,channels_out,last_slice",
+    in_pairs([(1, 1), (0, 1), (1, 0)], [3, 12], [False, True]),
+)
 def test_head(channels_out, last_slice, padding):
     x = rand(2, 32, 5, 9, 11).contiguous(memory_format=LAST)
     weight, bias = rand(channels_out, 32, 3, 3, 3) / 30, rand(channels_out)

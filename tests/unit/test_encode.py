@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -216,6 +217,24 @@ def test_a_latent_that_overflows_is_warned_about(precision, advice, strips):
     (warning,) = (w for w in vae.last_report.warnings if "NaN" in w)
     assert warning.startswith("the encoded latent holds NaN or inf") and advice in warning
     assert vae.last_report.status == "done"
+
+
+# -- cancel ----------------------------------------------------------------------------------------
+
+
+def test_an_encode_of_one_pass_asks_before_each_stage_and_the_trunk(small_vae, monkeypatch):
+    """On the CPU, where each takes its time, a cancel need not wait for all of them."""
+    trunks, asked, pixels = [], [], video(small_vae, 5)
+    trunk = encoder.Encoder.trunk
+    monkeypatch.setattr(encoder.Encoder, "trunk", lambda *a: trunks.append(1) or trunk(*a))
+    small_vae.encode(pixels, should_stop=lambda: asked.append(1) or False)
+    # Before each stage but the last one, which is the trunk's; behind them; before the trunk.
+    assert len(asked) == len(small_vae.config.dim_mult) + 1 and len(trunks) == 1
+    for calls in (2, len(asked)):
+        answers = [False] * (calls - 1) + [True]
+        with pytest.raises(DecodeCancelled, match="after 0 of 5"):
+            small_vae.encode(pixels, should_stop=partial(answers.pop, 0))
+        assert answers == [] and len(trunks) == 1
 
 
 # -- memory ----------------------------------------------------------------------------------------

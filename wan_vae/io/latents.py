@@ -324,20 +324,20 @@ def as_batch(x: torch.Tensor, what: str) -> torch.Tensor:
 def check_latent(latent: torch.Tensor, config: WanVAEConfig) -> None:
     """Raise LatentError unless `latent` is finite, not empty and [B, z, T, H, W] of this VAE."""
     check_latent_shape(latent, config)
-    check_latent_values(latent)
+    if error := wrong_values(latent):
+        raise error
 
 
-def check_latent_values(latent: torch.Tensor) -> None:
-    """Raise LatentError unless every value of `latent` [B, z, T, H, W] is finite."""
+def wrong_values(latent: torch.Tensor) -> LatentError | None:
+    """The error for `latent` [B, z, T, H, W]; None if all values are finite."""
     if seen_finite(latent):
-        return
+        return None
     # One pass over memory.
     extremes = torch.stack(latent.detach().aminmax()).tolist()
     consequence = said(
         "latent.overflow", "the sampler overflowed, and any decoder would return black frames"
     )
-    if error := not_finite(extremes, latent, WHAT["latent"], consequence):
-        raise error
+    return not_finite(extremes, latent, WHAT["latent"], consequence)
 
 
 def check_latent_shape(latent: torch.Tensor, config: WanVAEConfig) -> None:
@@ -657,7 +657,9 @@ def not_finite(
     """
     if all(map(math.isfinite, extremes)):
         return None
-    finite = torch.isfinite(x).all(dim=4).all(dim=3).all(dim=1).all(dim=0)
+    # Where they are computed with, in float32: a larger float64 is inf there.
+    finite = torch.isfinite(x.float() if x.dtype == torch.float64 else x)
+    finite = finite.all(dim=4).all(dim=3).all(dim=1).all(dim=0)
     bad = (~finite).nonzero().flatten().tolist()
     if not bad:
         return None

@@ -489,31 +489,54 @@ class DuplicateShortcut(nn.Module):
 class AverageShortcut(nn.Module):
     """Wan 2.2's shortcut without parameters around a down-sampling stage.
 
-    Folds space (and time) into channels and averages groups of them. Source: Wan 2.2's `AvgDown3D`.
-    Averages are float32 sums, term by term, rounded once. `mean` is not used, because on CUDA the
-    order of its sum depends on the size, and a shard must have the bits of the whole picture.
+    Folds space (and time) into channels and averages groups of them: the pixels of a square of one
+    frame, in every VAE that has this shortcut. Source: Wan 2.2's `AvgDown3D`. Averages are float32
+    sums, term by term, rounded once. `mean` is not used, because on CUDA the order of its sum
+    depends on the size, and a shard must have the bits of the whole picture.
     """
 
     def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_s: int):
         super().__init__()
+        assert out_channels == in_channels * factor_t, "a group would not be a square's pixels"
         self.out_channels, self.factor_t, self.factor_s = out_channels, factor_t, factor_s
-        self.group = in_channels * factor_t * factor_s**2 // out_channels
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         ft, fs = self.factor_t, self.factor_s
-        # Only the first chunk has an odd number of frames: put a zero frame before the video.
-        if missing := -x.shape[2] % ft:
-            x = nn.functional.pad(x, (0, 0, 0, 0, missing, 0))
+        if ft == fs == 1:
+            return x
         b, c, t, h, w = x.shape
-        y = x.reshape(b, c, t // ft, ft, h // fs, fs, w // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
-        y = y.reshape(b, self.out_channels, self.group, t // ft, h // fs, w // fs)
-        first, *others = y.unbind(2)
-        if not others:
-            return first
-        total = first.float()
-        for term in others:
-            total = total + term
-        return (total / self.group).to(x.dtype)
+        frames, rows, columns = -(-t // ft), h // fs, w // fs
+        # [B, C, ft, frames, rows, columns] in the memory format of `x`, as in `DuplicateShortcut`:
+        # the copy into NCDHW, and the sum of both formats, took more time than the averages.
+        is_last = layout.detect(x[:1]) == "channels_last_3d"
+        shape = (b, frames, rows, columns, c, ft) if is_last else (b, c, ft, frames, rows, columns)
+        sums = x.new_empty(shape, dtype=torch.float32)
+        total = sums.permute(0, 4, 5, 1, 2, 3) if is_last else sums
+        # Only the first chunk has an odd number of frames: the frame before the video is zero.
+        missing = -t % ft
+        alone = ft - missing if missing else 0
+        if alone:
+            total[:, :, :missing, :1].zero_()
+            self._sum(x[:, :, :alone].unsqueeze(3), total[:, :, missing:, :1])
+        if t > alone:
+            groups = x[:, :, alone:].unflatten(2, (-1, ft)).transpose(2, 3)
+            self._sum(groups, total[:, :, :, frames - groups.shape[3] :])
+        y = sums.div_(fs**2).to(x.dtype)
+        if is_last:
+            return y.reshape(b, frames, rows, columns, c * ft).permute(0, 4, 1, 2, 3)
+        return y.reshape(b, c * ft, frames, rows, columns)
+
+    def _sum(self, x: torch.Tensor, total: torch.Tensor) -> None:
+        """Write the sum of each square of `x` [..., H, W] into `total`. The squares' corners are
+        views, so nothing else is copied."""
+        corners = [
+            x[..., row :: self.factor_s, column :: self.factor_s]
+            for row in range(self.factor_s)
+            for column in range(self.factor_s)
+        ]
+        total.copy_(corners[0])
+        for corner in corners[1:]:
+            total.add_(corner)
 
 
 def name_slots(network: nn.Module, prefix: str) -> None:

@@ -105,8 +105,8 @@ class Encoder(nn.Module):
     ) -> Generator[None, None, torch.Tensor]:
         """All stages but the last: pixels of `frames` frames -> features [B, C, t, h, w].
 
-        A generator: it yields after each pass through the first stage, so that a run can stop, and
-        returns the features. With a `strip`, `pixels` gives the rows of the strip with the halo of
+        A generator: it yields after each pass through a stage, so that a run can stop, and returns
+        the features. With a `strip`, `pixels` gives the rows of the strip with the halo of
         the first stage (`geometry.encoder_halos`), and the result is the strip's own latent rows.
         At an inner edge each convolution makes one more row wrong; these are cropped on the way.
         """
@@ -137,8 +137,7 @@ class Encoder(nn.Module):
             x = self.conv1(x, step)
         for layer in self.downsamples[self._stage_starts[i] : self._stage_starts[i + 1]]:
             x = layer(x, step)
-        if not i:
-            yield
+        yield
         # A copy is dense for the layers that follow, and it frees the cropped rows.
         return x if strip is None else self._crop(x, strip, i).clone()
 

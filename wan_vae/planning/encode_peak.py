@@ -198,7 +198,7 @@ class EncoderWalk(Walk):
 
     def stage(self, stage: EncoderStage, h: int, x: int) -> int:
         """A stage, which frees `x` bytes of its input."""
-        frames, y = self.t, 0
+        y = 0
         for n, block in enumerate(stage.blocks):
             y, read = self.block(block, h), y
             self.drop(read if n else 0 if stage.shortcut else x)
@@ -206,27 +206,18 @@ class EncoderWalk(Walk):
             y, read = self.downsampler(stage.down, h), y
             self.drop(read)
         if stage.shortcut:
-            self.average(stage, h, frames)
+            self.average(stage, h)
             self.drop(x)
         return y
 
-    def average(self, stage: EncoderStage, h: int, frames: int) -> None:
+    def average(self, stage: EncoderStage, h: int) -> None:
         """Wan 2.2's shortcut around `stage`, of whose result the features are."""
         if stage.down is None:
             return  # of one resolution and width: the input itself
-        columns = self.scale * 2
-        padded = frames + (frames % 2 if stage.temporal else 0)
-        frame = self.batch * stage.channels_in * h * self.width * columns * self.itemsize
-        folded, y = self.rounded(padded * frame), self.elements(stage.channels, h // 2)
-        # The zero frame joined; the pixels of a group side by side; the sum, twice, in float32.
-        sums = 2 * self.rounded(y * _FLOAT_BYTES)
-        result = self.size(stage.channels, h // 2)
-        self.hidden(
-            (folded if padded > frames else 0)
-            + folded
-            + sums
-            + (result if self.itemsize < _FLOAT_BYTES else 0)
-        )
+        y = self.elements(stage.channels, h // 2)
+        # The sums in float32, then the averages.
+        result = self.size(stage.channels, h // 2) if self.itemsize < _FLOAT_BYTES else 0
+        self.hidden(self.rounded(y * _FLOAT_BYTES) + result)
 
     def downsampler(self, down: Downsampler, h: int) -> int:
         """Half as many rows and columns, and if it is temporal half as many frames."""

@@ -16,7 +16,7 @@ from ..chunking import Chunk
 from ..errors import DecodeMemoryError, OutputError
 from ..geometry import Strip
 from ..hooks import Hooks, OwnMemory
-from ..io.latents import WHAT, as_batch, check_latent_shape, check_latent_values
+from ..io.latents import WHAT, as_batch, check_latent_shape, wrong_values
 from ..io.sink import NullSink, Sink, TensorSink, check_out, sink_bytes, sink_video
 from ..network.cache import FeatureCache
 from ..options import Gather, RunOptions
@@ -71,8 +71,9 @@ class DecodeRun(Run):
         memory = request.hooks.memory or OwnMemory(engine.device)
         setup = ready(engine, SetupRequest("decode", shape, options, shards), memory)
         latent_format = layout.detect(latent)
-        if ranks is None:
-            setup, ranks = join_ranks(engine, setup, latent, request.context, request.gather)
+        if ranks is None and request.context.same_input:
+            # Before the latent is there: all ranks will find the same in it.
+            setup, ranks = join_ranks(engine, setup, latent, request.context, request.gather, True)
         if request.await_latent is not None:
             request.await_latent()
 
@@ -84,11 +85,19 @@ class DecodeRun(Run):
             "latent",
             partial(latent.to, device=engine.device, dtype=torch.float32, copy=True),
         )
-        check_latent_values(z)  # here, on the device, it takes no time
+        wrong = wrong_values(z)  # here, on the device, it takes no time
         if request.normalized:
             mean, std = latent_statistics(engine.config, z)
             z = z * std + mean
         z = z.to(setup.dtype)
+        if ranks is None:
+            # Also where values are wrong: ranks that raise the same are ready for the next run.
+            is_finite = wrong is None
+            setup, ranks = join_ranks(
+                engine, setup, latent, request.context, request.gather, is_finite
+            )
+        if wrong is not None:
+            raise wrong
         super().__init__(engine, setup, request.hooks, ranks)
         self.request = request
         self.pixel_shape = geometry.pixel_shape(shape, self.config)
@@ -400,12 +409,18 @@ def abort(sink: Sink | None, error: BaseException) -> None:
 
 
 def join_ranks(
-    engine: Engine, setup: Setup, tensor: torch.Tensor, context: ShardContext, gather: Gather
+    engine: Engine,
+    setup: Setup,
+    tensor: torch.Tensor,
+    context: ShardContext,
+    gather: Gather,
+    is_finite: bool = True,
 ) -> tuple[Setup, Ranks | None]:
     """This process's part among the ranks of `context`, None for one rank; and `setup` with the
     kernels that all ranks run. A collective.
 
-    tensor: the latent or the pixels, which all ranks must hold alike. Raises ShardingError.
+    tensor: the latent or the pixels, which all ranks must hold alike. is_finite: whether this rank
+    found all its values to be so. Raises ShardingError.
     """
     if setup.request.shards is None:
         return setup, None
@@ -422,6 +437,7 @@ def join_ranks(
             dtype=setup.dtype,
             gather=gather,
             choices=setup.ops.choices,
+            is_finite=is_finite,
         )
     )
     theirs = ranks.agree_on_kernels(partial(engine.setup, setup.request))

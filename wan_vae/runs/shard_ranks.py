@@ -33,7 +33,8 @@ T = TypeVar("T")
 class ShardRequest:
     """What a rank says of its run before the ranks agree: see `ShardRanks.join`.
 
-    choices: of its kernels, by the name of the layer.
+    choices: of its kernels, by the name of the layer. is_finite: of the values of `tensor`, as far
+    as they were looked at.
     """
 
     context: ShardContext
@@ -44,6 +45,7 @@ class ShardRequest:
     dtype: torch.dtype
     gather: Gather
     choices: Mapping[str, LayerChoice]
+    is_finite: bool = True
 
 
 class ShardRanks:
@@ -71,6 +73,7 @@ class ShardRanks:
             "axis": -request.shards.dim,
             "gather": GATHERS.index(request.gather),
             "precision": DTYPES.index(request.dtype),
+            "finite": int(request.is_finite),
         }
         texts = sorted(f"{name}: {choice.text}" for name, choice in request.choices.items())
         # In one message, as each takes a millisecond or so of a warm run's time.

@@ -29,11 +29,12 @@ from ..errors import (
     DecodeCancelled,
     DecodeMemoryError,
     GeometryError,
+    LatentError,
     ShardingError,
 )
 from ..hooks import Hooks, OnProgress, ShouldStop
 from ..io.image import FollowingCopy
-from ..io.latents import WHAT, as_batch, check_latent, check_pixels
+from ..io.latents import WHAT, as_batch, check_latent_shape, check_pixels
 from ..network.model import NO_ENCODER, WanVAEModel, tensor_version
 from ..network.weights import copy_weights
 from ..options import (
@@ -50,7 +51,7 @@ from ..pipeline import WanVAE, checked_shape
 from ..planning.plan import Plan
 from ..report import DecodeReport
 from ..runs.engine import checked_options
-from ..said import expected_one_of, listed, said
+from ..said import expected_one_of, listed, reworded, said
 from ..sharding.plan import plan_shards
 from ..walk import parameters
 from .devices import Transport, parse_devices, pick_transport
@@ -262,8 +263,8 @@ class WorkerPool:
             raise ShardingError(expected_one_of("gather", gather, COLLECTS))
         if form not in ("pixels", "image"):
             raise ShardingError(expected_one_of("form", form, ("pixels", "image")))
-        latent = latent.unsqueeze(0) if latent.ndim == 4 else latent
-        check_latent(latent, vae.config)
+        latent = as_batch(latent, WHAT["latent"])
+        check_latent_shape(latent, vae.config)  # the ranks look at the values
         options = RunOptions(chunk_frames, memory_format, precision, backend=backend)
         b, c, t, h, w = geometry.pixel_shape(tuple(latent.shape), vae.config)
         arguments = {
@@ -365,6 +366,9 @@ class WorkerPool:
         should_stop: ShouldStop | None = None,
     ) -> torch.Tensor:
         """Encode on all devices: `WanVAE.encode` with its options, the latent in host memory.
+
+        The ranks agree to stop before a chunk. A video that fits is one chunk, which is computed to
+        its end: only `chunk_frames` makes several of it.
 
         Raises what `decode` raises, and CheckpointError if the checkpoint had no encoder.
         """
@@ -498,8 +502,9 @@ class WorkerPool:
             finally:
                 buffer.unlink()
             with self._timed("collect"):
-                self.last_reports = tuple(DecodeReport.from_dict(r["report"]) for r in results)
-                is_done = self.last_reports[0].status == "done"
+                plain = [r["report"] for r in results if r["report"] is not None]
+                self.last_reports = tuple(map(DecodeReport.from_dict, plain))
+                is_done = bool(plain) and self.last_reports[0].status == "done"
                 # Before another thread may ask whether the memory is in use.
                 if copy is not None and is_done:
                     result = copy.finish()
@@ -510,9 +515,12 @@ class WorkerPool:
                     result = torch.from_numpy(result.numpy().copy())
                 if is_done:
                     self._spares.give(buffer)
-        job.vae.last_report = report = self._whole_report(output_bytes)
-        if report.status == "cancelled":
-            # Agreed among the ranks, all of which are ready for the next command.
+        report = self._whole_report(output_bytes)
+        job.vae.last_report = report
+        # Both agreed among the ranks, all of which are ready for the next command.
+        if (refused := results[0]["refused"]) is not None:
+            raise LatentError(reworded(refused["text"], refused["worded"]))
+        if report is not None and report.status == "cancelled":
             raise DecodeCancelled(report.error or "cancelled")
         return result
 
@@ -556,14 +564,16 @@ class WorkerPool:
         except DecodeMemoryError:
             return None
 
-    def _whole_report(self, output_bytes: int) -> DecodeReport:
-        """The report of rank 0, with the output that all ranks share.
+    def _whole_report(self, output_bytes: int) -> DecodeReport | None:
+        """The report of rank 0, with the output that all ranks share; None if no run began.
 
         `host_ms`: the phases of this process since the last report, and as "rank: ..." those of
         rank 0 within "run". "workers: ..." are those of getting new workers ready.
         """
-        report = self.last_reports[0]
         laps, self._laps = self._laps, {}
+        if not self.last_reports:
+            return None
+        report = self.last_reports[0]
         of_rank = {f"rank: {phase}": ms for phase, ms in report.host_ms.items()}
         warnings = report.warnings
         if len(self.devices) == 1:

@@ -130,9 +130,18 @@ class Watch:
             if stuck := self._without_a_sign_of_life(left):
                 failures += stuck
                 break
+        if not failures:
+            failures = self._refused_by_some(results)
         if failures:
             raise error_of(failures, ranks, self.what, set(results))
         return [results[r.rank] for r in ranks]
+
+    def _refused_by_some(self, results: Mapping[int, dict[str, Any]]) -> list[Failure]:
+        """What ranks say of an input that others took: they do not all have the same."""
+        refused = [r for r in self.ranks if results[r.rank]["refused"] is not None]
+        if len(refused) == len(self.ranks):
+            return []
+        return [failure_of(r, results[r.rank]["refused"], self.transport) for r in refused]
 
     def _without_a_sign_of_life(
         self, left: Mapping[PipeEnd[Any, Any], WorkerProcess]

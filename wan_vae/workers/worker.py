@@ -22,7 +22,14 @@ import torch
 
 from ..config import WanVAEConfig
 from ..device import is_out_of_memory
-from ..errors import DecodeCancelled, DecodeMemoryError, ShardingError, WanVAEError, first_line
+from ..errors import (
+    DecodeCancelled,
+    DecodeMemoryError,
+    LatentError,
+    ShardingError,
+    WanVAEError,
+    first_line,
+)
 from ..hooks import Hooks
 from ..io.image import ImageSink
 from ..io.sink import NullSink, Sink, TensorSink
@@ -368,7 +375,8 @@ class _Worker:
         await_latent = None
         if given is not None:
             await_latent = partial(given.wait_for, job.input[1][1], seconds=job.wait_s)
-        with suppress(DecodeCancelled):  # the report says it
+        refused: dict[str, Any] | None = None
+        try:
             self.vae.run_decode(
                 DecodeRequest(
                     latent=latent,
@@ -382,7 +390,11 @@ class _Worker:
                     gather="own" if job.gather == "shared" else job.gather,
                 )
             )
-        return self._report(laps)
+        except DecodeCancelled:
+            pass  # the report says it
+        except LatentError as error:
+            refused = _describe(error, self.settings)
+        return self._report(laps, refused)
 
     def on_encode(
         self, unit_range: bool, given: Given | None = None, **arguments: Any
@@ -397,7 +409,8 @@ class _Worker:
         raw = buffer.raw
         laps.add("open")
         await_frames = None if given is None else partial(given.wait_for, seconds=job.wait_s)
-        with suppress(DecodeCancelled):
+        refused: dict[str, Any] | None = None
+        try:
             latent = self.vae.run_encode(
                 EncodeRequest(
                     pixels=pixels,
@@ -414,7 +427,11 @@ class _Worker:
                 place = view(raw, *job.output, torch.float32)
                 buffer.reserve(place)
                 place.copy_(latent)
-        return self._report(laps)
+        except DecodeCancelled:
+            pass  # the report says it
+        except LatentError as error:
+            refused = _describe(error, self.settings)
+        return self._report(laps, refused)
 
     def _open(self, job: EncodeJob) -> tuple[SharedBuffer, torch.Tensor]:
         """The shared memory of `job`, mapped, and its input."""
@@ -428,14 +445,16 @@ class _Worker:
         back = sorted(range(len(job.order)), key=job.order.__getitem__)
         return buffer, view(buffer.raw, offset, shape, torch.float32).permute(back)
 
-    def _report(self, laps: Laps) -> dict[str, object]:
-        """The answer to a run: the report, whose `host_ms` begins with `laps`."""
+    def _report(self, laps: Laps, refused: dict[str, Any] | None) -> dict[str, object]:
+        """The answer to a run: the report, whose `host_ms` begins with `laps`, None of a run that
+        did not begin; and the error about an input that all ranks have `refused`, in step."""
         report = self.vae.last_report
         if report is None:
-            return {"report": None}
+            return {"report": None, "refused": refused}
         # What the run itself did not see, before its first lap: checks, kernels, the other ranks.
         laps.add("set up", less_ms=sum(report.host_ms.values()))
-        return {"report": replace(report, host_ms={**laps.ms, **report.host_ms}).as_dict()}
+        plain = replace(report, host_ms={**laps.ms, **report.host_ms}).as_dict()
+        return {"report": plain, "refused": refused}
 
     def on_check_wire(self, wait_s: float) -> dict[str, Any]:
         """Send known numbers around, each rank's in another memory format. A collective.

@@ -1,16 +1,15 @@
 """Faults, counted: every kind for many rounds, unattended. `wan-vae bench faults`.
 
 Each one must end as docs/sharding.md says, within its time; nothing may stay behind (no process, no
-file, no shared memory), and the next decode must have the bits of the one before.
+file, no shared memory), and the next decode must have the bits of the one before. `--at-once` lets
+several processes share the rounds (`at_once.py`): most of a round is waiting.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import select
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,8 +25,10 @@ import torch
 from benchmarks.suite.ballast import Ballast
 from benchmarks.suite.facts import Facts, repeatable
 from benchmarks.suite.ranks import faults
+from benchmarks.suite.ranks.at_once import Share, run_children
 from benchmarks.suite.ranks.cases import full_sizes, small_sizes
 from benchmarks.suite.ranks.correct import exact_float32
+from benchmarks.suite.ranks.counted import Counted, Counts
 from benchmarks.suite.ranks.results import Fault
 from benchmarks.suite.weights import random_vae
 from wan_vae.errors import ShardingError
@@ -37,35 +38,11 @@ from wan_vae.workers.pool import WorkerPool
 from wan_vae.workers.shared import default_folders
 
 SCHEMA = "wan_vae.bench.faults/1"
-# What a fault may take beyond the time-out: the grace of the parent, and the end of the processes.
-_SLACK_S = 10.0
-
-
-@dataclass
-class Counted:
-    """All rounds of one kind of fault. said: what was said, and how often."""
-
-    name: str
-    rounds: int = 0
-    right: int = 0
-    seconds: list[float] = field(default_factory=list)
-    next_s: list[float] = field(default_factory=list)
-    said: dict[str, int] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)
-
-    def add(self, fault: Fault, left: Sequence[str], next_s: float, is_right: bool) -> None:
-        """Count one round. left: what stayed behind. next_s, is_right: of the next decode."""
-        self.rounds += 1
-        self.seconds.append(fault.seconds)
-        self.next_s.append(next_s)
-        self.said[fault.said] = self.said.get(fault.said, 0) + 1
-        if not fault.passed:
-            self.wrong.append(f"round {self.rounds}: {fault.said} after {fault.seconds:.1f} s")
-        if left:
-            self.wrong.append(f"round {self.rounds}: left behind: {', '.join(left)}")
-        if not is_right:
-            self.wrong.append(f"round {self.rounds}: the next decode was wrong")
-        self.right += fault.passed and not left and is_right
+# How long a rank may be silent in a pool of this process alone, where nothing else is busy.
+_TIMEOUT_S = 10.0
+# As WorkerPool has it by itself, and docs/sharding.md: a busy machine keeps a rank waiting.
+DOCUMENTED_S = 30.0
+_ROOT = Path(__file__).resolve().parents[3]
 
 
 if sys.platform != "win32":
@@ -74,11 +51,12 @@ if sys.platform != "win32":
     class Ground:
         """Where the faults are planted: two devices or more, a VAE, and folders of their own."""
 
-        def __init__(self, devices: Sequence[str], on_cpu: bool, folder: Path) -> None:
+        def __init__(
+            self, devices: Sequence[str], on_cpu: bool, folder: Path, timeout_s: float
+        ) -> None:
             sizes = small_sizes() if on_cpu else full_sizes()
             self.devices, self.on_cpu, self.folder = list(devices), on_cpu, folder
-            # A busy CPU keeps a rank waiting for seconds.
-            self.timeout_s = max(10.0, sizes.timeout_s)
+            self.timeout_s = timeout_s
             self.config = sizes.faults.config
             self.vae = random_vae(self.config, torch.device("cpu" if on_cpu else "cuda:0"))
             self.z = sizes.faults.random_latent()
@@ -86,6 +64,15 @@ if sys.platform != "win32":
             self.shared.mkdir()
             self.pool = self.new_pool()
             self.expected = self.decode(self.pool)
+
+        @property
+        def limit_s(self) -> float:
+            """What a fault may take: the time-out, and as long again until processes are gone.
+
+            That is the parent's grace of 2 s and the end of each process, for which a machine that
+            may keep a rank waiting for the time-out may take as long.
+            """
+            return 2 * self.timeout_s
 
         def new_pool(self, kind: type[WorkerPool] = WorkerPool) -> WorkerPool:
             return kind(self.devices, timeout_s=self.timeout_s, shared_folders=[self.shared])
@@ -154,23 +141,43 @@ if sys.platform != "win32":
     def _absent(ground: Ground) -> Fault:
         with ground.new_pool(faults.AbsentRank) as pool:
             pool.check_wire()
+            # They get the weights and choose kernels before the clock runs: it is for the time-out.
+            pool.plan(ground.vae, ground.z.shape, chunk_frames=1)
             return faults.ABSENT.run(pool, ground.vae, ground.z)
+
+    def decode_until_killed(argv: Sequence[str]) -> None:
+        """The program that `_parent_killed` kills: says who its workers are, and decodes.
+
+        argv: its folder, "cpu" or "cuda", the time-out, and the devices.
+        """
+
+        def end_with_parent() -> None:
+            sys.stdin.read()
+            os._exit(1)
+
+        # Its parent may be ended, too.
+        threading.Thread(target=end_with_parent, daemon=True).start()
+        folder, where, timeout_s, *devices = argv
+        ground = Ground(devices, where == "cpu", Path(folder), float(timeout_s))
+        print(*ground.pool.pids, flush=True)
+        while True:
+            ground.decode(ground.pool)
 
     def _parent_killed(ground: Ground) -> Fault:
         """A program of its own, killed in the middle of its decode: its workers must end."""
         code = (
-            "import sys, torch; from pathlib import Path; "
-            "from benchmarks.suite.ranks.rounds import Ground; "
-            "ground = Ground(sys.argv[3:], sys.argv[2] == 'cpu', Path(sys.argv[1])); "
-            "print(*ground.pool.pids, flush=True); "
-            "[ground.decode(ground.pool) for _ in range(1000)]"
+            "import sys; from benchmarks.suite.ranks.rounds import decode_until_killed; "
+            "decode_until_killed(sys.argv[1:])"
         )
         folder = Path(tempfile.mkdtemp(dir=ground.folder))
         where = "cpu" if ground.on_cpu else "cuda"
+        words = [str(folder), where, str(ground.timeout_s), *ground.devices]
         parent = subprocess.Popen(
-            [sys.executable, "-c", code, str(folder), where, *ground.devices],
+            [sys.executable, "-c", code, *words],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            cwd=_ROOT,
             env={**os.environ, "TMPDIR": str(folder)},
         )
         assert parent.stdout is not None
@@ -179,7 +186,12 @@ if sys.platform != "win32":
         start = time.perf_counter()
         parent.kill()
         parent.wait()
-        gone = [bool(select.select([end], [], [], _SLACK_S)[0]) for end in ends]
+        # Without a time-out: they notice it. As long as processes may take to be gone.
+        until = start + ground.timeout_s
+        gone = [
+            bool(select.select([end], [], [], max(0.0, until - time.perf_counter()))[0])
+            for end in ends
+        ]
         seconds = time.perf_counter() - start
         for end in ends:
             os.close(end)
@@ -232,97 +244,132 @@ if sys.platform != "win32":
         }
 
     def count(
-        ground: Ground, names: Sequence[str], rounds: int, limit_s: float
-    ) -> dict[str, Counted]:
-        """All kinds in turn, round after round, until the rounds or the time are over."""
-        found: dict[str, Counted] = {}
+        ground: Ground, counts: Counts, limit_s: float, after: Callable[[], None] = lambda: None
+    ) -> None:
+        """All kinds that `counts` wants, in turn, round after round, until they or the time are
+        over. after: called after each round of a kind."""
         until = time.monotonic() + limit_s
-        for number in range(rounds):
-            for name in names:
+        for number in range(1, max(counts.wanted.values()) + 1):
+            for kind in [kind for kind, rounds in counts.wanted.items() if number <= rounds]:
                 if time.monotonic() > until:
-                    return found
-                print(f"round {number + 1}: {name}", file=sys.stderr, flush=True)
-                fault = kinds(len(ground.devices))[name](ground)
-                if fault.seconds > ground.timeout_s + _SLACK_S and name != "pools":
-                    fault = replace(fault, passed=False, said=f"{fault.said}; too late")
-                # The folder's name is another in each run.
-                fault = replace(fault, said=fault.said.replace(str(ground.folder), "FOLDER"))
-                left = ground.left_behind()
-                start = time.perf_counter()
-                right = torch.equal(ground.decode(ground.pool), ground.expected)
-                next_s = time.perf_counter() - start
-                found.setdefault(name, Counted(fault.name)).add(fault, left, next_s, right)
-        return found
+                    return
+                # What comes of it follows in this line, so that a run that ends here says where.
+                print(f"round {number}, {kind}: ", end="", file=sys.stderr, flush=True)
+                what = _one_round(ground, kind, counts)
+                after()
+                print(what, file=sys.stderr, flush=True)
+
+    def _one_round(ground: Ground, kind: str, counts: Counts) -> str:
+        """Count one round; what came of it in words."""
+        fault = kinds(len(ground.devices))[kind](ground)
+        if fault.seconds > ground.limit_s and kind != "pools":
+            fault = replace(fault, passed=False, said=f"{fault.said}; too late")
+        # The folder's name is another in each run.
+        fault = replace(fault, said=fault.said.replace(str(ground.folder), "FOLDER"))
+        left = ground.left_behind()
+        start = time.perf_counter()
+        is_right = torch.equal(ground.decode(ground.pool), ground.expected)
+        next_s = time.perf_counter() - start
+        one = counts.found.setdefault(kind, Counted(fault.name))
+        word = "right" if one.add(fault, left, next_s, is_right) else "WRONG"
+        return f"{word}, {fault.seconds:.1f} s, next decode {next_s:.1f} s: {fault.said}"
+
+    def _count_here(
+        counts: Counts, args: argparse.Namespace, devices: Sequence[str], folder: Path
+    ) -> None:
+        """Count in this process; --output has the page after each round."""
+
+        def keep() -> None:
+            if args.output is not None:
+                counts.write(args.output)
+
+        exact_float32()
+        before, tempfile.tempdir = tempfile.tempdir, str(folder)
+        try:
+            ground = Ground(devices, _on_cpu(args), folder, counts.timeout_s)
+            counts.transport = ground.pool.transport
+            with ground.pool:
+                count(ground, counts, args.limit_s, keep)
+        finally:
+            tempfile.tempdir = before
+        counts.is_done = True
+        keep()
 
 
-def faults_markdown(found: Sequence[Counted], facts: Facts, transport: str, devices: int) -> str:
-    """The counts as Markdown."""
-    lines = [
-        "# Faults in decodes over several devices, counted",
-        "",
-        *facts.lines(),
-        f"- devices: {devices}, transport {transport}",
-        "- right: it ended as documented and in time, nothing was left behind (no process, file or",
-        "  shared memory), and the next decode had the bits of the first",
-        "- seconds: until the error (or the end), and of the next decode with the start of workers",
-        "",
-        "| fault | rounds | right | seconds, median (longest) | next decode, s | said |",
-        "|---|---:|---:|---:|---:|---|",
-    ]
-    for one in found:
-        often = sorted(one.said, key=one.said.__getitem__, reverse=True)
-        said = "; ".join(f"{text} ({one.said[text]})" for text in often[:2])
-        lines.append(
-            f"| {one.name} | {one.rounds} | {one.right} | {statistics.median(one.seconds):.1f} "
-            f"({max(one.seconds):.1f}) | {statistics.median(one.next_s):.1f} | {said} |"
-        )
-    lines += [f"- **{one.name}**: {text}" for one in found for text in one.wrong]
-    return "\n".join(lines) + "\n"
+def _on_cpu(args: argparse.Namespace) -> bool:
+    return str(args.devices).startswith("cpu")
+
+
+def _count_at_once(counts: Counts, args: argparse.Namespace, folder: Path) -> None:
+    """Count in processes that run this command without --at-once."""
+
+    def command(share: Share, left_s: float, output: Path, temporary: Path) -> list[str]:
+        return [
+            *(sys.executable, "-m", "wan_vae", "bench", "faults", "--devices", args.devices),
+            *("--rounds", str(share.rounds), "--limit-s", f"{left_s:.1f}"),
+            *("--timeout-s", f"{counts.timeout_s:g}", "--folder", str(temporary)),
+            *("--output", str(output), "--only", *share.kinds),
+        ]
+
+    run_children(counts, command, folder, args.limit_s, args.output)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="wan-vae bench faults",
+        description="Faults planted in decodes over several devices, counted, unattended.",
+        epilog="With --output, faults.md and faults.json are written again after each round.",
+    )
+    parser.add_argument("--devices", default="0,1", help="0,1 (default) or cpu,cpu")
+    parser.add_argument("--rounds", type=int, default=20, help="of each kind (default: 20)")
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share the rounds on the same devices; after them one alone does those "
+        "of `memory` (default: 1)",
+    )
+    parser.add_argument("--limit-s", type=float, default=3600.0, help="seconds for everything")
+    parser.add_argument(
+        "--timeout-s",
+        type=float,
+        help="how long a rank may be silent; a fault may take twice as long (default: "
+        f"{_TIMEOUT_S:g}; with --at-once {DOCUMENTED_S:g}, as a pool has by itself)",
+    )
+    parser.add_argument("--only", nargs="*", help="these kinds (default: all of them)")
+    parser.add_argument("--folder", type=Path, help="for files while it runs (default: /dev/shm)")
+    parser.add_argument("--output", type=Path, help="folder for faults.md and faults.json")
+    return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Count and write; 1 if a round was not right."""
-    parser = argparse.ArgumentParser(
-        prog="wan-vae bench faults",
-        description="Faults planted in decodes over several devices, counted, unattended.",
-    )
-    parser.add_argument("--devices", default="0,1", help="0,1 (default) or cpu,cpu")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--limit-s", type=float, default=3600.0, help="seconds for everything")
-    parser.add_argument("--only", nargs="*", help="these kinds (default: all of them)")
-    parser.add_argument("--output", type=Path, help="folder for faults.md and faults.json")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     if sys.platform == "win32":
         print(f"faults: {faults.unavailable_reason()}", file=sys.stderr)
         return 1
-    on_cpu = args.devices.startswith("cpu")
     devices = [f"cuda:{d}" if d.strip().isdigit() else d.strip() for d in args.devices.split(",")]
     known = kinds(len(devices))
     names = args.only or list(known)
     if unknown := set(names) - set(known):
         raise ShardingError(f"--only {' '.join(sorted(unknown))}: expected {', '.join(known)}")
-    exact_float32()
-    facts = Facts.begin(SCHEMA, repeatable(["faults", *argv]), torch.device(devices[0]))
+    if args.rounds < 1 or args.at_once < 1:
+        raise ShardingError("--rounds and --at-once: expected 1 or more")
+    timeout_s = args.timeout_s or (_TIMEOUT_S if args.at_once == 1 else DOCUMENTED_S)
+    counts = Counts(
+        Facts.begin(SCHEMA, repeatable(["faults", *argv]), torch.device(devices[0])),
+        len(devices),
+        dict.fromkeys(names, args.rounds),
+        timeout_s,
+        args.at_once,
+    )
     # Folders of its own: what stays in them is ours.
-    base = next(folder for folder in default_folders() if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix="wan_vae_faults_", dir=base) as folder:
-        before, tempfile.tempdir = tempfile.tempdir, folder
-        try:
-            ground = Ground(devices, on_cpu, Path(folder))
-            with ground.pool:
-                found = list(count(ground, names, args.rounds, args.limit_s).values())
-        finally:
-            tempfile.tempdir = before
-    text = faults_markdown(found, facts, ground.pool.transport, len(devices))
-    print(text)
-    if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "faults.md").write_text(text, encoding="utf-8")
-        data = {
-            **facts.as_dict(),
-            "devices": len(devices),
-            "transport": ground.pool.transport,
-            "faults": [asdict(one) for one in found],
-        }
-        (args.output / "faults.json").write_text(json.dumps(data, indent=1) + "\n", "utf-8")
-    return 1 if not found or any(one.right < one.rounds for one in found) else 0
+    base = args.folder or next(folder for folder in default_folders() if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix="wan_vae_faults_", dir=base) as name:
+        if args.at_once > 1:
+            _count_at_once(counts, args, Path(name))
+        else:
+            _count_here(counts, args, devices, Path(name))
+    print(counts.markdown())
+    return 0 if counts.is_right else 1
