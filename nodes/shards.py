@@ -73,7 +73,7 @@ class WorkersPatcher(comfy.model_patcher.ModelPatcher):
 
     def detach(self, unpatch_all: bool = True) -> object:
         if unpatch_all:  # else ComfyUI only reorders its list, or drops the patcher
-            self.model.pool.close()
+            self.model.pool.free_devices()
         return super().detach(unpatch_all)
 
 

@@ -37,7 +37,7 @@ def workers(comfy) -> list[int]:
         # Threads and processes may end while this reads.
         with suppress(FileNotFoundError, ProcessLookupError):
             for pid in (task / "children").read_text().split():
-                if "workers.worker" in Path(f"/proc/{pid}/cmdline").read_text():
+                if "workers.begin" in Path(f"/proc/{pid}/cmdline").read_text():
                     found.append(int(pid))
     return sorted(found)
 

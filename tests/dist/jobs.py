@@ -207,6 +207,13 @@ def count_messages(rank, ranks, group, *, name, shape, chunk_frames):
     return counts
 
 
+def greet(rank, ranks, group):
+    """How many bytes and messages this rank got."""
+    wire = Wire(_context(rank, ranks, group), torch.device("cpu"))
+    wire.greet()
+    return wire.received_bytes // wire.received_messages, wire.received_messages
+
+
 def gather_every_format(rank, ranks, group):
     """Each rank gathers its number in another memory format; all must arrive as NCDHW."""
     wire = Wire(_context(rank, ranks, group, "height"), torch.device("cpu"))

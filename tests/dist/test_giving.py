@@ -23,8 +23,8 @@ from wan_vae.io.latents import check_latent, statistics_hint
 from wan_vae.options import RunOptions
 from wan_vae.workers import WorkerPool, worker
 from wan_vae.workers.giving import Given, Giving, copy_on_host, frames_first
+from wan_vae.workers.joining import WorkerSettings
 from wan_vae.workers.shared import SharedBuffer, aligned, view
-from wan_vae.workers.worker import WorkerSettings
 
 SHORT_S = 3.0
 

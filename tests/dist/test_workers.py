@@ -44,10 +44,10 @@ from wan_vae.workers.devices import (
     pick_transport,
     worth_sharing,
 )
+from wan_vae.workers.joining import WorkerSettings, join
 from wan_vae.workers.launch import WorkerProcess, worker_environment
 from wan_vae.workers.shared import SharedBuffer, view
 from wan_vae.workers.watch import Failure, Watch, Watched, error_of, failure_of
-from wan_vae.workers.worker import WorkerSettings
 from wan_vae.io.sink import TensorSink
 
 SHAPE = (1, 16, 3, 6, 16)
@@ -856,8 +856,9 @@ def test_a_torch_without_distributed_says_so(monkeypatch):
     """AMD's wheels for Windows."""
     settings = WorkerSettings(1, 2, "cpu", "gloo", "nowhere", 1.0, 1.0, torch.get_num_threads())
     monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
-    with pytest.raises(ShardingError, match="without torch.distributed: name one device"):
-        worker._Worker(settings, None).start()
+    error = join(settings).error
+    assert isinstance(error, ShardingError) and error.rank == 1
+    assert "without torch.distributed: name one device" in str(error)
 
 
 def test_fallback_to_one_device_is_in_the_report(vae, latent, expected):

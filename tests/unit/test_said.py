@@ -27,11 +27,12 @@ from wan_vae.planning.plan import Plan
 from wan_vae.report import DecodeReport, of_batch
 from wan_vae.said import Said, said, worded
 from wan_vae.workers.devices import parse_devices
+from wan_vae.workers.joining import WorkerSettings
 from wan_vae.workers.launch import WorkerProcess
 from wan_vae.workers.sharded import fallback_note
 from wan_vae.workers.shared import SharedBuffer
 from wan_vae.workers.watch import Failure, error_of, failure_of
-from wan_vae.workers.worker import WorkerSettings, _describe
+from wan_vae.workers.worker import _describe
 
 ROOT = Path(__file__).resolve().parents[2]
 

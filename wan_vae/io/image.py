@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from .. import geometry
@@ -26,6 +25,9 @@ from ..device import host_empty, is_out_of_memory
 from ..errors import WanVAEError
 from . import pages
 from .sink import Reserve, room_for
+
+if TYPE_CHECKING:  # 10 ms in each process
+    import numpy.typing as npt
 
 # Called with a number of frames; called when something is done.
 OnWritten = Callable[[int], None]

@@ -360,6 +360,17 @@ class Wire:
         """Make the transport connect all ranks. A collective; waits."""
         self._gather(torch.zeros(1, device=self._transport), self._transport)
 
+    def greet(self) -> None:
+        """Have each rank send each other one a first message. A collective; waits for the others.
+
+        NCCL connects two ranks when they first send each other something, and loads its kernels.
+        """
+        others = [rank for rank in range(self.context.world_size) if rank != self.context.rank]
+        self.connect()
+        byte = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        out = [Outgoing(rank, byte) for rank in others]
+        self.exchange("greeting", byte.dtype, out, [Incoming(rank, (1,)) for rank in others])
+
     def begin(self, facts: Mapping[str, int], own: Sequence[int] = ()) -> list[list[int]]:
         """`agree`, and take the headers of earlier runs with the same `facts` as compared.
 

@@ -16,8 +16,8 @@ import torch
 from ..errors import ShardingError
 from ..said import said
 from ..sharding.transport import group_environment
+from .joining import WorkerSettings
 from .pipe import PipeEnd
-from .worker import WorkerSettings
 
 # Both names that PyTorch reads.
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -50,7 +50,7 @@ def spawn(rank: int, device: torch.device) -> WorkerProcess:
     # sub-package of a folder whose name is not importable.
     code = (
         f"import sys; sys.path.insert(0, {str(library.parent)!r}); "
-        f"from {library.name}.workers.worker import main; main({handle})"
+        f"from {library.name}.workers.begin import main; main({handle})"
     )
     environment = worker_environment(os.environ)
     inherit: dict[str, Any] = {"pass_fds": (handle,)}
@@ -93,7 +93,8 @@ def worker_environment(ours: Mapping[str, str]) -> dict[str, str]:
     ComfyUI has PyTorch allocate by cudaMallocAsync. In a worker, where NCCL reads memory on a
     stream of its own, that waits at each message; PyTorch's own allocator does not.
     """
-    found = {**ours, **group_environment()}
+    # As PyTorch sets it before it asks the driver for anything, which `begin` does before PyTorch.
+    found = {"CUDA_MODULE_LOADING": "LAZY", **ours, **group_environment()}
     for name in _ALLOCATOR_VARIABLES:
         items = [item for item in found.pop(name, "").split(",") if item.strip()]
         kept = [item for item in items if item.strip() != "backend:cudaMallocAsync"]

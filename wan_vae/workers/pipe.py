@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import sys
 from collections.abc import Mapping
 from multiprocessing.connection import wait
@@ -12,7 +13,11 @@ if sys.platform == "win32":
 else:
     from multiprocessing.connection import Connection as PipeEnd
 
-__all__ = ["PipeEnd", "ready_of"]
+__all__ = ["Commands", "PipeEnd", "ready_of"]
+
+# What a worker's main thread works through: the settings, commands of the parent, and in their
+# midst ("joined", `joining.Joined`), or None for a thread that failed.
+Commands = queue.SimpleQueue[tuple[str, Any]]
 
 T = TypeVar("T")
 

@@ -7,6 +7,7 @@ them and keeps them for the next run. If one fails, it ends all of them and says
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import tempfile
@@ -14,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -56,17 +57,21 @@ from ..sharding.plan import plan_shards
 from ..walk import parameters
 from .devices import Transport, parse_devices, pick_transport
 from .giving import Giving, copy_on_host, frames_first
+from .joining import WorkerSettings
 from .launch import WorkerProcess, receive, settle, spawn, try_send
 from .pipe import ready_of
 from .shared import SharedBuffer, Spares, aligned, view
 from .watch import GRACE_S, Failure, Watch, Watched, error_of, failure_of
-from .worker import WorkerSettings
 
 Form = Literal["pixels", "image"]
+# A model, and what its weights were (`_state_of`).
+_Loaded = tuple[weakref.ref[WanVAEModel], list[Any]]
 
 _CONTROL_BYTES = 4096
 # How long processes wait for the first run that they were started for: a sampler takes minutes.
 _AHEAD_S = 1800.0
+# Host memory that must be free for each process that waits: it takes half of that.
+_WAITING_BYTES = 1 << 30
 ONE_DEVICE = said(
     "run.one_device",
     "one device: nothing to shard; name more devices, or decode without workers",
@@ -125,7 +130,7 @@ class WorkerPool:
         # Whether the workers have joined one another; before, they only wait (`start_ahead`).
         self._joined = False
         self._folder: Path | None = None
-        self._loaded: tuple[weakref.ref[WanVAEModel], list[Any]] | None = None
+        self._loaded: _Loaded | None = None
         # The plans of each kind of run with these weights.
         self._planned: dict[tuple[object, ...], tuple[Plan, ...]] = {}
         # The memory of the last results, which the workers have mapped.
@@ -135,6 +140,8 @@ class WorkerPool:
         self._lock = threading.Lock()
         self._idle: threading.Timer | None = None
         self._uses = 0
+        # Until when a run is awaited that was announced, by `time.monotonic`.
+        self._awaited_until_s = -math.inf
         self._started_timeout_s = timeout_s
 
     def __enter__(self) -> WorkerPool:
@@ -152,22 +159,43 @@ class WorkerPool:
         """Start the processes of the workers, where there are none, for a run that will come.
 
         They import PyTorch meanwhile, which is most of a first run's wait, and take no memory of a
-        device. Returns without waiting for them, but waits for a run or a `close` of another
-        thread. They end if no run comes in half an hour.
+        device. Until that run has been done, new ones are started whenever workers end: because
+        nobody used them, because of a failure, or to `free_devices`. Returns without waiting for
+        them, but waits for a run or a `close` of another thread. They end if no run comes in half
+        an hour.
         """
         with self._lock:
+            self._awaited_until_s = time.monotonic() + _AHEAD_S
             if not self._is_running():
                 self._spawn()
+            if not self._joined:
                 self._rest(_AHEAD_S)
 
     def close(self) -> None:
         """End the workers and wait until they are gone. The next decode starts new ones."""
         with self._lock:
-            if self._idle is not None:
-                self._idle.cancel()
+            self._awaited_until_s = -math.inf
             self._stop()
 
+    def free_devices(self) -> None:
+        """Give back the workers' memory of devices, as `close` does; see `start_ahead`."""
+        with self._lock:
+            if self._joined:
+                self._stop()
+                self._spawn_awaited()
+
+    def _spawn_awaited(self) -> None:
+        """Start processes for a run that was announced and is still to come, if there is one."""
+        left_s, free = self._awaited_until_s - time.monotonic(), host_free_bytes()
+        if left_s <= 0.0 or (free is not None and free < len(self.devices) * _WAITING_BYTES):
+            return
+        with suppress(ShardingError):  # the run says it
+            self._spawn()
+            self._rest(left_s)
+
     def _stop(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
         for rank in self._ranks:
             try_send(rank.pipe, ("stop", {}))
         self._end(self.timeout_s)
@@ -206,17 +234,15 @@ class WorkerPool:
         key = (operation, shape, axis, options)
         if earlier and key in self._planned and self._has(vae) and self._is_running():
             return self._planned[key]
-        with self._busy():
-            self._load(vae)
-            with self._timed("workers: plan"):
-                self._send_all(
-                    "plan",
-                    operation=operation,
-                    latent_shape=shape,
-                    axis=axis,
-                    options=asdict(options),
-                )
-                plain = self._wait_for_all(said("worker.plan", "plan"), self.start_timeout_s)
+        with self._busy(vae), self._timed("workers: plan"):
+            self._send_all(
+                "plan",
+                operation=operation,
+                latent_shape=shape,
+                axis=axis,
+                options=asdict(options),
+            )
+            plain = self._wait_for_all(said("worker.plan", "plan"), self.start_timeout_s)
         plans = [Plan.from_dict(p) for p in plain]
         if chunk_frames is None:
             fewest = min(plan.chunk_frames for plan in plans)
@@ -410,18 +436,25 @@ class WorkerPool:
             )
 
     @contextmanager
-    def _busy(self) -> Iterator[None]:
-        """Inside, the workers run and serve this thread alone. Any error inside ends them."""
+    def _busy(self, vae: WanVAE | None = None) -> Iterator[None]:
+        """Inside, the workers run, with the weights of `vae`, and serve this thread alone.
+
+        Any error inside ends them.
+        """
         with self._lock:
             self._uses += 1
             if self._idle is not None:
                 self._idle.cancel()
             try:
-                self._start()
+                self._start(vae)
+                if vae is not None:
+                    self._load(vae)
                 yield
-            except BaseException:
+            except BaseException as error:
                 # Ranks may be anywhere in a run: nothing that they say can be trusted.
                 self._end(0.0)
+                if isinstance(error, Exception):  # and not the end of this program
+                    self._spawn_awaited()
                 raise
             # The parent ends idle workers: only it knows that no command is on its way to them.
             self._rest(self.idle_s)
@@ -446,9 +479,8 @@ class WorkerPool:
         """Run `job` in shared memory. Ranks reserve the memory of their output as they write it."""
         with ExitStack() as stack:
             with self._timed("workers"):
-                stack.enter_context(self._busy())
                 job.vae.last_report, self.last_reports = None, ()
-                self._load(job.vae)
+                stack.enter_context(self._busy(job.vae))
             with self._timed("hand over"):
                 # In the order in which it lies, so that it is one plain copy.
                 given = job.tensor.detach().resolve_neg()
@@ -515,6 +547,7 @@ class WorkerPool:
                     result = torch.from_numpy(result.numpy().copy())
                 if is_done:
                     self._spares.give(buffer)
+            self._awaited_until_s = -math.inf
         report = self._whole_report(output_bytes)
         job.vae.last_report = report
         # Both agreed among the ranks, all of which are ready for the next command.
@@ -591,8 +624,11 @@ class WorkerPool:
 
     # -- workers --------------------------------------------------------------------------------
 
-    def _start(self) -> None:
-        """Make sure that all workers run and have joined. If one is gone, all are replaced."""
+    def _start(self, vae: WanVAE | None) -> None:
+        """Make sure that all workers run and have joined. If one is gone, all are replaced.
+
+        New ones are given the weights of `vae` while they join one another.
+        """
         running = self._is_running()
         # NCCL takes its time-out when ranks join; Gloo with each message.
         changed = self.transport == "nccl" and self._started_timeout_s != self.timeout_s
@@ -603,7 +639,7 @@ class WorkerPool:
         self._started_timeout_s = self.timeout_s
         self._folder = Path(tempfile.mkdtemp(prefix="wan_vae_ranks_"))
         on_cpu = sum(d.type == "cpu" for d in self.devices) or 1
-        self._joined = True  # from here on they are told to stop, and not only let go
+        self._joined = True
         for rank in self._ranks:
             settle(
                 rank,
@@ -616,37 +652,49 @@ class WorkerPool:
                     start_s=max(self.timeout_s, self.start_timeout_s),
                     wait_s=self.timeout_s,
                     threads=max(1, torch.get_num_threads() // on_cpu),
+                    has_nvidia_driver=rank.device.type == "cuda" and torch.version.cuda is not None,
                 ),
             )
         settled_s = time.monotonic()
-        started = self._wait_for_all(said("worker.start", "start"), self.start_timeout_s)
-        imported_s = max(began_s for began_s, _ in started)
-        self._laps["workers: import"] = (imported_s - self._spawned_s) * 1e3
-        joined_s = max(joined_s for _, joined_s in started) - max(imported_s, settled_s)
-        self._laps["workers: join"] = joined_s * 1e3
+        until_s = settled_s + self.start_timeout_s
+        start = said("worker.start", "start")
+        imported_s = max(self._wait_for_all(start, self.start_timeout_s, until_s))
+        with ExitStack() as stack:
+            loading = None if vae is None else stack.enter_context(self._given_weights(vae))
+            joined = self._wait_for_all(start, self.start_timeout_s, until_s)
+            self._laps["workers: import"] = (imported_s - self._spawned_s) * 1e3
+            self._laps["workers: join"] = (max(joined) - max(imported_s, settled_s)) * 1e3
+            if loading is not None:
+                with self._timed("workers: weights"):  # what is left of it
+                    self._until_loaded(loading)
 
     def _is_running(self) -> bool:
         """Whether there are workers, and none is gone."""
         return bool(self._ranks) and all(r.process.poll() is None for r in self._ranks)
 
     def _spawn(self) -> None:
-        """Start new processes in place of all that there were."""
+        """Start new processes in place of all that there were: all, or none."""
         self._end(0.0)
         self._spawned_s = time.monotonic()
-        for i, device in enumerate(self.devices):
-            self._ranks.append(spawn(i, device))
+        try:
+            for i, device in enumerate(self.devices):
+                self._ranks.append(spawn(i, device))
+        except ShardingError:
+            self._end(0.0)
+            raise
 
     def _load(self, vae: WanVAE) -> None:
-        """Give the weights to the workers through shared memory, unless they have them."""
-        if self._has(vae):
-            return
-        self._loaded = None
-        self._planned.clear()
-        with self._timed("workers: weights"):
-            self._give_weights(vae)
-        self._loaded = (weakref.ref(vae.model), _state_of(vae))
+        """Give the weights to the workers, unless they have them."""
+        if not self._has(vae):
+            self._loaded = None
+            self._planned.clear()
+            with self._timed("workers: weights"), self._given_weights(vae) as loading:
+                self._until_loaded(loading)
 
-    def _give_weights(self, vae: WanVAE) -> None:
+    @contextmanager
+    def _given_weights(self, vae: WanVAE) -> Iterator[_Loaded]:
+        """Inside, the workers may read the weights from shared memory, and were told to."""
+        loading = weakref.ref(vae.model), _state_of(vae)
         state = vae.model.state_dict()
         table, offset = [], 0
         for name, value in state.items():
@@ -670,9 +718,14 @@ class WorkerPool:
                 dtype=dtype_name(vae.dtype),
                 weights_found=vae.weights_found,
             )
-            self._wait_for_all(said("worker.load", "load the weights"), self.start_timeout_s)
+            yield loading
         finally:
             buffer.unlink()
+
+    def _until_loaded(self, loading: _Loaded) -> None:
+        """Wait until the workers have read the weights that they were given."""
+        self._wait_for_all(said("worker.load", "load the weights"), self.start_timeout_s)
+        self._loaded = loading
 
     def _has(self, vae: WanVAE) -> bool:
         """Whether the workers have the weights of `vae` as they are now."""
@@ -688,10 +741,14 @@ class WorkerPool:
             own = {**arguments, **(by_rank[rank.rank] if by_rank else {})}
             try_send(rank.pipe, (command, own))  # one that is gone is found by the watch
 
-    def _wait_for_all(self, what: str, timeout_s: float) -> list[Any]:
-        """One message of each worker, in rank order. Raises ShardingError."""
+    def _wait_for_all(self, what: str, timeout_s: float, until_s: float | None = None) -> list[Any]:
+        """One message of each worker, in rank order. Raises ShardingError.
+
+        until_s: when `timeout_s` are over, where they do not begin now.
+        """
         answers: dict[int, Any] = {}
-        left, until = {r.pipe: r for r in self._ranks}, time.monotonic() + timeout_s
+        left = {r.pipe: r for r in self._ranks}
+        until = time.monotonic() + timeout_s if until_s is None else until_s
         failures: list[Failure] = []
         while left and not failures:
             ready = ready_of(left, max(0.0, until - time.monotonic()))
@@ -753,3 +810,4 @@ def _end_idle(pool: weakref.ref[WorkerPool], uses: int) -> None:
         with idle._lock:
             if idle._uses == uses:
                 idle._stop()
+                idle._spawn_awaited()

@@ -1,20 +1,16 @@
 """A worker process: one rank on one device, told what to do by its parent's pipe alone.
 
-Started by `workers` as `python -c "..."`, not by multiprocessing's spawn, which would import the
-main module of the parent again: in ComfyUI that is a second server. Only plain values cross the
-pipe. Ends when the pipe closes (the parent is gone) or on "stop".
+See `begin` for how the process starts and ends.
 """
 
 from __future__ import annotations
 
 import os
-import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
 
@@ -33,6 +29,8 @@ from ..errors import (
 from ..hooks import Hooks
 from ..io.image import ImageSink
 from ..io.sink import NullSink, Sink, TensorSink
+from ..kernels import registry
+from ..kernels.device import Device
 from ..network.model import build_model
 from ..options import AxisRequest, Collect, Operation, RunOptions
 from ..pipeline import WanVAE
@@ -44,29 +42,12 @@ from ..said import said, worded
 from ..sharding.context import SINGLE, Agreed, ShardContext
 from ..sharding.plan import plan_shards
 from ..sharding.proof import check_wire
-from ..sharding.transport import HOST_AND_DEVICE, Wire
+from ..sharding.transport import Wire
 from .devices import make_current
 from .giving import Given
-from .pipe import PipeEnd
+from .joining import Joined, WorkerSettings
+from .pipe import Commands, PipeEnd
 from .shared import SharedBuffer, view
-
-
-@dataclass(frozen=True)
-class WorkerSettings:
-    """How one worker starts; plain values only. rendezvous: the path of the file where ranks meet.
-
-    start_s: for all ranks to arrive. wait_s: for one NCCL message (Gloo's limit comes with each
-    decode).
-    """
-
-    rank: int
-    world_size: int
-    device: str
-    transport: str
-    rendezvous: str
-    start_s: float
-    wait_s: float
-    threads: int
 
 
 @dataclass(frozen=True)
@@ -101,37 +82,57 @@ class DecodeJob(EncodeJob):
     plan: dict[str, Any] | None = None
 
 
-def main(handle: int) -> None:
-    """Serve until told to stop. `handle` is this end of the pipe, inherited from the parent."""
-    began_s = time.monotonic()
-    pipe = _Sender(PipeEnd(handle))
-    try:
-        kind, plain = pipe.receive()
-    except (EOFError, OSError):  # the parent is gone
-        return
-    if kind == "stop":
-        return
+def serve(connection: PipeEnd[Any, Any], commands: Commands) -> None:
+    """Serve until told to stop. commands: the first ones are those of `begin`."""
+    _, plain = commands.get()
     settings = WorkerSettings(**plain)
-    commands: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
+    pipe = _Sender(connection)
     threading.Thread(target=_listen, args=(pipe, commands), daemon=True).start()
     worker = _Worker(settings, pipe)
     try:
-        worker.start()
+        worker.take_device()
+        early = _until_joined(worker, commands)
     except (RuntimeError, WanVAEError) as error:
         pipe.send("error", _describe(error, settings))
         return
-    # The clock is that of the machine, equal in all of its processes.
-    pipe.send("ready", (began_s, time.monotonic()))
+    pipe.send("ready", time.monotonic())
+    for answer in early:
+        pipe.send(*answer)
     while True:
         command, arguments = commands.get()
         if command == "stop":
             break
-        try:
-            pipe.send("done", worker.commands[command](**arguments))
-            worker.forget()
-        except (WanVAEError, RuntimeError, MemoryError, OSError, TypeError, ValueError) as error:
-            pipe.send("error", _describe(error, settings))
+        pipe.send(*_answer(worker, command, arguments))
+        worker.forget()
     worker.close()
+
+
+def _until_joined(worker: _Worker, commands: Commands) -> list[tuple[str, Any]]:
+    """Wait until this rank has joined the others, and get ready meanwhile.
+
+    Weights are read too if they come so early. Returns what the parent is to be told of them, after
+    "ready". Raises the error with which joining ended.
+    """
+    worker.import_kernels()
+    early: list[tuple[str, Any]] = []
+    command, value = commands.get()
+    while command != "joined":
+        early.append(_answer(worker, command, value))
+        command, value = commands.get()
+    if value is None:
+        raise SystemExit(1)  # the thread has printed why
+    joined: Joined = value
+    if joined.error is not None:
+        raise joined.error
+    return early
+
+
+def _answer(worker: _Worker, command: str, arguments: Mapping[str, Any]) -> tuple[str, Any]:
+    """Do what the parent asks for; returns what it is told."""
+    try:
+        return "done", worker.commands[command](**arguments)
+    except (WanVAEError, RuntimeError, MemoryError, OSError, TypeError, ValueError) as error:
+        return "error", _describe(error, worker.settings)
 
 
 class _Sender:
@@ -150,7 +151,7 @@ class _Sender:
         return message
 
 
-def _listen(pipe: _Sender, commands: queue.SimpleQueue[tuple[str, dict[str, Any]]]) -> None:
+def _listen(pipe: _Sender, commands: Commands) -> None:
     """Read commands and answer "ping", whatever the main thread is busy with.
 
     When the parent is gone, end at once, also out of a wait for another rank.
@@ -160,7 +161,7 @@ def _listen(pipe: _Sender, commands: queue.SimpleQueue[tuple[str, dict[str, Any]
     os._exit(1)
 
 
-def _receive_all(pipe: _Sender, commands: queue.SimpleQueue[tuple[str, dict[str, Any]]]) -> None:
+def _receive_all(pipe: _Sender, commands: Commands) -> None:
     """See `_listen`. Raises EOFError or OSError when the parent is gone."""
     given = Given()
     while True:
@@ -220,52 +221,28 @@ class _Worker:
             "check_wire": self.on_check_wire,
         }
 
-    def start(self) -> None:
-        """Join the other ranks: through a file, over the loopback interface."""
-        settings = self.settings
+    def take_device(self) -> None:
+        """Make the device current, and decide how many threads compute beside it."""
         if self.device.type == "cpu":
-            torch.set_num_threads(settings.threads)
+            torch.set_num_threads(self.settings.threads)
         else:
             make_current(self.device)
         if self.device.type == "cuda":
             # Here the host launches, and copies in threads of ours. For any tensor of more than
             # 32768 numbers PyTorch would wake a thread for each core, in every worker.
             torch.set_num_threads(1)
-        if settings.world_size == 1:
-            return
-        import torch.distributed as dist
 
-        nccl, start = settings.transport == "nccl", timedelta(seconds=settings.start_s)
-        if not dist.is_available():
-            raise ShardingError(
-                said(
-                    "worker.no_distributed",
-                    "this PyTorch was built without torch.distributed: name one device",
-                ),
-                settings.rank,
-            )
-        from torch._C._distributed_c10d import FileStore, PrefixStore
-
-        # A store of our own, so that ranks may take longer to arrive than one message may. By its
-        # path: of a URI with a space in it PyTorch would make another file on each side.
-        store = FileStore(settings.rendezvous, settings.world_size)
-        store.set_timeout(start)
-        dist.init_process_group(
-            HOST_AND_DEVICE if nccl else settings.transport,
-            store=PrefixStore("wan_vae", store),
-            rank=settings.rank,
-            world_size=settings.world_size,
-            # NCCL knows no time-out for one message, only this one.
-            timeout=timedelta(seconds=settings.wait_s) if nccl else start,
-            # Connects now, where the parent waits for it, and not within the first decode.
-            device_id=self.device if nccl else None,
-        )
+    def import_kernels(self) -> None:
+        """Import the kernels that a plan will look at on this device."""
+        registry.families_of("auto", Device.chosen_for(self.device))
 
     def close(self) -> None:
+        """Leave the other ranks, and let go of shared memory."""
         import torch.distributed as dist
 
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+        self._mapped.clear()
 
     def forget(self) -> None:
         """Let go of memory that no run will use again: not in a run, as it takes milliseconds."""
