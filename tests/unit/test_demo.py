@@ -140,18 +140,20 @@ def test_samples_decode_to_the_stored_thumbnails(decoded, name):
     assert thumbnails.difference(stored(name), decoded[name]) < thumbnails.TOLERANCE_LEVELS
 
 
-# In bfloat16 a CPU takes ten times as long as in float32.
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.full] if n.endswith("f") else []) for n in QUICK],
+# The clip only where there is time: in bfloat16 a CPU takes ten times as long as in float32.
+image_first = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.full if n.endswith("f") else ()) for n in QUICK]
 )
+
+
+@image_first
 def test_bfloat16_stays_within_the_tolerance(mini, name):
     latent = load_latent(EXAMPLES / "latents" / f"{name}.latent")
     pixels = mini.decode(latent, precision="bf16")
     assert thumbnails.difference(stored(name), pixels) < thumbnails.TOLERANCE_LEVELS
 
 
-@pytest.mark.parametrize("name", QUICK)
+@image_first
 def test_a_latent_garbled_as_raw_bytes_fails_the_comparison(mini, name):
     latent = load_latent(EXAMPLES / "latents" / f"{name}.latent")
     pixels = mini.decode(raw_bytes(latent))
