@@ -5,8 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import platform
 import signal
 from math import prod
+
+if platform.machine() in ("x86_64", "AMD64"):
+    # Before NumPy is imported, here and in each process that is started from here. Triton's
+    # interpreter multiplies matrices by OpenBLAS, whose kernels for AVX2 add up in an order that
+    # follows the size of the matrix: a row would have other bits in a shard than in the picture.
+    os.environ.setdefault("OPENBLAS_CORETYPE", "Prescott")
 
 import pytest
 import torch
