@@ -78,7 +78,10 @@ _FORMATS = {16: comfy.latent_formats.Wan21, 48: comfy.latent_formats.Wan22}
 
 
 class ProbeHeld:
-    """The latent, once somebody has opened the FIFO at `path` for writing and closed it."""
+    """The latent, once somebody has opened the FIFO at `path` for writing and closed it.
+
+    after: what is to have run before.
+    """
 
     RETURN_TYPES = ("LATENT",)
     FUNCTION = "hold"
@@ -86,9 +89,12 @@ class ProbeHeld:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"samples": ("LATENT",), "path": ("STRING", {})}}
+        return {
+            "required": {"samples": ("LATENT",), "path": ("STRING", {})},
+            "optional": {"after": ("IMAGE",)},
+        }
 
-    def hold(self, samples, path):
+    def hold(self, samples, path, after=None):
         with open(path, "rb") as fifo:
             fifo.read()
         return (samples,)
