@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from wan_vae.io.latents import load_latent, save_latent
 pytestmark = pytest.mark.comfy
 
 SMALL = "small.latent"
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -111,6 +115,32 @@ def nested(comfy) -> bool:
     forms = [kind == "COMFY_DYNAMICCOMBO_V3" for kind in kinds]
     assert forms[0] == forms[1], "the options have the form of core's"
     return forms[0]
+
+
+def slots(inputs: dict, before: str = "") -> Iterator[str]:
+    """The names of all inputs of a definition, also of those that a choice brings."""
+    for part in ("required", "optional"):
+        for name, (kind, *rest) in inputs.get(part, {}).items():
+            yield before + name
+            if kind == "COMFY_DYNAMICCOMBO_V3":
+                for option in rest[0]["options"]:
+                    yield from slots(option["inputs"], f"{before}{name}.")
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_inputs_that_a_choice_brings_have_words(comfy, nested, language):
+    """Under their path, with underscores: so the frontend looks for the words of a widget."""
+    names = set(
+        slots(comfy.get("/object_info/WanVAEDecodeToVideo")["WanVAEDecodeToVideo"]["input"])
+    )
+    deepest = {"format.codec.encoding.crf", "format.codec.encoding.color_space"}
+    assert deepest <= names or not nested
+    words = json.loads((REPOSITORY / f"locales/{language}/nodeDefs.json").read_text("utf-8"))
+    entries = words["WanVAEDecodeToVideo"]["inputs"]
+    keys = {name.replace(".", "_") for name in names}
+    assert keys <= set(entries)
+    if nested:
+        assert set(entries) == keys, "no words of inputs that there are not"
 
 
 def alike(one: np.ndarray, other: np.ndarray) -> bool:
