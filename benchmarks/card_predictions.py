@@ -33,6 +33,9 @@ FLOAT_SUMS = Way("float32 sums")
 HALF_SUMS = Way("float16 sums", half_sums=True)
 TWO_DIMENSIONAL = Way("2D", two_dimensional=True)
 WAYS = (FLOAT_SUMS, HALF_SUMS, TWO_DIMENSIONAL)
+# Of before 2026-11-29: what was measured then.
+PAIRS_ONLY = Way("float32 sums, F(2,3)", quads=False)
+PAIRS_ONLY_2D = Way("2D, F(2,3)", two_dimensional=True, quads=False)
 
 _GA102 = "NVIDIA, Ampere GA102 GPU architecture"
 _ADA = "NVIDIA, Ada GPU architecture"
@@ -67,6 +70,10 @@ def _carried(share: float, times: int) -> float:
 
 
 _ATTENTION_SHARE = 180 / 641
+# F(4,3) on an H200: layers of 96 and of 192 channels do 305 and 344 of 641 TFLOP/s by mma.sync, and
+# 591 and 656 of cuBLAS's 800 by wgmma.
+_QUADS_SHARE = 0.51
+_QUADS = "F(4,3) on an H200, 2026-11-29, docs/performance.md"
 MODEL = Model(
     shares=(
         Share("direct", False, _FIFTH, 0.88, _OURS),
@@ -74,6 +81,11 @@ MODEL = Model(
         Share("direct", False, _FULL, 0.63, _EARLIER),
         Share("direct", False, _WGMMA, 0.86, _HOPPER),
         Share("direct", True, _THIRD, 0.83, _OURS),
+        Share("quads", False, _FIFTH, _carried(_QUADS_SHARE, 5), _CARRIED),
+        Share("quads", False, _THIRD, _carried(_QUADS_SHARE, 3), _CARRIED),
+        Share("quads", False, _FULL, _QUADS_SHARE, _QUADS),
+        Share("quads", False, _WGMMA, 0.78, _QUADS),
+        Share("quads", True, _THIRD, _carried(_QUADS_SHARE, 3), _CARRIED),
         Share("2d", False, _FIFTH, 0.78, _OURS),
         Share("2d", False, _THIRD, 0.66, _EARLIER),
         Share("2d", False, _FULL, 0.33, _EARLIER),
@@ -102,6 +114,7 @@ class Check:
 
 _HOPPER_SOURCE = "NVIDIA's data sheet of the card, and cuBLAS"
 _H100 = Card("H100", 132, 1.78, 800, 800, 3350, _HOPPER_SOURCE)
+_H200 = Card("H200", 132, 1.78, 800, 800, 4800, f"{_HOPPER_SOURCE} on an H100")
 _H200_BY_MMA = Card("H200 by mma.sync", 132, 1.78, 641, 641, 4800, "benchmarks/mma_ceiling.cu")
 _W720, _W480, _W22 = PICTURES
 _AUTO = "wan_vae (auto), device, median_ms"
@@ -109,34 +122,50 @@ CHECKS = (
     Check(
         "H200 that imitates compute capability 8.9, 2D",
         _H200_BY_MMA,
-        TWO_DIMENSIONAL,
+        PAIRS_ONLY_2D,
         _W720,
         1521.0,
         "noted on 2026-11-28; the run printed it and kept no file",
     ),
     Check(
-        "H100, Hopper's kernels",
+        "H100, Hopper's kernels, F(2,3)",
         _H100,
-        FLOAT_SUMS,
+        PAIRS_ONLY,
         _W720,
         972.0,
         f"2026-11-28-h100-720p.json: wan2.1-720p-81, {_AUTO}",
     ),
     Check(
-        "H100, Hopper's kernels",
+        "H100, Hopper's kernels, F(2,3)",
         _H100,
-        FLOAT_SUMS,
+        PAIRS_ONLY,
         _W480,
         395.0,
         f"2026-11-28-h100-480p.json: wan2.1-480p-81, {_AUTO}",
     ),
     Check(
-        "H100, Hopper's kernels",
+        "H100, Hopper's kernels, F(2,3)",
         _H100,
-        FLOAT_SUMS,
+        PAIRS_ONLY,
         _W22,
         2614.0,
         f"2026-11-28-h100-wan22.json: wan2.2-720p-121, {_AUTO}",
+    ),
+    Check(
+        "H200, Hopper's kernels, F(4,3)",
+        _H200,
+        FLOAT_SUMS,
+        _W720,
+        796.0,
+        f"2026-11-29-h200-720p.json: wan2.1-720p-81, {_AUTO}",
+    ),
+    Check(
+        "H200, Hopper's kernels, F(4,3)",
+        _H200,
+        FLOAT_SUMS,
+        _W22,
+        2105.9,
+        f"2026-11-29-h200-wan22.json: wan2.2-720p-121, {_AUTO}",
     ),
 )
 
@@ -211,7 +240,12 @@ def rates() -> str:
 
 def shares() -> str:
     """The shares of these rates that kernels reach, as Markdown."""
-    names = {"direct": "direct, or Winograd along time", "2d": "2D", "attention": "attention"}
+    names = {
+        "direct": "direct, or F(2,3) along time",
+        "quads": "F(4,3) along time",
+        "2d": "2D",
+        "attention": "attention",
+    }
     lines = ["| form | sums | products a cycle | share | source |", "|---|---|---:|---:|---|"]
     for share in MODEL.shares:
         sums = "float16" if share.half_sums else "float32"

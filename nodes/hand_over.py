@@ -62,8 +62,11 @@ def encode(run: Session, pixels: torch.Tensor, normalized: bool) -> torch.Tensor
     if not _is_another(run, normalized):
         return None
     image = inputs.frames(pixels)
-    channels = getattr(run.vae, "image_channels", 3)
-    latent: torch.Tensor = run.vae.encode(image[..., :channels])
+    if not hasattr(run.vae, "pad_channel_value"):
+        # Newer ComfyUI's VAE takes the channels that it needs, alpha too; VAE Encode of the older
+        # ones gave it three.
+        image = image[..., :3]
+    latent: torch.Tensor = run.vae.encode(image)
     _report(run, (1, 3, *image.shape[:3]))
     return latent
 

@@ -17,6 +17,7 @@ import torch
 
 from wan_vae.config import WanVAEConfig
 from wan_vae.kernels.cuda import conv3x3_mma
+from wan_vae.kernels.winograd import DIRECT, PAIRS, QUADS
 from wan_vae.network import architecture
 from wan_vae.network.model import WanVAEModel
 from wan_vae.network.sites import decoder_sites
@@ -31,9 +32,9 @@ from wan_vae.ops.problem import (
 
 from .cases import Case
 
-# copy: no products. direct: also Winograd along time, whose loop is the same with two thirds of the
-# products. 2d: Winograd along time and rows.
-Form = Literal["copy", "direct", "2d", "attention"]
+# copy: no products. direct: also F(2,3) along time, whose loop is the same with two thirds of the
+# products. quads: F(4,3) along time. 2d: F(2,3) along time and rows.
+Form = Literal["copy", "direct", "quads", "2d", "attention"]
 
 _ITEMSIZE = torch.bfloat16.itemsize  # of features; operands behind a norm are float16
 _PIXEL_ITEMSIZE = torch.float32.itemsize
@@ -48,11 +49,13 @@ _HISTORY_FRAMES = 2
 @dataclass(frozen=True)
 class Way:
     """Which of our kernels run. half_sums: products are summed in float16 where a kernel can.
-    two_dimensional: Winograd along time and rows where a kernel can."""
+    two_dimensional: Winograd along time and rows where a kernel can. quads: F(4,3) along time where
+    a layer makes four frames of a latent frame, as our kernels do since 2026-11-29."""
 
     name: str
     half_sums: bool = False
     two_dimensional: bool = False
+    quads: bool = True
 
 
 @dataclass(frozen=True)
@@ -194,34 +197,40 @@ def _behind_norm(
 ) -> list[Work]:
     """Norm with SiLU, then the 3x3x3 convolution."""
     is_head = isinstance(problem, HeadProblem)
-    has_pairs = problem.frames > 1 and not is_head
+    is_2d = (
+        way.two_dimensional
+        and problem.frames > 1
+        and not is_head
+        and bool(conv3x3_mma.configs("winograd2d", problem.out_channels))
+    )
+    config_form: conv3x3_mma.Form = "direct1" if size.only_frame else "direct3"
+    transform = DIRECT
+    if problem.frames > 1 and not is_head:
+        transform, config_form = PAIRS, "winograd"
+        if problem.frames == QUADS.frames and way.quads and not is_2d:
+            transform, config_form = QUADS, "winograd4"
     past = 0 if size.only_frame else _HISTORY_FRAMES
     frame = _feature_bytes(problem.in_channels, replace(size, frames=1))
 
     # The norm reads the new frames and the history, and writes the operand and the new history.
     new = min(size.frames, _PASS_FRAMES if problem.frames > 1 else _PASS_LATENT_FRAMES)
-    operand = 2 * new if has_pairs else new + past
+    operand = transform.operand_frames(new, past)
     normed = frame * (new + past + operand + past) * size.frames // new
 
-    direct: conv3x3_mma.Form = "direct1" if size.only_frame else "direct3"
-    configs = conv3x3_mma.configs("winograd" if has_pairs else direct, problem.out_channels)
-    is_2d = (
-        way.two_dimensional
-        and has_pairs
-        and bool(conv3x3_mma.configs("winograd2d", problem.out_channels))
-    )
+    configs = conv3x3_mma.configs(config_form, problem.out_channels)
     half_sums = way.half_sums and not is_head and not is_2d and bool(conv3x3_mma.half_sums(configs))
     columns = -(-problem.out_channels // _COLUMNS) * _COLUMNS
-    frames = size.frames + size.frames % 2 if has_pairs else size.frames
+    frames = transform.groups(size.frames) * transform.frames
     flops = replace(problem, out_channels=columns).flops(replace(size, frames=frames))
     if is_2d:
         flops = flops * 4 // 9
-    elif has_pairs:
-        flops = flops * 2 // 3
+    elif transform != DIRECT:
+        # Of three taps.
+        flops = flops * transform.products // (3 * transform.frames)
     itemsize = _PIXEL_ITEMSIZE if is_head else _ITEMSIZE
     written = _feature_bytes(problem.out_channels, size) // _ITEMSIZE * itemsize
     read = frame * operand * size.frames // new + (written if residual else 0)
-    form: Form = "2d" if is_2d else "direct"
+    form: Form = "2d" if is_2d else "quads" if transform == QUADS else "direct"
     return [
         Work(f"{name}: norm", "copy", 0, normed),
         Work(name, form, flops, read + written, half_sums),

@@ -16,6 +16,7 @@ from benchmarks.card_predictions import (
     FLOAT_SUMS,
     HALF_SUMS,
     MODEL,
+    PAIRS_ONLY,
     PICTURES,
     TABLES,
     TWO_DIMENSIONAL,
@@ -34,6 +35,8 @@ from benchmarks.suite.predictions import (
     decode_work,
 )
 from wan_vae.chunking import Chunk
+from wan_vae.kernels.cuda.kernels import KERNELS, NormConvMma
+from wan_vae.kernels.device import CARDS as CARDS_OF_KERNELS
 from wan_vae.network import architecture
 from wan_vae.ops.opset import CallSize, Workspace
 from wan_vae.planning.peak import DecodeMemory, DecoderWalk
@@ -82,16 +85,38 @@ def test_every_layer_is_worked_once():
 
 
 def test_one_layer_by_hand():
-    """81 frames are 41 pairs. A pair has four transformed frames."""
-    direct = 2 * 27 * 96 * 96 * 82 * 720 * 1280
-    along_time, in_2d = work_of(LAST, FLOAT_SUMS), work_of(LAST, TWO_DIMENSIONAL)
+    """81 frames are 41 pairs or 21 quads. A pair has four transformed frames, a quad six."""
+    of_a_frame = 2 * 27 * 96 * 96 * 720 * 1280
+    quads = work_of(LAST, FLOAT_SUMS)
+    assert (quads.form, quads.flops) == ("quads", 84 * of_a_frame // 2)
+    # Operand, residual, result.
+    assert 2 * quads.moved_bytes == (3 + 2 + 2) * 81 * FRAME_BYTES
+    # For four frames: 4 and a history of 2 read, 6 and a history of 2 written.
+    norm = work_of(f"{LAST}: norm", FLOAT_SUMS)
+    assert (norm.flops, norm.moved_bytes) == (0, 14 * 81 * FRAME_BYTES // 4)
+
+    direct = 82 * of_a_frame
+    along_time, in_2d = work_of(LAST, PAIRS_ONLY), work_of(LAST, TWO_DIMENSIONAL)
     assert (along_time.form, along_time.flops) == ("direct", direct * 2 // 3)
     assert (in_2d.form, in_2d.flops) == ("2d", direct * 4 // 9)
     # Operand, residual, result.
     assert along_time.moved_bytes == in_2d.moved_bytes == (2 + 1 + 1) * 81 * FRAME_BYTES
     # For four frames: 4 and a history of 2 read, 8 and a history of 2 written.
-    norm = work_of(f"{LAST}: norm", FLOAT_SUMS)
+    norm = work_of(f"{LAST}: norm", PAIRS_ONLY)
     assert (norm.flops, norm.moved_bytes) == (0, 16 * 81 * FRAME_BYTES // 4)
+
+
+def test_quads_are_for_the_layers_that_make_four_frames_as_in_the_kernels():
+    card, quads = CARDS_OF_KERNELS["RTX 4090"], 0
+    kernel = next(kernel for kernel in KERNELS if isinstance(kernel, NormConvMma))
+    for site, _ in decode_layers(P720):
+        if site.problem.operation == "norm_conv3d":
+            first = kernel.candidates(site.problem, card)[0]
+            is_quads = work_of(site.name, FLOAT_SUMS).form == "quads"
+            assert is_quads == first.startswith("winograd4_"), site.name
+            assert work_of(site.name, PAIRS_ONLY).form == "direct"
+            quads += is_quads
+    assert quads == 12, "two stages of three blocks"
 
 
 def test_the_head_counts_whole_columns_and_float32_pixels():
@@ -111,7 +136,7 @@ def test_a_layer_has_the_kernels_that_exist_for_it():
     # Channels that are no multiple of a wide tile.
     for way in (HALF_SUMS, TWO_DIMENSIONAL):
         narrow = decode_work(CASES["wan2.1-narrow"], way)
-        assert {work.form for work in narrow} == {"copy", "direct", "attention"}
+        assert {work.form for work in narrow} == {"copy", "direct", "quads", "attention"}
         assert not any(work.half_sums for work in narrow)
 
 

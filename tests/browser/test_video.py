@@ -119,6 +119,35 @@ def test_a_workflow_saved_in_one_form_opens_in_the_other(frontend, form):
     frontend.shot(f"options-{'nested' if nested else 'flat'}")
 
 
+def test_inputs_that_a_choice_brings_speak_chinese(frontend):
+    if frontend.mode == "nodes2":
+        return  # the words do not depend on how nodes are drawn
+    made = video_workflow("WanVAEDecodeToVideo", f"words-{frontend.name}-{frontend.mode}")
+    (saved,) = (one for one in made["nodes"] if one["type"] == "WanVAEDecodeToVideo")
+    saved["widgets_values"] = [16, "video/WanVAE", "auto", "auto", 0, *SAVED["nested"][0]]
+    frontend.setting("Comfy.Locale", "zh")
+    try:
+        frontend.open()
+        frontend.load(made)
+        labels = frontend.page.evaluate(
+            """() => {
+              const { nodes } = window.app.graph;
+              const node = nodes.find((node) => node.type === "WanVAEDecodeToVideo");
+              return node.widgets.map((widget) => [widget.name, widget.label]);
+            }"""
+        )
+        labels = dict(labels)
+        assert labels["format"] == "格式"
+        if "format.codec" in labels:
+            assert labels["format.codec"] == "编码"
+            assert labels["format.codec.encoding"] == "编码方式"
+            assert labels["format.codec.encoding.crf"] == "质量 (crf)"
+            assert labels["format.codec.encoding.color_space"] == "色彩空间"
+    finally:
+        frontend.setting("Comfy.Locale", "en")
+        frontend.open()
+
+
 def test_the_line_of_create_video_shows_what_the_reader_did(frontend):
     """It decodes nothing itself; Save Video, a node of core's, decodes as it saves."""
     frontend.load(video_workflow("WanVAECreateVideo", f"lazy-{frontend.name}-{frontend.mode}"))

@@ -240,6 +240,18 @@ def test_the_search_finds_the_nodes_by_what_people_type():
     assert [text for text, node in SEARCHES.items() if text not in aliases[node]] == []
 
 
+def test_each_input_has_words_in_both_languages():
+    english, chinese = (
+        json.loads(text_of(REPOSITORY / f"locales/{language}/nodeDefs.json"))
+        for language in ("en", "zh")
+    )
+    for node, entry in english.items():
+        for part in ("inputs", "outputs"):
+            assert set(entry[part]) == set(chinese[node][part]), node
+            for name, words in chinese[node][part].items():
+                assert set(words) == set(entry[part][name]), f"{node}: {name}"
+
+
 def test_the_english_locale_says_what_the_nodes_say():
     nodes = json.loads(text_of(REPOSITORY / "locales/en/nodeDefs.json"))
     texts = [
