@@ -103,14 +103,24 @@ class Packed:
         return bool(loaded(self.patcher))
 
 
+@dataclass(frozen=True)
+class _Known:
+    """The weights of a network when they were looked at last: their fingerprint, how many are in
+    each memory format, and how they lay, from the second look on."""
+
+    source: bytes
+    formats: dict[str, dict[str, int]]
+    look: Look | None
+
+
 class PackedCopies:
     """The copies that there are, the least recently used first. Keeps no VAE alive."""
 
     def __init__(self, limit: int = MAX_COPIES) -> None:
         self._limit = limit
         self._copies: OrderedDict[Key, Packed] = OrderedDict()
-        # The last fingerprint of each network of ComfyUI that is alive, and how its weights lay.
-        self._sources: weakref.WeakKeyDictionary[torch.nn.Module, tuple[bytes, Look | None]] = (
+        # What is known of each network of ComfyUI that is alive.
+        self._sources: weakref.WeakKeyDictionary[torch.nn.Module, _Known] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -146,7 +156,9 @@ class PackedCopies:
         packed = self._copies[key]
         packed.models.add(model)
         # Not part of the fingerprint: each VAE may hold the same numbers in another format.
-        packed.wan.engine.weights_found = count_weight_formats(state)
+        known = self._sources.get(model)
+        formats = count_weight_formats(state) if known is None else known.formats
+        packed.wan.engine.weights_found = formats
         return packed
 
     def _source(self, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> bytes | None:
@@ -154,8 +166,9 @@ class PackedCopies:
 
         Weights that cannot be read now (not in memory) are taken for those that were read last.
         """
-        known, look = self._sources.get(model, (None, None))
-        if look is not None and look.is_still_true(state):
+        last = self._sources.get(model)
+        known = None if last is None else last.source
+        if last is not None and last.look is not None and last.look.is_still_true(state):
             return known
         source = fingerprint(state)
         if source is None:
@@ -166,8 +179,9 @@ class PackedCopies:
             for packed in self._copies.values():
                 packed.models.discard(model)
             self._drop_where(lambda key, packed: key.source == known and not packed.is_wanted)
-        # From the second time on: to make one takes longer than a fingerprint.
-        self._sources[model] = source, Look.of(state) if known == source else None
+        # A look from the second time on: to make one takes longer than a fingerprint.
+        look = Look.of(state) if known == source else None
+        self._sources[model] = _Known(source, count_weight_formats(state), look)
         return source
 
     def _make_room(self) -> None:

@@ -24,7 +24,7 @@ import torch
 
 from .. import geometry, layout
 from ..chunking import chunk_lengths, lengths_of_ranks
-from ..device import dtype_name, host_free_bytes
+from ..device import dtype_name, host_empty, host_free_bytes
 from ..errors import (
     CheckpointError,
     DecodeCancelled,
@@ -513,7 +513,12 @@ class WorkerPool:
                         **({} if giving is None else {"given": 0}),
                         **job.arguments,
                     )
-                    # While the workers get ready.
+                    # While the workers get ready. A latent first: threads that map the pages of an
+                    # image keep new ones from starting.
+                    if giving is not None and job.operation == "decode":
+                        while giving.step():
+                            pass
+                        giving = None
                     copy = self._copy_of(job, buffer, output_at, fresh)
                     if copy is not None:
                         stack.enter_context(copy)
@@ -544,7 +549,9 @@ class WorkerPool:
                     result = buffer.tensor(output_at, job.shape, torch.float32)
                 if job.operation == "encode":
                     # A latent must not keep a whole video.
-                    result = torch.from_numpy(result.numpy().copy())
+                    own = host_empty(tuple(job.shape), torch.float32)
+                    copy_on_host(result, own)
+                    result = own
                 if is_done:
                     self._spares.give(buffer)
             self._awaited_until_s = -math.inf

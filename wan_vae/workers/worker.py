@@ -27,7 +27,7 @@ from ..errors import (
     first_line,
 )
 from ..hooks import Hooks
-from ..io.image import ImageSink
+from ..io.image import HostCopier, ImageSink
 from ..io.sink import NullSink, Sink, TensorSink
 from ..kernels import registry
 from ..kernels.device import Device
@@ -402,8 +402,14 @@ class _Worker:
             )
             if latent is not None:
                 place = view(raw, *job.output, torch.float32)
-                buffer.reserve(place)
-                place.copy_(latent)
+                reserve = buffer.reserve if job.fresh else None
+                if latent.is_cuda:
+                    copier = HostCopier(latent.device, reserve, is_new=False)
+                    copier.copy(latent.contiguous(), place, place[:, :0])
+                    copier.finish()
+                else:
+                    buffer.reserve(place)
+                    place.copy_(latent)
         except DecodeCancelled:
             pass  # the report says it
         except LatentError as error:
