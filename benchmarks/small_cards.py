@@ -46,7 +46,7 @@ _CONTEXT_BYTES = 600 * 10**6
 @dataclass(frozen=True)
 class SmallRow:
     """One way through one case. ms: median of the runs after the first. The rest is of the last run
-    (`DecodeReport`); restarts: of all runs."""
+    (`DecodeReport`); restarts: of all runs. parts: of the video, in strips of whole frames."""
 
     case: str
     way: str
@@ -56,6 +56,7 @@ class SmallRow:
     ms: float
     strips: int
     chunk_frames: int
+    parts: int
     free_bytes: int | None
     planned_bytes: int
     peak_bytes: int | None
@@ -134,6 +135,7 @@ def _timed(
         ms=statistics.median(times[1:]),
         strips=report.strips,
         chunk_frames=max(chunk.stop - chunk.start for chunk in report.chunks),
+        parts=len(plan["parts"]),
         free_bytes=report.memory.free_bytes,
         planned_bytes=report.memory.planned_bytes,
         peak_bytes=report.memory.peak_bytes,
@@ -152,9 +154,9 @@ def markdown(rows: Sequence[SmallRow], facts: Facts) -> str:
         "- another process holds the rest of the card; random weights; first: with all kernels'",
         "  modules still to load; ms: median of the runs after it; memory of the last one",
         "",
-        "| case | way | card, GB | allocator | first, ms | ms | strips | chunk | free GiB "
-        "| planned GiB | peak GiB | host GiB | restarts | bits |",
-        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+        "| case | way | card, GB | allocator | first, ms | ms | strips | chunk | parts "
+        "| free GiB | planned GiB | peak GiB | host GiB | restarts | bits |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
         cells = [
@@ -166,6 +168,7 @@ def markdown(rows: Sequence[SmallRow], facts: Facts) -> str:
             f"{row.ms:.0f}",
             row.strips,
             row.chunk_frames,
+            row.parts,
             *(_gib(n) for n in (row.free_bytes, row.planned_bytes, row.peak_bytes, row.host_bytes)),
             row.restarts,
             "equal" if row.equal else "differ",

@@ -161,7 +161,7 @@ def test_an_image_and_a_stream_are_measured_side_by_side(tmp_path):
 
 def test_what_is_wrong_on_a_small_card_is_named():
     row = small_cards.SmallRow(
-        "720p", "stream", 6, "caching", 2, 1, 2, 21, 5, 100, 116, 7, 1, False
+        "720p", "stream", 6, "caching", 2, 1, 2, 21, 1, 5, 100, 116, 7, 1, False
     )
     found = row.faults()
     assert len(found) == 3 and "memory ran out 1 times" in found[0] and "took" in found[1]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ import torch
 from benchmarks.suite.cases import CASES
 from benchmarks.suite.weights import random_vae
 from tests.unit.test_planning_gpu import CONTEXT_BYTES, limit  # noqa: F401
-from wan_vae import DecodeCancelled
+from wan_vae import CallbackSink, DecodeCancelled
 from wan_vae.config import wan21
+from wan_vae.runs.engine import SetupRequest
 
 pytestmark = pytest.mark.gpu
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "small_cards.py"
@@ -43,8 +45,18 @@ def test_the_plan_holds_and_a_stream_takes_a_quarter_longer_at_most(settings, ca
     assert stream["ms"] < 1.25 * image["ms"]
 
 
-@pytest.mark.parametrize("frames, chunk_frames", [(21, None), (21, 8), (31, None)])
-def test_frames_and_history_that_wait_on_the_host_change_no_bit(limit, frames, chunk_frames):  # noqa: F811
+@pytest.mark.parametrize(
+    "frames, chunk_frames, parts, features_wait",
+    [
+        (21, None, None, False),
+        (21, 8, None, False),
+        (21, None, (10, 11), False),
+        (31, None, (10, 10, 11), True),
+        (31, None, None, True),
+    ],
+)
+def test_what_waits_on_the_host_changes_no_bit(limit, frames, chunk_frames, parts, features_wait):  # noqa: F811
+    """Frames; history, where there are several parts; and features."""
     device = torch.device("cuda", torch.cuda.current_device())
     vae = random_vae(wan21(), device)
     z = torch.randn(1, 16, frames, 90, 160, generator=torch.Generator().manual_seed(1))
@@ -53,13 +65,24 @@ def test_frames_and_history_that_wait_on_the_host_change_no_bit(limit, frames, c
     if "cuda" not in vae.last_report.backends_used.values():
         pytest.skip("without our kernels the bits depend on strips")
     limit(6 * 10**9 - CONTEXT_BYTES)
-    start = 0
-    for pixels in vae.decode_stream(z, chunk_frames=chunk_frames):
+    plan = vae.plan(z.shape, whole_frames=True, chunk_frames=chunk_frames)
+    assert plan.parts == (frames,) and plan.strips
+    plan = replace(plan, parts=parts or plan.parts, features_wait=features_wait)
+    setup = vae.engine.setup(SetupRequest("decode", tuple(z.shape), plan.options))
+    plan = vae.engine.counted(setup, plan)
+    stops = [0]
+
+    def compare(pixels, start, row):
         stop = start + pixels.shape[2]
+        assert (start, row) == (stops[-1], 0)
         assert torch.equal(pixels.cpu(), expected[:, :, start:stop]), f"frames {start} to {stop}"
-        start = stop
+        stops.append(stop)
+
+    vae.decode(z, plan=plan, sink=CallbackSink(compare))
     report = vae.last_report
-    assert start == expected.shape[2] and report.strips > 1 and report.plan["parked"]
+    assert stops[-1] == expected.shape[2] and report.strips > 1 and report.plan["parked"]
+    assert report.plan["parts"] == list(plan.parts)
+    assert report.plan["features_wait"] == features_wait
     assert report.restarts == 0, report.fallbacks
     assert abs(report.memory.planned_bytes / report.memory.peak_bytes - 1) < 0.15
 

@@ -111,6 +111,8 @@ def plan_text(plan: Plan, *, all_layers: bool = False) -> str:
         rows.append(("strips", "none: the whole picture"))
     else:
         order = "inside each chunk" if plan.whole_frames else "each with all chunks"
+        if plan.parked:
+            order = f"each with all chunks of a part (latent frames: {_runs(plan.parts)})"
         extra = f"{plan.extra_work:.0%} more multiplications than without strips"
         rows.append(("strips", f"{plan.strips}, {order}; {extra}"))
     if plan.shards is not None:

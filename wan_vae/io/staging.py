@@ -213,6 +213,33 @@ def _flat(source: torch.Tensor) -> torch.Tensor:
     return source.detach().resolve_neg().reshape(-1)
 
 
+class ToDevice:
+    """Copies from ordinary host memory to a CUDA device, in threads, in the order of its stream.
+
+    Close it in every case.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._threads = PieceThreads(copy_threads(os.cpu_count()), _ToDevice(self._stream))
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy `source` [A, B, C, ...] to dense `target`, which what is launched later finds there.
+        Returns when `source` was read. Raises the first error of a thread."""
+        current = torch.cuda.current_stream(self._device)
+        # What had this memory before may not be done with it.
+        self._stream.wait_stream(current)
+        try:
+            self._threads.copy(source, target)
+        finally:
+            # Nor may anybody have it afterwards before the copies are done.
+            current.wait_stream(self._stream)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.close()
+
+
 @dataclass
 class _Locked:
     """Page-locked memory for a piece, and when the device has read it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from math import ceil, inf
+from math import ceil
 from types import MappingProxyType
 
 import torch
@@ -43,14 +43,11 @@ _SHARD_CHUNKS = 2
 # where ComfyUI's core took 6.0 with one frame.
 _FLOAT32_PASSES = tuple(n // 4 for n in PASSES)
 _USUAL_ITEMSIZE = 2
-# Latent frames of a chunk whose strips go one after another and whose frames are put together in
-# host memory, the better ones first. A clip of 81 frames is one chunk, which keeps no history. Of a
-# longer one, the history of all strips goes to the host and back with each chunk (1080p: 8.8 GiB
-# each way, 0.4 s over PCIe 4), so that long chunks hide it; short ones need less memory.
-_PARKED_CHUNKS = (24, 12, 6, 3, 1)
-# The time of those copies, in latent frames of computing. NVIDIA H100, 1080p: 0.4 s (counted, from
-# 25 GB/s) beside 0.2 s a frame (9.7 s for 21 in ten strips, 4.1 in four); slower cards less.
-_COPIED_FRAMES = 1.5
+# Into how many parts a video is cut whose strips wait on the host: all strips go through a part
+# before the next one begins.
+_PART_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+# What a way must take at most of the time of one with less on the host: the rates are rough.
+_WORTH_MORE = 0.95
 # Of the host memory that is free, what a plan may take of it: other programs use it too.
 _USABLE_HOST = 0.6
 _STRIP_COUNTS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
@@ -108,9 +105,12 @@ class Choice:
     hold (see `pass_frames`); None takes each chunk as a whole. strips: 1 is the whole picture.
     planned_bytes: the predicted peak of allocated device memory above weights, latent and output.
     extra_work: the share of the convolutions' multiplications that strips do twice. note: says why
-    strips were planned; None if they were not. parked: strips leave their frames and their history
-    on the host, where they take host_bytes. needed_bytes: what must be free for this to be chosen.
-    wanted_bytes: what the fastest way would take, without regard to what is free.
+    strips were planned; None if they were not. parked: strips leave their frames on the host and,
+    between parts of the video, their history; all that takes host_bytes there. parts: latent frames
+    of each part that all strips go through before the next one begins; each is of whole chunks.
+    features_wait: what the trunk has made of a part waits on the host too. seconds: what an H200
+    would take in parked strips (`waiting.py`). needed_bytes: what must be free for this to be
+    chosen. wanted_bytes: what the fastest way would take, without regard to what is free.
     """
 
     lengths: tuple[int, ...]
@@ -120,7 +120,10 @@ class Choice:
     extra_work: float = 0.0
     note: str | None = None
     parked: bool = False
+    parts: tuple[int, ...] = ()
+    features_wait: bool = False
     host_bytes: int = 0
+    seconds: float = 0.0
     needed_bytes: int = 0
     wanted_bytes: int = 0
 
@@ -145,12 +148,18 @@ def planned_bytes(request: PlanRequest) -> int:
 
 
 def choice_of(
-    request: PlanRequest, strips: int | None, elements: int | None, parked: bool
+    request: PlanRequest,
+    strips: int | None,
+    elements: int | None,
+    parked: bool,
+    parts: Sequence[int] = (),
+    features_wait: bool = False,
 ) -> Choice:
     """What these strips (None: the whole picture) take; `chunk_frames` of the request says of which
-    chunks. For a plan that was changed because memory ran out."""
+    chunks. For a plan that was changed because memory ran out. parts: see `Choice`; of parked
+    strips without any they are chosen."""
     assert request.chunk_frames is not None
-    return _Chooser(request).priced(strips, elements, parked)
+    return _Chooser(request).priced(strips, elements, parked, parts, features_wait)
 
 
 class _Chooser:
@@ -172,15 +181,26 @@ class _Chooser:
     def choose(self) -> Choice:
         return self._with_bounds(self._choice())
 
-    def priced(self, strips: int | None, elements: int | None, parked: bool) -> Choice:
+    def priced(
+        self,
+        strips: int | None,
+        elements: int | None,
+        parked: bool,
+        parts: Sequence[int],
+        features_wait: bool,
+    ) -> Choice:
         """See `choice_of`."""
         assert self.request.chunk_frames is not None
         chunks = self._schedule(self.request.chunk_frames)
         if strips is None:
             return self._with_bounds(self._whole(chunks, elements))
         assert elements is not None  # only ranks go without passes, and they take no strips
-        make = self._parked if parked else self._in_strips
-        return self._with_bounds(make(strips, chunks, elements))
+        if not parked:
+            return self._with_bounds(self._in_strips(strips, chunks, elements))
+        if parts:
+            choice = self._parked(strips, chunks, elements, parts, features_wait)
+            return self._with_bounds(choice)
+        return self._with_bounds(self._parked_as_asked(strips, chunks, elements))
 
     def _with_bounds(self, choice: Choice) -> Choice:
         share = self.margin.of(choice.strips, self.is_eager)
@@ -196,9 +216,9 @@ class _Chooser:
             return self._of_shard()
         asked, free = request.chunk_frames, request.free_bytes
         if request.strips is not None:
-            if request.may_park:
-                return self._parked(request.strips, self._parked_ways()[0], self.passes[0])
             chunks = self._schedule(1 if asked is None else asked)
+            if request.may_park:
+                return self._parked_as_asked(request.strips, chunks, self.passes[0])
             return self._in_strips(request.strips, chunks, self.passes[0])
         wide = self._full_chunk() * (1 if self.is_eager else _WIDE_CHUNKS)
         ways = _ways(min(request.latent_shape[2], wide), self.passes)
@@ -230,7 +250,7 @@ class _Chooser:
         smallest: what the decode takes at least without strips.
         """
         usable = int(self.margin.of(2, self.is_eager) * free)
-        best = self._fitting_parked_strips(usable) if self.request.may_park else None
+        best = self._fitting_parked_strips(usable, ways) if self.request.may_park else None
         if best is None:
             best = self._fitting_strips_on_the_device(usable, ways)
         if best is None or best.planned_bytes >= smallest.planned_bytes:
@@ -247,7 +267,7 @@ class _Chooser:
         )
         if best.parked:
             host = _gib(best.host_bytes)
-            if len(best.lengths) == 1:
+            if len(best.parts) == 1:
                 note = said(
                     "plan.parked",
                     "{note}; frames of strips wait in {host} GiB of host memory",
@@ -269,6 +289,16 @@ class _Chooser:
         height = self.request.latent_shape[3]
         return [*(n for n in _STRIP_COUNTS if n < height), *([height] if height > 1 else [])]
 
+    def _strip_ways(self, ways: list[tuple[int, int]]) -> list[tuple[list[Chunk], int]]:
+        """Chunks and numbers a pass of strips, the faster ones first."""
+        asked = self.request.chunk_frames
+        if asked is not None:
+            passes = self.passes[:1] if self.is_eager else self.passes
+            return [(self._schedule(asked), elements) for elements in passes]
+        if self.is_eager:
+            ways = [(1, self.passes[0])]
+        return [(self._schedule(frames), elements) for frames, elements in ways]
+
     def _fitting_strips_on_the_device(
         self, usable: int, ways: list[tuple[int, int]]
     ) -> Choice | None:
@@ -285,37 +315,60 @@ class _Chooser:
                 break
         return best
 
-    def _fitting_parked_strips(self, usable: int) -> Choice | None:
-        """Of parked strips that take `usable` bytes those that cost least time, or the smallest.
+    def _fitting_parked_strips(self, usable: int, ways: list[tuple[int, int]]) -> Choice | None:
+        """Of parked strips that take `usable` bytes those that take least time, or the smallest.
         None where the host has no room for what waits there."""
-        passes = self.passes[:1] if self.is_eager else self.passes
-        host = self.request.host_free_bytes
         smallest: Choice | None = None
         best: Choice | None = None
-        least = inf
-        for chunks in self._parked_ways():
-            copies = 0.0 if len(chunks) == 1 else _COPIED_FRAMES / chunks[0].frames
-            for count, elements in product(self._strip_counts(), passes):
-                if copies >= least:
-                    break  # more strips only add to it
-                choice = self._parked(count, chunks, elements)
-                if host is not None and choice.host_bytes > _USABLE_HOST * host:
-                    break
-                if smallest is None or choice.planned_bytes < smallest.planned_bytes:
-                    smallest = choice
-                if choice.planned_bytes <= usable:
-                    if choice.extra_work + copies < least:
-                        best, least = choice, choice.extra_work + copies
-                    break
+        for count, features_wait in product(_PART_COUNTS, (False, True)):
+            choice = self._fewest_parked_strips(usable, ways, count, features_wait, best)
+            if choice is None:
+                continue
+            if smallest is None or choice.planned_bytes < smallest.planned_bytes:
+                smallest = choice
+            if choice.planned_bytes <= usable:
+                best = choice  # it takes less time than the one before
         return smallest if best is None else best
 
-    def _parked_ways(self) -> list[list[Chunk]]:
-        """Chunks of strips that leave their frames on the host: as even as possible."""
-        frames, asked = self.request.latent_shape[2], self.request.chunk_frames
-        if asked is not None:
-            return [self._schedule(asked)]
-        counts = sorted({ceil(frames / longest) for longest in _PARKED_CHUNKS})
-        return [self._schedule(ceil(frames / count)) for count in counts]
+    def _fewest_parked_strips(
+        self,
+        usable: int,
+        ways: list[tuple[int, int]],
+        parts: int,
+        features_wait: bool,
+        best: Choice | None,
+    ) -> Choice | None:
+        """The fewest strips that take `usable` bytes in so many parts of the video, or the smallest
+        of all. None where the host has no room, where there are not so many chunks, or where none
+        takes clearly less time than `best`."""
+        smallest: Choice | None = None
+        for count, (chunks, elements) in product(self._strip_counts(), self._strip_ways(ways)):
+            lengths = _parts(chunks, parts)
+            if len(lengths) < parts:
+                continue
+            choice = self._parked(count, chunks, elements, lengths, features_wait)
+            is_slower = best is not None and choice.seconds > _WORTH_MORE * best.seconds
+            if is_slower or not self._fits_the_host(choice):
+                break  # more strips only add to both
+            if smallest is None or choice.planned_bytes < smallest.planned_bytes:
+                smallest = choice
+            if choice.planned_bytes <= usable:
+                break
+        return smallest
+
+    def _parked_as_asked(self, count: int, chunks: list[Chunk], elements: int) -> Choice:
+        """So many strips: in the fewest parts for which the host has room, or in the smallest."""
+        choices = []
+        for parts in _PART_COUNTS:
+            lengths = _parts(chunks, parts)
+            choices.append(self._parked(count, chunks, elements, lengths, features_wait=False))
+            if self._fits_the_host(choices[-1]):
+                return choices[-1]
+        return min(choices, key=lambda choice: choice.host_bytes)
+
+    def _fits_the_host(self, choice: Choice) -> bool:
+        host = self.request.host_free_bytes
+        return host is None or choice.host_bytes <= _USABLE_HOST * host
 
     def _of_shard(self) -> Choice:
         """The longest chunks that fit."""
@@ -342,9 +395,17 @@ class _Chooser:
         lengths = tuple(c.frames for c in chunks)
         return Choice(lengths, elements, count, peak.bytes, peak.extra_work)
 
-    def _parked(self, count: int, chunks: list[Chunk], elements: int) -> Choice:
+    def _parked(
+        self,
+        count: int,
+        chunks: list[Chunk],
+        elements: int,
+        parts: Sequence[int],
+        features_wait: bool,
+    ) -> Choice:
         assert isinstance(self.memory, DecodeMemory)  # `may_park`
-        peak = self.memory.of_parked_strips(count, chunks, elements)
+        peak = self.memory.of_parked_strips(count, chunks, elements, parts, features_wait)
+        assert peak.waiting is not None
         return Choice(
             tuple(c.frames for c in chunks),
             elements,
@@ -352,7 +413,10 @@ class _Chooser:
             peak.bytes,
             peak.extra_work,
             parked=True,
+            parts=tuple(parts),
+            features_wait=features_wait,
             host_bytes=peak.host_bytes,
+            seconds=peak.waiting.seconds,
         )
 
     def _schedule(self, chunk_frames: int | Sequence[int]) -> list[Chunk]:
@@ -380,6 +444,18 @@ def _ways(frames: int, passes: Sequence[int]) -> list[tuple[int, int]]:
         found += [(frames, elements) for elements in passes]
         frames //= 2
     return found
+
+
+def _parts(chunks: Sequence[Chunk], count: int) -> tuple[int, ...]:
+    """Latent frames of at most `count` parts of whole chunks, as even as the chunks allow."""
+    total, found, stop = chunks[-1].stop, [], 0
+    for i in range(1, count + 1):
+        ends = [c.stop for c in chunks if c.stop > stop]
+        if ends:
+            end = total if i == count else min(ends, key=lambda end: abs(end - total * i / count))
+            found.append(end - stop)
+            stop = end
+    return tuple(found)
 
 
 def _gib(n: float) -> str:

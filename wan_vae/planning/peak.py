@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -30,7 +31,10 @@ from ..ops.eager.forms import ConvForm, EagerForms
 from ..ops.eager.unfolded import ConvSize
 from ..ops.opset import CallSize, Prepared, Workspace
 from .passes import frames_together, pass_frames
+from .waiting import Waiting
 
+# What a walk depends on: the frames of a chunk, and whether it is the first or the last.
+_Kind = tuple[int, bool, bool]
 # The memory format of the weights.
 WeightFormat = Literal["contiguous", "channels_last_3d"]
 
@@ -56,12 +60,13 @@ class StripsPeak(NamedTuple):
     """Peak bytes of a decode in strips, and its extra work.
 
     extra_work: the multiplications that strips do twice, as a share of those without strips.
-    host_bytes: what waits in host memory.
+    host_bytes: what waits in host memory. waiting: how long that takes, and the work of the strips.
     """
 
     bytes: int
     extra_work: float
     host_bytes: int = 0
+    waiting: Waiting | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,10 @@ class Peak:
     result: int
     pixel_frames: int
     work: int
+
+
+# Strips of one size and place, and the walks of one of them through some chunks.
+_StripWalks = tuple[list[Strip], list[Peak]]
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,12 @@ class DecodeMemory(Memory):
     """
 
     staged: bool = False
+    # Walks that were made, for plans that differ only in what waits on the host: by kind of chunk
+    # and numbers of a pass, for strips by their count too.
+    _known_trunks: dict[tuple[_Kind, int], Peak] = field(default_factory=dict, compare=False)
+    _known_strips: dict[tuple[int, tuple[_Kind, ...], int], list[_StripWalks]] = field(
+        default_factory=dict, compare=False
+    )
 
     def of_picture(self, chunks: Sequence[Chunk], elements: int | None) -> int:
         """Peak of the whole picture, chunk after chunk.
@@ -166,53 +181,91 @@ class DecodeMemory(Memory):
             peak = max(trunk, t * features + peak)
         return StripsPeak(peak, self._extra_work(heaviest[0], elements, trunks[0].work, work))
 
-    def of_parked_strips(self, count: int, chunks: Sequence[Chunk], elements: int) -> StripsPeak:
-        """Peak of the same decode where each strip goes through a chunk before the next, the
-        frames of the chunk are put together in host memory, and the history of the strips that are
-        not at work waits there; see `runs.parked`. Raises GeometryError for an impossible count.
+    def of_parked_strips(
+        self,
+        count: int,
+        chunks: Sequence[Chunk],
+        elements: int,
+        parts: Sequence[int],
+        features_wait: bool,
+    ) -> StripsPeak:
+        """Peak of the same decode where each strip goes through all chunks of a part of the video
+        before the next, and the frames of the part are put together in host memory. Between parts,
+        the history of the strips that are not at work waits there; see `runs.parked`.
+
+        parts: latent frames of each part. features_wait: what the trunk has made of a part waits on
+        the host too. Raises GeometryError for an impossible count.
         """
-        height = self.shape[3]
-        heaviest = heaviest_chunks(chunks)
+        height, heaviest = self.shape[3], heaviest_chunks(chunks)
+        longest, part = max(c.frames for c in chunks), max(parts)
         trunks = self._trunks(heaviest, elements)
         features = trunks[0].result // heaviest[0].frames
         groups = self._strip_walks(count, heaviest, elements)
         bank = slot = trunk_history = history = peak = work = 0
-        if len(chunks) > 1:
+        if len(parts) > 1:
             # One bank of history, as large as that of the largest strip. In the first chunk a layer
             # makes a history, which is then copied to its place there.
             bank = max(p.history for _, walks in groups for p in walks)
             slot = max(p.slot for _, walks in groups for p in walks)
             trunk_history = max(p.history for p in trunks)
-        # Frames are handed out so many at a time: a copy puts them in order, and the reader may
-        # still hold those before.
+        # Frames are handed out so many at a time, and the reader may still hold those before.
         handed = self._pixel_bytes(self.config.temporal_factor, height)
+        fetched = 0  # of the features that wait on the host: rows of strips, for all strips
         for group, walks in groups:
-            before = self._held_pixels(
-                max(p.pixel_frames for p in walks), group[0].stop - group[0].start
-            )
+            strip = group[0]
+            rows = strip.halo_stop - strip.halo_start
+            before = self._held_pixels(max(p.pixel_frames for p in walks), strip.stop - strip.start)
             for chunk, p in zip(heaviest, walks, strict=True):
                 others = bank - p.history if bank else 0
-                others += slot if chunk.is_first else handed
-                peak = max(peak, p.peak + before + chunk.frames * features + others)
+                if bank:
+                    others += slot if chunk.is_first else handed
+                held = part * features
+                if features_wait:
+                    held = _rounded(chunk.frames * features * rows // height)
+                peak = max(peak, p.peak + before + held + others)
             work += len(group) * walks[0].work
             history += len(group) * (walks[0].history if bank else 0)
-        longest = max(c.frames for c in chunks)
-        peak = max(peak, longest * features + bank + 3 * handed) + trunk_history
+            fetched += len(group) * features * rows // height
+        peak = max(peak, bank + 2 * handed) + trunk_history
+        made = (part - longest) * features
+        if features_wait:  # on their way to the host
+            made = min(made, longest * features * (_BLOCKS_UNDER_WAY if self.staged else 0))
         for chunk, p in zip(heaviest, trunks, strict=True):
-            peak = max(peak, p.peak + (0 if chunk.is_first else bank + handed))
-        frames = self._pixel_bytes(max(self._frames(c) for c in chunks), height)
+            behind = bank + handed if bank and not chunk.is_first else 0
+            peak = max(peak, p.peak + made + behind)
+        frames = self._pixel_bytes(self._most_frames(parts), height)
+        kept = part * features if features_wait else 0
+        t = self.shape[2]
+        waiting = Waiting(
+            work=(trunks[0].work + work) * t / heaviest[0].frames,
+            history_bytes=history,
+            boundaries=len(parts) - 1,
+            features_bytes=t * (features + fetched) if features_wait else 0,
+            pixels_bytes=self._pixel_bytes(geometry.pixel_frames(t, self.config), height),
+        )
         extra = self._extra_work(heaviest[0], elements, trunks[0].work, work)
-        return StripsPeak(peak, extra, history + frames)
+        return StripsPeak(peak, extra, history + frames + kept, waiting)
 
     def _trunks(self, chunks: Sequence[Chunk], elements: int) -> list[Peak]:
         """The trunk of each of `chunks`, which takes the whole picture."""
-        return [DecoderWalk(self, c, self.shape[3], elements).peak_of_trunk() for c in chunks]
+        found = []
+        for chunk in chunks:
+            key = _kind(chunk), elements
+            if key not in self._known_trunks:
+                walk = DecoderWalk(self, chunk, self.shape[3], elements)
+                self._known_trunks[key] = walk.peak_of_trunk()
+            found.append(self._known_trunks[key])
+        return found
 
-    def _strip_walks(
-        self, count: int, chunks: Sequence[Chunk], elements: int
-    ) -> list[tuple[list[Strip], list[Peak]]]:
+    def _strip_walks(self, count: int, chunks: Sequence[Chunk], elements: int) -> list[_StripWalks]:
         """Strips of one size and place (top, inner, bottom), which are alike, and the walks of one
         of them through each of `chunks`. Raises GeometryError for an impossible count."""
+        key = count, tuple(_kind(chunk) for chunk in chunks), elements
+        if key not in self._known_strips:
+            self._known_strips[key] = self._walk_strips(count, chunks, elements)
+        return self._known_strips[key]
+
+    def _walk_strips(self, count: int, chunks: Sequence[Chunk], elements: int) -> list[_StripWalks]:
         alike: dict[tuple[int, int], list[Strip]] = {}
         for strip in geometry.strips(self.shape[3], count, self.config):
             size = strip.halo_stop - strip.halo_start, strip.stop - strip.start
@@ -228,6 +281,13 @@ class DecodeMemory(Memory):
         whole = Strip(0, height, height, 0)
         uncut = DecoderWalk(self, chunk, height, elements).peak_of_strip(whole).work
         return (strips - uncut) / (trunk + uncut)
+
+    def _most_frames(self, parts: Sequence[int]) -> int:
+        """Pixel frames of the longest of the `parts` of a video."""
+        stops = accumulate(parts)
+        bounds = ((stop - n, stop) for n, stop in zip(parts, stops, strict=True))
+        slices = (geometry.chunk_frames_slice(*bound, self.config) for bound in bounds)
+        return max(last - first for first, last in slices)
 
     def _frames(self, chunk: Chunk) -> int:
         first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
@@ -681,9 +741,13 @@ def heaviest_chunks(chunks: Iterable[Chunk]) -> list[Chunk]:
 
     A first or last chunk is left out if a chunk between them is at least as long.
     """
-    kinds = {(c.frames, c.is_first, c.is_last): c for c in chunks}
+    kinds = {_kind(c): c for c in chunks}
     inner = max((n for n, first, last in kinds if not (first or last)), default=0)
     return [c for (n, first, last), c in kinds.items() if n > inner or not (first or last)]
+
+
+def _kind(chunk: Chunk) -> _Kind:
+    return chunk.frames, chunk.is_first, chunk.is_last
 
 
 def _rounded(n: int) -> int:

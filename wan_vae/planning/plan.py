@@ -42,8 +42,10 @@ class Plan:
     plan could count on; None where nobody can say. planned_bytes: predicted peak above weights,
     latent and output, of one rank. extra_work: share of the multiplications that strips do twice.
     notes: sentences for the report, such as why strips were planned. parked: strips of whole frames
-    leave frames and history on the host, where they take host_bytes. needed_bytes: what must be
-    free for this plan to be made. wanted_bytes: what the fastest way takes, however little is free.
+    leave frames and history on the host, where they take host_bytes. parts: latent frames of each
+    part of the video that all parked strips go through before the next one begins. features_wait:
+    what the trunk has made of a part waits on the host too. needed_bytes: what must be free for
+    this plan to be made. wanted_bytes: what the fastest way takes, however little is free.
     """
 
     operation: Operation
@@ -65,6 +67,8 @@ class Plan:
     extra_work: float = 0.0
     notes: tuple[str, ...] = ()
     parked: bool = False
+    parts: tuple[int, ...] = ()
+    features_wait: bool = False
     host_bytes: int = 0
     needed_bytes: int = 0
     wanted_bytes: int = 0
@@ -127,7 +131,7 @@ class Plan:
                 ),
             ),
         }
-        for name in ("latent_shape", "pixel_shape", "lengths", "notes"):
+        for name in ("latent_shape", "pixel_shape", "lengths", "parts", "notes"):
             values[name] = tuple(values[name])
         values["notes"] = tuple(reworded(note, words) for note in values["notes"])
         return cls(**values)

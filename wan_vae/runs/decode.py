@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -26,7 +27,7 @@ from ..said import said
 from ..sharding.context import SINGLE, ShardContext
 from ..sharding.plan import ShardPlan, plan_shards
 from .engine import Engine, Setup, SetupRequest, latent_statistics, options_of
-from .parked import HostFrames, StripHistories
+from .parked import DeviceFeatures, Features, HostFeatures, HostFrames, StripHistories
 from .ranks import Ranks
 from .run import Piece, Run, forget_failure, granted, in_memory, latent_frames_of, ready
 
@@ -233,7 +234,8 @@ class DecodeRun(Run):
             )
             for strip, cache in zip(strips, caches, strict=True):
                 top, at = strip.start * self.config.decoded_factor, 0
-                for rows in self._strip_passes(features, strip, cache, chunk):
+                band = features[:, :, :, strip.halo_start : strip.halo_stop]
+                for rows in self._strip_passes(band, strip, cache, chunk):
                     frame[:, :, at : at + rows.shape[2], top : top + rows.shape[3]] = rows
                     at += rows.shape[2]
             if last > done_before:
@@ -243,10 +245,12 @@ class DecodeRun(Run):
                 self._given_frames = last
 
     def _parked_strips(self, count: int) -> Iterator[Piece]:
-        """Each strip through a chunk before the next; frames are put together on the host, where
-        the history of the other strips waits too. Whole frames in order; see `parked`."""
+        """Each strip through a part of the video before the next; frames are put together on the
+        host, where the history of the other strips waits too if there is another part. Whole frames
+        in order; see `parked`."""
         strips = geometry.strips(self.z.shape[3], count, self.config)
-        longest = max(self.frames_of(chunk) for chunk in self._schedule())
+        parts = self._parts()
+        longest = max(sum(self.frames_of(chunk) for chunk in part) for part in parts)
         b, colours, _, height, width = self.pixel_shape
         frames = in_memory(
             said("run.host_frames", "{count} frames in host memory", count=longest),
@@ -254,48 +258,101 @@ class DecodeRun(Run):
         )
         histories = StripHistories(count, self.device)
         try:
-            yield from self._parked_chunks(strips, frames, histories)
+            trunk, cache = self._trunk(), histories.first()
+            for part in parts:
+                features: Features = (
+                    HostFeatures(self.device) if self.plan.features_wait else DeviceFeatures()
+                )
+                try:
+                    self._collect(trunk, len(part), features)
+                    for i, strip in enumerate(strips):
+                        if len(parts) == 1:
+                            cache = FeatureCache()
+                        done = i / len(strips)
+                        yield from self._strip_of_part(part, strip, features, cache, frames, done)
+                        if len(parts) > 1:
+                            cache = in_memory(
+                                said("run.host_history", "history in host memory"),
+                                partial(histories.after, i, cache),
+                            )
+                finally:
+                    features.close()
+                yield from self._whole_frames_of(part, frames)
+            self._tell_of_pageable(histories)
         finally:
             histories.close()
             frames.close()
 
-    def _parked_chunks(
-        self, strips: list[Strip], frames: HostFrames, histories: StripHistories
+    def _parts(self) -> list[list[Chunk]]:
+        """The chunks of each part of the video that all parked strips go through together."""
+        chunks, stops = iter(self._schedule()), accumulate(self.plan.parts)
+        found = []
+        for stop in stops:
+            part = [next(chunks)]
+            while part[-1].stop < stop:
+                part.append(next(chunks))
+            found.append(part)
+        return found
+
+    def _collect(
+        self, trunk: Iterator[tuple[Chunk, torch.Tensor]], chunks: int, features: Features
+    ) -> None:
+        """Put what the trunk makes of the next `chunks` into `features`."""
+        for _ in range(chunks):
+            # No variable holds what the trunk made while it makes the next.
+            in_memory(
+                said("run.host_features", "features in host memory"),
+                partial(features.put, next(trunk)[1]),
+            )
+
+    def _strip_of_part(
+        self,
+        part: list[Chunk],
+        strip: Strip,
+        features: Features,
+        cache: FeatureCache,
+        frames: HostFrames,
+        done: float,
     ) -> Iterator[Piece]:
-        """See `_parked_strips`."""
-        done_before, step = self._given_frames, self.config.temporal_factor
-        is_only_chunk = len(self.plan.lengths) == 1
+        """One strip through a part; its pixels go to `frames`. Yields pieces without pixels, for
+        progress, which counts frames. done: the share of the part that strips before it were."""
+        first, last = self._frames_in(part)
         nothing = torch.empty(0, device=self.device)
-        cache = histories.first()
-        for chunk, features in self._trunk():
-            first, last = geometry.chunk_frames_slice(chunk.start, chunk.stop, self.config)
-            for i, strip in enumerate(strips):
-                if is_only_chunk:
-                    cache = FeatureCache()
-                top, at = strip.start * self.config.decoded_factor, 0
-                for rows in self._strip_passes(features, strip, cache, chunk):
-                    frames.write(rows, at, top)
-                    at += rows.shape[2]
-                    # Progress counts frames: each strip contributes its share of them.
-                    share = (i * (last - first) + at) // len(strips)
-                    self.done_frames = max(self.done_frames, min(first + share, last - 1))
-                    yield Piece(nothing, first, top)
-                if not is_only_chunk:
-                    cache = in_memory(
-                        said("run.host_history", "history in host memory"),
-                        partial(histories.after, i, cache),
-                    )
-            del features
-            for start in range(max(first, done_before), last, step):
-                stop = min(start + step, last)
-                values = in_memory(
-                    said("run.whole_frames", "{count} whole frames", count=stop - start),
-                    partial(frames.read, start - first, stop - first),
-                )
-                self.done_frames = stop
-                yield Piece(values, start, 0)
-                del values
-                self._given_frames = stop
+        top, at = strip.start * self.config.decoded_factor, 0
+        for number, chunk in enumerate(part):
+            rows = in_memory(
+                said("run.strip_rows", "rows of a strip"),
+                partial(features.rows, number, strip.halo_start, strip.halo_stop),
+            )
+            passes = self._strip_passes(rows, strip, cache, chunk)
+            del rows
+            for pixels in passes:
+                frames.write(pixels, at, top)
+                at += pixels.shape[2]
+                share = done * (last - first) + at * (strip.stop - strip.start) / strip.rows
+                self.done_frames = max(self.done_frames, min(first + int(share), last - 1))
+                yield Piece(nothing, first, top)
+
+    def _whole_frames_of(self, part: list[Chunk], frames: HostFrames) -> Iterator[Piece]:
+        """The frames of a part that were not given yet, a few at a time."""
+        first, last = self._frames_in(part)
+        step = self.config.temporal_factor
+        for start in range(max(first, self._given_frames), last, step):
+            stop = min(start + step, last)
+            values = in_memory(
+                said("run.whole_frames", "{count} whole frames", count=stop - start),
+                partial(frames.read, start - first, stop - first),
+            )
+            self.done_frames = stop
+            yield Piece(values, start, 0)
+            del values
+            self._given_frames = stop
+
+    def _frames_in(self, part: list[Chunk]) -> tuple[int, int]:
+        """Pixel frames [first, last) of the chunks of a part."""
+        return geometry.chunk_frames_slice(part[0].start, part[-1].stop, self.config)
+
+    def _tell_of_pageable(self, histories: StripHistories) -> None:
         if self.device.type == "cuda" and not histories.is_locked:
             self.builder.fallbacks.append(
                 said(
@@ -313,7 +370,8 @@ class DecodeRun(Run):
             cache, frame = FeatureCache(), 0
             top = strip.start * self.config.decoded_factor
             for chunk, feature in features:
-                for rows in self._strip_passes(feature, strip, cache, chunk):
+                band = feature[:, :, :, strip.halo_start : strip.halo_stop]
+                for rows in self._strip_passes(band, strip, cache, chunk):
                     start, frame = frame, frame + rows.shape[2]
                     # Progress counts frames: each strip contributes its share of them.
                     self.done_frames = (i * self.total_frames + frame) // count
@@ -329,10 +387,9 @@ class DecodeRun(Run):
             )
 
     def _strip_passes(
-        self, features: torch.Tensor, strip: Strip, cache: FeatureCache, chunk: Chunk
+        self, rows: torch.Tensor, strip: Strip, cache: FeatureCache, chunk: Chunk
     ) -> Iterator[torch.Tensor]:
-        """Pixels of one strip of one chunk, pass after pass."""
-        rows = features[:, :, :, strip.halo_start : strip.halo_stop]
+        """Pixels of one strip of one chunk, pass after pass. rows: of the features, with halo."""
         step = self.step(cache, chunk, rows.shape[3])
         passes = self.model.finish_passes(rows, step, strip)
         return self._passes(chunk, passes, f"strip of {rows.shape[3]} latent rows")

@@ -208,6 +208,8 @@ class Engine:
             extra_work=choice.extra_work,
             notes=() if choice.note is None else (choice.note,),
             parked=choice.parked,
+            parts=choice.parts,
+            features_wait=choice.features_wait,
             host_bytes=choice.host_bytes,
             needed_bytes=choice.needed_bytes,
             wanted_bytes=choice.wanted_bytes,
@@ -275,11 +277,20 @@ class Engine:
     def counted(self, setup: Setup, plan: Plan) -> Plan:
         """`plan`, whose chunks, passes or strips were changed, with the bytes that it takes now."""
         request = self._plan_request(setup, None, plan.whole_frames, plan.lengths)
-        choice = choice_of(request, plan.strips, plan.pass_elements, plan.parked)
+        choice = choice_of(
+            request,
+            plan.strips,
+            plan.pass_elements,
+            plan.parked,
+            plan.parts,
+            plan.features_wait,
+        )
         return replace(
             plan,
             planned_bytes=choice.planned_bytes,
             needed_bytes=choice.needed_bytes,
+            parts=choice.parts,
+            features_wait=choice.features_wait,
             host_bytes=choice.host_bytes,
             extra_work=choice.extra_work,
         )

@@ -1,39 +1,44 @@
-"""Strips that leave what they do not need now in host memory: frames, and history.
+"""Strips that leave what they do not need now in host memory: frames, features and history.
 
 A video file wants whole frames, so that strips of rows must be put together. On a small card
-neither the frames of a long chunk nor the history of all strips fit beside the strip at work. So
-each strip goes through a chunk before the next one starts; its pixels are copied to `HostFrames`
-while it goes on, and come back a few frames at a time when the last strip is done. Where another
-chunk follows, `StripHistories` moves the history of the strip out and that of the next one in.
+neither the frames of a long video nor the history of all strips fit beside the strip at work. So
+each strip goes through all chunks of a part of the video before the next one starts; its pixels are
+copied to `HostFrames` while it goes on, and come back a few frames at a time when the last strip is
+done. What the trunk has made of the part stays on the device or waits in `HostFeatures`. Where
+another part follows, `StripHistories` moves the history of the strip out and that of the next one
+in. One part needs none of that, and is what a plan takes if the host has room for all its frames.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 
 from .. import layout
 from ..device import host_empty
 from ..io.image import HostCopier
+from ..io.staging import ToDevice
 from ..network.cache import FeatureCache
 
 
 class HostFrames:
-    """The frames [B, C, t, H, W] float32 of one chunk, in host memory, put together of strips.
+    """The frames [B, C, t, H, W] float32 of one part, in host memory, put together of strips.
 
     Copies from CUDA run beside the computation of the next pass. Close it in every case.
     """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        """shape: of the longest chunk."""
+        """shape: of the longest part."""
         self._device = device
-        # Frames first, so that a few of them are one piece of memory.
+        # Frames first, so that rows of a frame are one piece of memory (`pages.stretches`).
         b, c, t, h, w = shape
         with torch.inference_mode(False):  # see `_bytes_on`
             self._memory = host_empty((t, b, c, h, w), torch.float32)
         self._copier: HostCopier | None = None
+        self._way_back: ToDevice | None = None
         self._is_new = True
 
     def write(self, pixels: torch.Tensor, start: int, first_row: int) -> None:
@@ -55,16 +60,124 @@ class HostFrames:
             copier, self._copier = self._copier, None
             copier.finish()
         self._is_new = False
-        # A copy, also on the CPU: the next chunk overwrites the memory.
-        part = self._memory[start:stop].to(self._device, copy=True)
-        return part.permute(1, 2, 0, 3, 4).contiguous()
+        part = self._memory[start:stop].permute(1, 2, 0, 3, 4)
+        # Memory of its own, also on the CPU: the next part overwrites this one.
+        values = torch.empty(part.shape, dtype=part.dtype, device=self._device)
+        if self._device.type != "cuda":
+            return values.copy_(part)
+        if self._way_back is None:
+            self._way_back = ToDevice(self._device)
+        self._way_back.copy(part, values)
+        return values
 
     def close(self) -> None:
         """Stop the copies and let go of the memory."""
         if self._copier is not None:
             copier, self._copier = self._copier, None
             copier.stop()
+        if self._way_back is not None:
+            back, self._way_back = self._way_back, None
+            back.close()
         self._memory = torch.empty(0)
+
+
+class Features(Protocol):
+    """What the trunk has made of the chunks of a part. Close it in every case."""
+
+    def put(self, features: torch.Tensor) -> None:
+        """Take the features [B, C, T, H, W] of the next chunk."""
+        ...
+
+    def rows(self, chunk: int, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a chunk of the part, on the device. Nothing is put afterwards."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        ...
+
+
+class DeviceFeatures:
+    """Features that stay on the device."""
+
+    def __init__(self) -> None:
+        self._chunks: list[torch.Tensor] = []
+
+    def put(self, features: torch.Tensor) -> None:
+        """See `Features`."""
+        self._chunks.append(features)
+
+    def rows(self, chunk: int, start: int, stop: int) -> torch.Tensor:
+        """See `Features`."""
+        return self._chunks[chunk][:, :, :, start:stop]
+
+    def close(self) -> None:
+        """See `Features`."""
+        self._chunks.clear()
+
+
+# The dimensions of features as they lie in memory, by format.
+_NDHWC, _NCDHW = (0, 2, 3, 4, 1), (0, 1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class _HostChunk:
+    """Features of a chunk on the host, dense, in the order of `dimensions`."""
+
+    memory: torch.Tensor
+    dimensions: tuple[int, ...]
+
+
+class HostFeatures:
+    """Features that wait on the host, of which the device gets the rows of a strip at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._chunks: list[_HostChunk] = []
+        self._copier: HostCopier | None = None
+        self._way_back: ToDevice | None = None
+
+    def put(self, features: torch.Tensor) -> None:
+        """See `Features`."""
+        is_ndhwc = layout.detect(features) == "channels_last_3d"
+        dimensions = _NDHWC if is_ndhwc else _NCDHW
+        source = features.permute(dimensions).contiguous()
+        with torch.inference_mode(False):  # see `_bytes_on`
+            memory = host_empty(tuple(source.shape), source.dtype)
+        self._chunks.append(_HostChunk(memory, dimensions))
+        if not source.is_cuda:
+            memory.copy_(source)
+            return
+        if self._copier is None:
+            self._copier = HostCopier(source.device, None, is_new=True)
+        self._copier.copy(source, memory, memory[:, :0])
+
+    def rows(self, chunk: int, start: int, stop: int) -> torch.Tensor:
+        """See `Features`. Raises the first error of a copy."""
+        if self._copier is not None:
+            copier, self._copier = self._copier, None
+            copier.finish()
+        kept = self._chunks[chunk]
+        at = kept.dimensions.index(3)
+        part = kept.memory.narrow(at, start, stop - start)
+        values = torch.empty(part.shape, dtype=part.dtype, device=self._device)
+        if self._device.type != "cuda":
+            values.copy_(part)
+        else:
+            if self._way_back is None:
+                self._way_back = ToDevice(self._device)
+            self._way_back.copy(part, values)
+        return values.permute([kept.dimensions.index(i) for i in range(5)])
+
+    def close(self) -> None:
+        """Stop the copies and let go of the memory."""
+        if self._copier is not None:
+            copier, self._copier = self._copier, None
+            copier.stop()
+        if self._way_back is not None:
+            back, self._way_back = self._way_back, None
+            back.close()
+        self._chunks.clear()
 
 
 # Where the bytes of a history may begin on the host, so that they are numbers of any dtype.
@@ -122,7 +235,7 @@ class _Parked:
 
 @dataclass
 class _Strip:
-    """What is kept of one strip between chunks: its layers in the order of their use."""
+    """What is kept of one strip between parts: its layers in the order of their use."""
 
     slots: dict[str, _Parked] = field(default_factory=dict)
     memories: list[HostMemory] = field(default_factory=list)
@@ -131,7 +244,7 @@ class _Strip:
 class StripHistories:
     """The histories of all strips: that of the strip at work on the device, the others on the host.
 
-    The device holds one place a layer. When a strip is done with a chunk, the history of each layer
+    The device holds one place a layer. When a strip is done with a part, the history of each layer
     goes out and that of the next strip comes into the same place, layer after layer, on streams of
     their own: the next strip starts as soon as its first layers are there. Close it in every case.
     """
@@ -150,12 +263,12 @@ class StripHistories:
         return all(memory.is_locked for strip in self._strips for memory in strip.memories)
 
     def first(self) -> FeatureCache:
-        """The cache of the first strip, for its first chunk."""
+        """The cache of the first strip, for the first part."""
         return _PlacedCache(self, {})
 
     def after(self, done: int, cache: FeatureCache) -> FeatureCache:
-        """Strip `done` has gone through a chunk with `cache`: the cache of the strip after it, or
-        of the first strip for the next chunk."""
+        """Strip `done` has gone through a part with `cache`: the cache of the strip after it, or of
+        the first strip for the next part."""
         strip = self._strips[done]
         following = self._strips[(done + 1) % len(self._strips)]
         # In the last chunk layers leave no history: nothing goes out.
@@ -203,7 +316,8 @@ class StripHistories:
     def _learn(self, strip: _Strip, cache: FeatureCache) -> None:
         """Take host memory for what `strip` leaves for the first time.
 
-        That is in its first chunk, and in its second for layers that skip the video's first frame.
+        That is in the first part, and in the second for layers that skip the video's first frame if
+        the first part is no longer.
         """
         new = {n: layout.DenseForm.of(x) for n, x in cache.items() if n not in strip.slots}
         if not new:

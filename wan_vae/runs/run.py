@@ -353,6 +353,7 @@ class Run(ABC):
             counts = [n for n in (*counts, rows) if n > (plan.strips or 0)]
         if counts:
             parked = plan.parked or self.engine.may_park(self.setup, plan.whole_frames)
+            # Of strips that park from here on, the parts are chosen when their bytes are counted.
             return replace(halved, strips=counts[0], parked=parked)
         return halved if is_shorter else None
 
