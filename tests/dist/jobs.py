@@ -143,7 +143,12 @@ class _CountedLinks(Links):
     def told(self):
         """What a test asks about them."""
         capacity = {peer: link.capacity for peer, link in self._links.items()}
-        return {"reason": self.reason, "exchanges": self.exchanges, "capacity": capacity}
+        return {
+            "reason": self.reason,
+            "exchanges": self.exchanges,
+            "capacity": capacity,
+            "waits": {wait.site for wait in self._waits},
+        }
 
 
 class _CountingWire(Wire):

@@ -151,6 +151,8 @@ def test_the_picture_is_that_of_the_group(ranks, tmp_path, count):
     )
     for pictures, links in found:
         assert links["reason"] == "" and links["exchanges"] > 0
+        # What is late would be named.
+        assert {"the proof", "decoder.conv1", "attention", "upsample"} <= links["waits"]
         for pixels in pictures:
             assert torch.equal(torch.from_numpy(pixels), whole)
 
@@ -261,7 +263,7 @@ def test_a_worker_answers_a_ping_with_the_rows_that_it_misses():
     """The main thread cannot: it waits for the device."""
     links = Links(lambda: None)
     links.note("decoder.conv1", (1,), AMark(past=True), AMark(past=False))
-    settings = WorkerSettings(0, 2, "cuda:0", "nccl", "", 1.0, -1.0, 1, direct=True)
+    settings = WorkerSettings(0, 2, "cpu", "nccl", "", 1.0, -1.0, 1, direct=True)
     sent, commands = [], iter([("ping", None), ("ping", None)])
 
     def receive():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,17 +157,56 @@ def test_a_rank_that_is_gone_ends_those_that_wait_for_it(direct, vaes, rank, num
     assert all(answer["direct"] for answer in direct.check_wire())
 
 
-def test_no_rank_has_a_context_on_another_card(direct, vaes):
-    """Its context would take half a gigabyte there."""
-    direct.decode(vaes["wan2.1"], noise((1, 16, 5, 60, 104)))
-    nvml = pytest.importorskip("pynvml", reason="pynvml is not installed: it lists processes")
-    nvml.nvmlInit()
-    pids = direct.pids
-    for index in range(len(pids)):
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        there = {p.pid for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)} & set(pids)
-        # In a container with its own process ids none of them is found.
-        assert there <= {pids[index]}
+WRITER = """
+import ctypes, sys
+import torch
+from wan_vae.sharding.cuda_memory import CudaMemory
+
+torch.cuda.set_device(1)
+memory = CudaMemory(torch.device("cuda", 1))
+assert memory.can_reach(0), "no NVLink"
+address = memory.open(bytes.fromhex(sys.argv[1]))
+there = memory.tensor(address + 512, 1 << 20)
+rows = torch.arange(1 << 20, device="cuda:1").remainder(251).to(torch.uint8)
+# By a kernel, as from rows that lie apart, and as one dense copy.
+memory.copy(there[: 1 << 19].view(-1, 2), rows[: 1 << 19].view(2, -1).t())
+memory.copy(there[1 << 19 :], rows[1 << 19 :])
+memory.signal(address, 7)
+memory.synchronise()
+flags, is_active = ctypes.c_uint(), ctypes.c_int(-1)
+code = ctypes.CDLL("libcuda.so.1").cuDevicePrimaryCtxGetState(
+    0, ctypes.byref(flags), ctypes.byref(is_active)
+)
+assert code == 0
+memory.close(address)
+print("context" if is_active.value else "no context")
+"""
+
+
+def test_another_process_writes_here_and_makes_no_context_on_this_card():
+    """Its context would take half a gigabyte of the neighbour's memory."""
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    memory = CudaMemory(device)
+    if not memory.can_reach(1):
+        pytest.skip("no NVLink between the first two cards")
+    address = memory.allocate(512 + (1 << 20))
+    memory.wait(address, 7)
+    whole = memory.tensor(address + 512, 1 << 20)
+    found = whole.clone()  # behind the wait of the stream
+    command = [sys.executable, "-c", WRITER, memory.export(address).hex()]
+    folder = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    if done.returncode:  # or the stream here waits for ever
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            memory.signal(address, 7)
+    memory.synchronise()
+    assert done.returncode == 0, done.stderr
+    rows = torch.arange(1 << 20).remainder(251).to(torch.uint8)
+    expected = torch.cat((rows[: 1 << 19].view(2, -1).t().reshape(-1), rows[1 << 19 :]))
+    assert torch.equal(found.cpu(), expected)
+    assert done.stdout.strip() == "no context"
+    memory.free(address)
 
 
 def test_memory_of_the_driver_as_tensors():

@@ -439,11 +439,16 @@ class Links:
         """Note that the stream waits for rows of `peers` between two marks."""
         self._waits.append(Waiting(site, peers, start, stop))
 
+    @property
+    def has_waits(self) -> bool:
+        """Whether a wait was noted that `overdue` has not seen end."""
+        return bool(self._waits)
+
     def overdue(self, seconds: float, now_s: float) -> Waiting | None:
         """The wait in which the stream has been for longer than `seconds`, if there is one.
 
-        For another thread than the one that exchanges, which may wait for the device. It must be
-        asked again and again: the time counts from when it first saw the stream wait.
+        For another thread than the one that exchanges, which may wait for the device; the device
+        must be current there. The time counts from when a call first saw the stream wait.
         """
         # After an error of the device, which the other thread will get too.
         with suppress(RuntimeError):

@@ -154,7 +154,11 @@ def _late_rows(links: Links | None, settings: WorkerSettings) -> dict[str, Any] 
 
     NCCL ends the process then. Here the main thread waits until the parent ends it.
     """
-    late = None if links is None else links.overdue(settings.wait_s, time.monotonic())
+    if links is None or not links.has_waits:
+        return None
+    # To ask an event makes a context on this thread's device, which is the first one at first.
+    make_current(torch.device(settings.device))
+    late = links.overdue(settings.wait_s, time.monotonic())
     if late is None:
         return None
     reason = said("peer.late", "its device waits for their rows")
