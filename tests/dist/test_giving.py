@@ -381,9 +381,6 @@ def test_workers_get_ready_while_the_latent_is_withheld(pool, vae, videos):
         # Convolutions of other sizes add in another order on a CPU.
         torch.testing.assert_close(pool.decode(vae, latent), vae.decode(latent), **CLOSE)
         assert pool.held._queued == pool.held._frames
-    pool.timeout_s, pool.first_limit = SHORT_S, 1
-    with pytest.raises(ShardingError, match=r"gave it \d+ of \d+ frames and no other for 3 s"):
-        pool.decode(vae, latents[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
