@@ -356,29 +356,6 @@ def count_formats(weights: Iterable[torch.Tensor]) -> dict[str, int]:
     return {fmt: counts.get(fmt, 0) for fmt in FORMATS}
 
 
-def in_wide_words(target: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`target` and `source`, of one shape and dtype, as tensors of words of 16 or 8 bytes if both
-    can be seen so: PyTorch copies a view word by word, and a link between devices wants wide ones.
-    """
-    for word in (torch.complex128, torch.int64):
-        if all(_can_be_words(x, word.itemsize) for x in (target, source)):
-            return target.view(word), source.view(word)
-    return target, source
-
-
-def _can_be_words(x: torch.Tensor, word_bytes: int) -> bool:
-    steps = (*x.shape[-1:], *x.stride()[:-1])
-    return (
-        x.ndim > 0
-        and x.numel() > 0
-        and x.itemsize < word_bytes
-        and x.stride(-1) == 1
-        and x.data_ptr() % word_bytes == 0
-        and all(step * x.itemsize % word_bytes == 0 for step in steps)
-        and x.storage_offset() * x.itemsize % word_bytes == 0
-    )
-
-
 def contiguous_for_collective(x: torch.Tensor) -> torch.Tensor:
     """Return `x` as dense NCDHW, for a collective or send that copies raw bytes.
 

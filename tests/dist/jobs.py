@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import torch
 
 import wan_vae
 from tests.conftest import PATIENCE_S, SMALL_CONFIGS, random_state
-from tests.dist.peers import HostDriver
 from tests.dist.two_ways import lying_clock, two_ways
 from wan_vae import WanVAE
 from wan_vae.network.blocks import Step
@@ -23,7 +22,6 @@ from wan_vae.sharding import ShardContext, plan_shards
 from wan_vae.sharding.context import SINGLE, Agreed
 from wan_vae.sharding.halo import Shard
 from wan_vae.runs.shard_ranks import own_part
-from wan_vae.sharding.peer import Links
 from wan_vae.sharding.transport import Incoming, Outgoing, Wire
 
 # The narrowest for which every layer has a kernel.
@@ -132,28 +130,6 @@ def send_something_else(rank, ranks, group, *, kind):
     wire.exchange(site, dtype, out, [Incoming(peer, shape)])
 
 
-class _CountedLinks(Links):
-    """Links in memory of the host, which count their exchanges."""
-
-    def __init__(self, folder, rank, fault="", allocations=1000):
-        super().__init__(lambda: HostDriver(folder, rank, fault, allocations))
-        self.exchanges = 0
-
-    def send(self, peer, x):
-        self.exchanges += 1
-        super().send(peer, x)
-
-    def told(self):
-        """What a test asks about them."""
-        capacity = {peer: link.capacity for peer, link in self._links.items()}
-        return {
-            "reason": self.reason,
-            "exchanges": self.exchanges,
-            "capacity": capacity,
-            "waits": {wait.site for wait in self._waits},
-        }
-
-
 class _CountingWire(Wire):
     """A wire of CPU ranks that sends as with NCCL: all messages of an exchange in one call."""
 
@@ -168,19 +144,16 @@ class _CountingWire(Wire):
         return super()._header(*arguments)
 
 
-def exchange_at_once(rank, ranks, group, *, forgetful=None, folder=None):
+def exchange_at_once(rank, ranks, group, *, forgetful=None):
     """Three runs of the same exchanges: (was everything right, headers of each run).
 
-    forgetful: a rank that has lost its memory before the third run. folder: for links.
+    forgetful: a rank that has lost its memory before the third run.
     """
     agreed, counts, right = Agreed(), [], True
-    links = None if folder is None else _CountedLinks(folder, rank)
     for run in range(3):
         if run == 2 and rank == forgetful:
             agreed = Agreed()
-        context = ShardContext(
-            rank, ranks, "height", group, PATIENCE_S, agreed=agreed, links=links
-        )
+        context = ShardContext(rank, ranks, "height", group, PATIENCE_S, agreed=agreed)
         wire = _CountingWire(context)
         wire.connect()
         wire.begin({"a kind of run": 1})
@@ -193,8 +166,6 @@ def exchange_at_once(rank, ranks, group, *, forgetful=None, folder=None):
             for p, x in zip(peers, wire.exchange(site, dtype, out, into), strict=True):
                 right &= torch.equal(x, (numbers + 10 * p + rank + run).to(dtype))
         counts.append(wire.headers)
-    if links is not None:
-        right &= links.exchanges == 6 * len(peers)
     return right, counts
 
 
@@ -254,61 +225,6 @@ def gather_every_format(rank, ranks, group):
     ][rank]
     gathered = wire.all_gather(x)
     return [torch.equal(g, steps) for g in gathered]
-
-
-def _by_links(rank, ranks, group, axis, folder):
-    links = _CountedLinks(folder, rank)
-    return replace(_context(rank, ranks, group, axis), links=links, agreed=Agreed()), links
-
-
-def decode_by_links(rank, ranks, group, *, shape, folder, axis, times):
-    """Decode noise with the same links: (pixels of each time, what the links say)."""
-    context, links = _by_links(rank, ranks, group, axis, folder)
-    vae = model("wan2.1")
-    pictures = [vae.decode(noise(shape), shard=context, chunk_frames=1) for _ in range(times)]
-    return [_to_numpy(pixels) for pixels in pictures], links.told()
-
-
-def encode_by_links(rank, ranks, group, *, shape, folder, axis):
-    """Encode noise: (latent, what the links say)."""
-    context, links = _by_links(rank, ranks, group, axis, folder)
-    latent = model("wan2.1").encode(noise(shape).tanh(), shard=context)
-    return _to_numpy(latent), links.told()
-
-
-def cancel_by_links(rank, ranks, group, *, shape, folder):
-    """A decode that one rank cancels after some chunks, then a whole one: (status, pixels)."""
-    context, _ = _by_links(rank, ranks, group, "height", folder)
-    vae, asked = model("wan2.1"), []
-
-    def should_stop():
-        asked.append(True)
-        return rank == 1 and len(asked) > 2
-
-    try:
-        vae.decode(noise(shape), shard=context, chunk_frames=1, should_stop=should_stop)
-    except DecodeCancelled:
-        status = vae.last_report.status
-    return status, _to_numpy(vae.decode(noise(shape), shard=context, chunk_frames=1))
-
-
-def exchange_by_links(rank, ranks, group, *, folder, faults, allocations=(1000, 1000, 1000)):
-    """Exchange small, large and small rows, some with all ranks: (were all right, links)."""
-    links = _CountedLinks(folder, rank, faults[rank], allocations[rank])
-    context = replace(_context(rank, ranks, group, "height"), links=links)
-    wire = Wire(context, torch.device("cpu"))
-    wire.connect()
-    right = True
-    for number, size in enumerate((100, 9 << 20, 33 << 20, 7, 9 << 20, 100)):
-        reach = ranks if number % 2 else 1
-        peers = [p for p in range(ranks) if 0 < abs(p - rank) <= reach]
-        rows = torch.arange(size, dtype=torch.int32).remainder_(251).to(torch.uint8)
-        out = [Outgoing(p, rows + 10 * rank + p) for p in peers]
-        into = [Incoming(p, (size,)) for p in peers]
-        found = wire.exchange(f"place {size} {reach}", torch.uint8, out, into)
-        for p, x in zip(peers, found, strict=True):
-            right &= torch.equal(x, rows + 10 * p + rank)
-    return right, links.told()
 
 
 def run_with_a_clock(

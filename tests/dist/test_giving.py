@@ -165,7 +165,7 @@ def test_frames_count_for_the_run_whose_command_came_before_them():
         ("decode", {}), ("encode", {"given": 0}), ("given", 3),
     )
     with pytest.raises(EOFError):
-        worker._receive_all(pipe, commands, lambda: None)
+        worker._receive_all(pipe, commands)
     first, between, second = (commands.get()[1] for _ in range(3))
     assert pipe.sent == ["pong"] and between == {}
     first["given"].wait_for(9, 0.0)

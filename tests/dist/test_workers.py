@@ -300,7 +300,6 @@ def test_ranks_with_their_own_memory_formats_agree(pool, vae, latent, expected):
 def test_messages_prove_themselves(pool):
     for answer in pool.check_wire():
         assert answer["gather"] and answer["exchange"]
-        assert (answer["direct"], answer["reason"]) == (False, ""), "nobody asked for it"
     with pytest.raises(ShardingError, match="nothing to prove"):
         WorkerPool(["cpu"]).check_wire()
 

@@ -173,30 +173,3 @@ def test_real_nccl_garbles_without_the_guard_and_not_with_it(tmp_path):
     print(f"unguarded relative error {relative_error(garbled, x):.2f}")
     assert relative_error(garbled, x) > 1.0, "NCCL changed: look whether the guard is still needed"
     assert torch.equal(right, x)
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.int64])
-@pytest.mark.parametrize("seed", range(40))
-def test_wide_words_copy_the_same_bytes(dtype, seed):
-    random = torch.Generator().manual_seed(seed)
-    size = torch.randint(1, 9, (4,), generator=random).tolist()
-    size += [8 * (seed % 5) + 3 * (seed % 2) or 16]
-    order = torch.randperm(5, generator=random).tolist() if seed % 3 == 0 else [0, 1, 2, 3, 4]
-    whole = torch.randint(0, 100, size, generator=random).to(dtype).permute(order)
-    start = seed % whole.shape[2]
-    source = whole.narrow(2, start, 1)
-    target = torch.zeros(source.shape, dtype=dtype)
-    wide, words = layout.in_wide_words(target, source)
-    wide.copy_(words)
-    assert torch.equal(target, source)
-
-
-def test_rows_in_ndhwc_are_seen_in_the_widest_words():
-    x = torch.randn(1, 96, 4, 6, 10).bfloat16().contiguous(memory_format=torch.channels_last_3d)
-    rows = x.permute(0, 2, 3, 4, 1).narrow(2, 5, 1)
-    target, words = layout.in_wide_words(torch.empty(rows.shape, dtype=rows.dtype), rows)
-    assert target.dtype == words.dtype == torch.complex128
-    assert words.shape == (1, 4, 1, 10, 12)
-    # 12 bytes a pixel are neither of 16 nor of 8.
-    few = x[:, :6].permute(0, 2, 3, 4, 1)
-    assert layout.in_wide_words(torch.empty(few.shape, dtype=few.dtype), few)[1] is few

@@ -12,8 +12,6 @@ from ..options import AxisRequest
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from .peer import Links
-
 
 # Kinds of runs whose messages a group remembers: a workflow has one or two.
 _KINDS_OF_RUNS = 16
@@ -64,8 +62,6 @@ class ShardContext:
     another rank with Gloo; NCCL uses the time-out of its group. `same_input` promises that all
     ranks read their input from the same place, so its contents are not compared. `agreed` is of the
     group: a caller that keeps one for all its runs has each header compared once, not in each run.
-    `links` too is of the group: how neighbours write to each other's device memory. On all ranks or
-    on none; not where a rank may end while others wait for it.
     """
 
     rank: int = 0
@@ -75,7 +71,6 @@ class ShardContext:
     timeout_s: float = 30.0
     same_input: bool = False
     agreed: Agreed | None = field(default=None, compare=False, repr=False)
-    links: Links | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_single(self) -> bool:

@@ -27,10 +27,9 @@ def check_wire(context: ShardContext, device: torch.device) -> dict[str, object]
 
     `gather`, `exchange`: True if everything arrived unchanged through `Wire`. `unguarded`: the
     result of a plain flat gather of dense NDHWC tensors: "equal", "garbled", or the first line of
-    the error. `direct`: whether neighbours write to each other's memory; `reason`: why they do not.
+    the error.
     """
     wire, rank = Wire(context, device), context.rank
-    wire.connect()
     wanted = [numbers(r, device) for r in range(context.world_size)]
     gathered = wire.all_gather(in_format(wanted[rank], rank))
     gather = all(torch.equal(g, w) for g, w in zip(gathered, wanted, strict=True))
@@ -45,14 +44,7 @@ def check_wire(context: ShardContext, device: torch.device) -> dict[str, object]
             [Incoming(r, tuple(mine.shape)) for r in others],
         )
         exchange &= all(torch.equal(x, wanted[r]) for x, r in zip(received, others, strict=True))
-    links = context.links
-    return {
-        "gather": gather,
-        "exchange": exchange,
-        "unguarded": unguarded_gather(context, device),
-        "direct": links is not None and links.is_connected and not links.reason,
-        "reason": "" if links is None else links.reason,
-    }
+    return {"gather": gather, "exchange": exchange, "unguarded": unguarded_gather(context, device)}
 
 
 def unguarded_gather(context: ShardContext, device: torch.device) -> str:

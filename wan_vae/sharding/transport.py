@@ -1,5 +1,4 @@
-"""Sends tensors to other processes, by a process group or by `peer`; nothing else does. Tensors are
-made dense NCDHW first.
+"""Sends tensors to other processes; nothing else does. Tensors are made dense NCDHW first.
 
 Sender and receiver compare a header before the bytes are used.
 
@@ -14,7 +13,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -28,7 +26,6 @@ from ..errors import ShardingError, first_line
 from ..layout import contiguous_for_collective, detect
 from ..said import said, together
 from .context import Headers, ShardContext
-from .peer import Links, message
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64)
 # The backend of a group in which each rank has a CUDA device.
@@ -102,10 +99,6 @@ class Wire:
     because the next use of their memory is queued later on the same stream. No pair of ranks has
     two messages in the same direction. `connect` comes first. It is a collective of all ranks, also
     idle ones, which NCCL needs before messages between some of them.
-
-    Where the context has links and they could be proven, messages between neighbours are written
-    into the neighbour's memory (`peer`), and only larger ones and those of other pairs go by the
-    group. What `exchange` returns is then valid until the next one.
     """
 
     def __init__(self, context: ShardContext, device: torch.device):
@@ -171,14 +164,9 @@ class Wire:
         self._count += 1
         start = self._mark()
         self._agree_on_headers(site, dtype, out, into)
-        links = self.context.links
-        linked = self._linked(dtype, out, into)
-        if links is None or not linked:
-            buffers = self._by_group(site, dtype, out, into)
-            self._add_wait(start)
-        else:
-            buffers = self._by_links(links, linked, site, dtype, out, into)
-            links.note(site, linked, start, self._add_wait(start))
+        send = self._one_by_one if self.host_staged else self._at_once
+        buffers = send(site, dtype, out, into)
+        self._add_wait(start)
         for buffer in buffers:
             if buffer.ndim in (4, 5) and detect(buffer) not in ("contiguous", "either"):
                 raise ShardingError(
@@ -194,49 +182,6 @@ class Wire:
             self.received_bytes += buffer.numel() * buffer.element_size()
             self.received_messages += 1
         return [b.to(self.device) for b in buffers]
-
-    def _linked(
-        self, dtype: torch.dtype, out: Sequence[Outgoing], into: Sequence[Incoming]
-    ) -> tuple[int, ...]:
-        """The ranks whose messages of this exchange go by links; each of them says the same."""
-        links = self.context.links
-        if links is None:
-            return ()
-        sizes = _largest_sizes(dtype, out, into)
-        return tuple(peer for peer, size in sizes.items() if links.carries(peer, size))
-
-    def _by_links(
-        self,
-        links: Links,
-        linked: Sequence[int],
-        site: str,
-        dtype: torch.dtype,
-        out: Sequence[Outgoing],
-        into: Sequence[Incoming],
-    ) -> list[torch.Tensor]:
-        """The messages of an exchange with the ranks `linked` by links, others by the group."""
-        rows = {o.peer: o.tensor for o in out}
-        shapes = {i.peer: i.shape for i in into}
-        # To all before the first wait: who waits for us may be who we wait for.
-        for peer in linked:
-            links.send(peer, rows.get(peer))
-        others_out = [o for o in out if o.peer not in linked]
-        others_into = [i for i in into if i.peer not in linked]
-        received: dict[int, torch.Tensor | None] = {}
-        if others_out or others_into:
-            buffers = self._by_group(site, dtype, others_out, others_into)
-            received.update(zip((i.peer for i in others_into), buffers, strict=True))
-        for peer in linked:
-            received[peer] = links.receive(peer, dtype, shapes.get(peer))
-        found = [received[i.peer] for i in into]
-        return [x for x in found if x is not None]
-
-    def _by_group(
-        self, site: str, dtype: torch.dtype, out: Sequence[Outgoing], into: Sequence[Incoming]
-    ) -> list[torch.Tensor]:
-        """The messages of an exchange by the process group."""
-        send = self._one_by_one if self.host_staged else self._at_once
-        return send(site, dtype, out, into)
 
     def _one_by_one(
         self, site: str, dtype: torch.dtype, out: Sequence[Outgoing], into: Sequence[Incoming]
@@ -265,13 +210,13 @@ class Wire:
         sending = torch.empty(sum(sent), dtype=torch.uint8, device=self._transport)
         receiving = torch.empty(sum(got), dtype=torch.uint8, device=self._transport)
         for place, o in zip(outgoing, out, strict=True):
-            message(sending, place, dtype, o.tensor.shape).copy_(o.tensor)
+            _message(sending, place, dtype, o.tensor.shape).copy_(o.tensor)
         try:
             dist.all_to_all_single(receiving, sending, got, sent, group=group)
         except RuntimeError as error:
             raise self._no_answer(site, _peers(out, into), error) from error
         return [
-            message(receiving, place, dtype, i.shape)
+            _message(receiving, place, dtype, i.shape)
             for place, i in zip(incoming, into, strict=True)
         ]
 
@@ -309,22 +254,6 @@ class Wire:
                     rank=i.peer,
                 )
         self._headers.add(key, f"{site} {dtype}")
-        if self.context.links is not None:
-            sizes = _largest_sizes(dtype, out, into)
-            swap = partial(self._swap, site)
-            self.context.links.make_room(self.context.rank, sizes, swap)
-
-    def _swap(self, site: str, contents: Mapping[int, bytes]) -> dict[int, bytes]:
-        """Send bytes to each rank of `contents`, and return as many of each. Waits."""
-        mine = {
-            peer: torch.tensor(list(content), dtype=torch.uint8, device=self._control)
-            for peer, content in contents.items()
-        }
-        theirs = {peer: torch.empty_like(x) for peer, x in mine.items()}
-        ops = [self._op(dist.isend, x, peer) for peer, x in mine.items()]
-        ops += [self._op(dist.irecv, x, peer) for peer, x in theirs.items()]
-        self._finish(site, ops, list(contents), self._control)
-        return {peer: bytes(x.tolist()) for peer, x in theirs.items()}
 
     def _header(self, site: str, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
         sizes = [*shape, *([0] * (_HEADER_WORDS - 6 - len(shape)))]
@@ -349,8 +278,20 @@ class Wire:
             raise self._no_answer(site, peers, error) from error
 
     def _no_answer(self, site: str, peers: Sequence[int], error: RuntimeError) -> ShardingError:
-        context = self.context
-        return no_answer(context.rank, peers, site, context.timeout_s, first_line(error))
+        others = ", ".join(map(str, sorted(set(peers))))
+        return ShardingError(
+            said(
+                "shard.no_answer",
+                "rank {rank} has no answer from rank {peers} at {site} (waits at most "
+                "{seconds} s): {error}",
+                rank=self.context.rank,
+                peers=others,
+                site=site,
+                seconds=f"{self.context.timeout_s:g}",
+                error=first_line(error),
+            ),
+            rank=peers[0] if len(set(peers)) == 1 else None,
+        )
 
     def _wait(self, work: dist.Work, transport: torch.device) -> None:
         if transport.type == "cpu":
@@ -416,11 +357,8 @@ class Wire:
         ]
 
     def connect(self) -> None:
-        """Make the transport connect all ranks, and links prove themselves. A collective; waits."""
+        """Make the transport connect all ranks. A collective; waits."""
         self._gather(torch.zeros(1, device=self._transport), self._transport)
-        links, context = self.context.links, self.context
-        if links is not None and not links.is_connected:
-            links.connect(context.rank, context.world_size, self.all_gather_texts)
 
     def greet(self) -> None:
         """Have each rank send each other one a first message. A collective; waits for the others.
@@ -474,10 +412,8 @@ class Wire:
     def _mark(self) -> Mark:
         return Mark.now(self._transport if self.host_staged else self.device)
 
-    def _add_wait(self, start: Mark) -> Mark:
-        stop = self._mark()
-        self._marks.append((start, stop))
-        return stop
+    def _add_wait(self, start: Mark) -> None:
+        self._marks.append((start, self._mark()))
 
     def wait_ms(self) -> float:
         """Milliseconds in exchanges so far, including waits for slower ranks. Synchronises."""
@@ -486,25 +422,6 @@ class Wire:
             stop.wait()
             total_ms += start.ms_until(stop)
         return total_ms
-
-
-def no_answer(
-    rank: int, peers: Sequence[int], site: str, seconds: float, reason: str
-) -> ShardingError:
-    """The error of `rank`, which has waited for `peers`; it names the one, if it is one."""
-    return ShardingError(
-        said(
-            "shard.no_answer",
-            "rank {rank} has no answer from rank {peers} at {site} (waits at most "
-            "{seconds} s): {error}",
-            rank=rank,
-            peers=", ".join(map(str, sorted(set(peers)))),
-            site=site,
-            seconds=f"{seconds:g}",
-            error=reason,
-        ),
-        rank=peers[0] if len(set(peers)) == 1 else None,
-    )
 
 
 def _peers(out: Sequence[Outgoing], into: Sequence[Incoming]) -> list[int]:
@@ -523,15 +440,12 @@ def _in_one(
     return [starts[peer] for peer in peers], sizes
 
 
-def _largest_sizes(
-    dtype: torch.dtype, out: Sequence[Outgoing], into: Sequence[Incoming]
-) -> dict[int, int]:
-    """Bytes of the larger of the two messages with each rank, which has the same number for us."""
-    sizes: dict[int, int] = {}
-    messages = [(o.peer, tuple(o.tensor.shape)) for o in out] + [(i.peer, i.shape) for i in into]
-    for peer, shape in messages:
-        sizes[peer] = max(sizes.get(peer, 0), prod(shape) * dtype.itemsize)
-    return sizes
+def _message(
+    buffer: torch.Tensor, start: int, dtype: torch.dtype, shape: Sequence[int]
+) -> torch.Tensor:
+    """The tensor of `shape` that begins `start` bytes into `buffer`."""
+    size = prod(shape) * dtype.itemsize
+    return buffer[start : start + size].view(dtype).view(tuple(shape))
 
 
 def _as_bytes(x: torch.Tensor) -> torch.Tensor:

@@ -20,8 +20,7 @@ class WorkerSettings:
     """How one worker starts; plain values only. rendezvous: the path of the file where ranks meet.
 
     start_s: for all ranks to arrive. wait_s: for one NCCL message (Gloo's limit comes with each
-    decode). has_nvidia_driver: whether it is NVIDIA's driver that PyTorch asks for "cuda". direct:
-    whether neighbours write to each other's device memory, if they can.
+    decode). has_nvidia_driver: whether it is NVIDIA's driver that PyTorch asks for "cuda".
     """
 
     rank: int
@@ -33,7 +32,6 @@ class WorkerSettings:
     wait_s: float
     threads: int
     has_nvidia_driver: bool = False
-    direct: bool = False
 
 
 @dataclass(frozen=True)

@@ -97,14 +97,13 @@ class _Job:
 class WorkerPool:
     """Worker processes for a list of devices; started on first use and again after a failure.
 
-    transport: how ranks exchange rows: "nccl", "gloo", or "auto". For different CUDA devices "auto"
-    is NCCL, and writes to each other's memory between neighbours on NVLink. timeout_s: how long a
-    rank waits for another rank, and how long a worker may give no sign of life. idle_s: how long
-    workers may be without work before they are ended. Decodes from several threads run one after
-    another. The memory that workers write to is kept for the next run; frames of an image are
-    copied out of it while others are decoded, because a program keeps its images. `close` (or
-    `with`) ends the workers; they also end when this process ends in any way. `last_reports`: one
-    report for each rank's share of the last operation, in rank order.
+    transport: how ranks exchange rows: "nccl", "gloo", or "auto". timeout_s: how long a rank waits
+    for another rank, and how long a worker may give no sign of life. idle_s: how long workers may
+    be without work before they are ended. Decodes from several threads run one after another. The
+    memory that workers write to is kept for the next run; frames of an image are copied out of it
+    while others are decoded, because a program keeps its images. `close` (or `with`) ends the
+    workers; they also end when this process ends in any way. `last_reports`: one report for each
+    rank's share of the last operation, in rank order.
     """
 
     def __init__(
@@ -121,8 +120,6 @@ class WorkerPool:
         self.transport: Transport = (
             pick_transport(self.devices) if transport == "auto" else transport
         )
-        # Whether neighbours write to each other's memory, if a proof of it passes.
-        self.direct = transport == "auto" and self.transport == "nccl"
         self.timeout_s, self.idle_s = timeout_s, idle_s
         self.start_timeout_s = start_timeout_s
         self.shared_folders = shared_folders
@@ -663,7 +660,6 @@ class WorkerPool:
                     wait_s=self.timeout_s,
                     threads=max(1, torch.get_num_threads() // on_cpu),
                     has_nvidia_driver=rank.device.type == "cuda" and torch.version.cuda is not None,
-                    direct=self.direct,
                 ),
             )
         settled_s = time.monotonic()

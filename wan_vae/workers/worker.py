@@ -40,11 +40,9 @@ from ..runs.decode import DecodeRequest
 from ..runs.encode import EncodeRequest
 from ..said import said, worded
 from ..sharding.context import SINGLE, Agreed, ShardContext
-from ..sharding.cuda_memory import CudaMemory
-from ..sharding.peer import Links
 from ..sharding.plan import plan_shards
 from ..sharding.proof import check_wire
-from ..sharding.transport import Wire, no_answer
+from ..sharding.transport import Wire
 from .devices import make_current
 from .giving import Given
 from .joining import Joined, WorkerSettings
@@ -89,11 +87,8 @@ def serve(connection: PipeEnd[Any, Any], commands: Commands) -> None:
     _, plain = commands.get()
     settings = WorkerSettings(**plain)
     pipe = _Sender(connection)
-    device = torch.device(settings.device)
-    links = Links(partial(CudaMemory, device)) if settings.direct else None
-    late = partial(_late_rows, links, settings)
-    threading.Thread(target=_listen, args=(pipe, commands, late), daemon=True).start()
-    worker = _Worker(settings, pipe, links)
+    threading.Thread(target=_listen, args=(pipe, commands), daemon=True).start()
+    worker = _Worker(settings, pipe)
     try:
         worker.take_device()
         early = _until_joined(worker, commands)
@@ -156,45 +151,23 @@ class _Sender:
         return message
 
 
-def _late_rows(links: Links | None, settings: WorkerSettings) -> dict[str, Any] | None:
-    """The error of a device that waits for rows for longer than a NCCL message may take, or None.
-
-    NCCL ends the process then. Here the main thread waits until the parent ends it.
-    """
-    if links is None or not links.has_waits:
-        return None
-    # To ask an event makes a context on this thread's device, which is the first one at first.
-    make_current(torch.device(settings.device))
-    late = links.overdue(settings.wait_s, time.monotonic())
-    if late is None:
-        return None
-    reason = said("peer.late", "its device waits for their rows")
-    error = no_answer(settings.rank, late.peers, late.site, settings.wait_s, reason)
-    return _describe(error, settings)
-
-
-def _listen(pipe: _Sender, commands: Commands, late: Callable[[], dict[str, Any] | None]) -> None:
+def _listen(pipe: _Sender, commands: Commands) -> None:
     """Read commands and answer "ping", whatever the main thread is busy with.
-
-    late: the error of a device that waits for too long, the answer to "ping" then.
 
     When the parent is gone, end at once, also out of a wait for another rank.
     """
     with suppress(EOFError, OSError):
-        _receive_all(pipe, commands, late)
+        _receive_all(pipe, commands)
     os._exit(1)
 
 
-def _receive_all(
-    pipe: _Sender, commands: Commands, late: Callable[[], dict[str, Any] | None]
-) -> None:
+def _receive_all(pipe: _Sender, commands: Commands) -> None:
     """See `_listen`. Raises EOFError or OSError when the parent is gone."""
     given = Given()
     while True:
         command, value = pipe.receive()
         if command == "ping":
-            error = late()
-            pipe.send("pong" if error is None else "error", error)
+            pipe.send("pong", None)
         elif command == "given":
             given.give(value)
         else:
@@ -231,8 +204,8 @@ class Laps:
 class _Worker:
     """One rank: its process group, its VAE, and the commands that the parent may name."""
 
-    def __init__(self, settings: WorkerSettings, pipe: _Sender, links: Links | None = None):
-        self.settings, self.pipe, self._links = settings, pipe, links
+    def __init__(self, settings: WorkerSettings, pipe: _Sender):
+        self.settings, self.pipe = settings, pipe
         self.device = torch.device(settings.device)
         self._vae: WanVAE | None = None
         self._agreed = Agreed()
@@ -267,8 +240,6 @@ class _Worker:
         """Leave the other ranks, and let go of shared memory."""
         import torch.distributed as dist
 
-        if self._links is not None:
-            self._links.close()
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
         self._mapped.clear()
@@ -315,7 +286,6 @@ class _Worker:
             timeout_s=wait_s,
             same_input=True,
             agreed=self._agreed,
-            links=self._links,
         )
 
     def _hooks(self, raw: torch.Tensor) -> Hooks:
