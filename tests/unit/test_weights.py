@@ -52,11 +52,11 @@ def test_uploads_are_cast_group_by_group(source, dtype, monkeypatch):
         return {key: x.clone() for key, x in group.items()}
 
     state = tensors(source)
-    own = uploaded(state, dtype, upload)
+    own = uploaded(state, CPU, dtype, upload)
     assert len(sent) > 2 and [key for group in sent for key in group] == list(state) == list(own)
     for key, value in state.items():
         assert own[key].dtype == dtype and torch.equal(own[key], value.to(dtype)), key
-    assert uploaded({}, dtype, upload) == {}
+    assert uploaded({}, CPU, dtype, upload) == {}
 
 
 @pytest.mark.gpu
@@ -77,6 +77,20 @@ def test_copies_on_a_device_have_the_bits_of_those_on_the_host(source, dtype):
         for key, value in copies.state.items():
             assert value.device == device and value.is_contiguous() and not value.is_inference()
             assert torch.equal(value.cpu(), expected[key]), key
+
+
+@pytest.mark.gpu
+def test_uploads_leave_no_holes_in_the_memory_of_a_device():
+    """What they took beside the copies can be given back to others."""
+    state = {str(i): torch.randn(3 << 20) for i in range(40)}  # 12 MiB each, 6 as bfloat16
+    device = torch.device("cuda", 0)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
+    with CudaUpload(device) as upload:
+        copies = copied(state, device, torch.bfloat16, upload)
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved(device) - before
+    assert held <= 1.1 * sum(x.nbytes for x in copies.state.values()) + (20 << 20)
 
 
 @pytest.mark.gpu

@@ -61,7 +61,7 @@ def copied(
             targets = {key: host_empty(tuple(x.shape), dtype) for key, x in state.items()}
             return Copies(targets, copy_weights(state, targets))
         on_host = {key: x for key, x in state.items() if x.device.type == "cpu"}
-        own = {} if upload is None else uploaded(on_host, dtype, upload)
+        own = {} if upload is None else uploaded(on_host, device, dtype, upload)
         for key, value in state.items():
             if key not in own:
                 own[key] = torch.empty(value.shape, dtype=dtype, device=device).copy_(
@@ -71,17 +71,19 @@ def copied(
 
 
 def uploaded(
-    state: Mapping[str, torch.Tensor], dtype: torch.dtype, upload: Upload
+    state: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, upload: Upload
 ) -> dict[str, torch.Tensor]:
-    """Copies of `state`, which lies on the host, in `dtype` on the device to which `upload` copies.
+    """Copies of `state`, which lies on the host, in `dtype` on `device`, to which `upload` copies.
 
     They are cast there: on the host that takes several times as long as the way to the device.
-    Group by group, so that little memory is taken by what is not cast yet.
+    Group by group, so that little memory is taken by what is not cast yet; and after memory for all
+    copies, because small ones between what is given back would keep that from being used again.
     """
-    own: dict[str, torch.Tensor] = {}
-    for group in _groups(state):
-        plain = {key: x if x.dtype in _EVERYWHERE else x.to(dtype) for key, x in group.items()}
-        own |= {key: raw.to(dtype) for key, raw in upload(plain).items()}
+    plain = {key: x if x.dtype in _EVERYWHERE else x.to(dtype) for key, x in state.items()}
+    own = {key: torch.empty(x.shape, dtype=dtype, device=device) for key, x in plain.items()}
+    for group in _groups(plain):
+        for key, raw in upload(group).items():
+            own[key].copy_(raw)
     return own
 
 
