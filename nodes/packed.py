@@ -18,6 +18,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -128,13 +129,13 @@ class PackedCopies:
         self,
         vae: Any,
         precision: str,
-        before_pack: Callable[[], None] = lambda: None,
+        packing: Callable[[], AbstractContextManager[object]] = nullcontext,
         *,
         loads: bool = False,
     ) -> Packed:
         """Our copy of `vae` (a comfy.sd.VAE) in `precision`; "auto" is ComfyUI's choice for it.
 
-        before_pack: called before one is made, which takes long. loads: it will be loaded next.
+        packing: entered while one is made, which takes long. loads: it will be loaded next.
         It is made anew when another node has changed the weights since. Raises BackendError for an
         unknown precision, NotAWanVAEError with the name of the model it is, and CheckpointError.
         """
@@ -146,9 +147,9 @@ class PackedCopies:
         dtype = vae.vae_dtype if precision == "auto" else DTYPES[precision]
         key = Key(source, dtype, vae.device)
         if key not in self._copies:
-            before_pack()
-            self._make_room()  # first: two would take twice the memory
-            self._copies[key] = _pack(vae, state, dtype, loads)
+            with packing():
+                self._make_room()  # first: two would take twice the memory
+                self._copies[key] = _pack(vae, state, dtype, loads)
             self._copies[key].patcher.add_callback(
                 CallbacksMP.ON_DETACH, partial(self._unloaded, key)
             )

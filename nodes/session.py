@@ -101,14 +101,21 @@ class Session:
         if not self._reporter.has_sent:
             self.enter("planning")
 
+    @contextmanager
+    def _packing(self) -> Iterator[None]:
+        """While a copy of the weights is made: say so, and count the time apart."""
+        self.begin_planning()
+        with self.timed("copy"):
+            yield
+
     @property
     def packed(self) -> Packed:
         """Our copy of the VAE, made when it is first asked for. Raises what `COPIES.get` raises."""
         if self._packed is None:
-            with self.timed("copy"):
+            with self.timed("look"):
                 try:
                     self._packed = COPIES.get(
-                        self.vae, self._precision, self.begin_planning, loads=self._loads
+                        self.vae, self._precision, self._packing, loads=self._loads
                     )
                 except NotAWanVAEError as error:
                     if not has_weights(self.vae):

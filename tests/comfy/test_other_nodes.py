@@ -255,7 +255,7 @@ def test_the_phases_of_a_report_are_all_of_the_nodes_time(comfy, frames):
         node_ms = (began["5"] - began["3"]) * 1e3
         missing.append(1 - sum(phases.values()) / node_ms)
         unnamed.append(phases["node: rest"] / node_ms)
-        assert {"node: copy", "node: plan", "node: set up", "chunks"} <= phases.keys()
+        assert {"node: look", "node: plan", "node: set up", "chunks"} <= phases.keys()
     # A few hundredths, of a run that no other process disturbs; here the machine may be busy.
     assert abs(min(missing, key=abs)) < 0.5, (missing, phases)
     assert min(unnamed) < 0.3, (unnamed, phases)
