@@ -61,6 +61,9 @@ class Ours:
                 return ""
             fast = sum(layer.backend != "eager" for layer in report.layers)
             said = [f"{fast} of {len(report.layers)} layers on proven kernels"] if fast else []
+            if not fast and self.backend != "eager":  # else a row of another name is eager's
+                why = dict.fromkeys(off.reason for off in report.backends_off)
+                said = [f"no layer on proven kernels ({'; '.join(why) or 'none is for them'})"]
             return "; ".join((*said, *report.fallbacks))
 
         return Built(decode, image, note=note)
