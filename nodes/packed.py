@@ -19,7 +19,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -106,12 +106,12 @@ class Packed:
 
 @dataclass(frozen=True)
 class _Known:
-    """The weights of a network when they were looked at last: their fingerprint, how many are in
-    each memory format, and how they lay, from the second look on."""
+    """The weights of a network when they were looked at last: their fingerprint, how they lay, from
+    the second look on, and how many are in each memory format, once there was a copy of them."""
 
     source: bytes
-    formats: dict[str, dict[str, int]]
-    look: Look | None
+    look: Look | None = None
+    formats: dict[str, dict[str, int]] | None = None
 
 
 class PackedCopies:
@@ -158,7 +158,11 @@ class PackedCopies:
         packed.models.add(model)
         # Not part of the fingerprint: each VAE may hold the same numbers in another format.
         known = self._sources.get(model)
-        formats = count_weight_formats(state) if known is None else known.formats
+        formats = None if known is None else known.formats
+        if formats is None:
+            formats = count_weight_formats(state)
+            if known is not None:
+                self._sources[model] = replace(known, formats=formats)
         packed.wan.engine.weights_found = formats
         return packed
 
@@ -182,7 +186,7 @@ class PackedCopies:
             self._drop_where(lambda key, packed: key.source == known and not packed.is_wanted)
         # A look from the second time on: to make one takes longer than a fingerprint.
         look = Look.of(state) if known == source else None
-        self._sources[model] = _Known(source, count_weight_formats(state), look)
+        self._sources[model] = _Known(source, look)
         return source
 
     def _make_room(self) -> None:

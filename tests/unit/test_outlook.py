@@ -94,7 +94,7 @@ def test_predicted_seconds_are_those_of_the_page():
 @pytest.mark.parametrize(
     ("card", "family", "strips", "expected"),
     [
-        ("NVIDIA GeForce RTX 4090", "cuda", None, "2.5 to 3.7 s predicted, not measured"),
+        ("NVIDIA GeForce RTX 4090", "cuda", None, "2.2 to 3.3 s predicted, not measured"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "cuda", None, "nothing was measured"),
         ("NVIDIA GeForce RTX 3080 Ti", "cuda", None, "nothing was measured"),
         ("NVIDIA GeForce RTX 4090", "eager", None, "nothing was measured"),
