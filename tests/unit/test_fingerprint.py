@@ -152,7 +152,7 @@ def test_a_look_keeps_no_tensor_and_reads_no_memory_that_was_given_back(state):
     state[name] = state[name].clone()
     assert gone() is None and not look.is_still_true(state)
     look = Look.of(state)
-    state[name].untyped_storage().resize_(16)  # the memory may stay where it is
+    state[name].untyped_storage().resize_(16)
     assert not look.is_still_true(state)
     state[name].untyped_storage().resize_(0)
     assert not look.is_still_true(state)

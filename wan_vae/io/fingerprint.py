@@ -116,10 +116,9 @@ def _is_usual(tensor: object) -> bool:
 
 
 def _lying(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Where the numbers of `tensor` lie, as what, and how large their storage is now."""
-    address, shape, steps = tensor.data_ptr(), tensor.shape, tensor.stride()
+    """Where the numbers of `tensor` lie, and as what. Memory that was given back lies nowhere."""
     lazy = tensor.is_neg(), tensor.is_conj()
-    return address, tensor.dtype, shape, steps, lazy, tensor.untyped_storage().nbytes()
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), lazy
 
 
 class _Gather:
