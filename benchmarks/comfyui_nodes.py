@@ -254,7 +254,10 @@ def _measured(server: Comfy, setting: Setting, case: NodeCase, seed: int) -> Nod
 
 def facts_of(rows: Sequence[NodeRow], comfyui: str, argv: Sequence[str]) -> Facts:
     """Device and versions as the nodes report them: of ComfyUI's process, not of this one."""
-    return _facts(next(row.report for row in rows if row.report is not None), comfyui, argv)
+    reports = [row.report for row in rows if row.report is not None]
+    # Under --cpu-vae a row is of the CPU, of a run that is about the card.
+    on_card = [report for report in reports if report["device_name"] != "CPU"]
+    return _facts((on_card or reports)[0], comfyui, argv)
 
 
 def _facts(report: Mapping[str, Any], comfyui: str, argv: Sequence[str]) -> Facts:

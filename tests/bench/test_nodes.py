@@ -371,3 +371,10 @@ def test_several_devices_must_have_the_bits_of_one(rows):
     lines = sharded_nodes.pairs_markdown([replace(pair, several=again)])
     assert f"| {pair.speed_up:.2f}x |" in lines[2] and "| run | - / 400.0 |" in lines
     assert lines[-3:] == ["| workers: import |", "|---:|", "| 1900.0 |"]
+
+
+def test_a_page_with_rows_of_the_cpu_is_about_the_card(rows):
+    """`--flags cpu-vae` comes first where it is named first."""
+    on_cpu = replace(rows[0], report={**rows[0].report, "device_name": "CPU"})
+    assert comfyui_nodes.facts_of([on_cpu, *rows], "0.33.0", []).device == "NVIDIA H200"
+    assert comfyui_nodes.facts_of([on_cpu], "0.33.0", []).device == "CPU"
