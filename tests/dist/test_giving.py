@@ -186,6 +186,15 @@ class WrittenWhenAwaited(Given):
         self.place[:frames] = self.video[:frames]
 
 
+def alone(vae):
+    """A worker of a pool of one, in this process."""
+    one = worker._Worker(
+        WorkerSettings(0, 1, "cpu", "gloo", "", 1.0, 1.0, torch.get_num_threads()), Wire()
+    )
+    one._vae = vae
+    return one
+
+
 def test_a_worker_reads_no_frame_before_it_has_waited_for_it(vae, tmp_path):
     video = image(13, 1)
     expected = vae.encode(frames_view(video), unit_range=True, chunk_frames=1)
@@ -194,10 +203,7 @@ def test_a_worker_reads_no_frame_before_it_has_waited_for_it(vae, tmp_path):
     place = view(buffer.raw, input_at, video.shape, torch.float32)
     place.fill_(float("nan"))
     given = WrittenWhenAwaited(video, place)
-    one = worker._Worker(
-        WorkerSettings(0, 1, "cpu", "gloo", "", 1.0, 1.0, torch.get_num_threads()), Wire()
-    )
-    one._vae = vae
+    one = alone(vae)
     # In the order in which it lies: T, H, W, C; its dimensions are those of [B, C, T, H, W].
     one.on_encode(
         unit_range=True,
@@ -240,10 +246,7 @@ def test_a_worker_decodes_no_latent_before_it_has_waited_for_all_of_it(vae, tmp_
     place = view(buffer.raw, input_at, latent.shape, torch.float32)
     place.fill_(float("nan"))
     given = CopiedWhenAwaited(latent, place)
-    one = worker._Worker(
-        WorkerSettings(0, 1, "cpu", "gloo", "", 1.0, 1.0, torch.get_num_threads()), Wire()
-    )
-    one._vae = vae
+    one = alone(vae)
     one.on_decode(
         given=given,
         path=str(buffer.path),

@@ -52,9 +52,9 @@ def copied(
 ) -> Copies:
     """Copies of `state` on `device` in `dtype`, dense and contiguous for any strides of the source.
 
-    upload: to `device`, faster than PyTorch's own copy of what lies on the host.
     They are ordinary tensors, also if the caller is in inference mode: inference tensors could not
-    be moved or used outside of it.
+    be moved or used outside of it. upload: to `device`, faster than PyTorch's own copy of what lies
+    on the host.
     """
     with torch.inference_mode(False), torch.no_grad():
         if device.type == "cpu":
@@ -89,12 +89,13 @@ def uploaded(
 
 def _groups(state: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
     """`state` in parts that end where they reach _GROUP_BYTES."""
-    group: dict[str, torch.Tensor] = {}
+    group, size = dict[str, torch.Tensor](), 0
     for key, value in state.items():
         group[key] = value
-        if sum(x.nbytes for x in group.values()) >= _GROUP_BYTES:
+        size += value.nbytes
+        if size >= _GROUP_BYTES:
             yield group
-            group = {}
+            group, size = {}, 0
     if group:
         yield group
 

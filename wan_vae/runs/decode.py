@@ -74,7 +74,7 @@ class DecodeRun(Run):
         latent_format = layout.detect(latent)
         if ranks is None and request.context.same_input:
             # Before the latent is there: all ranks will find the same in it.
-            setup, ranks = join_ranks(engine, setup, latent, request.context, request.gather, True)
+            setup, ranks = join_ranks(engine, setup, latent, request.context, request.gather)
         if request.await_latent is not None:
             request.await_latent()
 

@@ -24,6 +24,30 @@ from ..io.staging import ToDevice
 from ..network.cache import FeatureCache
 
 
+class _WayBack:
+    """Brings what waits in host memory to new memory of a device. Close it in every case."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._threads: ToDevice | None = None
+
+    def bring(self, part: torch.Tensor) -> torch.Tensor:
+        """A dense copy of `part` on the device, also where that is the CPU."""
+        values = torch.empty(part.shape, dtype=part.dtype, device=self._device)
+        if self._device.type != "cuda":
+            return values.copy_(part)
+        if self._threads is None:
+            self._threads = ToDevice(self._device)
+        self._threads.copy(part, values)
+        return values
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._threads is not None:
+            threads, self._threads = self._threads, None
+            threads.close()
+
+
 class HostFrames:
     """The frames [B, C, t, H, W] float32 of one part, in host memory, put together of strips.
 
@@ -38,7 +62,7 @@ class HostFrames:
         with torch.inference_mode(False):  # see `_bytes_on`
             self._memory = host_empty((t, b, c, h, w), torch.float32)
         self._copier: HostCopier | None = None
-        self._way_back: ToDevice | None = None
+        self._way_back = _WayBack(device)
         self._is_new = True
 
     def write(self, pixels: torch.Tensor, start: int, first_row: int) -> None:
@@ -60,24 +84,15 @@ class HostFrames:
             copier, self._copier = self._copier, None
             copier.finish()
         self._is_new = False
-        part = self._memory[start:stop].permute(1, 2, 0, 3, 4)
-        # Memory of its own, also on the CPU: the next part overwrites this one.
-        values = torch.empty(part.shape, dtype=part.dtype, device=self._device)
-        if self._device.type != "cuda":
-            return values.copy_(part)
-        if self._way_back is None:
-            self._way_back = ToDevice(self._device)
-        self._way_back.copy(part, values)
-        return values
+        # A copy also on the CPU: the next part overwrites this memory.
+        return self._way_back.bring(self._memory[start:stop].permute(1, 2, 0, 3, 4))
 
     def close(self) -> None:
         """Stop the copies and let go of the memory."""
         if self._copier is not None:
             copier, self._copier = self._copier, None
             copier.stop()
-        if self._way_back is not None:
-            back, self._way_back = self._way_back, None
-            back.close()
+        self._way_back.close()
         self._memory = torch.empty(0)
 
 
@@ -135,7 +150,7 @@ class HostFeatures:
         self._device = device
         self._chunks: list[_HostChunk] = []
         self._copier: HostCopier | None = None
-        self._way_back: ToDevice | None = None
+        self._way_back = _WayBack(device)
 
     def put(self, features: torch.Tensor) -> None:
         """See `Features`."""
@@ -159,14 +174,7 @@ class HostFeatures:
             copier.finish()
         kept = self._chunks[chunk]
         at = kept.dimensions.index(3)
-        part = kept.memory.narrow(at, start, stop - start)
-        values = torch.empty(part.shape, dtype=part.dtype, device=self._device)
-        if self._device.type != "cuda":
-            values.copy_(part)
-        else:
-            if self._way_back is None:
-                self._way_back = ToDevice(self._device)
-            self._way_back.copy(part, values)
+        values = self._way_back.bring(kept.memory.narrow(at, start, stop - start))
         return values.permute([kept.dimensions.index(i) for i in range(5)])
 
     def close(self) -> None:
@@ -174,9 +182,7 @@ class HostFeatures:
         if self._copier is not None:
             copier, self._copier = self._copier, None
             copier.stop()
-        if self._way_back is not None:
-            back, self._way_back = self._way_back, None
-            back.close()
+        self._way_back.close()
         self._chunks.clear()
 
 
