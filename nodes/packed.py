@@ -28,7 +28,7 @@ import comfy.model_patcher
 import torch
 from comfy.patcher_extension import CallbacksMP
 
-from ..wan_vae import BackendError, WanVAE
+from ..wan_vae import BackendError, WanVAE, WanVAEError
 from ..wan_vae.device import DTYPES
 from ..wan_vae.io.fingerprint import Look, fingerprint
 from ..wan_vae.options import PRECISIONS
@@ -125,6 +125,29 @@ class PackedCopies:
             weakref.WeakKeyDictionary()
         )
 
+    def assumed(self, vae: Any, precision: str) -> Packed | None:
+        """The copy of `vae` of the last run, not looked at: it may be of what the weights were, see
+        `is_right`. None where there is none, or where a look would not be quick."""
+        model = getattr(vae, "first_stage_model", None)
+        last = self._sources.get(model) if isinstance(model, torch.nn.Module) else None
+        if last is None or last.look is None or not (precision == "auto" or precision in DTYPES):
+            return None
+        key = Key(last.source, _dtype(vae, precision), vae.device)
+        packed = self._copies.get(key)
+        if packed is not None:
+            self._copies.move_to_end(key)
+            packed.wan.engine.weights_found = last.formats
+        return packed
+
+    def is_right(self, vae: Any) -> bool:
+        """Whether the weights of `vae` are those of which a copy is `assumed`, as they lay."""
+        last = self._sources.get(vae.first_stage_model)
+        try:
+            state = state_of(vae)
+        except WanVAEError:
+            return False
+        return last is not None and last.look is not None and last.look.is_still_true(state)
+
     def get(
         self,
         vae: Any,
@@ -144,7 +167,7 @@ class PackedCopies:
         state = state_of(vae)
         model = vae.first_stage_model
         source = self._source(model, state)
-        dtype = vae.vae_dtype if precision == "auto" else DTYPES[precision]
+        dtype = _dtype(vae, precision)
         key = Key(source, dtype, vae.device)
         if key not in self._copies:
             with packing():
@@ -222,6 +245,11 @@ def _let_go(_packed: Packed) -> None:
 
 # A node has no object of its own that outlives a prompt: what must is kept by the module.
 COPIES = PackedCopies()
+
+
+def _dtype(vae: Any, precision: str) -> torch.dtype:
+    dtype: torch.dtype = vae.vae_dtype if precision == "auto" else DTYPES[precision]
+    return dtype
 
 
 def _pack(vae: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, loads: bool) -> Packed:

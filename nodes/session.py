@@ -60,6 +60,7 @@ class Session:
         self._started_s = started_s
         self._bar = comfy.utils.ProgressBar(1)
         self.vae, self._precision = vae, precision
+        self._is_shared = is_shared
         self._loads = operation in PARTS and not is_shared
         # Sentences that the final report gets beside the library's own.
         self.warnings: list[str] = []
@@ -67,6 +68,11 @@ class Session:
         # Of the first latent that looks like the other kind.
         self.channels: tuple[ChannelRecord, ...] = ()
         self._packed: Packed | None = None
+        # Whether `packed` is the copy of the last run, and what a look at the weights said of that.
+        self._is_assumed = False
+        self._is_right: bool | None = None
+        # What `plan` was asked for last.
+        self._planned: tuple[Sequence[int], dict[str, Any]] | None = None
         self._memory: ComfyMemory | None = None
         self._before: DecodeReport | None = None
         # Milliseconds of the node's own phases, which the final report gets too.
@@ -110,26 +116,58 @@ class Session:
 
     @property
     def packed(self) -> Packed:
-        """Our copy of the VAE, made when it is first asked for. Raises what `COPIES.get` raises."""
+        """Our copy of the VAE, made when it is first asked for. Raises what `COPIES.get` raises.
+
+        From the third run on it is the one of the run before, and the weights are looked at when
+        the host waits for the device: who uses its numbers asks `has_right_weights`.
+        """
         if self._packed is None:
             with self.timed("look"):
-                try:
-                    self._packed = COPIES.get(
-                        self.vae, self._precision, self._packing, loads=self._loads
-                    )
-                except NotAWanVAEError as error:
-                    if not has_weights(self.vae):
-                        raise
-                    raise NotAWanVAEError(
-                        said(
-                            "vae.advice",
-                            "{error}; for this one use ComfyUI's own VAE nodes",
-                            error=error,
-                        )
-                    ) from error
+                # Not twice: a look has said no.
+                assumed = None
+                if self.operation in PARTS and self._is_right is None:
+                    assumed = COPIES.assumed(self.vae, self._precision)
+                self._is_assumed = assumed is not None
+                self._packed = self._found() if assumed is None else assumed
                 self._before = self._packed.wan.last_report
-                self.warnings += [*ignored(self.vae), *self._packed.wan.notes]
+                if assumed is None:
+                    self._tell_of_ignored(self._packed)
         return self._packed
+
+    def _found(self) -> Packed:
+        """Our copy of the VAE as it is. Raises what `COPIES.get` raises."""
+        try:
+            return COPIES.get(self.vae, self._precision, self._packing, loads=self._loads)
+        except NotAWanVAEError as error:
+            if not has_weights(self.vae):
+                raise
+            raise NotAWanVAEError(
+                said(
+                    "vae.advice",
+                    "{error}; for this one use ComfyUI's own VAE nodes",
+                    error=error,
+                )
+            ) from error
+
+    def _tell_of_ignored(self, packed: Packed) -> None:
+        self.warnings += [*ignored(self.vae), *packed.wan.notes]
+
+    def _look(self) -> None:
+        """See whether the copy that is used is of the weights as they are."""
+        if self._is_assumed and self._is_right is None:
+            self._is_right = COPIES.is_right(self.vae)
+            if self._is_right:
+                self._tell_of_ignored(self.packed)
+
+    def has_right_weights(self) -> bool:
+        """Whether `packed` is a copy of the VAE's weights as they are now. If another node has
+        changed them, the next one is, and what was made or planned is to be made again."""
+        with self.timed("look"):
+            self._look()
+        is_right = not self._is_assumed or self._is_right is True
+        if not is_right:
+            self._packed, self._memory, self._is_assumed = None, None, False
+        return is_right
 
     def not_a_wan_vae(self) -> str | None:
         """Why the VAE is none of Wan's; None if it is one. Raises what `packed` raises otherwise,
@@ -220,6 +258,16 @@ class Session:
         device afterwards. The run executes this plan, or makes a smaller one if ComfyUI could not
         free that much.
         """
+        self._planned = (
+            latent_shape,
+            {
+                "operation": operation,
+                "memory_format": memory_format,
+                "chunk_frames": chunk_frames,
+                "whole_frames": whole_frames,
+                "tile": tile,
+            },
+        )
         # Weights first: the device that holds them decides which kernels run.
         options = RunOptions(memory_format=memory_format)
         request = SetupRequest(operation, tuple(latent_shape), options)
@@ -274,13 +322,26 @@ class Session:
 
     def decode(self, latent: torch.Tensor, plan: Plan, *, normalized: bool = False) -> torch.Tensor:
         """The frames [B, T, H, W, 3] in [0, 1] of `latent` by `plan`, where ComfyUI wants them."""
+        image = self._decoded(latent, plan, normalized)
+        if not self.has_right_weights():
+            del image  # two would take twice the memory
+            image = self._decoded(latent, self._plan_again(), normalized)
+        return image
+
+    def _decoded(self, latent: torch.Tensor, plan: Plan, normalized: bool) -> torch.Tensor:
         vae = self.vae
         with self.timed("output"):
             sink = ImageSink.allocate(
                 plan.latent_shape, self.wan.config, vae.output_device, inputs.output_dtype(vae)
             )
-        self.decode_into(sink, latent, plan, normalized=normalized)
+        self._decode_into(sink, latent, plan, normalized)
         return sink.image
+
+    def _plan_again(self) -> Plan:
+        """The plan of before, for another copy of the weights."""
+        assert self._planned is not None  # the one of before was made by `plan`
+        shape, others = self._planned
+        return self.plan(shape, **others)
 
     def decode_into(
         self, sink: Sink, latent: torch.Tensor, plan: Plan, *, normalized: bool = False
@@ -289,6 +350,12 @@ class Session:
 
         ComfyUI shows frames as it shows a sampler's.
         """
+        # Before: what a sink has written cannot be taken back.
+        if not self.has_right_weights():
+            plan = self._plan_again()
+        self._decode_into(sink, latent, plan, normalized)
+
+    def _decode_into(self, sink: Sink, latent: torch.Tensor, plan: Plan, normalized: bool) -> None:
         frames, height = plan.pixel_shape[2:4]
         # One image is no sooner there as a preview than as the result.
         if frames > 1 and args.preview_method != LatentPreviewMethod.NoPreviews:
@@ -322,6 +389,14 @@ class Session:
 
         unit_range: `video` is in [0, 1], as an IMAGE, and not in [-1, 1].
         """
+        latent = self._encoded(video, plan, unit_range, normalized)
+        if not self.has_right_weights():
+            latent = self._encoded(video, self._plan_again(), unit_range, normalized)
+        return latent
+
+    def _encoded(
+        self, video: torch.Tensor, plan: Plan, unit_range: bool, normalized: bool
+    ) -> torch.Tensor:
         with self._running():
             latent = self.wan.encode(
                 video,
@@ -339,7 +414,10 @@ class Session:
         """`result` on the device and in the dtype that ComfyUI wants of this VAE."""
         return result.to(device=self.vae.output_device, dtype=inputs.output_dtype(self.vae))
 
-    def _on_progress(self, _done: int, _total: int, report: DecodeReport) -> None:
+    def _on_progress(self, done: int, total: int, report: DecodeReport) -> None:
+        # What is left to do for the host is to wait: for workers, or for the last pixels.
+        if self._is_shared or done == total:
+            self._look()
         report = self._of_batch(report)
         if self._reporter.due():
             self._reporter.send(report.as_dict())
@@ -351,6 +429,7 @@ class Session:
     def finish(self) -> None:
         """Send the library's report of the run that is done, or `report` if the node has set it,
         with what ComfyUI's side has to say."""
+        assert not self._is_assumed or self._is_right  # who made something has asked
         if self.report:
             self.report = {**self._notes(), **self.report}
         elif (last := self.wan.last_report) is not None:
@@ -423,9 +502,8 @@ def session(
 
     hidden: what ComfyUI gives the node as hidden inputs. through: the id of the node that
     made `vae` or the video, where the node is not one of ours. is_shared: workers will do the work,
-    on devices of theirs. A cancel raises ComfyUI's own
-    exception. Every other error is raised again, after its report was sent: otherwise the panel
-    would still show the previous run.
+    on devices of theirs. A cancel raises ComfyUI's own exception. Every other error is raised
+    again, after its report was sent: otherwise the panel would still show the previous run.
     """
     started_s = time.perf_counter()
     run = Session(NodeId.of(hidden, through), vae, precision, operation, started_s, is_shared)

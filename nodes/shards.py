@@ -164,7 +164,17 @@ def decode(
                 normalized=normalized,
                 **run.hooks,
             )
-            return run.as_output(image)
+            if run.has_right_weights():
+                return run.as_output(image)
+            del image
+            return decode(
+                run,
+                latent,
+                sharding,
+                memory_format=memory_format,
+                chunk_frames=chunk_frames,
+                normalized=normalized,
+            )
     except ShardingError as error:
         _fall_back(run, sharding, error)
     plan = run.plan(shape, memory_format=memory_format, chunk_frames=chunk_frames)
@@ -192,7 +202,16 @@ def encode(
                 memory_format=memory_format,
                 **run.hooks,
             )
-            return run.as_output(latent)
+            if run.has_right_weights():
+                return run.as_output(latent)
+            return encode(
+                run,
+                video,
+                latent_shape,
+                sharding,
+                memory_format=memory_format,
+                unit_range=unit_range,
+            )
     except ShardingError as error:
         _fall_back(run, sharding, error)
     plan = run.plan(latent_shape, operation="encode", memory_format=memory_format)

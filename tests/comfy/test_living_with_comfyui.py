@@ -228,7 +228,8 @@ def test_what_a_warm_run_does_beside_the_decode(comfy):
     once = ("asks for free memory", "looks at all weights", "plans")
     assert {what: counts.pop(what, 0) for what in once} == dict.fromkeys(once, 1)
     assert counts.pop("asks for free host memory", 0) <= 1
-    assert counts.pop("reports sent") == counts.pop("reports made") == 1
+    # One, and live ones where the machine is so busy that an image takes long.
+    assert counts.pop("reports sent") == counts.pop("reports made") >= 1
     # Nothing is hashed, read, copied, built or started again.
     assert counts == {}
 

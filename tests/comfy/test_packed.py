@@ -109,6 +109,58 @@ def test_a_copy_of_weights_that_were_changed_leaves(comfy, runs):
     assert len(copies(comfy, held(name))) == 1
 
 
+# What each node makes, and what ComfyUI's own node makes of the weights as they are.
+NODES = {
+    "decode": ("WanVAEDecode", "VAEDecode", {}),
+    "sharded": ("WanVAEDecodeSharded", "VAEDecode", {"devices": "cpu,cpu"}),
+    "video": ("WanVAEDecodeToVideo", "VAEDecode", {"fps": 16.0, "filename_prefix": "changed"}),
+    "encode": ("WanVAEEncode", "VAEEncode", {}),
+    "accelerated": ("VAEDecode", "VAEDecode", {}),
+    "accelerated encode": ("VAEEncode", "VAEEncode", {}),
+}
+
+
+@pytest.mark.parametrize("kind", NODES)
+def test_each_node_sees_weights_that_were_changed(comfy, kind):
+    """After three runs the copy is used before the weights are looked at."""
+    forget(comfy)
+    name = f"changed_under_{kind.replace(' ', '_')}.safetensors"
+    folder = comfy.base / "models" / "vae"
+    (folder / name).write_bytes((folder / VAES[1]).read_bytes())
+    ours, core, options = NODES[kind]
+    is_encode = core == "VAEEncode"
+
+    def work(vae: str, class_type: str, others: dict) -> dict:
+        return node(
+            class_type, vae=[vae, 0], **others, **{"pixels" if is_encode else "samples": ["2", 0]}
+        )
+
+    def prompt(seed: int) -> dict:
+        given = latent(frames=2, seed=seed)
+        if is_encode:
+            given = node("ProbeFrames", frames=5, height=32, width=48, channels=3, seed=seed)
+        found = {"1": load_vae(name), "2": given, "4": node("WanVAEAccelerate", vae=["1", 0])}
+        found["3"] = work("4" if "accelerated" in kind else "1", ours, options)
+        found["5"] = node("ProbeSink", value=["3", 0])
+        return found
+
+    for seed in range(3):
+        run_right(comfy, prompt(460 + seed))
+    changed = {"6": node("ProbeVAEWeights", vae=["1", 0], kind="scaled")}
+    again = {**prompt(463), **changed, "7": work("6", core, {})}
+    again["4"] = node("WanVAEAccelerate", vae=["6", 0])
+    again["3"]["inputs"]["vae"] = ["4" if "accelerated" in kind else "6", 0]
+    compare = node("ProbeCompareImages", a=["3", 0], b=["7", 0])
+    if kind == "video":  # its first frame
+        again["8"] = node("ImageFromBatch", image=["7", 0], batch_index=0, length=1)
+        compare = node("ProbeCompareImages", a=["3", 1], b=["8", 0])
+    if is_encode:
+        compare = node("ProbeCompareLatents", a=["3", 0], b=["7", 0])
+    again["5"] = compare
+    run = run_right(comfy, again)
+    assert run.outputs["5"]["difference"][0] < 1e-4
+
+
 @pytest.mark.full
 def test_a_copy_whose_vae_is_gone_stays_until_memory_is_wanted(environment, tmp_path):
     """--cache-none: each prompt loads the VAE again and finds the copy of the last one."""
