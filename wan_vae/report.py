@@ -238,8 +238,12 @@ class DecodeReport:
 
 
 def _jsonable_fields(record: object) -> dict[str, object]:
-    # Not `asdict`, which copies all values first: a run makes a report after each pass.
-    return {name: _jsonable(value) for name, value in vars(record).items()}
+    # Not `asdict`, which copies all values first: a run makes a report after each pass. And without
+    # a call for each of a thousand values, most of which stay as they are.
+    return {
+        name: value if type(value) in _PLAIN else _jsonable(value)
+        for name, value in vars(record).items()
+    }
 
 
 # What JSON has as it is; not classes made of them, such as `said.Said`.
@@ -252,9 +256,9 @@ def _jsonable(value: object) -> object:
     if is_dataclass(value) and not isinstance(value, type):
         return _jsonable_fields(value)
     if isinstance(value, dict):
-        return {str(k): _jsonable(v) for k, v in value.items()}
+        return {str(k): v if type(v) in _PLAIN else _jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(v) for v in value]
+        return [v if type(v) in _PLAIN else _jsonable(v) for v in value]
     # Sentences of `said` become plain: what knows their keys is in `worded`.
     return str.__str__(value) if isinstance(value, str) else value
 

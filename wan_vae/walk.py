@@ -7,8 +7,9 @@ through all levels, which takes a millisecond for the 300 modules of a Wan VAE.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Hashable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,8 +41,30 @@ def named_parameters(root: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def parameters(*roots: nn.Module) -> list[nn.Parameter]:
-    """All parameters of `roots`."""
-    return [parameter for root in roots for _, parameter in named_parameters(root)]
+    """All parameters of `roots`, networks of ours: their modules stay, whatever happens to their
+    parameters."""
+    return [
+        parameter
+        for root in roots
+        for place, key in _slots(root)
+        if (parameter := place[key]) is not None
+    ]
+
+
+_known_slots: weakref.WeakKeyDictionary[nn.Module, list[tuple[dict[str, Any], str]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _slots(root: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where each parameter of `root` is kept."""
+    if root not in _known_slots:
+        _known_slots[root] = [
+            (module._parameters, key)
+            for _, module in named_modules(root)
+            for key in module._parameters
+        ]
+    return _known_slots[root]
 
 
 def plain_state(root: nn.Module) -> dict[str, torch.Tensor] | None:

@@ -1,5 +1,7 @@
 """The walk over a network finds what `torch.nn.Module` finds, in the same order."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -23,6 +25,24 @@ def test_modules_and_parameters(model):
     some = walk.parameters(model.decoder, model.conv2)
     expected = [*model.decoder.parameters(), *model.conv2.parameters()]
     assert len(some) == len(expected) and all(map(lambda a, b: a is b, some, expected))
+
+
+def test_parameters_are_those_of_now():
+    """Which are replaced, taken away and given back, by `to` and by whoever moves a network."""
+    with torch.device("meta"):
+        network = WanVAEModel(wan21(dim=8))
+    layer, before = network.conv2, walk.parameters(network)
+    assert list(map(id, before)) == list(map(id, network.parameters()))
+    layer.weight, layer.bias = nn.Parameter(torch.ones(2)), None
+    after = walk.parameters(network)
+    assert list(map(id, after)) == list(map(id, network.parameters()))
+    assert len(after) == len(before) - 1
+    assert any(p is layer.weight for p in after)
+    network.to_empty(device="cpu").half()
+    assert {(p.device.type, p.dtype) for p in walk.parameters(network)} == {("cpu", torch.float16)}
+    gone = weakref.ref(network)
+    del network, layer
+    assert gone() is None
 
 
 def test_state(model):
