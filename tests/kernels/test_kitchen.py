@@ -319,10 +319,10 @@ def test_a_layer_that_pytorch_computes_is_not_one_of_its_kernels(kitchen, monkey
     weights = weights_of(16, 24)
     conv = package.convolution(INTERPRETER)
     with pytest.raises(BuildError, match="hands 16 to 24 channels over to PyTorch"):
-        package.check_own_kernel(conv, weights.weight, weights.bias)
+        package.check_own_kernel(conv, weights.weight, weights.bias, (2, 5, 7))
     # ... also where gradients are off, and under a proof, where it is a verdict.
     with torch.inference_mode(), pytest.raises(BuildError, match="hands 16"):
-        package.check_own_kernel(conv, weights.weight, weights.bias)
+        package.check_own_kernel(conv, weights.weight, weights.bias, (2, 5, 7))
     monkeypatch.setattr(package, "convolution", lambda device: conv)
     card = CARDS["RX 7900 XTX"]
     verdict = prove_kernel(kernel_for(card), PROBLEM, kitchen, card, HOST, None)
@@ -334,7 +334,7 @@ def test_a_kernel_that_computes_by_itself_passes_that_check():
         return torch.einsum("bcthw,oc->bothw", x.float(), weight.float().mean((2, 3, 4)))
 
     weights = weights_of(16, 24)
-    package.check_own_kernel(products, weights.weight, weights.bias)
+    package.check_own_kernel(products, weights.weight, weights.bias, (2, 5, 7))
 
 
 # -- a decode --------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from ...ops.problem import LayerWeights, NormConvProblem, Operation
 from ..bounds import LARGEST_FLOAT16, Bound, float16_sums_bound
 from ..device import Device
 from ..kernel import BuildError, Family, Kernel, Requires
+from ..proof.cases import proof_size
 from . import package
 from .layers import OPERAND, KitchenNormConv
 
@@ -84,7 +85,9 @@ class KitchenKernel:
         bias = weights.bias.detach().to(OPERAND)
         conv = package.convolution(device)
         if device.vendor != "interpreter":  # there it is PyTorch's convolution, for the tests
-            package.check_own_kernel(conv, weight, bias)
+            frames, rows, cols = proof_size(problem, weight.device)
+            size = (1 if problem.only_frame else frames, rows, cols)
+            package.check_own_kernel(conv, weight, bias, size)
         gamma = weights.gamma.detach().flatten().float()
         return KitchenNormConv(self.name, config, gamma, weight, bias, conv)
 

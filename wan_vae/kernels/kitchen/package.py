@@ -29,9 +29,6 @@ _BACKENDS: dict[Vendor, str] = {"nvidia": "cuda", "amd": "hip", "interpreter": "
 # What an import raises for a torch or a C library that is too old for it.
 _IMPORT_FAILURES = (ImportError, OSError, AttributeError, RuntimeError)
 
-# Frames, rows and columns of the operands on which a convolution is tried.
-_ONE_FRAME, _SEVERAL_FRAMES = (1, 258, 258), (4, 130, 130)
-
 # `fp16_conv3d(x, weight, bias, residual, stride)`, see `layers.py`.
 Convolution = Callable[..., torch.Tensor]
 
@@ -123,14 +120,18 @@ class _Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def check_own_kernel(conv: Convolution, weight: torch.Tensor, bias: torch.Tensor) -> None:
+def check_own_kernel(
+    conv: Convolution, weight: torch.Tensor, bias: torch.Tensor, size: tuple[int, int, int]
+) -> None:
     """Raise BuildError if `conv` hands a layer over to PyTorch, without a word.
 
-    That is right, but neither fast nor what a report would say. Runs once, on a picture of a usual
-    size: the package hands small ones over on an H200 (0.2.40: 34 x 34, not 98 x 98).
+    That is right, but neither fast nor what a report would say. size: frames, rows and columns of
+    the result. It decides too: 0.2.40 hands 32 x 32 over on an H200, and runs 96 x 96 itself. So
+    it is that of a proof, which then is one of the package's own kernel.
     """
-    size = _ONE_FRAME if weight.shape[2] == 1 else _SEVERAL_FRAMES
-    x = torch.zeros(1, *size, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    frames, rows, cols = size
+    operand = (1, frames - 1 + weight.shape[2], rows + 2, cols + 2, weight.shape[1])
+    x = torch.zeros(operand, dtype=weight.dtype, device=weight.device)
     with _Watch() as watch:
         conv(x.permute(0, 4, 1, 2, 3), weight, bias, None, [1, 1, 1])
     if watch.convolutions:
