@@ -67,6 +67,8 @@ class Session:
         self.fallbacks: list[str] = []
         # Of the first latent that looks like the other kind.
         self.channels: tuple[ChannelRecord, ...] = ()
+        # Those that were not looked at yet, with what the user says of them.
+        self._latents: list[tuple[torch.Tensor, bool]] = []
         self._packed: Packed | None = None
         # Whether `packed` is the copy of the last run, and what a look at the weights said of that.
         self._is_assumed = False
@@ -311,14 +313,19 @@ class Session:
     def look_at(self, latent: torch.Tensor, normalized: bool) -> None:
         """Say in the report if `latent` looks like the kind that `normalized` does not say.
 
-        Raises LatentError for a latent that is none of this VAE.
+        Its numbers are looked at when the host waits for the device. Raises LatentError for a
+        latent that is none of this VAE.
         """
         check_latent_shape(latent, self.wan.config)
-        with self.timed("latent"):
+        self._latents.append((latent, normalized))
+
+    def _look_at_latents(self) -> None:
+        latents, self._latents = self._latents, []
+        for latent, normalized in latents:
             found = mismatch(latent, self.wan.config, normalized)
-        if found is not None and found.sentence not in self.warnings:
-            self.warnings.append(found.sentence)
-            self.channels = self.channels or found.channels
+            if found is not None and found.sentence not in self.warnings:
+                self.warnings.append(found.sentence)
+                self.channels = self.channels or found.channels
 
     def decode(self, latent: torch.Tensor, plan: Plan, *, normalized: bool = False) -> torch.Tensor:
         """The frames [B, T, H, W, 3] in [0, 1] of `latent` by `plan`, where ComfyUI wants them."""
@@ -418,6 +425,7 @@ class Session:
         # What is left to do for the host is to wait: for workers, or for the last pixels.
         if self._is_shared or done == total:
             self._look()
+            self._look_at_latents()
         report = self._of_batch(report)
         if self._reporter.due():
             self._reporter.send(report.as_dict())
@@ -430,6 +438,8 @@ class Session:
         """Send the library's report of the run that is done, or `report` if the node has set it,
         with what ComfyUI's side has to say."""
         assert not self._is_assumed or self._is_right  # who made something has asked
+        with self.timed("latent"):
+            self._look_at_latents()
         if self.report:
             self.report = {**self._notes(), **self.report}
         elif (last := self.wan.last_report) is not None:
@@ -438,6 +448,8 @@ class Session:
 
     def finish_early(self, status: str, error: str) -> None:
         """Send the report of a run that ended early: the library's, or else only how it ended."""
+        if self._packed is not None:
+            self._look_at_latents()
         report = None if self._packed is None else self._packed.wan.last_report
         if report is not None and report is not self._before:
             self.report = self.with_notes(replace(report, status=status, error=error)).as_dict()
