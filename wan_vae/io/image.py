@@ -119,6 +119,11 @@ class ImageSink:
             make = partial(host_empty, shape, dtype)
         return cls(room_for(shape, dtype, make), is_new=True)
 
+    @property
+    def is_copying(self) -> bool:
+        """See `sink.is_copying`. False after an error, which `close` raises."""
+        return self._copier is not None and not self._copier.has_failed
+
     def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
         """Take pixels [B, 3, t, rows, W'] float32 in [-1, 1]; see `sink.Sink`."""
         frames, rows = pixels.shape[2], pixels.shape[3]
@@ -370,6 +375,11 @@ class HostWriter:
             self._start_thread()
         self._pieces[thread].put(piece)
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether a thread has met an error, which the next call but `stop` raises."""
+        return self._failure is not None
+
     def finish(self) -> None:
         """Wait for all copies. Raises the first error."""
         self.stop()
@@ -459,6 +469,11 @@ class HostCopier:
         ready = torch.cuda.Event(blocking=True)
         ready.record(torch.cuda.current_stream(self._device))
         self._writer.put(ready, source, target, ahead, done)
+
+    @property
+    def has_failed(self) -> bool:
+        """See `HostWriter.has_failed`."""
+        return self._writer.has_failed
 
     def finish(self) -> None:
         """Wait for all copies. Raises the first error."""
