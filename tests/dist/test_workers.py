@@ -605,6 +605,29 @@ def test_without_memory_for_a_copy_the_image_lies_in_shared_memory(pool, vae, la
     assert torch.equal(decode(pool, vae, latent, form="image"), expected)
 
 
+def test_the_latent_lies_in_the_same_place_in_both_directions(pool, vae, latent, monkeypatch):
+    """Workers keep it page-locked, also where decodes and encodes take turns."""
+    pool._spares.clear()
+    sent, send = [], pool._send_all
+
+    def note(command, *by_rank, **arguments):
+        sent.append((command, arguments))
+        send(command, *by_rank, **arguments)
+
+    monkeypatch.setattr(pool, "_send_all", note)
+    for _ in range(2):
+        video = decode(pool, vae, latent).clone()
+        assert pool.encode(vae, video).shape == latent.shape
+    runs = [(command, given) for command, given in sent if command in ("decode", "encode")]
+    assert len(runs) == 4
+    for command, given in runs:
+        names = ("input", "output") if command == "decode" else ("output", "input")
+        (first, shape), (second, _) = (given[name] for name in names)
+        assert shape == latent.shape and first == 4096
+        assert second == 4096 + -(-latent.numel() * 4 // 4096) * 4096
+    assert len({given["path"] for _, given in runs}) == 1
+
+
 @pytest.mark.parametrize("form", ["pixels", "image"])
 def test_the_memory_of_a_result_is_used_again_when_nobody_holds_it(pool, vae, latent, form):
     first = decode(pool, vae, latent, form=form)

@@ -486,10 +486,15 @@ class WorkerPool:
                 given = job.tensor.detach().resolve_neg()
                 order = layout.memory_order(given)
                 dense = given.permute(order)
-                input_at = _CONTROL_BYTES
-                output_at = input_at + aligned(dense.numel() * 4)
-                output_bytes = torch.Size(job.shape).numel() * 4
-                buffer, fresh = self._memory(output_at + aligned(output_bytes), output_at)
+                input_bytes, output_bytes = dense.numel() * 4, torch.Size(job.shape).numel() * 4
+                input_at = output_at = _CONTROL_BYTES
+                # The latent lies first, also of an encode: workers keep its place page-locked.
+                if job.operation == "encode":
+                    input_at += aligned(output_bytes)
+                else:
+                    output_at += aligned(input_bytes)
+                whole = _CONTROL_BYTES + aligned(input_bytes) + aligned(output_bytes)
+                buffer, fresh = self._memory(whole, input_at + aligned(input_bytes))
             try:
                 with self._timed("hand over"):
                     target = view(buffer.raw, input_at, dense.shape, torch.float32)
