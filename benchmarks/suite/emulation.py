@@ -86,6 +86,9 @@ class EmulatedRanks:
     def gather(self, part: torch.Tensor, factor: int, site: str) -> torch.Tensor | None:
         return part
 
+    def read_waits(self, wait: bool) -> None:
+        """Nothing: there are no exchanges."""
+
     def complete(self, builder: ReportBuilder, counter: LayoutCounter, finite: bool) -> bool:
         return finite
 

@@ -6,18 +6,22 @@ import os
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 import wan_vae
 from tests.conftest import PATIENCE_S, SMALL_CONFIGS, random_state
 from tests.dist.two_ways import lying_clock, two_ways
+from tests.unit.behind import behind
 from wan_vae import WanVAE
 from wan_vae.network.blocks import Step
 from wan_vae.network.cache import FeatureCache
 from wan_vae.chunking import schedule
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import DecodeCancelled
+from wan_vae.io.pixels import PixelSource
+from wan_vae.io.sink import NullSink
 from wan_vae.sharding import ShardContext, plan_shards
 from wan_vae.sharding.context import SINGLE, Agreed
 from wan_vae.sharding.halo import Shard
@@ -188,6 +192,43 @@ def decode_and_cancel(rank, ranks, group, *, stop_rank, after):
     except DecodeCancelled as error:
         return str(error), vae.last_report.status
     return "not cancelled", vae.last_report.status
+
+
+class _Sink(NullSink):
+    """As of threads that copy, of which the last have come when `on_close` returns."""
+
+    is_copying = True
+
+    def __init__(self, on_close):
+        self.close = on_close
+
+
+def run_behind(rank, ranks, group, *, operation, shape):
+    """Run noise on a device that is behind: spans, those of exchanges, and those that were read,
+    when the host was about to wait for the device's last work; how many were read in all; and the
+    report's `wait_ms`, in which each exchange has one."""
+    vae, context = model("wan2.1"), _context(rank, ranks, group, "height")
+    with behind() as device:
+        seen, exchanges, extremes = [], [], PixelSource.extremes
+        add_wait = Wire._add_wait
+
+        def count(wire, start):
+            exchanges.append(None)
+            add_wait(wire, start)
+
+        def waits(*source):
+            seen.append((device.spans, len(exchanges), len(device.read)))
+            device.catch_up()
+            return extremes(*source) if source else None
+
+        with patch.object(Wire, "_add_wait", count), patch.object(PixelSource, "extremes", waits):
+            if operation == "encode":
+                vae.encode(noise(shape).tanh(), shard=context, gather="rank0")
+            else:
+                sink = _Sink(waits)
+                vae.decode(noise(shape), shard=context, gather="own", sink=sink, chunk_frames=1)
+        (at_end,) = seen
+        return at_end, len(device.read), vae.last_report.shards[rank].wait_ms
 
 
 def count_messages(rank, ranks, group, *, name, shape, chunk_frames):

@@ -195,6 +195,18 @@ def test_the_report_counts_the_halos_that_the_plan_predicts(ranks, name):
     assert all(s["wait_ms"] > 0 and s["halo_rows"] > 0 for s in report["shards"])
 
 
+@pytest.mark.parametrize("operation", ["decode", "encode"])
+def test_ranks_read_their_clocks_before_the_host_waits_for_the_last_work(ranks, operation):
+    """An encode is one pass, whose exchanges are read one after another."""
+    shape = (1, 3, 9, 48, 16) if operation == "encode" else latent_of("wan2.1", 3, 6, 4)
+    for at_end, read, wait_ms in ranks.run("run_behind", 2, operation=operation, shape=shape):
+        spans, exchanges, read_then = at_end
+        assert spans > exchanges > 20
+        # But the last pass, and the last exchange.
+        assert read_then == spans - 2
+        assert read == spans and wait_ms == exchanges
+
+
 @pytest.mark.parametrize(
     ("planted", "match"),
     [

@@ -597,12 +597,78 @@ def test_an_image_is_copied_out_of_shared_memory_where_there_is_room(
 
 def test_without_memory_for_a_copy_the_image_lies_in_shared_memory(pool, vae, latent, monkeypatch):
     expected = decode(pool, vae, latent, form="image").clone()
+    video = latent.new_zeros(1, 3, 5, 48, 32)
+    encoded = pool.encode(vae, video)
 
-    def none(frames):
+    def none(*_):
         raise DecodeMemoryError("planted")
 
     monkeypatch.setattr("wan_vae.workers.pool.FollowingCopy", none)
     assert torch.equal(decode(pool, vae, latent, form="image"), expected)
+    # A latent must not keep a whole video: it is copied once there is memory again.
+    assert torch.equal(pool.encode(vae, video), encoded)
+    assert not any(buffer.in_use for buffer in pool._spares._buffers[-1:])
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_an_encodes_latent_comes_into_memory_that_was_made_ready(pool, vae, is_given, monkeypatch):
+    """When all frames are handed over, whose threads would have been hindered."""
+    video = jobs.noise((1, 3, 9, 48, 32)).tanh()
+    if is_given:  # frame after frame
+        video = video.contiguous(memory_format=torch.channels_last_3d)
+    expected, seen = pool.encode(vae, video), []
+
+    class Copy(workers.FollowingCopy):
+        def prepare(self):
+            assert self._first_frames == self.image.shape[1] == 16
+            seen.append("prepare")
+            super().prepare()
+
+        def finish(self):
+            seen.append(super().finish().data_ptr())
+            return self.image
+
+    class Steps(workers.Giving):
+        def step(self):
+            more = super().step()
+            seen.append("more" if more else "all")
+            return more
+
+    def fails(*_):
+        raise AssertionError("memory is taken at the end")
+
+    monkeypatch.setattr(workers, "FollowingCopy", Copy)
+    monkeypatch.setattr(workers, "Giving", Steps)
+    monkeypatch.setattr(workers, "host_empty", fails)
+    latent = pool.encode(vae, video)
+    assert torch.equal(latent, expected)
+    *before, prepared, finished = seen
+    assert (prepared, finished) == ("prepare", latent.data_ptr())
+    assert before == (["more"] * (len(before) - 1) + ["all"] if is_given else [])
+    assert len(before) > 1 or not is_given
+
+
+def test_the_latent_lies_in_the_same_place_in_both_directions(pool, vae, latent, monkeypatch):
+    """Workers keep it page-locked, also where decodes and encodes take turns."""
+    pool._spares.clear()
+    sent, send = [], pool._send_all
+
+    def note(command, *by_rank, **arguments):
+        sent.append((command, arguments))
+        send(command, *by_rank, **arguments)
+
+    monkeypatch.setattr(pool, "_send_all", note)
+    for _ in range(2):
+        video = decode(pool, vae, latent).clone()
+        assert pool.encode(vae, video).shape == latent.shape
+    runs = [(command, given) for command, given in sent if command in ("decode", "encode")]
+    assert len(runs) == 4
+    for command, given in runs:
+        names = ("input", "output") if command == "decode" else ("output", "input")
+        (first, shape), (second, _) = (given[name] for name in names)
+        assert shape == latent.shape and first == 4096
+        assert second == 4096 + -(-latent.numel() * 4 // 4096) * 4096
+    assert len({given["path"] for _, given in runs}) == 1
 
 
 @pytest.mark.parametrize("form", ["pixels", "image"])

@@ -375,6 +375,55 @@ def test_pages_are_mapped_and_keep_what_is_there():
 
 def test_small_machines_copy_with_one_thread():
     assert [copy_threads(n) for n in (None, 1, 8, 16, 192)] == [1, 1, 2, 4, 4]
+    # Where a caller waits for the last frames, more do.
+    assert [copy_threads(n, 8) for n in (None, 1, 16, 32, 192)] == [1, 1, 4, 8, 8]
+
+
+def test_the_copy_that_a_caller_waits_for_has_more_threads(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    in_pieces_of(monkeypatch, 1)
+    source = torch.rand(1, 16, 4, 2, 3)
+    with FollowingCopy(source) as copy:
+        assert torch.equal(copy.finish(), source)
+    assert len(copy._writer._threads) == 8
+
+
+def test_all_threads_are_there_before_the_first_of_them_works(monkeypatch):
+    """While pages are mapped, the system starts no thread of the same process."""
+    in_pieces_of(monkeypatch, 1)
+    done = []
+
+    class Watched(HostWriter):
+        def _start_thread(self):
+            done.append("start")
+            super()._start_thread()
+
+        def _queue(self, number, piece):
+            done.append("queue")
+            super()._queue(number, piece)
+
+    image = torch.zeros(1, 3, 4, 2, 3)
+    for first in ("expect", "put"):
+        done.clear()
+        writer = Watched(5, lambda: lambda piece: piece, is_new=True)
+        if first == "expect":
+            writer.expect(image)
+        else:
+            writer.put(Computed(), image.clone(), image, image[:, :0])
+        writer.finish()
+        assert done == ["start"] * 5 + ["queue"] * 12
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux maps pages ahead")
+@pytest.mark.parametrize("first", [3, 48])
+def test_memory_for_a_copy_is_mapped_before_anything_is_written(first, monkeypatch):
+    """Of a latent all of it, whose 48 channels stand where a video has its frames."""
+    mapped = []
+    monkeypatch.setattr(pages, "populate", lambda part: mapped.append(part.numel()) or True)
+    written = torch.rand(1, 48, 3, 4, 5)
+    with FollowingCopy(written, first) as copy:
+        copy.prepare()
+    assert sum(mapped) == first * 60
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])

@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -36,6 +36,8 @@ Done = Callable[[], None]
 BLOCKS_UNDER_WAY = 2
 # At most so many threads copy: memory of one socket is no faster with more.
 _COPY_THREADS = 4
+# ... but so many where a caller waits for the last frames, when nothing else runs any more.
+_FOLLOWING_THREADS = 8
 # Frames whose pages are mapped before anything of them is known.
 _FIRST_FRAMES = 16
 # What a thread may meet: no memory, no room, a pipe whose reader is gone, or a mistake of ours,
@@ -118,6 +120,11 @@ class ImageSink:
         if device.type == "cpu":
             make = partial(host_empty, shape, dtype)
         return cls(room_for(shape, dtype, make), is_new=True)
+
+    @property
+    def is_copying(self) -> bool:
+        """See `sink.is_copying`. False after an error, which `close` raises."""
+        return self._copier is not None and not self._copier.has_failed
 
     def write(self, pixels: torch.Tensor, start_frame: int, first_row: int) -> None:
         """Take pixels [B, 3, t, rows, W'] float32 in [-1, 1]; see `sink.Sink`."""
@@ -263,18 +270,25 @@ def on_host() -> Fetch:
 
 
 class FollowingCopy:
-    """A copy of frames [B, T, H, W, C] in host memory that others write, while they do: in memory
-    of its own, `image`. Use as a context: it ends its threads."""
+    """A copy of frames [B, T, ...] in host memory that others write, while they do: in memory of
+    its own, `image`. Use as a context: it ends its threads.
 
-    def __init__(self, frames: torch.Tensor):
-        self._frames, self._copied = frames, 0
+    first_frames: so many get their memory in `prepare`.
+    """
+
+    def __init__(self, frames: torch.Tensor, first_frames: int = _FIRST_FRAMES):
+        self._frames, self._first_frames, self._copied = frames, first_frames, 0
         shape, dtype = tuple(frames.shape), frames.dtype
         self.image = room_for(shape, dtype, lambda: host_empty(shape, dtype))
-        self._writer = HostWriter(copy_threads(os.cpu_count()), on_host, is_new=True)
+        threads = copy_threads(os.cpu_count(), _FOLLOWING_THREADS)
+        self._writer = HostWriter(threads, on_host, is_new=True)
 
     def __enter__(self) -> FollowingCopy:
-        self._writer.expect(self.image[:, :_FIRST_FRAMES])
         return self
+
+    def prepare(self) -> None:
+        """Let the threads map the memory of the first frames, before any of them is final."""
+        self._writer.expect(self.image[:, : self._first_frames])
 
     def __exit__(self, *error: object) -> None:
         self._writer.stop()
@@ -344,6 +358,7 @@ class HostWriter:
             return
         block = _Block(len(pieces), done)
         self._under_way.append(block)
+        self._start_threads(pieces)
         for number, place in pieces:
             parts = (x[place] for x in (source, target, ahead))
             self._queue(number, _Piece(block, ready, *parts))
@@ -355,6 +370,7 @@ class HostWriter:
         if pieces:
             self._await_room()
             self._under_way.append(block)
+        self._start_threads(pieces)
         for number, place in pieces:
             part = ahead[place]
             nothing = part[:, :0]
@@ -364,11 +380,20 @@ class HostWriter:
         while len(self._under_way) >= BLOCKS_UNDER_WAY:
             self._under_way.popleft().is_over.wait()
 
+    def _start_threads(self, pieces: Sequence[tuple[int, object]]) -> None:
+        """Start those that will get these numbered pieces, before any of them works: threads that
+        map pages keep new ones from starting."""
+        for number, _ in pieces:
+            while len(self._threads) <= number % self._most:
+                self._start_thread()
+
     def _queue(self, number: int, piece: _Piece) -> None:
-        thread = number % self._most
-        while len(self._threads) <= thread:
-            self._start_thread()
-        self._pieces[thread].put(piece)
+        self._pieces[number % self._most].put(piece)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a thread has met an error, which the next call but `stop` raises."""
+        return self._failure is not None
 
     def finish(self) -> None:
         """Wait for all copies. Raises the first error."""
@@ -460,6 +485,11 @@ class HostCopier:
         ready.record(torch.cuda.current_stream(self._device))
         self._writer.put(ready, source, target, ahead, done)
 
+    @property
+    def has_failed(self) -> bool:
+        """See `HostWriter.has_failed`."""
+        return self._writer.has_failed
+
     def finish(self) -> None:
         """Wait for all copies. Raises the first error."""
         self._writer.finish()
@@ -512,9 +542,9 @@ def _locked(size: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8)
 
 
-def copy_threads(cores: int | None) -> int:
-    """How many threads copy on a machine of so many cores: a quarter of them, four at most."""
-    return max(1, min(_COPY_THREADS, (cores or 1) // 4))
+def copy_threads(cores: int | None, most: int = _COPY_THREADS) -> int:
+    """How many threads copy on a machine of so many cores: a quarter of them, `most` at most."""
+    return max(1, min(most, (cores or 1) // 4))
 
 
 def pieces_of(block: torch.Tensor) -> Iterator[tuple[int, tuple[slice, slice, slice]]]:

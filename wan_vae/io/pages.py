@@ -1,7 +1,8 @@
-"""Pages of host memory that are there before somebody writes to them.
+"""Pages of host memory that are there before somebody writes to them, and pages that stay.
 
 The first write to a page stops the writer while the system finds and clears it. For a video that
 takes longer than the copy, so threads that wait for pixels ask for the pages of the next ones.
+CUDA copies by itself only from and to pages that the system cannot move away: `LockedPages`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import product
+from typing import Protocol
 
 import torch
 
@@ -56,3 +59,55 @@ def populate(part: torch.Tensor) -> bool:
             number = errno.ENOSPC if number == errno.EFAULT else number
             raise OSError(number, os.strerror(number))
     return True
+
+
+class Cudart(Protocol):
+    """What `LockedPages` needs of CUDA's runtime; `torch.cuda.cudart()` has it. Returns 0 or the
+    number of an error."""
+
+    def cudaHostRegister(self, address: int, size: int, flags: int, /) -> int: ...
+
+    def cudaHostUnregister(self, address: int, /) -> int: ...
+
+
+# The memory is locked for all devices of the process (cudaHostRegisterPortable).
+_PORTABLE = 1
+
+
+class LockedPages:
+    """Page-locks dense `memory` of the host until `close`, so that CUDA copies from and to it at
+    full speed, and also while it computes.
+
+    Where the system refuses, and for a device that is not CUDA's, `is_locked` is false and nothing
+    else is different. cudart: in place of that of a CUDA `device`. No copy of CUDA's may cross the
+    bounds of `memory`: it would be an error.
+    """
+
+    def __init__(
+        self, memory: torch.Tensor, device: torch.device, cudart: Cudart | None = None
+    ) -> None:
+        if cudart is None and device.type == "cuda":
+            cudart = torch.cuda.cudart()
+        self._cudart, self._memory = cudart, memory
+        self.is_locked = False
+        if cudart is None or not memory.numel():
+            return
+        size = memory.numel() * memory.element_size()
+        status = cudart.cudaHostRegister(memory.data_ptr(), size, _PORTABLE)
+        self.is_locked = int(status) == 0
+        if not self.is_locked:
+            _drop_error(device)
+
+    def close(self) -> None:
+        """Let the pages go, while the memory is still there. No copy may be under way."""
+        if self._cudart is not None and self.is_locked:
+            self._cudart.cudaHostUnregister(self._memory.data_ptr())
+            self.is_locked = False
+        self._memory = torch.empty(0)
+
+
+def _drop_error(device: torch.device) -> None:
+    """Forget the error of a call that was refused: CUDA keeps it for whoever asks next, which is
+    PyTorch after the launch of a kernel, and PyTorch has no other way to ask."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device=device).add_(1)

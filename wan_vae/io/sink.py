@@ -65,6 +65,13 @@ def sink_video(sink: Sink) -> VideoRecord | None:
     return record
 
 
+def is_copying(sink: Sink) -> bool:
+    """Whether threads of `sink` copy what was written, for which `close` does nothing but wait: its
+    `is_copying`, or False. Who closes it may wait for the device before."""
+    copying: bool = getattr(sink, "is_copying", False)
+    return copying
+
+
 class TensorSink:
     """Writes pixels into one preallocated tensor, which may be on another device.
 

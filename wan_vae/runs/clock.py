@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from ..chunking import Chunk
-from ..clock import Mark
+from ..clock import Mark, Spans
 from ..device import allocated_bytes, peak_bytes
 from ..report import ChunkRecord
 
@@ -22,7 +22,8 @@ class RunClock:
     def __init__(self, device: torch.device):
         self.device = device
         self._is_cuda = device.type == "cuda"
-        self._marks: list[tuple[Chunk, int, Mark, Mark]] = []
+        self._spans: Spans[Chunk] = Spans()
+        self._frames: dict[Chunk, int] = {}
         self._base_bytes = 0
         if self._is_cuda:
             torch.cuda.reset_peak_memory_stats(device)
@@ -33,25 +34,26 @@ class RunClock:
         """Add the time of what runs inside to `chunk`, which makes `frames` pixel frames in all."""
         start = Mark.now(self.device)
         yield
-        self._marks.append((chunk, frames, start, Mark.now(self.device)))
+        self._frames[chunk] = frames
+        self._spans.add(chunk, start, Mark.now(self.device))
 
     def restart(self) -> None:
         """Forget the times: the chunks are done again. The peak stays."""
-        self._marks.clear()
+        self._spans = Spans()
+
+    def settle(self) -> None:
+        """Read all times but that of the last pass, as the device comes to their ends; waits."""
+        self._spans.read_all(but=1)
 
     def records(self, wait: bool) -> list[ChunkRecord]:
         """One record a chunk, of all its passes (and strips) that the device has done so far."""
         if wait and self._is_cuda:
             torch.cuda.synchronize(self.device)
-        done: dict[Chunk, ChunkRecord] = {}
-        for chunk, frames, start, stop in self._marks:
-            if not stop.is_past():
-                break
-            ms = start.ms_until(stop)
-            if chunk in done:
-                ms += done[chunk].duration_ms
-            done[chunk] = ChunkRecord(chunk.start, chunk.stop, chunk.is_first, frames, ms)
-        return list(done.values())
+        self._spans.read_past()
+        return [
+            ChunkRecord(chunk.start, chunk.stop, chunk.is_first, self._frames[chunk], ms)
+            for chunk, ms in self._spans.ms.items()
+        ]
 
     def peak_bytes(self) -> int | None:
         """Peak of allocated device memory above the start; None where the device does not count."""

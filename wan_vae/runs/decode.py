@@ -18,7 +18,7 @@ from ..errors import DecodeMemoryError, OutputError
 from ..geometry import Strip
 from ..hooks import Hooks, OwnMemory
 from ..io.latents import WHAT, as_batch, check_latent_shape, wrong_values
-from ..io.sink import NullSink, Sink, TensorSink, check_out, sink_bytes, sink_video
+from ..io.sink import NullSink, Sink, TensorSink, check_out, is_copying, sink_bytes, sink_video
 from ..network.cache import FeatureCache
 from ..options import Gather, RunOptions
 from ..planning.passes import pass_frames
@@ -156,6 +156,8 @@ class DecodeRun(Run):
         return put
 
     def _close(self, sink: Sink) -> None:
+        if is_copying(sink):
+            self._settle()
         sink.close()
         self.builder.video = sink_video(sink)
 

@@ -20,6 +20,7 @@ import torch
 from .. import layout
 from ..device import host_empty
 from ..io.image import HostCopier
+from ..io.pages import LockedPages
 from ..io.staging import ToDevice
 from ..network.cache import FeatureCache
 
@@ -201,17 +202,15 @@ class HostMemory:
     def __init__(self, size: int, device: torch.device) -> None:
         with torch.inference_mode(False):  # see `_bytes_on`
             self.bytes = host_empty((size,), torch.uint8)
-        self.is_locked = False
-        if device.type == "cuda" and size:
-            # The memory is visible to all devices of the process (cudaHostRegisterPortable).
-            status = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 1)
-            self.is_locked = int(status) == 0
+        self._pages = LockedPages(self.bytes, device)
+
+    @property
+    def is_locked(self) -> bool:
+        return self._pages.is_locked
 
     def close(self) -> None:
         """Give the memory back. No copy may be under way."""
-        if self.is_locked:
-            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
-            self.is_locked = False
+        self._pages.close()
         self.bytes = torch.empty(0, dtype=torch.uint8)
 
 

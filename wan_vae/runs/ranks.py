@@ -17,7 +17,8 @@ from ..report import ReportBuilder
 
 
 class Ranks(Protocol):
-    """This process's part of a run. With several ranks every method is a collective."""
+    """This process's part of a run. With several ranks every method but `read_waits` is a
+    collective."""
 
     @property
     def exchange(self) -> HaloExchange | None:
@@ -58,6 +59,11 @@ class Ranks(Protocol):
         """The result from every rank's `part`; None on a rank that gets none."""
         ...
 
+    def read_waits(self, wait: bool) -> None:
+        """Read how long exchanges took that are over; with `wait` all but the last one, as the
+        device comes to their ends."""
+        ...
+
     def complete(self, builder: ReportBuilder, counter: LayoutCounter, finite: bool) -> bool:
         """Put every rank's share into the report; whether all ranks' results were finite."""
         ...
@@ -91,6 +97,9 @@ class WholePicture:
 
     def gather(self, part: torch.Tensor, factor: int, site: str) -> torch.Tensor | None:
         return part
+
+    def read_waits(self, wait: bool) -> None:
+        """Nothing: there are no exchanges."""
 
     def complete(self, builder: ReportBuilder, counter: LayoutCounter, finite: bool) -> bool:
         return finite

@@ -476,6 +476,7 @@ class Run(ABC):
     def _tell_progress(self) -> None:
         on_progress = self.hooks.on_progress
         if on_progress is not None:
+            self.ranks.read_waits(wait=False)
             self._fill(wait=False)
             report = self.builder.build("running")
             on_progress(report.done_frames, report.total_frames, report)
@@ -490,9 +491,17 @@ class Run(ABC):
         """The error for memory that ran out outside of a chunk; None leaves it as it is."""
         return self.ranks.out_of_memory(reason)
 
+    def _settle(self) -> None:
+        """Read the times of all passes and exchanges but the last, as the device comes to their
+        ends: where the host has nothing else to do, so that little is left when the device is done.
+        """
+        self.clock.settle()
+        self.ranks.read_waits(wait=True)
+
     def complete(self) -> None:
         """Set the final report; waits for the device, so that its times are true."""
         with own_arithmetic(self.device):
+            self._settle()
             finite = self.ranks.complete(self.builder, self.counter, self._is_finite())
         self._fill(wait=True)
         if not finite:

@@ -166,6 +166,9 @@ class ShardRanks:
     def gather(self, part: torch.Tensor, factor: int, site: str) -> torch.Tensor | None:
         return gather_picture(self._shard, part, self._request.gather, factor, site)
 
+    def read_waits(self, wait: bool) -> None:
+        self._shard.wire.read_waits(wait)
+
     def complete(self, builder: ReportBuilder, counter: LayoutCounter, finite: bool) -> bool:
         """See `Ranks`. `mixed_calls` and `conversions` of the report become sums over the ranks."""
         wire, shard = self._shard.wire, self._shard

@@ -21,7 +21,7 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 
-from ..clock import Mark
+from ..clock import Mark, Spans
 from ..errors import ShardingError, first_line
 from ..layout import contiguous_for_collective, detect
 from ..said import said, together
@@ -144,7 +144,7 @@ class Wire:
         on_host = "cpu:" in dist.get_backend_config(context.group)
         self._control = torch.device("cpu") if on_host else self._transport
         self._headers = Headers()
-        self._marks: list[tuple[Mark, Mark]] = []
+        self._waits: Spans[None] = Spans()
         self._count = 0
         self.received_bytes = 0
         self.received_messages = 0
@@ -413,15 +413,20 @@ class Wire:
         return Mark.now(self._transport if self.host_staged else self.device)
 
     def _add_wait(self, start: Mark) -> None:
-        self._marks.append((start, self._mark()))
+        self._waits.add(None, start, self._mark())
+
+    def read_waits(self, wait: bool) -> None:
+        """Read the times of exchanges that are over, so that `wait_ms` has less to read; with
+        `wait` all but the last one's, as the device comes to their ends."""
+        if wait:
+            self._waits.read_all(but=1)
+        else:
+            self._waits.read_past()
 
     def wait_ms(self) -> float:
         """Milliseconds in exchanges so far, including waits for slower ranks. Synchronises."""
-        total_ms = 0.0
-        for start, stop in self._marks:
-            stop.wait()
-            total_ms += start.ms_until(stop)
-        return total_ms
+        self._waits.read_all()
+        return self._waits.ms.get(None, 0.0)
 
 
 def _peers(out: Sequence[Outgoing], into: Sequence[Incoming]) -> list[int]:

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -486,10 +487,15 @@ class WorkerPool:
                 given = job.tensor.detach().resolve_neg()
                 order = layout.memory_order(given)
                 dense = given.permute(order)
-                input_at = _CONTROL_BYTES
-                output_at = input_at + aligned(dense.numel() * 4)
-                output_bytes = torch.Size(job.shape).numel() * 4
-                buffer, fresh = self._memory(output_at + aligned(output_bytes), output_at)
+                input_bytes, output_bytes = dense.numel() * 4, torch.Size(job.shape).numel() * 4
+                input_at = output_at = _CONTROL_BYTES
+                # The latent lies first, also of an encode: workers keep its place page-locked.
+                if job.operation == "encode":
+                    input_at += aligned(output_bytes)
+                else:
+                    output_at += aligned(input_bytes)
+                whole = _CONTROL_BYTES + aligned(input_bytes) + aligned(output_bytes)
+                buffer, fresh = self._memory(whole, input_at + aligned(input_bytes))
             try:
                 with self._timed("hand over"):
                     target = view(buffer.raw, input_at, dense.shape, torch.float32)
@@ -522,6 +528,8 @@ class WorkerPool:
                     copy = self._copy_of(job, buffer, output_at, fresh)
                     if copy is not None:
                         stack.enter_context(copy)
+                        if giving is None:
+                            copy.prepare()
                 with self._timed("run"):
                     results = Watch(
                         Watched(
@@ -533,7 +541,7 @@ class WorkerPool:
                             operation=job.operation,
                             on_written=None if copy is None else copy.follow,
                             writers=self._writers(job),
-                            give=None if giving is None else giving.step,
+                            give=None if giving is None else partial(_step, giving, copy),
                         )
                     ).until_done()
             finally:
@@ -547,11 +555,11 @@ class WorkerPool:
                     result = copy.finish()
                 else:
                     result = buffer.tensor(output_at, job.shape, torch.float32)
-                if job.operation == "encode":
-                    # A latent must not keep a whole video.
-                    own = host_empty(tuple(job.shape), torch.float32)
-                    copy_on_host(result, own)
-                    result = own
+                    if job.operation == "encode":
+                        # A latent must not keep a whole video.
+                        own = host_empty(tuple(job.shape), torch.float32)
+                        copy_on_host(result, own)
+                        result = own
                 if is_done:
                     self._spares.give(buffer)
             self._awaited_until_s = -math.inf
@@ -592,15 +600,17 @@ class WorkerPool:
     def _copy_of(
         self, job: _Job, buffer: SharedBuffer, output_at: int, fresh: bool
     ) -> FollowingCopy | None:
-        """The copy of the image that `job` writes; None where the result is no image, or where host
-        memory has no room for both: then it lies in shared memory."""
-        if job.arguments.get("form") != "image":
+        """The copy of the image or of the latent that `job` writes; None for pixels, which stay in
+        shared memory, and where host memory has no room for both."""
+        is_latent = job.operation == "encode"
+        if not is_latent and job.arguments.get("form") != "image":
             return None
         written, free = buffer.tensor(output_at, job.shape, torch.float32), host_free_bytes()
         if free is not None and written.numel() * 4 * (2 if fresh else 1) >= free:
             return None
         try:
-            return FollowingCopy(written)
+            # A latent is written at once, at the end: all of its copy's memory can be made ready.
+            return FollowingCopy(written, written.shape[1]) if is_latent else FollowingCopy(written)
         except DecodeMemoryError:
             return None
 
@@ -803,6 +813,16 @@ class WorkerPool:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+
+def _step(giving: Giving, copy: FollowingCopy | None) -> bool:
+    """A step of `giving`, and after the last one memory for `copy`, whose threads would have
+    hindered those of `giving`; whether there is more to do."""
+    if giving.step():
+        return True
+    if copy is not None:
+        copy.prepare()
+    return False
 
 
 def _state_of(vae: WanVAE) -> list[Any]:

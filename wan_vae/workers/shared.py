@@ -63,6 +63,8 @@ class SharedBuffer:
         self._mapping = mmap.mmap(descriptor, size)
         if sys.platform == "win32":
             weakref.finalize(self._mapping, _remove_if_unmapped, path)
+        # What is page-locked, and where it lies.
+        self._locked: tuple[pages.LockedPages, tuple[int, int]] | None = None
         self._descriptor = None if _fallocate is None else descriptor
         if _fallocate is None:
             closing()
@@ -166,6 +168,25 @@ class SharedBuffer:
                     error=error.strerror,
                 )
             ) from error
+
+    def lock(
+        self, offset: int, size: int, device: torch.device, cudart: pages.Cudart | None = None
+    ) -> None:
+        """Page-lock `size` bytes from `offset` on, and nothing else, for copies to `device`; once,
+        also where the system refuses. `unlock` before this object is let go of.
+
+        cudart: see `LockedPages`.
+        """
+        if self._locked is None or self._locked[1] != (offset, size):
+            self.unlock()
+            locked = pages.LockedPages(self._bytes(offset, size), device, cudart)
+            self._locked = locked, (offset, size)
+
+    def unlock(self, unless: tuple[int, int] | None = None) -> None:
+        """Let go of what is page-locked, unless it lies at offset and size `unless`."""
+        if self._locked is not None and self._locked[1] != unless:
+            self._locked[0].close()
+            self._locked = None
 
     def unlink(self) -> None:
         """Remove the name: no other process can open it, mappings stay. Twice does no harm."""
