@@ -38,7 +38,8 @@ class _WayBack:
             return values.copy_(part)
         if self._threads is None:
             self._threads = ToDevice(self._device)
-        self._threads.copy(part, values)
+        self._threads.begin(part, values)
+        self._threads.end()
         return values
 
     def close(self) -> None:
