@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
+from math import nan
 
 import pytest
 import torch
@@ -12,14 +13,18 @@ import torch
 from tests.conftest import pass_elements, random_state
 from tests.unit.counted import TensorCounter
 from tests.unit.decodes import relative_error, vae_of
-from tests.unit.fake_layers import fake_layers
+from tests.unit.fake_layers import fake_layers, fake_ops
 from wan_vae import CallbackSink, DecodeCancelled, WanVAE, geometry
 from wan_vae.chunking import chunk_lengths
 from wan_vae.config import wan21
+from wan_vae.io.image import pieces_of
+from wan_vae.network.cache import FeatureCache
+from wan_vae.planning import choose as choosing
 from wan_vae.planning.choose import PlanRequest, choose
 from wan_vae.runs import decode as decoding
-from wan_vae.runs import engine
-from wan_vae.runs.parked import HostFrames, StripHistories
+from wan_vae.runs import engine, parked
+from wan_vae.runs import run as running
+from wan_vae.runs.parked import HostFrames, StripHistories, WholeFrames
 
 GIB = 2**30
 
@@ -58,6 +63,12 @@ def plan_of(vae, z, strips, chunk_frames, last=None, parked=True, parts=None, fe
     return replace(plan, parked=parked, parts=parts, features_wait=features_wait)
 
 
+def run_of(vae, z, plan):
+    run = decoding.DecodeRun(vae.engine, decoding.DecodeRequest(z, plan=plan))
+    run.begin(True, plan)
+    return run
+
+
 def planned(plan):
     """`plan` as if nobody had asked for its strips: a new start may take more of them."""
     return replace(plan, options=replace(plan.options, strips=None, chunk_frames=None))
@@ -72,6 +83,7 @@ CASES = [
     ((1, 6, 29, 1), 3, [3, 3], 4),
     ((1, 1, 31, 3), 3, 1, None),
     ((1, 2, 7, 3), 7, 1, None),
+    ((1, 3, 9, 3), 1, 2, None),
 ]
 
 
@@ -138,8 +150,7 @@ def test_pictures_of_other_colours_and_sizes_wait_too(changes):
 def test_an_ordinary_caller_may_leave_inference_mode_between_frames():
     vae = vae_of("wan2.1")
     z = torch.randn(1, vae.config.z_dim, 5, 30, 2)
-    run = decoding.DecodeRun(vae.engine, decoding.DecodeRequest(z, plan=plan_of(vae, z, 2, 2)))
-    run.begin(True, plan_of(vae, z, 2, 2))
+    run = run_of(vae, z, plan_of(vae, z, 2, 2))
     with torch.inference_mode():
         stream = run.stream()
         first = next(stream)
@@ -169,7 +180,8 @@ class Watched:
         return [ref() for ref in (*self.histories, *self.frames) if ref() is not None]
 
 
-@pytest.mark.parametrize("questions", [1, 6])
+# The last: in the last strip of the first part, of which a frame was given.
+@pytest.mark.parametrize("questions", [1, 6, 5])
 def test_a_cancel_frees_what_waits_on_the_host_although_somebody_keeps_the_error(
     questions, monkeypatch
 ):
@@ -196,8 +208,7 @@ def test_a_stream_that_is_left_frees_what_waits_on_the_host(monkeypatch):
     vae, watched = vae_of("wan2.1"), Watched(monkeypatch)
     z = torch.randn(1, vae.config.z_dim, 5, 30, 2)
     plan = plan_of(vae, z, 2, 2)
-    run = decoding.DecodeRun(vae.engine, decoding.DecodeRequest(z, plan=plan))
-    run.begin(True, plan)
+    run = run_of(vae, z, plan)
     stream = run.stream()
     next(stream)
     (histories,) = [ref() for ref in watched.histories]
@@ -226,6 +237,227 @@ def test_memory_that_runs_out_on_the_way_gives_each_frame_once(monkeypatch):
     assert relative_error(sink.pixels, expected) < 1e-5
     assert report.restarts == 1 and report.strips == 4 and "planted" in report.fallbacks[-1]
     assert report.plan["parked"]
+
+
+# -- while the last strip is computed --------------------------------------------------------------
+
+
+class Late:
+    """A way back whose copies arrive only when they are waited for, and a diary of it."""
+
+    def __init__(self, monkeypatch, fails_at=None):
+        self.diary, self.begun, self.fails_at = [], [], fails_at
+        self.is_closed, self.left = False, 0
+        monkeypatch.setattr(parked, "_WayBack", lambda device: self)
+
+    def begin(self, part, target):
+        assert not self.begun and part.shape == target.shape
+        # What a thread copies at a time, as bytes.
+        assert all(target[place].is_contiguous() for _, place in pieces_of(target))
+        target.fill_(nan)
+        self.begun.append((part, target))
+        self.diary.append("begin")
+
+    def end(self):
+        ((part, target),) = self.begun
+        self.begun.clear()
+        self.diary.append("end")
+        if self.diary.count("end") == self.fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+        target.copy_(part)
+
+    def close(self):
+        self.left = len(self.begun)
+        self.begun.clear()
+        self.is_closed = True
+
+
+def diary_of(vae, late, monkeypatch, strips):
+    """Let `late` hear of each pass of the last of so many strips too."""
+    real = vae.model.decoder.passes
+
+    def passes(x, step, strip=None):
+        for pixels in real(x, step, strip):
+            if strip.stop == strip.rows:
+                late.diary.append("pass")
+            yield pixels
+
+    monkeypatch.setattr(vae.model.decoder, "passes", passes)
+
+
+class Noted(Frames):
+    """A sink that writes into a diary too."""
+
+    def __init__(self, diary):
+        super().__init__()
+        self.diary = diary
+
+    def write(self, pixels, start_frame, first_row):
+        super().write(pixels, start_frame, first_row)
+        self.diary.append("given")
+
+
+@pytest.mark.parametrize("batch, parts", [(1, (5,)), (2, (5,)), (1, (2, 3))])
+def test_whole_frames_are_given_during_the_last_strip_and_the_next_come_back_meanwhile(
+    batch, parts, monkeypatch
+):
+    """Each latent frame is a chunk. A block is begun when the first pass has been launched, or
+    before those ahead of it are given away; and it is waited for when all its rows are there."""
+    vae = vae_of("wan2.1")
+    z = torch.randn(batch, vae.config.z_dim, 5, 30, 2)
+    expected, late = vae.decode(z), Late(monkeypatch)
+    diary_of(vae, late, monkeypatch, 3)
+    sink = Noted(late.diary)
+    vae.decode(z, plan=plan_of(vae, z, 3, 1, parts=parts), sink=sink)
+    assert relative_error(sink.pixels, expected) < 1e-5
+    wanted = []
+    for frames in parts:
+        wanted += ["pass", "begin", "end"]
+        wanted += ["begin", "given", "pass", "end"] * (frames - 1) + ["given"]
+    assert late.diary == wanted and late.is_closed
+
+
+@pytest.mark.parametrize(
+    "lengths, last", [([3, 3], None), ([1, 5], 2), ([6], 8), ([2, 1, 3], 2)], ids=str
+)
+def test_passes_of_any_length_make_whole_frames(lengths, last, monkeypatch):
+    """Those of several latent frames, of one, and of a half; each frame's rows are waited for."""
+    vae = vae_of("wan2.2")
+    z = torch.randn(1, vae.config.z_dim, 6, 30, 1)
+    expected, late, got = vae.decode(z), Late(monkeypatch), Frames()
+    vae.decode(z, plan=plan_of(vae, z, 2, lengths, last, parts=(6,)), sink=got)
+    assert relative_error(got.pixels, expected) < 1e-5
+    assert [part.shape[2] for part in got.parts] == [1, 4, 4, 4, 4, 4]
+    assert late.diary == ["begin", "end"] * 6
+
+
+def test_rows_of_the_last_strip_never_go_to_the_host(monkeypatch):
+    vae, real, written, made = vae_of("wan2.1"), HostFrames.write, [], []
+
+    class Watching(HostFrames):
+        def __init__(self, shape, device):
+            super().__init__(shape, device)
+            made.append((shape, self._memory.nbytes))
+
+        def write(self, pixels, start, first_row):
+            written.append((first_row, first_row + pixels.shape[3]))
+            real(self, pixels, start, first_row)
+
+    monkeypatch.setattr(decoding, "HostFrames", Watching)
+    for strips, rows in ((4, 24), (2, 16), (1, 0)):
+        written.clear()
+        z = torch.randn(2, vae.config.z_dim, 3, 31, 2)
+        plan = plan_of(vae, z, strips, 1, parts=(3,))
+        vae.decode(z, plan=plan, sink=Frames())
+        shape, nbytes = made.pop()
+        assert shape == (2, 3, 9, 8 * rows, 16)
+        assert max([stop for _, stop in written], default=0) == 8 * rows
+        # As planned.
+        setup = vae.engine.setup(engine.SetupRequest("decode", tuple(z.shape), plan.options))
+        assert vae.engine.counted(setup, plan).host_bytes == nbytes == 2 * 3 * 9 * 8 * rows * 64
+
+
+def test_progress_only_grows_and_ends_with_the_last_frame():
+    vae = vae_of("wan2.1")
+    z = torch.randn(1, vae.config.z_dim, 6, 31, 2)
+    told, sink = [], Frames()
+
+    def tell(done, total, report):
+        told.append(done)
+        assert sum(part.shape[2] for part in sink.parts) <= done <= total == 21
+
+    vae.decode(z, plan=plan_of(vae, z, 4, 1, parts=(4, 2)), sink=sink, on_progress=tell)
+    assert told == sorted(told) and told[-1] == 21 and told[-2] < 21
+
+
+def test_a_reader_gets_its_frames_for_good():
+    """Nothing is written into them afterwards, and nobody else holds them."""
+    vae = vae_of("wan2.1")
+    z = torch.randn(1, vae.config.z_dim, 4, 30, 2)
+    run = run_of(vae, z, plan_of(vae, z, 2, 1, parts=(4,)))
+    kept, last = [], None
+    for pixels in run.stream():
+        assert last is None or last() is not None
+        kept.append((pixels, pixels.clone()))
+        last = weakref.ref(pixels)
+    assert all(torch.equal(*pair) for pair in kept)
+    assert len({pixels.untyped_storage().data_ptr() for pixels, _ in kept}) == len(kept) == 4
+
+
+@pytest.mark.parametrize("gives", [1, 3])
+def test_a_cancel_during_the_last_strip_leaves_the_frames_that_were_given(gives, monkeypatch):
+    """A copy that was begun is under way then: nobody waits for it, and it is closed."""
+    vae, watched, late = vae_of("wan2.1"), Watched(monkeypatch), Late(monkeypatch)
+    z = torch.randn(1, vae.config.z_dim, 5, 30, 2)
+    sink = Frames()
+    with pytest.raises(DecodeCancelled):
+        vae.decode(
+            z,
+            plan=plan_of(vae, z, 2, 1, parts=(5,)),
+            sink=sink,
+            should_stop=lambda: len(sink.parts) == gives,
+        )
+    assert len(sink.parts) == gives and late.left == 1
+    assert watched.histories and watched.alive == []
+    assert vae.last_report.status == "cancelled"
+    assert 4 * gives - 3 <= vae.last_report.done_frames < 17
+
+
+@pytest.mark.parametrize("strips", [2, 3])
+@pytest.mark.parametrize("fault", ["pass", "begin", "end"])
+def test_memory_that_runs_out_in_the_last_strip_gives_each_frame_once(fault, strips, monkeypatch):
+    """In its pass, for the next frames, or while rows come back; then there are more strips."""
+    vae = vae_of("wan2.1")
+    z = torch.randn(1, vae.config.z_dim, 4, 30, 2)
+    expected, sink = vae.decode(z), Frames()
+    late = Late(monkeypatch, fails_at=3 if fault == "end" else None)
+    if fault == "pass":
+        real = vae.model.decoder.passes
+
+        def passes(x, step, strip=None):
+            if len(sink.parts) == 2 and not late.is_closed:
+                raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+            return real(x, step, strip)
+
+        monkeypatch.setattr(vae.model.decoder, "passes", passes)
+    if fault == "begin":
+        begin = WholeFrames._begin_next
+
+        def begin_next(self):
+            if len(sink.parts) == 2 and not late.is_closed:
+                raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+            begin(self)
+
+        monkeypatch.setattr(WholeFrames, "_begin_next", begin_next)
+    plan = plan_of(vae, z, strips, 1, parts=(4,))
+    vae.decode(z, plan=planned(plan), sink=sink)
+    report = vae.last_report
+    assert relative_error(sink.pixels, expected) < 1e-5
+    assert report.restarts == 1 and report.strips > strips and "planted" in report.fallbacks[-1]
+    assert report.plan["parked"] and report.done_frames == 13
+    if fault != "pass":
+        assert "4 whole frames" in report.fallbacks[-1]
+
+
+def test_frames_of_a_part_that_was_given_are_not_read_again(monkeypatch):
+    """Memory runs out in the second part: the first one is computed for its history alone."""
+    vae = vae_of("wan2.1")
+    z = torch.randn(1, vae.config.z_dim, 4, 30, 2)
+    expected, late, sink = vae.decode(z), Late(monkeypatch), Frames()
+    real = vae.model.decoder.passes
+
+    def passes(x, step, strip=None):
+        if len(sink.parts) == 2 and not late.is_closed:
+            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+        return real(x, step, strip)
+
+    monkeypatch.setattr(vae.model.decoder, "passes", passes)
+    plan = plan_of(vae, z, 2, 1, parts=(2, 2))
+    monkeypatch.setattr(choosing, "_parts", lambda chunks, count: (2, 2))
+    vae.decode(z, plan=planned(plan), sink=sink)
+    assert relative_error(sink.pixels, expected) < 1e-5
+    assert vae.last_report.restarts == 1 and vae.last_report.plan["parts"] == [2, 2]
+    assert late.diary.count("end") == 4
 
 
 # -- what is planned -------------------------------------------------------------------------------
@@ -258,6 +490,62 @@ def planned_and_counted(
     with TensorCounter() as counter:
         vae.decode(z, plan=plan, sink=CallbackSink(lambda *piece: None))
     return plan.planned_bytes, counter.peak
+
+
+# latent (B, T, H, W), strips, chunk_frames, frames of a pass in the last stage, parts
+NARROW = [
+    ((1, 4, 30, 3), 2, 1, 4, (4,)),
+    ((1, 5, 30, 2), 3, 1, 4, (5,)),
+    ((2, 4, 30, 2), 2, 2, 4, (2, 2)),
+    ((1, 4, 9, 3), 1, 1, 4, (4,)),
+    ((1, 2, 30, 3), 2, 1, 4, (2,)),
+    ((1, 4, 60, 2), 20, 1, 4, (4,)),
+]
+
+
+@pytest.mark.parametrize("size, strips, chunk_frames, last, parts", NARROW)
+def test_the_plan_counts_the_whole_frames_beside_the_last_strip(
+    size, strips, chunk_frames, last, parts, monkeypatch
+):
+    """Of a decoder so narrow that they are a good part of the peak; and the reader holds those
+    before, as `for pixels in stream` does. The last: most are there between two passes."""
+    config = wan21(dim=4)
+    vae = WanVAE.from_state_dict(random_state(config), device="cpu")
+    ops = fake_ops(vae.model, fake_layers(config, "cuda", torch.float32))
+    monkeypatch.setattr(engine, "select_ops", lambda *_, **__: ops)
+    z = torch.randn(size[0], config.z_dim, *size[1:])
+    plan = plan_of(vae, z, strips, chunk_frames, last, True, parts)
+    setup = vae.engine.setup(engine.SetupRequest("decode", tuple(z.shape), plan.options))
+    plan = vae.engine.counted(setup, plan)
+    with TensorCounter() as counter:
+        for pixels in run_of(vae, z, plan).stream():
+            assert pixels.shape[2] <= 4  # held until there are the next
+    assert abs(plan.planned_bytes / counter.peak - 1) < 0.05, (plan.planned_bytes, counter.peak)
+
+
+def test_the_history_of_the_trunk_is_gone_when_the_last_part_has_its_features(monkeypatch):
+    """Kernels leave theirs in the last chunk: 88 MB of 720p, which no plan counts."""
+    vae = vae_of("wan2.1")
+    ops = fake_ops(vae.model, fake_layers(vae.config, "cuda", torch.float32))
+    monkeypatch.setattr(engine, "select_ops", lambda *_, **__: ops)
+    found, parts = [], []
+
+    class Watching(FeatureCache):
+        def __init__(self):
+            super().__init__()
+            found.append(weakref.ref(self))
+
+    class Histories(StripHistories):
+        def after(self, done, cache):
+            (trunk,) = (ref() for ref in found)
+            parts.append(0 if trunk is None else trunk.nbytes)
+            return super().after(done, cache)
+
+    monkeypatch.setattr(running, "FeatureCache", Watching)
+    monkeypatch.setattr(decoding, "StripHistories", Histories)
+    z = torch.randn(1, vae.config.z_dim, 4, 30, 2)
+    vae.decode(z, plan=plan_of(vae, z, 2, 1, parts=(2, 2)), sink=CallbackSink(lambda *_: None))
+    assert parts[0] == parts[1] > 0 and parts[2:] == [0, 0]
 
 
 def test_features_that_wait_on_the_host_leave_room_on_the_device():

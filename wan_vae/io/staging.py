@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -32,13 +32,15 @@ class PieceThreads:
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Move all pieces of `source` [A, B, C, ...] to dense `target`. Raises the first error."""
-        jobs = [
+        _await_all(self.begin(source, target))
+
+    def begin(self, source: torch.Tensor, target: torch.Tensor) -> list[Future[None]]:
+        """Begin to move all pieces of `source` [A, B, C, ...] to `target`, each of whose pieces is
+        dense. For `_await_all`."""
+        return [
             self._pool.submit(self._piece, source[place], target[place])
             for _, place in pieces_of(target)
         ]
-        wait(jobs)
-        for job in jobs:
-            job.result()
 
     def _piece(self, source: torch.Tensor, target: torch.Tensor) -> None:
         # Each thread has its own inference mode; see `image.HostWriter`.
@@ -48,6 +50,13 @@ class PieceThreads:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()
+
+
+def _await_all(jobs: list[Future[None]]) -> None:
+    """Wait until all `jobs` have ended. Raises the first error."""
+    wait(jobs)
+    for job in jobs:
+        job.result()
 
 
 class Buffer(Protocol):
@@ -214,30 +223,43 @@ def _flat(source: torch.Tensor) -> torch.Tensor:
 
 
 class ToDevice:
-    """Copies from ordinary host memory to a CUDA device, in threads, in the order of its stream.
+    """Copies from ordinary host memory to a CUDA device, in threads, on a stream of their own.
 
-    Close it in every case.
+    `begin` and `end` are for the thread that launches, which may launch between them. Close it in
+    every case.
     """
 
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)
         self._threads = PieceThreads(copy_threads(os.cpu_count()), _ToDevice(self._stream))
+        # What is under way. Its memory may not be freed, whatever becomes of the run.
+        self._begun: list[tuple[torch.Tensor, list[Future[None]]]] = []
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy `source` [A, B, C, ...] to dense `target`, which what is launched later finds there.
-        Returns when `source` was read. Raises the first error of a thread."""
-        current = torch.cuda.current_stream(self._device)
-        # What had this memory before may not be done with it.
-        self._stream.wait_stream(current)
+    def begin(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Begin to copy `source` [A, B, C, ...] to `target`, each of whose pieces (`pieces_of`) is
+        dense. Neither may change, nor `target` be read, before `end`."""
+        # What had this memory before may not be done with it. What is launched later is not waited
+        # for: the copy runs beside it.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._begun.append((target, self._threads.begin(source, target)))
+
+    def end(self) -> None:
+        """What is launched from here on finds what was begun. Returns when the sources were read.
+        Raises the first error of a thread."""
+        jobs = [job for _, some in self._begun for job in some]
         try:
-            self._threads.copy(source, target)
+            _await_all(jobs)
         finally:
-            # Nor may anybody have it afterwards before the copies are done.
-            current.wait_stream(self._stream)
+            # Nor may anybody have this memory afterwards before the copies are done.
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._begun.clear()
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads. What was begun may be freed afterwards."""
         self._threads.close()
+        with suppress(RuntimeError):  # see `CudaStaging.close`
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._begun.clear()
 
 
 @dataclass

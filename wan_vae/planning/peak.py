@@ -190,8 +190,8 @@ class DecodeMemory(Memory):
         features_wait: bool,
     ) -> StripsPeak:
         """Peak of the same decode where each strip goes through all chunks of a part of the video
-        before the next, and the frames of the part are put together in host memory. Between parts,
-        the history of the strips that are not at work waits there; see `runs.parked`.
+        before the next. The pixels of all but the last wait in host memory, and between parts the
+        history of the strips that are not at work; see `runs.parked`.
 
         parts: latent frames of each part. features_wait: what the trunk has made of a part waits on
         the host too. Raises GeometryError for an impossible count.
@@ -208,43 +208,62 @@ class DecodeMemory(Memory):
             bank = max(p.history for _, walks in groups for p in walks)
             slot = max(p.slot for _, walks in groups for p in walks)
             trunk_history = max(p.history for p in trunks)
-        # Frames are handed out so many at a time, and the reader may still hold those before.
-        handed = self._pixel_bytes(self.config.temporal_factor, height)
+        # Whole frames are put together and handed out a latent frame's at a time.
+        frames = self._most_frames(parts)
+        handed, two, three = (
+            self._pixel_bytes(min(n * self.config.temporal_factor, frames), height)
+            for n in (1, 2, 3)
+        )
         fetched = 0  # of the features that wait on the host: rows of strips, for all strips
+        last_rows = last_work = 0
         for group, walks in groups:
-            strip = group[0]
-            rows = strip.halo_stop - strip.halo_start
-            before = self._held_pixels(max(p.pixel_frames for p in walks), strip.stop - strip.start)
+            strip, is_last = group[0], group[-1].stop == height
+            rows, own_rows = strip.halo_stop - strip.halo_start, strip.stop - strip.start
+            pixel_frames = max(p.pixel_frames for p in walks)
+            before = self._held_pixels(pixel_frames, own_rows)
             for chunk, p in zip(heaviest, walks, strict=True):
-                others = bank - p.history if bank else 0
-                if bank:
-                    others += slot if chunk.is_first else handed
                 held = part * features
                 if features_wait:
                     held = _rounded(chunk.frames * features * rows // height)
-                peak = max(peak, p.peak + before + held + others)
+                if bank:
+                    held += bank - p.history + (slot if chunk.is_first else 0)
+                # The reader may still hold the last frames of the part before.
+                given = handed if bank and not chunk.is_first else 0
+                peak = max(peak, p.peak + held + before + given)
+                if is_last:
+                    # Its pixels stay. From its first pass on, there are the frames that are put
+                    # together and those that the reader holds; between passes, the next ones too.
+                    held += self._pixel_bytes(pixel_frames, own_rows)
+                    is_only_pass = chunk.is_first and p.pixel_frames == self._frames(chunk)
+                    if not is_only_pass:
+                        peak = max(peak, p.peak + held + two)
+                    peak = max(peak, p.history + held + three)
             work += len(group) * walks[0].work
             history += len(group) * (walks[0].history if bank else 0)
             fetched += len(group) * features * rows // height
-        peak = max(peak, bank + 2 * handed) + trunk_history
+            if is_last:
+                last_rows, last_work = own_rows, walks[0].work
+        peak += trunk_history
         made = (part - longest) * features
         if features_wait:  # on their way to the host
             made = min(made, longest * features * (_BLOCKS_UNDER_WAY if self.staged else 0))
         for chunk, p in zip(heaviest, trunks, strict=True):
             behind = bank + handed if bank and not chunk.is_first else 0
             peak = max(peak, p.peak + made + behind)
-        frames = self._pixel_bytes(self._most_frames(parts), height)
+        pixels = self._pixel_bytes(frames, height - last_rows)
         kept = part * features if features_wait else 0
         t = self.shape[2]
+        all_frames = geometry.pixel_frames(t, self.config)
         waiting = Waiting(
             work=(trunks[0].work + work) * t / heaviest[0].frames,
             history_bytes=history,
             boundaries=len(parts) - 1,
             features_bytes=t * (features + fetched) if features_wait else 0,
-            pixels_bytes=self._pixel_bytes(geometry.pixel_frames(t, self.config), height),
+            pixels_bytes=self._pixel_bytes(all_frames, height - last_rows),
+            last_work=last_work * t / heaviest[0].frames,
         )
         extra = self._extra_work(heaviest[0], elements, trunks[0].work, work)
-        return StripsPeak(peak, extra, history + frames + kept, waiting)
+        return StripsPeak(peak, extra, history + pixels + kept, waiting)
 
     def _trunks(self, chunks: Sequence[Chunk], elements: int) -> list[Peak]:
         """The trunk of each of `chunks`, which takes the whole picture."""

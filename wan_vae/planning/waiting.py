@@ -17,7 +17,8 @@ WORK_RATE = 3.2e14
 # Bytes a second that come into page-locked memory while as many leave it: PCIe 4, counted.
 BUS_RATE = 25e9
 # Bytes a second that threads copy to or from ordinary memory. The same case: 0.90 GB of frames took
-# 188 ms from there to the device, by CUDA's own copy; one thread of ours copies 5 to 8 GB/s.
+# 188 ms from there to the device, by CUDA's own copy while that waited; one thread of ours copies 5
+# to 8 GB/s.
 COPY_RATE = 5e9
 # Bytes a second that are page-locked for the first time. The same card, 1080p in eight strips and
 # four parts: 12.0 GB of history took 5.6 s, of which copies over the bus are 1.4.
@@ -30,8 +31,9 @@ class Waiting:
 
     work: multiplications, with those that strips repeat. history_bytes: of all strips, as much as
     the host locks. boundaries: between parts, at each of which all history goes out and comes in.
-    features_bytes: that go to ordinary memory and come back. pixels_bytes: that come back; they go
-    there beside the computation.
+    features_bytes: that go to ordinary memory and come back. pixels_bytes: that come back while the
+    last strip is computed, which is last_work of the multiplications; they go there beside those of
+    the other strips.
     """
 
     work: float
@@ -39,10 +41,12 @@ class Waiting:
     boundaries: int
     features_bytes: int
     pixels_bytes: int
+    last_work: float
 
     @property
     def seconds(self) -> float:
         """The time of an H200."""
         history = self.history_bytes * (1 / LOCK_RATE + self.boundaries / BUS_RATE)
-        others = (self.features_bytes + self.pixels_bytes) / COPY_RATE
-        return self.work / WORK_RATE + history + others
+        features = self.features_bytes / COPY_RATE
+        pixels = max(0.0, self.pixels_bytes / COPY_RATE - self.last_work / WORK_RATE)
+        return self.work / WORK_RATE + history + features + pixels

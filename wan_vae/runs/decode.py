@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,14 @@ from ..said import said
 from ..sharding.context import SINGLE, ShardContext
 from ..sharding.plan import ShardPlan, plan_shards
 from .engine import Engine, Setup, SetupRequest, latent_statistics, options_of
-from .parked import DeviceFeatures, Features, HostFeatures, HostFrames, StripHistories
+from .parked import (
+    DeviceFeatures,
+    Features,
+    HostFeatures,
+    HostFrames,
+    StripHistories,
+    WholeFrames,
+)
 from .ranks import Ranks
 from .run import Piece, Run, forget_failure, granted, in_memory, latent_frames_of, ready
 
@@ -247,16 +254,17 @@ class DecodeRun(Run):
                 self._given_frames = last
 
     def _parked_strips(self, count: int) -> Iterator[Piece]:
-        """Each strip through a part of the video before the next; frames are put together on the
-        host, where the history of the other strips waits too if there is another part. Whole frames
-        in order; see `parked`."""
+        """Each strip through a part of the video before the next. Pixels of all strips but the last
+        wait on the host, and the history of the others if there is another part. Whole frames in
+        order, as the last strip makes their rows; see `parked`."""
         strips = geometry.strips(self.z.shape[3], count, self.config)
         parts = self._parts()
         longest = max(sum(self.frames_of(chunk) for chunk in part) for part in parts)
-        b, colours, _, height, width = self.pixel_shape
+        b, colours, _, _, width = self.pixel_shape
+        rows = strips[-1].start * self.config.decoded_factor
         frames = in_memory(
             said("run.host_frames", "{count} frames in host memory", count=longest),
-            partial(HostFrames, (b, colours, longest, height, width), self.device),
+            partial(HostFrames, (b, colours, longest, rows, width), self.device),
         )
         histories = StripHistories(count, self.device)
         try:
@@ -267,6 +275,8 @@ class DecodeRun(Run):
                 )
                 try:
                     self._collect(trunk, len(part), features)
+                    if part is parts[-1]:
+                        trunk.close()  # kernels leave its history there
                     for i, strip in enumerate(strips):
                         if len(parts) == 1:
                             cache = FeatureCache()
@@ -279,7 +289,6 @@ class DecodeRun(Run):
                             )
                 finally:
                     features.close()
-                yield from self._whole_frames_of(part, frames)
             self._tell_of_pageable(histories)
         finally:
             histories.close()
@@ -316,11 +325,13 @@ class DecodeRun(Run):
         frames: HostFrames,
         done: float,
     ) -> Iterator[Piece]:
-        """One strip through a part; its pixels go to `frames`. Yields pieces without pixels, for
-        progress, which counts frames. done: the share of the part that strips before it were."""
+        """One strip through a part. Its pixels go to `frames`, those of the last strip into whole
+        frames; yields these, and pieces without pixels for progress, which counts frames. done: the
+        share of the part that strips before it were."""
         first, last = self._frames_in(part)
         nothing = torch.empty(0, device=self.device)
         top, at = strip.start * self.config.decoded_factor, 0
+        whole = self._whole_frames_of(part, frames, top) if strip.stop == strip.rows else None
         for number, chunk in enumerate(part):
             rows = in_memory(
                 said("run.strip_rows", "rows of a strip"),
@@ -329,23 +340,45 @@ class DecodeRun(Run):
             passes = self._strip_passes(rows, strip, cache, chunk)
             del rows
             for pixels in passes:
-                frames.write(pixels, at, top)
-                at += pixels.shape[2]
+                start, at = at, at + pixels.shape[2]
                 share = done * (last - first) + at * (strip.stop - strip.start) / strip.rows
                 self.done_frames = max(self.done_frames, min(first + int(share), last - 1))
-                yield Piece(nothing, first, top)
+                given = self._given_frames
+                if whole is None:
+                    frames.write(pixels, start, top)
+                else:
+                    yield from self._whole_with(pixels, start, whole, first)
+                if self._given_frames == given:
+                    yield Piece(nothing, first, top)
 
-    def _whole_frames_of(self, part: list[Chunk], frames: HostFrames) -> Iterator[Piece]:
-        """The frames of a part that were not given yet, a few at a time."""
-        first, last = self._frames_in(part)
-        step = self.config.temporal_factor
-        for start in range(max(first, self._given_frames), last, step):
-            stop = min(start + step, last)
-            values = in_memory(
-                said("run.whole_frames", "{count} whole frames", count=stop - start),
-                partial(frames.read, start - first, stop - first),
-            )
-            self.done_frames = stop
+    def _whole_frames_of(self, part: list[Chunk], frames: HostFrames, top: int) -> WholeFrames:
+        """The frames of a part that were not given yet, a latent frame's at a time. top: the first
+        row of the last strip."""
+        first, _ = self._frames_in(part)
+        start = max(first, self._given_frames)
+        latent = range(part[0].start, part[-1].stop)
+        stops = [geometry.chunk_frames_slice(t, t + 1, self.config)[1] for t in latent]
+        b, colours, _, height, width = self.pixel_shape
+        return WholeFrames(
+            frames,
+            (b, colours, height, width),
+            top,
+            start - first,
+            [stop - first for stop in stops if stop > start],
+        )
+
+    def _whole_with(
+        self, pixels: torch.Tensor, start: int, whole: WholeFrames, first: int
+    ) -> Iterator[Piece]:
+        """The frames that are whole with `pixels` of the last strip, of frames from `start` on of a
+        part that begins with frame `first`."""
+        ready = whole.with_rows(pixels, start)
+        what = said("run.whole_frames", "{count} whole frames", count=self.config.temporal_factor)
+        while (found := in_memory(what, partial(next, ready, None))) is not None:
+            values, start = found[1], first + found[0]
+            del found
+            stop = start + values.shape[2]
+            self.done_frames = max(self.done_frames, stop)
             yield Piece(values, start, 0)
             del values
             self._given_frames = stop
@@ -379,7 +412,7 @@ class DecodeRun(Run):
                     self.done_frames = (i * self.total_frames + frame) // count
                     yield Piece(rows, start, top)
 
-    def _trunk(self) -> Iterator[tuple[Chunk, torch.Tensor]]:
+    def _trunk(self) -> Generator[tuple[Chunk, torch.Tensor], None, None]:
         """The features [B, C, T, H, W] of every chunk."""
         for chunk, step in self.chunks(1):
             z = self.z[:, :, chunk.start : chunk.stop]

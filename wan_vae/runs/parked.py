@@ -1,16 +1,18 @@
-"""Strips that leave what they do not need now in host memory: frames, features and history.
+"""Strips that leave what they do not need now in host memory: rows of frames, features and history.
 
 A video file wants whole frames, so that strips of rows must be put together. On a small card
 neither the frames of a long video nor the history of all strips fit beside the strip at work. So
-each strip goes through all chunks of a part of the video before the next one starts; its pixels are
-copied to `HostFrames` while it goes on, and come back a few frames at a time when the last strip is
-done. What the trunk has made of the part stays on the device or waits in `HostFeatures`. Where
-another part follows, `StripHistories` moves the history of the strip out and that of the next one
-in. One part needs none of that, and is what a plan takes if the host has room for all its frames.
+each strip goes through all chunks of a part of the video before the next one starts, and its pixels
+are copied to `HostFrames` while it goes on. Those of the last strip stay where they are: while it
+is computed, the rows of the others come back, and `WholeFrames` hands out frame after frame. What
+the trunk has made of the part stays on the device or waits in `HostFeatures`. Where another part
+follows, `StripHistories` moves the history of the strip out and that of the next one in. One part
+needs none of that, and is what a plan takes if the host has room for its rows of all frames.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
@@ -26,20 +28,31 @@ from ..network.cache import FeatureCache
 
 
 class _WayBack:
-    """Brings what waits in host memory to new memory of a device. Close it in every case."""
+    """Brings what waits in host memory to a device. Close it in every case."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._threads: ToDevice | None = None
 
+    def begin(self, part: torch.Tensor, target: torch.Tensor) -> None:
+        """Begin to bring `part` to `target`; see `ToDevice.begin`."""
+        if self._device.type != "cuda":
+            target.copy_(part)
+            return
+        if self._threads is None:
+            self._threads = ToDevice(self._device)
+        self._threads.begin(part, target)
+
+    def end(self) -> None:
+        """What was begun is there for what follows. Raises the first error of a copy."""
+        if self._threads is not None:
+            self._threads.end()
+
     def bring(self, part: torch.Tensor) -> torch.Tensor:
         """A dense copy of `part` on the device, also where that is the CPU."""
         values = torch.empty(part.shape, dtype=part.dtype, device=self._device)
-        if self._device.type != "cuda":
-            return values.copy_(part)
-        if self._threads is None:
-            self._threads = ToDevice(self._device)
-        self._threads.copy(part, values)
+        self.begin(part, values)
+        self.end()
         return values
 
     def close(self) -> None:
@@ -50,18 +63,19 @@ class _WayBack:
 
 
 class HostFrames:
-    """The frames [B, C, t, H, W] float32 of one part, in host memory, put together of strips.
+    """Rows of the frames of one part, [B, C, t, rows, W] float32, in host memory: those of all
+    strips but the last.
 
     Copies from CUDA run beside the computation of the next pass. Close it in every case.
     """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         """shape: of the longest part."""
-        self._device = device
+        self.device = device
         # Frames first, so that rows of a frame are one piece of memory (`pages.stretches`).
-        b, c, t, h, w = shape
+        b, c, t, rows, w = shape
         with torch.inference_mode(False):  # see `_bytes_on`
-            self._memory = host_empty((t, b, c, h, w), torch.float32)
+            self._memory = host_empty((t, b, c, rows, w), torch.float32)
         self._copier: HostCopier | None = None
         self._way_back = _WayBack(device)
         self._is_new = True
@@ -79,14 +93,23 @@ class HostFrames:
             self._copier = HostCopier(pixels.device, None, self._is_new)
         self._copier.copy(block.contiguous(), frames[start:stop], frames[stop : stop + count])
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Frames [start, stop) on the device, [B, C, t, H, W]. Raises the first error of a copy."""
-        if self._copier is not None:
+    def begin_reading(self, start: int, frames: torch.Tensor) -> None:
+        """Begin to bring the rows of frames from `start` on to the first rows of dense `frames`
+        [t, B, C, H, W] on the device. Raises the first error of a copy to the host."""
+        if self._copier is not None:  # only what was copied last is still under way
             copier, self._copier = self._copier, None
             copier.finish()
         self._is_new = False
-        # A copy also on the CPU: the next part overwrites this memory.
-        return self._way_back.bring(self._memory[start:stop].permute(1, 2, 0, 3, 4))
+        rows = self._memory.shape[3]
+        part = self._memory[start : start + len(frames)]
+        # Picture by picture: pieces of the first rows of one are dense, those of several are not.
+        pictures = frames.flatten(0, 2).unsqueeze(1)
+        self._way_back.begin(part.flatten(0, 2).unsqueeze(1), pictures[:, :, :rows])
+
+    def end_reading(self) -> None:
+        """What follows on the device finds the rows there, and the part of before may be written
+        over. Raises the first error of a copy."""
+        self._way_back.end()
 
     def close(self) -> None:
         """Stop the copies and let go of the memory."""
@@ -95,6 +118,77 @@ class HostFrames:
             copier.stop()
         self._way_back.close()
         self._memory = torch.empty(0)
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """Frames [start, stop) of a part that are being put together, [t, B, C, H, W]."""
+
+    start: int
+    stop: int
+    memory: torch.Tensor
+
+
+class WholeFrames:
+    """Whole frames of one part on the device, a few at a time, put together of the rows that wait
+    in `HostFrames` and of those of the last strip.
+
+    The rows of the next few come back while those before are used and the last strip goes on. So
+    the device holds two such blocks while it computes: one belongs to whoever got it.
+    """
+
+    def __init__(
+        self,
+        host: HostFrames,
+        shape: tuple[int, ...],
+        first_row: int,
+        start: int,
+        stops: Sequence[int],
+    ) -> None:
+        """shape: of frames, [B, C, H, W]. first_row: of the last strip. start: the first frame of
+        the part that is wanted. stops: where blocks end, in order, from behind `start` on."""
+        self._host, self._shape, self._first_row = host, shape, first_row
+        self._start, self._stops = start, list(stops)
+        self._open: _Frames | None = None
+
+    def with_rows(self, pixels: torch.Tensor, start: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Take pixels [B, C, t, rows, W] of the last strip, of frames from `start` on, in order.
+        Yields what they complete: a frame's number, and frames [B, C, t, H, W] from it on."""
+        stop = start + pixels.shape[2]
+        if self._open is None:
+            self._begin_next()
+        while self._open is not None and self._open.start < stop:
+            self._put(self._open, pixels, start)
+            if stop < self._open.stop:
+                return
+            self._host.end_reading()
+            yield self._taken()
+
+    def _put(self, frames: _Frames, pixels: torch.Tensor, start: int) -> None:
+        """Put those of `pixels`, of frames from `start` on, in their place that are of `frames`."""
+        first = max(start, frames.start)
+        stop = min(start + pixels.shape[2], frames.stop)
+        rows = frames.memory[first - frames.start : stop - frames.start, :, :, self._first_row :]
+        rows.copy_(pixels[:, :, first - start : stop - start].permute(2, 0, 1, 3, 4))
+
+    def _taken(self) -> tuple[int, torch.Tensor]:
+        """The frames that are complete. Nothing here holds them any more."""
+        assert self._open is not None
+        done = self._open
+        self._begin_next()
+        return done.start, done.memory.permute(1, 2, 0, 3, 4)
+
+    def _begin_next(self) -> None:
+        """Begin with the frames that are wanted next, if there are any."""
+        self._open = None
+        if not self._stops:
+            return
+        start, stop = self._start, self._stops.pop(0)
+        size, device = (stop - start, *self._shape), self._host.device
+        with torch.inference_mode(False):  # see `_bytes_on`
+            memory = torch.empty(size, dtype=torch.float32, device=device)
+        self._open, self._start = _Frames(start, stop, memory), stop
+        self._host.begin_reading(start, memory)
 
 
 class Features(Protocol):
