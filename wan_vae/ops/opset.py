@@ -23,17 +23,47 @@ from .eager.norm import rms_norm, rms_norm_silu
 from .eager.upsample import upsample_conv2d
 
 
-@dataclass(frozen=True)
 class HaloRows:
     """What lies around a shard's features: a row above and below, or a column left and right.
 
-    [B, T, 1, W, C] (axis "height") or [B, T, H, 1, C] ("width"), dense; None beyond the edge of
-    the picture, where there are zeros.
+    before, after: [B, T, 1, W, C] (axis "height") or [B, T, H, 1, C] ("width"), dense; None beyond
+    the edge of the picture, where there are zeros. arrive: has what is launched afterwards find
+    them there, where they are still on their way.
     """
 
-    axis: Axis
-    before: torch.Tensor | None
-    after: torch.Tensor | None
+    def __init__(
+        self,
+        axis: Axis,
+        before: torch.Tensor | None,
+        after: torch.Tensor | None,
+        arrive: Callable[[], None] | None = None,
+    ) -> None:
+        self.axis = axis
+        self._rows, self._arrive = (before, after), arrive
+
+    @property
+    def on_their_way(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Both, to be read behind `arrive`."""
+        return self._rows
+
+    def arrive(self) -> None:
+        """What is launched from here on finds the rows. Whoever got them calls it or reads them, so
+        that nobody overwrites what is still being sent."""
+        arrive, self._arrive = self._arrive, None
+        if arrive is not None:
+            arrive()
+
+    @property
+    def before(self) -> torch.Tensor | None:
+        """The row above or the column left, which have arrived."""
+        self.arrive()
+        return self._rows[0]
+
+    @property
+    def after(self) -> torch.Tensor | None:
+        """The row below or the column right, which have arrived."""
+        self.arrive()
+        return self._rows[1]
 
 
 class HaloExchange(Protocol):

@@ -51,7 +51,8 @@ class Shard:
             into.append(Incoming(above, _with_rows(x, dim, before)))
         if below is not None:
             into.append(Incoming(below, _with_rows(x, dim, after)))
-        received = self._exchange(site, x.dtype, out, into, dim)
+        received = self.wire.exchange(site, x.dtype, out, into)
+        self._count(received, dim)
         whole = layout.empty_like_format(x, _with_rows(x, dim, before + rows + after))
         whole.narrow(dim, before, rows).copy_(x)
         if before:
@@ -65,6 +66,7 @@ class Shard:
     def halo_rows_of(self, x: torch.Tensor, site: str) -> HaloRows:
         """Get the neighbours' rows next to `x` [B, C, T, H, W]; the kernel joins them itself.
 
+        They travel while the kernel reads `x`, which must stay until they have arrived.
         The rows are in NDHWC, which kernels read: a contiguous [B, T, 1, W, C] or [B, T, H, 1, C].
         Every rank with rows must call it at the same `site`.
         """
@@ -72,30 +74,21 @@ class Shard:
         dim, rank, rows = self.plan.dim - 1, self.context.rank, x.shape[self.plan.dim]
         peers = [rank - 1] * (rank > 0) + [rank + 1] * (rank < self.plan.active - 1)
         shape = _with_rows(frames, dim, 1)
-        received = self._exchange(
+        received, arrive = self.wire.begin_exchange(
             site,
             x.dtype,
             [Outgoing(p, frames.narrow(dim, 0 if p < rank else rows - 1, 1)) for p in peers],
             [Incoming(p, shape) for p in peers],
-            dim,
         )
+        self._count(received, dim)
         parts = dict(zip(peers, received, strict=True))
-        return HaloRows(self.plan.axis, parts.get(rank - 1), parts.get(rank + 1))
+        return HaloRows(self.plan.axis, parts.get(rank - 1), parts.get(rank + 1), arrive)
 
-    def _exchange(
-        self,
-        site: str,
-        dtype: torch.dtype,
-        out: list[Outgoing],
-        into: list[Incoming],
-        dim: int,
-    ) -> list[torch.Tensor]:
-        """Exchange rows along `dim` and count them for the report; see `Wire.exchange`."""
-        received = self.wire.exchange(site, dtype, out, into)
+    def _count(self, received: list[torch.Tensor], dim: int) -> None:
+        """Count rows along `dim` for the report."""
         for part in received:
             self.halo_rows += part.shape[dim]
             self.halo_bytes += part.numel() * part.element_size()
-        return received
 
     def padding(self, padding: tuple[int, int]) -> tuple[int, int]:
         """`padding` (rows, columns) with 0 for the axis that `surround` has padded."""

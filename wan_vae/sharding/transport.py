@@ -145,6 +145,7 @@ class Wire:
         self._control = torch.device("cpu") if on_host else self._transport
         self._headers = Headers()
         self._waits: Spans[None] = Spans()
+        self._stream: torch.cuda.Stream | None = None
         self._count = 0
         self.received_bytes = 0
         self.received_messages = 0
@@ -182,6 +183,27 @@ class Wire:
             self.received_bytes += buffer.numel() * buffer.element_size()
             self.received_messages += 1
         return [b.to(self.device) for b in buffers]
+
+    def begin_exchange(
+        self, site: str, dtype: torch.dtype, out: Sequence[Outgoing], into: Sequence[Incoming]
+    ) -> tuple[list[torch.Tensor], Callable[[], None] | None]:
+        """`exchange` that goes on while the device computes what does not need it.
+
+        Returns the tensors and what must be called before anybody reads them, and before the
+        tensors of `out` are let go of; None where they are there. With NCCL messages travel on a
+        stream of their own, behind what is launched already; there, too, is the memory of what was
+        received, which the next exchange may have once all that was launched before it is done.
+        """
+        if self.device.type != "cuda" or self.host_staged:
+            return self.exchange(site, dtype, out, into), None
+        if self._stream is None:
+            # Its few programs go before those of a norm, which fill the device.
+            self._stream = torch.cuda.Stream(self.device, priority=-1)
+        stream, current = self._stream, torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            received = self.exchange(site, dtype, out, into)
+        return received, lambda: current.wait_stream(stream)
 
     def _one_by_one(
         self, site: str, dtype: torch.dtype, out: Sequence[Outgoing], into: Sequence[Incoming]

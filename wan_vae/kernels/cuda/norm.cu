@@ -6,8 +6,8 @@
 // A pixel belongs to LANES threads of a warp; a thread holds VECTORS times 8 of its channels, 16
 // bytes of the result each. The sum of squares runs over the channels of a thread, then over its
 // vectors, then over the lanes: in one order, whatever the pixel's place. float32 inside, one
-// rounding. With HALO the neighbours' rows (1) or columns (2) are the plane's outermost, and a
-// thread reads its pixel from whichever tensor has it.
+// rounding. With HALO the neighbours' rows (1) or columns (2) are the plane's outermost. They come
+// in a launch of their own (`edges`), behind that of the pixels of x, which need not wait for them.
 //
 // A thread reads the history of its pixels before it writes the new one, which may lie in the same
 // memory; no other thread has these pixels.
@@ -43,31 +43,28 @@ struct Place {
   bool inside;
 
   INLINE Place(const char* own, const char* before, const char* after, int frames, int height,
-               int width) {
-    const int pixel = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES;
+               int width, bool edges) {
+    const int number = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES;
     const int plane = (height + (HALO == 1 ? 2 : 0)) * (width + (HALO == 2 ? 2 : 0));
     lane = threadIdx.x % LANES;
-    inside = pixel < plane;
     step = static_cast<i64>(plane) * WIDTH;
-    at = static_cast<i64>(pixel) * WIDTH + lane * 8;
-    int from = pixel, size = height * width;
+    int pixel = number, from = number, size = height * width;
     const char* base = own;
-    if (HALO == 1) {
-      from -= width;
-      if (from < 0 || from >= size) {
-        base = from < 0 ? before : after;
-        from = from < 0 ? pixel : from - size;
-        size = width;
-      }
+    inside = number < size;
+    if (HALO && edges) {
+      size = HALO == 1 ? width : height;
+      inside = number < 2 * size;
+      const bool is_after = number >= size;
+      base = is_after ? after : before;
+      from = is_after ? number - size : number;
+      if (HALO == 1) pixel = from + (is_after ? (height + 1) * width : 0);
+      else pixel = from * (width + 2) + (is_after ? width + 1 : 0);
+    } else if (HALO == 1) {
+      pixel += width;
     } else if (HALO == 2) {
-      const int row = pixel / (width + 2), column = pixel % (width + 2) - 1;
-      from = row * width + column;
-      if (column < 0 || column == width) {
-        base = column < 0 ? before : after;
-        from = row;
-        size = height;
-      }
+      pixel += number / width * 2 + 1;
     }
+    at = static_cast<i64>(pixel) * WIDTH + lane * 8;
     constexpr i64 kPixel = CHANNELS / 8 * kXWords * 4;
     x_step = size * kPixel;
     x = nullptr;
@@ -169,14 +166,14 @@ INLINE void normalise(Operand& o, const Features& f, const Place& place,
 }
 
 #if ENTRY == JOIN
-// Grid: (pixels of the plane, frames of x, batch). The threads of the last PAST frames of x write
+// Grid: (pixels of x or of the edges, frames of x, batch). The threads of the last PAST frames of x write
 // the history in front and the new one: frame `slot` of both. A frame that is alone has two slots:
 // the old history's last frame is then the new one's first.
 extern "C" __global__ void __launch_bounds__(THREADS)
     norm_join(const char* RESTRICT x, const char* RESTRICT before, const char* RESTRICT after,
               const float* RESTRICT scale, const u16* history, u16* out, u16* kept, int frames,
-              int height, int width) {
-  const Place place(x, before, after, frames, height, width);
+              int height, int width, int edges) {
+  const Place place(x, before, after, frames, height, width, edges);
   const int frame = blockIdx.y;
   u16* const clip = out + blockIdx.z * (PAST + frames) * place.step;
   Features f;
@@ -221,13 +218,13 @@ INLINE void store_combined(u16* to, i64 frame, const Place& place, const Operand
   store(to, frame, place, o);
 }
 
-// Grid: (pixels of the plane, 1, batch). A thread goes through all frames of its pixel, with the
+// Grid: (pixels of x or of the edges, 1, batch). A thread goes through all frames of its pixel, with the
 // last two in registers.
 extern "C" __global__ void __launch_bounds__(THREADS)
     norm_pairs(const char* RESTRICT x, const char* RESTRICT before, const char* RESTRICT after,
                const float* RESTRICT scale, const u16* history, u16* out, u16* kept, int frames,
-               int height, int width) {
-  const Place place(x, before, after, frames, height, width);
+               int height, int width, int edges) {
+  const Place place(x, before, after, frames, height, width, edges);
   const int pairs = (frames + 1) / 2;
   i64 to = static_cast<i64>(blockIdx.z) * pairs * 4;
   Operand d0, d1, d2, d3;
@@ -301,14 +298,14 @@ INLINE void store_quad(u16* to, i64 frame, const Place& place, const Operand (&d
   }
 }
 
-// Grid: (pixels of the plane, 1, batch). As `norm_pairs`, four frames at a time. Quads end with the
+// Grid: (pixels of x or of the edges, 1, batch). As `norm_pairs`, four frames at a time. Quads end with the
 // last frame: of the first one, some may be of the past. What is not known of them is used for none
 // of the new ones, and zero.
 extern "C" __global__ void __launch_bounds__(THREADS)
     norm_quads(const char* RESTRICT x, const char* RESTRICT before, const char* RESTRICT after,
                const float* RESTRICT scale, const u16* history, u16* out, u16* kept, int frames,
-               int height, int width) {
-  const Place place(x, before, after, frames, height, width);
+               int height, int width, int edges) {
+  const Place place(x, before, after, frames, height, width, edges);
   const int quads = (frames + 3) / 4, first = frames - 4 * quads;
   i64 to = static_cast<i64>(blockIdx.z) * quads * 6;
   Operand d[6];

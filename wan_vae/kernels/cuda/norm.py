@@ -172,7 +172,7 @@ def _run(transform: Transform, call: NormCall, machine_code: str) -> NormResult:
     edges: Sequence[torch.Tensor | None] = (None, None)
     plane = h, w
     if halo is not None:
-        edges = [None if e is None else e.contiguous() for e in (halo.before, halo.after)]
+        edges = halo.on_their_way
         plane = (h + 2, w) if halo.axis == "height" else (h, w + 2)
     history = call.history if past else None
     if history is not None:
@@ -187,15 +187,19 @@ def _run(transform: Transform, call: NormCall, machine_code: str) -> NormResult:
 
     axis = "" if halo is None else halo.axis
     made, lanes = _made(entry, c, width, x.dtype, dtype, past, call.silu, axis, machine_code)
-    blocks = -(-plane[0] * plane[1] * lanes // made.threads)
     tensors = (x, *edges, call.scale, history, out, kept)
     pointers = [c_void_p(None if y is None else y.data_ptr()) for y in tensors]
-    launch(
-        made,
-        x.device,
-        (blocks, t if transform == DIRECT else 1, b),
-        [*pointers, c_int(t), c_int(h), c_int(w)],
-    )
+
+    def run(pixels: int, are_edges: bool) -> None:
+        blocks = -(-pixels * lanes // made.threads)
+        grid = (blocks, t if transform == DIRECT else 1, b)
+        sizes = [c_int(n) for n in (t, h, w, are_edges)]
+        launch(made, x.device, grid, [*pointers, *sizes])
+
+    run(h * w, False)
+    if halo is not None:
+        halo.arrive()
+        run(plane[0] * plane[1] - h * w, True)
     return out, kept
 
 

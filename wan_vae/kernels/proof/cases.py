@@ -282,7 +282,7 @@ def _norm_conv(
         own = x.narrow(dim, 1, last - 1)
         edges = (x.narrow(dim, 0, 1), x.narrow(dim, last, 1))
         rows = [edge.permute(0, 2, 3, 4, 1).contiguous() for edge in edges]
-        halo = HaloRows(inputs.axis, *rows)
+        halo = HaloRows(inputs.axis, rows[0], rows[1])
         if residual is not None:
             residual = residual.narrow(dim, 1, own.shape[dim])
 
