@@ -9,7 +9,7 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -288,6 +288,24 @@ def host_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return torch.from_numpy(raw[start : start + size]).view(dtype).view(shape)
+
+
+def numbers_of(scalars: Collection[torch.Tensor]) -> list[float]:
+    """The numbers of `scalars`, tensors of one number on one device, as float32: in one transfer,
+    which waits for the device.
+
+    Put side by side by copies: a process loads each of PyTorch's CUDA kernels when it is first
+    used, which takes milliseconds, and `stack` has one of its own.
+    """
+    if not scalars:
+        return []
+    device = next(iter(scalars)).device
+    with torch.no_grad():
+        together = torch.empty(len(scalars), dtype=torch.float32, device=device)
+        for place, scalar in zip(together.unbind(), scalars, strict=True):
+            place.copy_(scalar)
+        found: list[float] = together.tolist()
+    return found
 
 
 def host_free_bytes() -> int | None:

@@ -62,6 +62,7 @@ def test_a_first_decode_is_timed_phase_by_phase(tmp_path):
         "rest of the decode",
         "second decode",
     ]
+    assert phases[3] == "weights" and "weights" in found["functions"]
     assert all(ms > 0 for ms in found["ms"].values())
     # Of the whole decode the first pass is the first part.
     assert found["ms"]["first pass"] > found["ms"]["rest of the decode"]

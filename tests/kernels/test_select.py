@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -16,9 +16,17 @@ from tests.conftest import random_state
 from wan_vae import WanVAE
 from wan_vae.chunking import schedule
 from wan_vae.config import wan21, wan22
+from wan_vae.device import numbers_of
 from wan_vae.errors import BackendError
 from wan_vae.kernels import registry, select
-from wan_vae.kernels.bounds import Bound, float16_sums_bound, operand_bound, winograd_phases
+from wan_vae.kernels.bounds import (
+    LARGEST_FLOAT16,
+    Bound,
+    float16_sums_bound,
+    operand_bound,
+    winograd_phases,
+)
+from wan_vae.kernels.contenders import Contenders
 from wan_vae.kernels.device import CARDS, CPU, INTERPRETER, Device
 from wan_vae.kernels.kernel import BuildError, Requires
 from wan_vae.kernels.proof import cases
@@ -116,7 +124,7 @@ class FakeKernel:
     def bound(self, weights: LayerWeights, problem: ConvProblem, config: str) -> Bound | None:
         if config not in self.reach:
             return None
-        return Bound(torch.tensor(self.reach[config]), 100.0, "sums")
+        return Bound((torch.tensor(self.reach[config]),), 100.0, "sums")
 
     def prepare(
         self, weights: LayerWeights, problem: ConvProblem, config: str, device: Device
@@ -589,13 +597,19 @@ def float16_sums(weights: LayerWeights) -> Bound:
     return float16_sums_bound(weights.gamma, winograd_phases(weights.weight), 2.0)
 
 
+def value_of(bound: Bound | None) -> float:
+    """As `Contenders` reads it."""
+    assert bound is not None
+    return bound.value(*numbers_of(bound.numbers))
+
+
 def test_float16_sums_are_for_usual_weights():
     bound = float16_sums(norm_weights())
-    assert bound.refusal(bound.value.item()) is None and bound.value > 1
-    assert float16_sums(norm_weights(3e4)).value.item() == pytest.approx(3e4 * bound.value.item())
+    assert bound.refusal(value_of(bound)) is None and value_of(bound) > 1
+    assert value_of(float16_sums(norm_weights(3e4))) == pytest.approx(3e4 * value_of(bound))
     for scale in (3e4, float("nan"), float("inf")):
         bound = float16_sums(norm_weights(scale))
-        refusal = bound.refusal(bound.value.item())
+        refusal = bound.refusal(value_of(bound))
         assert refusal is not None and "too large for float16" in refusal
 
 
@@ -605,7 +619,7 @@ def test_no_sum_exceeds_the_bound_and_the_worst_one_comes_close(channels):
     weights = norm_weights(channels=channels)
     assert weights.gamma is not None
     phases = weights.weight.movedim(2, 0)  # direct: a temporal tap each
-    bound = float16_sums_bound(weights.gamma, phases, 1.0).value.item()
+    bound = value_of(float16_sums_bound(weights.gamma, phases, 1.0))
     gain, worst = weights.gamma.flatten(), 0.0
     for start in range(0, channels, 32):
         rows = phases[:, :, start : start + 32]
@@ -619,7 +633,7 @@ def test_no_sum_of_quads_exceeds_its_bound():
     """Nor its operand, of frames that are as long as a norm leaves them, and of any signs."""
     weights = norm_weights()
     assert weights.gamma is not None
-    bound = float16_sums_bound(weights.gamma, grown_quad_phases(weights.weight), 1.0).value.item()
+    bound = value_of(float16_sums_bound(weights.gamma, grown_quad_phases(weights.weight), 1.0))
     phases, gain, worst = quad_phases(weights.weight), weights.gamma.flatten().double(), 0.0
     for start in range(0, 96, 32):
         rows = phases[:, :, start : start + 32]
@@ -634,7 +648,80 @@ def test_no_sum_of_quads_exceeds_its_bound():
 def test_the_operand_bound_is_for_layers_behind_a_norm():
     assert operand_bound(LayerWeights(torch.ones(4, 4, 1, 1, 1)), 1.0) is None
     bound = operand_bound(LayerWeights(torch.ones(4, 4, 1, 1, 1), None, torch.full((4,), 3.0)), 9.0)
-    assert bound is not None and bound.value == 6.0
+    assert value_of(bound) == 6.0
+
+
+def attention_weights(dtype: torch.dtype, scale: float = 1.0) -> LayerWeights:
+    generator = torch.Generator().manual_seed(0)
+    weight = scale * torch.randn(3 * 384, 384, 1, 1, generator=generator)
+    gamma = torch.randn(384, 1, 1, generator=generator)
+    projection = torch.zeros(384, 384, 1, 1)
+    return LayerWeights(weight.to(dtype), None, gamma.to(dtype), projection.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 0.05])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_operand_bound_is_no_less_than_what_it_bounds(dtype, scale, sign):
+    """By norms in float64; with attention and without, for gains of which the largest has any
+    sign, for rows that are shorter than one and longer."""
+    weights = attention_weights(dtype, scale)
+    gamma = weights.gamma * sign
+    peak = gamma.double().abs().max().item() * 384**0.5
+    reach = weights.weight.double().flatten(1).norm(dim=1).max().item()
+    alone = value_of(operand_bound(LayerWeights(weights.weight, None, gamma), 1.0))
+    assert peak * (1 - 1e-15) <= alone <= peak * (1 + 1e-6)
+    before_attention = LayerWeights(weights.weight, None, gamma, weights.projection)
+    both = value_of(operand_bound(before_attention, 1.0))
+    assert max(peak, peak * reach) * (1 - 1e-15) <= both <= max(peak, peak * reach) * (1 + 3e-5)
+
+
+def test_the_operand_bound_allows_for_sums_that_are_rounded_down(monkeypatch):
+    """Rows of 2 ** 24 and many small numbers, of which a float32 that adds one after the other
+    takes in none."""
+    rows = torch.cat([torch.full((2, 1), 2.0**12), torch.ones(2, 1023)], 1)
+    weights = LayerWeights(rows[..., None, None], None, torch.ones(1024), torch.ones(1))
+
+    def in_turn(x, dim):
+        total = torch.zeros(len(x))
+        for column in x.unbind(dim):
+            total = total + column
+        return total
+
+    monkeypatch.setattr(torch.Tensor, "sum", in_turn)
+    bound = value_of(operand_bound(weights, 1.0))
+    assert bound >= 32 * rows.double().square().numpy().sum(1).max() ** 0.5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["gamma", "weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_operand_of_what_is_not_finite_is_refused(bad, where, dtype):
+    weights = attention_weights(dtype)
+    for place in (0, -1):
+        damaged = getattr(weights, where).clone()
+        damaged.view(-1)[place] = bad
+        bound = operand_bound(replace(weights, **{where: damaged}), LARGEST_FLOAT16)
+        assert "too large for float16" in bound.refusal(value_of(bound))
+    # A gain of zero makes no number of it.
+    none = replace(weights, gamma=torch.zeros_like(weights.gamma), weight=weights.weight * bad)
+    bound = operand_bound(none, LARGEST_FLOAT16)
+    assert bound.refusal(value_of(bound))
+
+
+def test_all_bounds_come_in_their_order(monkeypatch):
+    """Those of operands of one number and of several, and those of sums."""
+    kernel = FakeKernel("one", dict.fromkeys("ab", 1.0), reach={"a": 200.0, "b": 50.0})
+    kernel.requires = replace(kernel.requires, largest_operand=100.0)
+    monkeypatch.setattr(registry, "kernels_of", lambda *_: iter([kernel]))
+    alone = site("x", 16, 16)
+    gains = [torch.full((16,), gain) for gain in (-20.0, -30.0)]
+    sites = [replace(alone, weights=replace(alone.weights, gamma=gamma)) for gamma in gains]
+    asked = Contenders([*sites, alone], ("one",), CPU).all()
+    sums = "fake a: its sums in float16 may reach 2e+02, too large for float16"
+    operand = "its operand may reach 1e+02, too large for float16"
+    reasons = [[contender.reason for contender in own] for own in asked]
+    assert reasons == [[sums, ""], [operand, operand], [sums, ""]]
 
 
 # -- choosing as for one card, running on another ----------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 
 import pytest
 import torch
@@ -46,10 +47,15 @@ def test_uploads_are_cast_group_by_group(source, dtype, monkeypatch):
     monkeypatch.setattr(weights, "_GROUP_BYTES", 100_000)
     sent = []
 
-    def upload(group):
-        assert all(x.dtype in (*FLOAT_DTYPES, dtype) for x in group.values())
-        sent.append(list(group))
-        return {key: x.clone() for key, x in group.items()}
+    def upload(groups):
+        for group in groups:
+            assert all(x.dtype in (*FLOAT_DTYPES, dtype) for x in group.values())
+            sent.append(list(group))
+            raw = {key: x.clone() for key, x in group.items()}
+            made = [weakref.ref(x.untyped_storage()) for x in raw.values()]
+            yield raw
+            # The memory of the next but one.
+            assert not raw and not any(x() for x in made)
 
     state = tensors(source)
     own = uploaded(state, CPU, dtype, upload)

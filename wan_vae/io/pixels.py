@@ -18,6 +18,7 @@ import torch
 from .. import layout
 from ..geometry import Window
 from .staging import Buffer, CudaStaging, Staging
+from .tensors import Extremes
 
 # Device memory for so many passes of pixels: one is filled while the other is read.
 STAGING_BUFFERS = 2
@@ -103,8 +104,7 @@ class PixelSource:
         self.device, self.dtype = device, dtype
         self.unit_range = unit_range
         self._await_frames = await_frames
-        self._lowest: torch.Tensor | None = None
-        self._highest: torch.Tensor | None = None
+        self._extremes = Extremes()
         if staging is None and device.type == "cuda" and pixels.device.type == "cpu":
             staging = CudaStaging(device)
         self._staging = staging
@@ -135,7 +135,7 @@ class PixelSource:
             if part.dtype == torch.float64:
                 part = part.float()  # where they are: MPS has no float64
             x = part.to(self.device)
-        self._look_at(x)
+        self._extremes.see(x)
         white = self._white
         if white is not None:
             x = x.float().div(white / 2).sub_(1.0)
@@ -175,21 +175,14 @@ class PixelSource:
     def extremes(self) -> tuple[float, float] | None:
         """The smallest and the largest value that was fetched, NaN if there was one, in [-1, 1]
         where they are as expected; None before the first `fetch`. Waits for the device."""
-        if self._lowest is None or self._highest is None:
+        found = self._extremes.read()
+        if found is None:
             return None
-        lowest, highest = torch.stack((self._lowest, self._highest)).tolist()
+        lowest, highest = found
         white = self._white
         if white is not None:
             return (lowest / (white / 2) - 1, highest / (white / 2) - 1)
         return (2 * lowest - 1, 2 * highest - 1) if self.unit_range else (lowest, highest)
-
-    def _look_at(self, x: torch.Tensor) -> None:
-        """Keep the extremes of all values, on the device; NaN stays NaN."""
-        low, high = (extreme.float() for extreme in x.aminmax())
-        if self._lowest is not None and self._highest is not None:
-            low = torch.minimum(low, self._lowest)
-            high = torch.maximum(high, self._highest)
-        self._lowest, self._highest = low, high
 
     def _part(self, part: Part) -> torch.Tensor:
         """`part` on the host, read from a file or once it is there."""

@@ -8,6 +8,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..device import numbers_of
 from ..errors import CheckpointError, first_line
+from ..layout import memory_order
 from .kinds import PYTORCH, Wanted, is_safetensors, kind_of
 
 _USUAL = (torch.Tensor, torch.nn.Parameter)
@@ -49,6 +52,39 @@ def seen_finite(x: torch.Tensor) -> bool:
         return False
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(x.detach().resolve_neg().numpy().sum()))
+
+
+class Extremes:
+    """The smallest and the largest number of all tensors that were seen, on their device, of which
+    nobody is asked meanwhile. If there was a NaN, both are NaN.
+
+    By `aminmax` and `cat` alone: a process loads each of PyTorch's CUDA kernels when it is first
+    used (`isfinite(x).all()` has three, 6 to 13 ms each, H200), and a run needs these two anyway.
+    """
+
+    def __init__(self) -> None:
+        self._found: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def see(self, x: torch.Tensor) -> None:
+        """Look at `x`, in one pass over memory."""
+        if not x.numel():
+            return
+        # As it lies in memory: of a tensor in another order a dense copy would be made.
+        low, high = (end.float() for end in x.detach().permute(memory_order(x)).aminmax())
+        if self._found is not None:
+            low, high = torch.cat([end.view(1) for end in (*self._found, low, high)]).aminmax()
+        self._found = low, high
+
+    def read(self) -> tuple[float, float] | None:
+        """Both; None if there was no number. Waits for the device."""
+        if self._found is None:
+            return None
+        low, high = numbers_of(self._found)
+        return low, high
+
+    def are_finite(self) -> bool:
+        """Whether there was neither NaN nor inf. Waits for the device."""
+        return all(map(isfinite, self.read() or ()))
 
 
 def _needed_bytes(x: torch.Tensor) -> int:

@@ -11,11 +11,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 from zlib import crc32
 
-import torch
-
+from ..device import numbers_of
 from ..ops.problem import LayerSite, Problem
 from ..options import Axis
 from ..said import said
@@ -137,17 +137,18 @@ class Contenders:
         """For each site, in order of preference. All bounds come from the device in one
         transfer."""
         drafts = [self._of(site) for site in self.sites]
-        numbers = torch.stack([b.value for b in self.bounds]).tolist() if self.bounds else []
+        numbers = iter(numbers_of([number for bound in self.bounds for number in bound.numbers]))
+        values = [bound.value(*islice(numbers, len(bound.numbers))) for bound in self.bounds]
         return [
-            [self._checked(contender, bounds, numbers) for contender, bounds in draft]
+            [self._checked(contender, bounds, values) for contender, bounds in draft]
             for draft in drafts
         ]
 
     def _checked(
-        self, contender: Contender, bounds: Sequence[int], numbers: Sequence[float]
+        self, contender: Contender, bounds: Sequence[int], values: Sequence[float]
     ) -> Contender:
         for i in bounds:
-            reason = self.bounds[i].refusal(numbers[i])
+            reason = self.bounds[i].refusal(values[i])
             if reason is not None:
                 return Contender(contender.kernel, contender.config, reason, failed=True)
         return contender

@@ -113,6 +113,17 @@ class Points:
 POINTS = Points(11 / 16, 11 / 8, (2.0, 2.0, 1.0, 1.0, 2.0, 2.0))
 
 
+def pair_phases(
+    g0: torch.Tensor, g1: torch.Tensor, g2: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Three taps -> the weights of the products of F(2,3), in the order 1, 2, 0, 3.
+
+    Halved and negated by products, which are exact: CUDA has kernels of their own for a quotient
+    and for a sign, and each process loads a kernel when it is first used (10 ms each, H200).
+    """
+    return (g0 + g1 + g2) * 0.5, (g0 - g1 + g2) * 0.5, g0, g2 * -1.0
+
+
 def quad_phases(weight: torch.Tensor) -> torch.Tensor:
     """[O, C, 3, kH, kW] -> [6, O, C, kH, kW] float64: the weights of the products, in order.
 

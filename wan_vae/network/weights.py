@@ -8,7 +8,7 @@ takes longer than the copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import isfinite
@@ -16,7 +16,7 @@ from math import isfinite
 import numpy as np
 import torch
 
-from ..device import host_empty
+from ..device import host_empty, numbers_of
 
 # Dtypes that every device has: not float64 (MPS) and not float8, which are cast where they are.
 _EVERYWHERE = (torch.float32, torch.float16, torch.bfloat16)
@@ -27,8 +27,9 @@ _THREADS = 8
 # them costs next to nothing; and PyTorch takes no threads of its own for fewer than 32768.
 _PIECE = 32_000
 _BITS_PIECE = 1 << 19
-# Bytes of tensors that lie on a device at a time before they are cast.
-_GROUP_BYTES = 64 << 20
+# Bytes of tensors that are cast together on a device. While a group is cast, the next one is on its
+# way: two of them lie there at a time.
+_GROUP_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Copies:
     suspects: tuple[str, ...] = ()
 
 
-# Copies tensors from the host to the memory of a device.
-Upload = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+# Copies groups of tensors from the host to the memory of a device, in their order. One is on its
+# way while the one before it is read, and each lives as long as its reader keeps it.
+Upload = Callable[[Iterable[Mapping[str, torch.Tensor]]], Iterator[dict[str, torch.Tensor]]]
 
 
 def copied(
@@ -81,9 +83,9 @@ def uploaded(
     """
     plain = {key: x if x.dtype in _EVERYWHERE else x.to(dtype) for key, x in state.items()}
     own = {key: torch.empty(x.shape, dtype=dtype, device=device) for key, x in plain.items()}
-    for group in _groups(plain):
-        for key, raw in upload(group).items():
-            own[key].copy_(raw)
+    for raw in upload(_groups(plain)):
+        for key in tuple(raw):
+            own[key].copy_(raw.pop(key))  # whose memory the group after the next may take
     return own
 
 
@@ -112,11 +114,11 @@ def suspects_of(state: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
         if not value.is_meta:
             # Float8 has no arithmetic; float64 is asked what remains of it.
             x = value if value.dtype in _EVERYWHERE else value.float()
-            sums.setdefault(value.device, {})[key] = x.sum().float()
+            sums.setdefault(value.device, {})[key] = x.sum()
     return tuple(
         key
         for found in sums.values()
-        for key, total in zip(found, torch.stack(list(found.values())).tolist(), strict=True)
+        for key, total in zip(found, numbers_of(found.values()), strict=True)
         if not isfinite(total)
     )
 

@@ -19,6 +19,7 @@ from ..geometry import Strip
 from ..hooks import Hooks, OwnMemory
 from ..io.latents import WHAT, as_batch, check_latent_shape, wrong_values
 from ..io.sink import NullSink, Sink, TensorSink, check_out, is_copying, sink_bytes, sink_video
+from ..io.tensors import Extremes
 from ..network.cache import FeatureCache
 from ..options import Gather, RunOptions
 from ..planning.passes import pass_frames
@@ -115,7 +116,7 @@ class DecodeRun(Run):
         self.z = self.ranks.own_part(z)
         if self.ranks.exchange is not None:
             self.z = self.z.contiguous()
-        self._finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self._extremes = Extremes()
         # Frames that were yielded and taken, which a new start does not yield again.
         self._given_frames = 0
 
@@ -437,8 +438,9 @@ class DecodeRun(Run):
 
         def next_pass() -> torch.Tensor:
             pixels = next(passes)
-            # Here, where they are few: it takes their memory once more.
-            self._finite = self._finite & torch.isfinite(pixels).all()
+            # Here, where they are few: of strips, whose rows are cut out of others, it takes their
+            # memory once more.
+            self._extremes.see(pixels)
             return pixels
 
         while missing:
@@ -469,7 +471,7 @@ class DecodeRun(Run):
     # -- the end ---------------------------------------------------------------------------------
 
     def _is_finite(self) -> bool:
-        return bool(self._finite)
+        return self._extremes.are_finite()
 
     def _is_not_finite(self) -> None:
         advice = said("run.use_fp32", "decode with precision='fp32'")

@@ -24,6 +24,7 @@ from ..io.latents import (
     range_warning,
 )
 from ..io.pixels import FrameReader, Part, PixelSource, ReadWindow, WaitForFrames
+from ..io.tensors import Extremes
 from ..network.blocks import Step
 from ..network.cache import FeatureCache
 from ..network.model import result_of
@@ -255,7 +256,9 @@ class EncodeRun(Run):
             return False
         if warning := range_warning(max(map(abs, extremes))):
             self.builder.warnings.append(warning)
-        return bool(torch.isfinite(self._latent).all())
+        latent = Extremes()
+        latent.see(self._latent)
+        return latent.are_finite()
 
     def _is_not_finite(self) -> None:
         wrong = None

@@ -16,7 +16,7 @@ import torch
 
 from ...errors import LayoutError
 from ...said import said
-from ..weights import fit_channels
+from ..weights import fit_channels, in_tiles
 from .program import Program, integers, launch
 
 # As in conv.cu: numbers of the dtypes, pixels of a program, bytes of a pixel in a step.
@@ -92,21 +92,10 @@ def pack(weight: torch.Tensor, variant: Variant) -> torch.Tensor:
     tiles = variant.block // warps // 8
     # [block, warp, channel, step, 16 input channels, half of them, quad, element]
     p = whole.view(variant.blocks, warps, tiles * 8, -1, 2, 2, 4, 2)
-    p = p[:, :, _channels(tiles).to(p.device)]
+    p = in_tiles(p, 2)
     p = p.view(*p.shape[:2], tiles // 2, 2, *p.shape[3:])
     # [block, warp, two tiles, tile, column, step, 16 input channels, half of them, quad, element]
     return p.permute(0, 5, 6, 1, 2, 4, 8, 3, 7, 9).flatten()
-
-
-def _channels(tiles: int) -> torch.Tensor:
-    """[tiles, 8]: which of a warp's channels is each column of its tiles.
-
-    Of the two columns that a lane has in a tile: those of four tiles are 8 channels side by side,
-    those of two tiles that are left over 4.
-    """
-    tile, column = torch.arange(tiles)[:, None], torch.arange(8)[None, :]
-    width = torch.where(tile < tiles // 4 * 4, 8, 4)
-    return tile // 4 * 32 + column // 2 * width + tile % 4 * 2 + column % 2
 
 
 class Call(NamedTuple):

@@ -18,7 +18,8 @@ import torch
 
 from ...errors import LayoutError
 from ...said import said
-from ..winograd import DIRECT, PAIRS, QUADS, Transform, quad_phases
+from ..weights import in_tiles
+from ..winograd import DIRECT, PAIRS, QUADS, Transform, pair_phases, quad_phases
 from .driver import Argument
 from .program import Program, integers, launch_persistent
 
@@ -220,12 +221,12 @@ def pack(weight: torch.Tensor, variant: Variant) -> torch.Tensor:
     if variant.transform == DIRECT:
         phases = torch.stack(taps[3 - variant.taps :])
     elif variant.form == "winograd":
-        phases = torch.stack(_transformed(*taps))
+        phases = torch.stack(pair_phases(*taps))
     elif variant.form == "winograd4":
         phases = quad_phases(weight)
     else:
         # Two products of rows for each frame and pass, in the order of conv3x3_mma_2d.cu.
-        rows = [_transformed(*frame.unbind(2)) for frame in _transformed(*taps)]
+        rows = [pair_phases(*frame.unbind(2)) for frame in pair_phases(*taps)]
         order = ((0, 0), (1, 0), (0, 1), (1, 1), (2, 1), (3, 1), (2, 0), (3, 0))
         products = [torch.stack(rows[frame][2 * y : 2 * y + 2]) for frame, y in order]
         # [phase, product of rows, O, C, column]: a step has all columns, one after the other.
@@ -233,11 +234,6 @@ def pack(weight: torch.Tensor, variant: Variant) -> torch.Tensor:
         return _fragments(p[:, None], variant)
     # A step is a column of taps, with a tap for each row.
     return _fragments(phases.permute(0, 4, 3, 1, 2), variant)
-
-
-def _transformed(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Winograd's transform of three taps, in the order 1, 2, 0, 3 of its products."""
-    return (a + b + c) / 2, (a - b + c) / 2, a, -c
 
 
 def pack_doubled(folded: torch.Tensor, variant: Variant) -> torch.Tensor:
@@ -266,13 +262,11 @@ def _fragments(taps: torch.Tensor, variant: Variant) -> torch.Tensor:
         (phases, steps, count, blocks * tile.block, chunks * tile.chunk), dtype=variant.operand
     )
     whole[..., :o, :c] = taps.to(variant.operand)
-    # Where each number is stored alone, channels are in their own order.
-    order = torch.arange(n * 8) if variant.out == torch.float32 else _channel_order(n)
     p = whole.view(
         phases, steps, count, blocks, tile.warps_n, width, chunks, tile.chunk // 16, 2, 4, 2
     )
-    p = p[:, :, :, :, :, order.to(p.device)]
-    p = p.view(*p.shape[:5], n, 8, *p.shape[6:])
+    # Where each number is stored alone, channels are in their own order.
+    p = p.unflatten(5, (n, 8)) if variant.out == torch.float32 else in_tiles(p, 5)
     #  0      1      2      3      4     5     6       7       8   9     10 11
     # phase, step, tap, block, warp, tile, column, chunk, 16 channels, half, quad, pair
     p = p.permute(3, 0, 7, 1, 8, 2, 4, 5, 6, 10, 9, 11)
@@ -284,25 +278,6 @@ def _fragments(taps: torch.Tensor, variant: Variant) -> torch.Tensor:
     if n % 2:
         parts.append(p[..., n - 1 :, :, :, :, :].reshape(*lead, -1))
     return torch.cat(parts, -1).flatten()
-
-
-def _channel_order(n: int) -> torch.Tensor:
-    """For column 8 * t + i of a warp's n tiles: which of its n * 8 channels that is.
-
-    A lane holds columns 2 * q and 2 * q + 1 of each tile. In this order they are eight channels in
-    a row of each four tiles, so that it stores 16 bytes at a time.
-    """
-    order = []
-    for t in range(n):
-        for q in range(4):
-            if t < n // 4 * 4:
-                first = t // 4 * 32 + q * 8 + t % 4 * 2
-            elif t < n // 2 * 2:
-                first = n // 4 * 32 + q * 4 + t % 2 * 2
-            else:
-                first = n // 2 * 16 + q * 2
-            order += [first, first + 1]
-    return torch.tensor(order)
 
 
 # -- launches --------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ whose latent frame is four frames (`winograd.py`).
 from __future__ import annotations
 
 import functools
+import itertools
 from ctypes import c_void_p
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import torch
 
 from ...errors import LayoutError
 from ...said import said
-from ..winograd import DIRECT, PAIRS, QUADS, Transform, quad_phases
+from ..winograd import DIRECT, PAIRS, QUADS, Transform, pair_phases, quad_phases
 from .driver import Argument, frames_map
 from .program import Program, integers, launch_persistent
 
@@ -93,13 +94,13 @@ def pack(weight: torch.Tensor, variant: Variant) -> torch.Tensor:
     """
     w = weight.detach().float()
     o, c = w.shape[:2]
-    g0, g1, g2 = w.unbind(2)
+    taps = w.unbind(2)
     if variant.quads:
         phases = quad_phases(weight)
     elif variant.winograd:
-        phases = torch.stack([(g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g0, -g2])
+        phases = torch.stack(pair_phases(*taps))
     else:
-        phases = torch.stack([g0, g1, g2][3 - variant.taps :])
+        phases = torch.stack(taps[3 - variant.taps :])
     n, block = variant.blocks, variant.block
     # [phase, tile block, block, row, chunk, 4 x 8 channels, ky, kx]
     p = phases.to(torch.float16).view(len(phases), o // (n * block), n, block, c // 32, 4, 8, 3, 3)
@@ -120,11 +121,22 @@ def pack_doubled(folded: torch.Tensor, variant: Variant) -> torch.Tensor:
 
 
 def _swizzled(p: torch.Tensor) -> torch.Tensor:
-    """Rows [..., row, 4, 8] of 64 bytes, their 16-byte words in the hardware's order; flat."""
-    # Made on the host: a process loads each of PyTorch's kernels when it is first used.
-    row = torch.arange(p.shape[-3], device="cpu")
-    place = (torch.arange(4, device="cpu")[None, :] ^ (row[:, None] // 2 % 4)).to(p.device)
-    return p.contiguous().gather(-2, place[:, :, None].expand(p.shape)).flatten()
+    """Rows [..., row, 4, 8] of 64 bytes, their 16-byte words in the hardware's order; flat.
+
+    Word i of row r goes to place i ^ (r // 2 % 4): in every second pair of rows neighbours change
+    places, in every second two pairs the halves. By copies, and not by `gather`: a process loads
+    each of PyTorch's CUDA kernels when it is first used (that one: 15 ms, H200).
+    """
+    swizzled = torch.empty(p.shape, dtype=p.dtype, device=p.device)
+    # [..., 8 rows, halves change, neighbours change, row, half, neighbour, 8]
+    read, written = (x.unflatten(-2, (2, 2)).unflatten(-4, (-1, 2, 2, 2)) for x in (p, swizzled))
+    first, second, both = slice(0, 1), slice(1, 2), slice(None)
+    moves = ((both, both),), ((first, second), (second, first))  # from, to: without a change, with
+    for halves, neighbours in itertools.product((0, 1), (0, 1)):
+        source, target = (x[..., halves, neighbours, :, :, :, :] for x in (read, written))
+        for (half, to_half), (word, to_word) in itertools.product(moves[halves], moves[neighbours]):
+            target[..., to_half, to_word, :] = source[..., half, word, :]
+    return swizzled.flatten()
 
 
 def conv3x3(
