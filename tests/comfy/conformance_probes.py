@@ -422,7 +422,7 @@ class ProbeCopies(_Probe):
         ]
         prepared = [copy.wan.model.prepared for copy in module.COPIES._copies.values()]
         marks = [kernels.setdefault("probe", next(self.numbers)) for kernels in prepared]
-        return {"ui": {"copies": found, "marks": marks}}
+        return {"ui": {"copies": found, "marks": marks, "collects": [gc.isenabled()]}}
 
 
 class ProbeWorkersCounted(_Probe):

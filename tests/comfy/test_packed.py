@@ -16,6 +16,7 @@ def looked_at(comfy, keep: dict | None = None) -> dict:
     prompt = {"99": node("ProbeCopies", salt=uuid.uuid4().int % 2**30), **(keep or {})}
     run = comfy.run(prompt)
     assert run.error is None, run.error
+    assert run.outputs["99"]["collects"] == [True], "garbage, once the weights are copied"
     return run.outputs["99"]
 
 
