@@ -6,6 +6,8 @@ nothing is computed twice, and the history frames of a causal convolution includ
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .. import layout
@@ -66,7 +68,8 @@ class Shard:
     def halo_rows_of(self, x: torch.Tensor, site: str) -> HaloRows:
         """Get the neighbours' rows next to `x` [B, C, T, H, W]; the kernel joins them itself.
 
-        They travel while the kernel reads `x`, which must stay until they have arrived.
+        Those of several frames travel while the kernel reads `x`, which must stay until they have
+        arrived.
         The rows are in NDHWC, which kernels read: a contiguous [B, T, 1, W, C] or [B, T, H, 1, C].
         Every rank with rows must call it at the same `site`.
         """
@@ -74,12 +77,14 @@ class Shard:
         dim, rank, rows = self.plan.dim - 1, self.context.rank, x.shape[self.plan.dim]
         peers = [rank - 1] * (rank > 0) + [rank + 1] * (rank < self.plan.active - 1)
         shape = _with_rows(frames, dim, 1)
-        received, arrive = self.wire.begin_exchange(
-            site,
-            x.dtype,
-            [Outgoing(p, frames.narrow(dim, 0 if p < rank else rows - 1, 1)) for p in peers],
-            [Incoming(p, shape) for p in peers],
-        )
+        out = [Outgoing(p, frames.narrow(dim, 0 if p < rank else rows - 1, 1)) for p in peers]
+        into = [Incoming(p, shape) for p in peers]
+        arrive: Callable[[], None] | None = None
+        if x.shape[2] > 1:
+            received, arrive = self.wire.begin_exchange(site, x.dtype, out, into)
+        else:
+            # The device waits for the launches of one image, which another stream makes more.
+            received = self.wire.exchange(site, x.dtype, out, into)
         self._count(received, dim)
         parts = dict(zip(peers, received, strict=True))
         return HaloRows(self.plan.axis, parts.get(rank - 1), parts.get(rank + 1), arrive)
