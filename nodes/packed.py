@@ -134,9 +134,10 @@ class PackedCopies:
             return None
         key = Key(last.source, _dtype(vae, precision), vae.device)
         packed = self._copies.get(key)
-        if packed is not None:
-            self._copies.move_to_end(key)
-            packed.wan.engine.weights_found = last.formats
+        if packed is None or last.formats is None:
+            return None
+        self._copies.move_to_end(key)
+        packed.wan.engine.weights_found = last.formats
         return packed
 
     def is_right(self, vae: Any) -> bool:
