@@ -303,6 +303,17 @@ def test_a_shards_halo_gives_the_bits_of_the_whole_picture(
         assert torch.equal(got, expected.narrow(dim, start, stop - start + 2))
 
 
+def test_rows_arrive_once_and_before_they_are_read():
+    arrived = []
+    row = torch.zeros(1, 1, 1, 2, 8)
+    halo = HaloRows("height", row, None, lambda: arrived.append(True))
+    assert halo.on_their_way[0] is row and not arrived
+    assert halo.after is None and arrived == [True]
+    assert halo.before is row
+    halo.arrive()
+    assert arrived == [True]
+
+
 @pytest.mark.parametrize("kind", ["join", "pairs", "quads"])
 @pytest.mark.parametrize("channels,width", [(24, 32), (8, 64), (96, 112)])
 def test_channels_that_the_layer_lacks_are_zeros(device, kind, channels, width):
