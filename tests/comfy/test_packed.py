@@ -121,7 +121,13 @@ NODES = {
 }
 
 
-@pytest.mark.parametrize("kind", NODES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.full] if "accelerated" in kind else [])
+        for kind in NODES
+    ],
+)
 def test_each_node_sees_weights_that_were_changed(comfy, kind):
     """After three runs the copy is used before the weights are looked at."""
     forget(comfy)

@@ -181,7 +181,7 @@ class Watched:
 
 
 # The last: in the last strip of the first part, of which a frame was given.
-@pytest.mark.parametrize("questions", [1, 6, 5])
+@pytest.mark.parametrize("questions", [1, 6, pytest.param(5, marks=pytest.mark.full)])
 def test_a_cancel_frees_what_waits_on_the_host_although_somebody_keeps_the_error(
     questions, monkeypatch
 ):
@@ -403,7 +403,7 @@ def test_a_cancel_during_the_last_strip_leaves_the_frames_that_were_given(gives,
     assert 4 * gives - 3 <= vae.last_report.done_frames < 17
 
 
-@pytest.mark.parametrize("strips", [2, 3])
+@pytest.mark.parametrize("strips", [2, pytest.param(3, marks=pytest.mark.full)])
 @pytest.mark.parametrize("fault", ["pass", "begin", "end"])
 def test_memory_that_runs_out_in_the_last_strip_gives_each_frame_once(fault, strips, monkeypatch):
     """In its pass, for the next frames, or while rows come back; then there are more strips."""
