@@ -71,8 +71,7 @@ class Session:
         # Those that were not looked at yet, with what the user says of them.
         self._latents: list[tuple[torch.Tensor, bool]] = []
         self._packed: Packed | None = None
-        # Whether `packed` is the copy of the last run, and what a look at the weights said of that.
-        self._is_assumed = False
+        # Whether `packed` is of the weights as they are; None where nobody has looked.
         self._is_right: bool | None = None
         # What `plan` was asked for last.
         self._planned: tuple[Sequence[int], dict[str, Any]] | None = None
@@ -126,14 +125,13 @@ class Session:
         """
         if self._packed is None:
             with self.timed("look"):
-                # Not twice: a look has said no.
                 assumed = None
-                if self.operation in PARTS and self._is_right is None:
+                if self.operation in PARTS and self._is_right is None:  # else a look has said no
                     assumed = COPIES.assumed(self.vae, self._precision)
-                self._is_assumed = assumed is not None
                 self._packed = self._found() if assumed is None else assumed
                 self._before = self._packed.wan.last_report
                 if assumed is None:
+                    self._is_right = True
                     self._tell_of_ignored(self._packed)
         return self._packed
 
@@ -156,8 +154,8 @@ class Session:
         self.warnings += [*ignored(self.vae), *packed.wan.notes]
 
     def _look(self) -> None:
-        """See whether the copy that is used is of the weights as they are."""
-        if self._is_assumed and self._is_right is None:
+        """See whether the copy that is used is of the weights as they are, once."""
+        if self._is_right is None:
             self._is_right = COPIES.is_right(self.vae)
             if self._is_right:
                 self._tell_of_ignored(self.packed)
@@ -167,10 +165,9 @@ class Session:
         changed them, the next one is, and what was made or planned is to be made again."""
         with self.timed("look"):
             self._look()
-        is_right = not self._is_assumed or self._is_right is True
-        if not is_right:
-            self._packed, self._memory, self._is_assumed = None, None, False
-        return is_right
+        if not self._is_right:
+            self._packed, self._memory = None, None
+        return bool(self._is_right)
 
     def not_a_wan_vae(self) -> str | None:
         """Why the VAE is none of Wan's; None if it is one. Raises what `packed` raises otherwise,
@@ -438,7 +435,7 @@ class Session:
     def finish(self) -> None:
         """Send the library's report of the run that is done, or `report` if the node has set it,
         with what ComfyUI's side has to say."""
-        assert not self._is_assumed or self._is_right  # who made something has asked
+        assert self._packed is None or self._is_right  # who made something has asked
         with self.timed("latent"):
             self._look_at_latents()
         if self.report:

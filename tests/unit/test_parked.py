@@ -403,6 +403,18 @@ def test_a_cancel_during_the_last_strip_leaves_the_frames_that_were_given(gives,
     assert 4 * gives - 3 <= vae.last_report.done_frames < 17
 
 
+def runs_out_once(monkeypatch, owner, method, sink, late):
+    """Have `method` of `owner` find no memory when two parts were given, in the first attempt."""
+    real = getattr(owner, method)
+
+    def planted(*arguments):
+        if len(sink.parts) == 2 and not late.is_closed:
+            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, method, planted)
+
+
 @pytest.mark.parametrize("strips", [2, pytest.param(3, marks=pytest.mark.full)])
 @pytest.mark.parametrize("fault", ["pass", "begin", "end"])
 def test_memory_that_runs_out_in_the_last_strip_gives_each_frame_once(fault, strips, monkeypatch):
@@ -412,23 +424,9 @@ def test_memory_that_runs_out_in_the_last_strip_gives_each_frame_once(fault, str
     expected, sink = vae.decode(z), Frames()
     late = Late(monkeypatch, fails_at=3 if fault == "end" else None)
     if fault == "pass":
-        real = vae.model.decoder.passes
-
-        def passes(x, step, strip=None):
-            if len(sink.parts) == 2 and not late.is_closed:
-                raise torch.OutOfMemoryError("CUDA out of memory (planted)")
-            return real(x, step, strip)
-
-        monkeypatch.setattr(vae.model.decoder, "passes", passes)
+        runs_out_once(monkeypatch, vae.model.decoder, "passes", sink, late)
     if fault == "begin":
-        begin = WholeFrames._begin_next
-
-        def begin_next(self):
-            if len(sink.parts) == 2 and not late.is_closed:
-                raise torch.OutOfMemoryError("CUDA out of memory (planted)")
-            begin(self)
-
-        monkeypatch.setattr(WholeFrames, "_begin_next", begin_next)
+        runs_out_once(monkeypatch, WholeFrames, "_begin_next", sink, late)
     plan = plan_of(vae, z, strips, 1, parts=(4,))
     vae.decode(z, plan=planned(plan), sink=sink)
     report = vae.last_report
@@ -444,14 +442,7 @@ def test_frames_of_a_part_that_was_given_are_not_read_again(monkeypatch):
     vae = vae_of("wan2.1")
     z = torch.randn(1, vae.config.z_dim, 4, 30, 2)
     expected, late, sink = vae.decode(z), Late(monkeypatch), Frames()
-    real = vae.model.decoder.passes
-
-    def passes(x, step, strip=None):
-        if len(sink.parts) == 2 and not late.is_closed:
-            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
-        return real(x, step, strip)
-
-    monkeypatch.setattr(vae.model.decoder, "passes", passes)
+    runs_out_once(monkeypatch, vae.model.decoder, "passes", sink, late)
     plan = plan_of(vae, z, 2, 1, parts=(2, 2))
     monkeypatch.setattr(choosing, "_parts", lambda chunks, count: (2, 2))
     vae.decode(z, plan=planned(plan), sink=sink)
