@@ -13,9 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.suite.scaling import LINKS, MeasuredPicture, planned_frames, predict
+from benchmarks.suite.scaling import LINKS, MeasuredPicture, predict
 from wan_vae.config import wan21
-from wan_vae.sharding.plan import plan_shards
 
 # NVIDIA H100, our kernels: benchmarks/results/2026-11-28-h100x4-ranks.md, over 21 latent frames.
 CLIP_FRAMES = 21
@@ -36,10 +35,9 @@ def table() -> str:
     ]
     for picture in PICTURES:
         for ranks in (2, 4, 8, 16):
-            size = picture.height, picture.width
-            clip = (1, config.z_dim, CLIP_FRAMES, *size)
-            frames = planned_frames(config, clip, plan_shards(*size, ranks))
-            found = [predict(config, picture, ranks, link, frames=frames) for link in LINKS]
+            found = [
+                predict(config, picture, ranks, link, clip_frames=CLIP_FRAMES) for link in LINKS
+            ]
             p = found[0]
             speeds = (f"{f.efficiency:.0%} ({f.efficiency * ranks:.1f}x)" for f in found)
             lines.append(

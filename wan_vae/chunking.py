@@ -101,6 +101,48 @@ class Pass:
                 yield one
 
 
+@dataclass(frozen=True)
+class PassEnds:
+    """How passes begin and end where the frames of a chunk do not go through a stage together.
+
+    first: how many frames of features enter each stage of the decoder in a video's first pass;
+    empty: its first frame alone. last: how many enter the last stage in its last pass; the passes
+    before it become shorter by halves. 0: no pass is shorter.
+    """
+
+    first: tuple[int, ...] = ()
+    last: int = 0
+
+
+def next_pass(
+    frames: int, stage: int, limits: tuple[int, ...], ends: PassEnds, is_first: bool, is_last: bool
+) -> int:
+    """How many of `frames` frames of features enter `stage` of the decoder in the next pass.
+
+    limits: of each stage; empty: none has one. Where the frames do not all enter together, the
+    first pass of a video (is_first) leaves whole latent frames, which are cut where no kernel makes
+    frames together (`planning.passes`). is_last: these are the video's last frames.
+    """
+    if not limits:
+        return frames
+    limit = limits[stage]
+    if frames <= limit:
+        # What a pass has made is copied in the time of the next one.
+        is_cut = is_last and stage + 1 == len(limits) and 0 < ends.last < frames
+        return frames - _half(frames, ends.last) if is_cut else frames
+    if is_first:
+        return ends.first[stage] if ends.first else 1
+    if is_last and ends.last and frames < 2 * limit:
+        # No short pass behind a long one.
+        return min(limit, frames - _half(frames, ends.last))
+    return limit
+
+
+def _half(frames: int, of: int) -> int:
+    """About half of `frames`: a multiple of `of`."""
+    return max(of, frames // 2 // of * of)
+
+
 def whole_number(value: object, what: str) -> int:
     """Return `value` as an int if it is a whole number of any library. Raises GeometryError.
 
@@ -169,17 +211,3 @@ def schedule(total_frames: int, chunk_frames: int | Sequence[int]) -> list[Chunk
 def chunk_lengths(total_frames: int, chunk_frames: int | Sequence[int]) -> tuple[int, ...]:
     """Latent frames of each chunk of `schedule`. Raises GeometryError."""
     return tuple(chunk.frames for chunk in schedule(total_frames, chunk_frames))
-
-
-def lengths_of_ranks(
-    total_frames: int, chunk_frames: int | Sequence[int], operation: str
-) -> tuple[int, ...]:
-    """`chunk_lengths` for ranks that share a picture. Raises GeometryError.
-
-    A decode ends with a chunk of one latent frame, where frames are left to choose: while its
-    pixels are copied, no device has work any more.
-    """
-    lengths = chunk_lengths(total_frames, chunk_frames)
-    if operation != "decode" or isinstance(chunk_frames, Sequence) or lengths[-1] <= 2:
-        return lengths
-    return (*lengths[:-1], lengths[-1] - 1, 1)

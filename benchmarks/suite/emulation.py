@@ -14,7 +14,7 @@ from math import inf
 
 import torch
 
-from benchmarks.suite.scaling import Link, cross_size, exchanged
+from benchmarks.suite.scaling import Link, cross_size, exchanged, planned
 from wan_vae.chunking import Chunk
 from wan_vae.errors import DecodeMemoryError
 from wan_vae.io.sink import NullSink
@@ -22,7 +22,7 @@ from wan_vae.layout import LayoutCounter, contiguous_for_collective
 from wan_vae.ops.opset import HaloExchange
 from wan_vae.options import RunOptions
 from wan_vae.pipeline import WanVAE
-from wan_vae.planning.plan import Plan
+from wan_vae.planning.plan import Pace, Plan
 from wan_vae.report import ReportBuilder
 from wan_vae.runs.decode import DecodeRequest, DecodeRun, shards_of
 from wan_vae.runs.shard_ranks import own_part
@@ -77,8 +77,8 @@ class EmulatedRanks:
     def result_shape(self, shape: tuple[int, ...], factor: int = 1) -> tuple[int, ...]:
         return self.part_shape(shape, factor)
 
-    def agree_on(self, plan: Plan) -> tuple[int, ...]:
-        return plan.lengths
+    def agree_on(self, plan: Plan) -> Pace:
+        return plan.pace
 
     def agree_to_stop(self, chunk: Chunk, stop: bool) -> bool:
         return stop
@@ -184,8 +184,9 @@ def emulate(
             for rank in range(plan.active)
         )
         cross, itemsize = cross_size(plan, height, width), vae.dtype.itemsize
+        chunk, (_, passes) = Chunk(1, 1 + frames, False, False), planned(vae.config, clip, plan)
         for link in links:
-            link_ms = exchanged(vae.config, plan, cross, link, itemsize, frames).link_ms
+            link_ms = exchanged(vae.config, plan, cross, link, itemsize, chunk, passes).link_ms
             one = one_ms * frames
             found.append(Emulated(count, frames, plan.axis, link.name, one, shard_ms, link_ms))
     return found

@@ -18,7 +18,8 @@ class Exchange:
 
     `channels` and `scale` (rows and columns for each latent row) are those of its input;
     `frames(chunk)` says how many frames of it a chunk has. A rank needs `before` rows of the rank
-    above and `after` rows of the rank below.
+    above and `after` rows of the rank below. `stage`: of the decoder, whose passes each have their
+    own exchange; None where the chunk goes through whole.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Exchange:
     time_scale: int = 1
     before: int = 1
     after: int = 1
+    stage: int | None = None
 
     def frames(self, chunk: Chunk) -> int:
         """Frames of this layer's input for `chunk`; the video's first frame is never doubled."""
@@ -41,19 +43,19 @@ def decoder_exchanges(config: WanVAEConfig) -> Iterator[Exchange]:
         yield from _of_block(block, 1, 1)
     scale, time = 1, 1
     stages = architecture.stages(config)
-    for stage in stages:
+    for i, stage in enumerate(stages):
         for block in stage.blocks:
-            yield from _of_block(block, scale, time)
+            yield from _of_block(block, scale, time, i)
         if stage.up is not None:
             time *= 2 if stage.temporal else 1
-            yield Exchange(stage.up.conv, stage.up.channels_in, scale, time)
+            yield Exchange(stage.up.conv, stage.up.channels_in, scale, time, stage=i)
             scale *= 2
-    yield Exchange(architecture.HEAD, stages[-1].channels, scale, time)
+    yield Exchange(architecture.HEAD, stages[-1].channels, scale, time, stage=len(stages) - 1)
 
 
-def _of_block(block: Block, scale: int, time: int) -> Iterator[Exchange]:
-    yield Exchange(block.conv1, block.channels_in, scale, time)
-    yield Exchange(block.conv2, block.channels, scale, time)
+def _of_block(block: Block, scale: int, time: int, stage: int | None = None) -> Iterator[Exchange]:
+    yield Exchange(block.conv1, block.channels_in, scale, time, stage=stage)
+    yield Exchange(block.conv2, block.channels, scale, time, stage=stage)
 
 
 def halo_bytes(

@@ -6,16 +6,19 @@ them against what real ranks count. Milliseconds are a model: measured compute, 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from wan_vae.chunking import Chunk
+from wan_vae.chunking import Chunk, schedule
 from wan_vae.config import WanVAEConfig
 from wan_vae.planning.choose import PlanRequest, choose
+from wan_vae.planning.passes import pass_ends, pass_frames, stage_passes
 from wan_vae.sharding.plan import ShardPlan, plan_shards
 
-from .exchanges import decoder_exchanges, halo_bytes
+from .exchanges import Exchange, decoder_exchanges, halo_bytes
 
 # NVIDIA H200, device copy, read and write counted (docs/performance.md).
 COPY_BYTES_PER_MS = 4.2e9
@@ -36,14 +39,11 @@ LINKS = (
     Link("NVLink 4 (300 GB/s one way)", 120.0, 300e6),
     Link("PCIe 5 x16 (40 GB/s one way)", 135.0, 40e6),
 )
-# Measured there as well: a rank's host issues a chunk, exchanges included, in this time, however
-# small its kernels are.
-HOST_ISSUE_MS = 32.0
-
-
-def steady(frames: int) -> Chunk:
-    """A chunk of `frames` latent frames in the middle of a video."""
-    return Chunk(1, 1 + frames, is_first=False, is_last=False)
+# Measured on two H200 (rank: chunks of an image): a rank's host issues 34 exchanges, and what lies
+# between them, in 15.4 ms, however small its kernels are.
+HOST_ISSUE_MS = 15.4 / 34
+# Frames that our kernels make together.
+_TOGETHER = 4
 
 
 def cross_size(plan: ShardPlan, height: int, width: int) -> int:
@@ -60,18 +60,30 @@ def attention_bytes(
     return channels * (plan.rows - (stop - start)) * cross * itemsize * frames
 
 
-def messages(config: WanVAEConfig, plan: ShardPlan, rank: int) -> int:
+# How often a chunk passes each stage of the decoder; empty: each once.
+Passes = Mapping[int, int]
+_ONCE: Passes = {}
+
+
+def messages(config: WanVAEConfig, plan: ShardPlan, rank: int, passes: Passes = _ONCE) -> int:
     """Messages that `rank` receives in a chunk: rows of each neighbour, attention of each rank."""
     halos = sum(
-        (e.before > 0 and rank > 0) + (e.after > 0 and rank < plan.active - 1)
+        ((e.before > 0 and rank > 0) + (e.after > 0 and rank < plan.active - 1)) * _times(e, passes)
         for e in decoder_exchanges(config)
     )
     return halos + plan.active - 1
 
 
-def surround_bytes(
-    config: WanVAEConfig, rows: int, cross: int, itemsize: int, frames: int = 1
-) -> int:
+def _times(exchange: Exchange, passes: Passes) -> int:
+    return 1 if exchange.stage is None else passes.get(exchange.stage, 1)
+
+
+def exchanges(config: WanVAEConfig, passes: Passes = _ONCE) -> int:
+    """Exchanges of a chunk, that of attention included."""
+    return 1 + sum(_times(e, passes) for e in decoder_exchanges(config))
+
+
+def surround_bytes(config: WanVAEConfig, rows: int, cross: int, itemsize: int, chunk: Chunk) -> int:
     """Bytes read and written to put halo rows around the inputs of first layer and up-samplers.
 
     Elsewhere the norm writes them into the convolution's operand, with everything else.
@@ -80,13 +92,13 @@ def surround_bytes(
     for site in decoder_exchanges(config):
         if site.name.endswith(("decoder.conv1", "resample.1")):
             pixels = (rows * site.scale + 2) * cross * site.scale
-            total += 2 * site.channels * site.frames(steady(frames)) * pixels * itemsize
+            total += 2 * site.channels * site.frames(chunk) * pixels * itemsize
     return total
 
 
 @dataclass(frozen=True)
 class Exchanged:
-    """What the busiest rank (two neighbours, where there is one) receives in a steady chunk."""
+    """What the busiest rank (two neighbours, where there is one) receives in a chunk."""
 
     messages: int
     halo_bytes: int
@@ -95,26 +107,32 @@ class Exchanged:
 
 
 def exchanged(
-    config: WanVAEConfig, plan: ShardPlan, cross: int, link: Link, itemsize: int, frames: int = 1
+    config: WanVAEConfig,
+    plan: ShardPlan,
+    cross: int,
+    link: Link,
+    itemsize: int,
+    chunk: Chunk,
+    passes: Passes = _ONCE,
 ) -> Exchanged:
-    """Counts and modelled time of a chunk of `frames` latent frames.
+    """Counts and modelled time of `chunk`.
 
     Both neighbours' rows travel at once, each exchange is awaited.
     """
     rank = min(1, plan.active - 1)
-    halo = halo_bytes(config, plan, rank, steady(frames), cross, itemsize)
-    gathered = attention_bytes(config, plan, rank, cross, itemsize, frames)
+    halo = halo_bytes(config, plan, rank, chunk, cross, itemsize)
+    gathered = attention_bytes(config, plan, rank, cross, itemsize, chunk.frames)
     ms = 0.0
     if plan.active > 1:
-        sites = len(list(decoder_exchanges(config))) + 1
-        ms = sites * link.exchange_us / 1e3 + (halo + gathered) / link.bytes_per_ms
-    return Exchanged(messages(config, plan, rank), halo, gathered, ms)
+        count = exchanges(config, passes)
+        ms = count * link.exchange_us / 1e3 + (halo + gathered) / link.bytes_per_ms
+    return Exchanged(messages(config, plan, rank, passes), halo, gathered, ms)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The slowest rank's steady chunk of `frames` latent frames: exact counts, modelled
-    milliseconds and efficiency."""
+    """The slowest rank's chunk of `frames` latent frames: exact counts, modelled milliseconds and
+    efficiency."""
 
     axis: str
     rows: int
@@ -143,30 +161,43 @@ def predict(
     link: Link,
     *,
     itemsize: int = 2,
-    frames: int = 1,
+    clip_frames: int = 1,
 ) -> Prediction:
-    """`picture` on `ranks` GPUs in chunks of `frames` latent frames."""
+    """The first chunk of `clip_frames` latent frames of `picture` on `ranks` GPUs, as it is planned
+    where memory is no limit."""
     plan = plan_shards(picture.height, picture.width, ranks)
     cross = cross_size(plan, picture.height, picture.width)
     start, stop = plan.rows_of(0)
     rows = stop - start
-    found = exchanged(config, plan, cross, link, itemsize, frames)
-    compute_ms = picture.one_gpu_ms * frames * rows / plan.rows
-    copy_ms = surround_bytes(config, rows, cross, itemsize, frames) / COPY_BYTES_PER_MS
-    chunk_ms = max(compute_ms + copy_ms + found.link_ms, HOST_ISSUE_MS)
+    clip = (1, config.z_dim, clip_frames, picture.height, picture.width)
+    chunk, passes = planned(config, clip, plan)
+    found = exchanged(config, plan, cross, link, itemsize, chunk, passes)
+    compute_ms = picture.one_gpu_ms * chunk.frames * rows / plan.rows
+    copy_ms = surround_bytes(config, rows, cross, itemsize, chunk) / COPY_BYTES_PER_MS
+    host_ms = exchanges(config, passes) * HOST_ISSUE_MS
+    chunk_ms = max(compute_ms + copy_ms + found.link_ms, host_ms)
     return Prediction(
         axis=plan.axis,
         rows=rows,
-        frames=frames,
+        frames=chunk.frames,
         messages=found.messages,
         halo_bytes=found.halo_bytes,
         attention_bytes=found.attention_bytes,
         chunk_ms=chunk_ms,
-        efficiency=picture.one_gpu_ms * frames / (ranks * chunk_ms),
+        efficiency=picture.one_gpu_ms * chunk.frames / (ranks * chunk_ms),
     )
 
 
-def planned_frames(config: WanVAEConfig, latent_shape: tuple[int, ...], plan: ShardPlan) -> int:
-    """Latent frames a chunk of a decode of [B, z, T, H, W] by `plan`, where memory is no limit."""
+def planned(
+    config: WanVAEConfig, latent_shape: tuple[int, ...], plan: ShardPlan
+) -> tuple[Chunk, Passes]:
+    """The first chunk of a decode of [B, z, T, H, W] by `plan` where memory is no limit, and how
+    often it passes each stage."""
     own = plan.pixel_shape_of(0, latent_shape, 1)
-    return choose(PlanRequest(config, own, torch.bfloat16, shards=True)).chunk_frames
+    choice = choose(PlanRequest(config, own, torch.bfloat16, shards=True))
+    chunk, *_ = schedule(latent_shape[2], choice.lengths)
+    if choice.pass_elements is None:
+        return chunk, _ONCE
+    limits = pass_frames(config, own, choice.pass_elements, _TOGETHER)
+    ends = pass_ends(config, latent_shape, limits, _TOGETHER)
+    return chunk, Counter(stage for stage, _ in stage_passes(config, chunk, limits, ends))

@@ -27,7 +27,7 @@ from benchmarks.suite.ranks.results import (
     ranks_markdown,
 )
 from benchmarks.suite.ranks.timing import with_predictions
-from benchmarks.suite.scaling import LINKS, exchanged
+from benchmarks.suite.scaling import LINKS, exchanged, planned
 from benchmarks.suite.weights import random_vae
 from wan_vae.commands.cli import main as cli
 from wan_vae.config import wan21, wan22
@@ -185,7 +185,9 @@ def test_emulation_times_each_shard_and_adds_the_link():
     ]
     two = found[0]
     assert two.frames == 2
-    assert two.link_ms == exchanged(NARROW, plan_shards(3, 5, 2), 3, LINKS[0], 4, 2).link_ms > 4
+    plan, steady = plan_shards(3, 5, 2), Chunk(1, 3, False, False)
+    _, passes = planned(NARROW, (1, 16, 2, 3, 5), plan)
+    assert two.link_ms == exchanged(NARROW, plan, 3, LINKS[0], 4, steady, passes).link_ms > 4
     assert two.chunk_ms == max(two.shard_ms) + two.link_ms
     assert two.efficiency == two.one_ms / (2 * two.chunk_ms)
 

@@ -202,8 +202,8 @@ def test_ranks_read_their_clocks_before_the_host_waits_for_the_last_work(ranks, 
     for at_end, read, wait_ms in ranks.run("run_behind", 2, operation=operation, shape=shape):
         spans, exchanges, read_then = at_end
         assert spans > exchanges > 20
-        # But the last pass, and the last exchange.
-        assert read_then == spans - 2
+        # But the last pass, and of an encode, whose ranks gather first, the last exchange.
+        assert read_then == spans - (2 if operation == "encode" else 1)
         assert read == spans and wait_ms == exchanges
 
 

@@ -620,7 +620,7 @@ def test_an_encodes_latent_comes_into_memory_that_was_made_ready(pool, vae, is_g
 
     class Copy(workers.FollowingCopy):
         def prepare(self):
-            assert self._first_frames == self.image.shape[1] == 16
+            assert self._mapped_frames == self.image.shape[1] == 16
             seen.append("prepare")
             super().prepare()
 

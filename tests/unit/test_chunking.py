@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wan_vae import geometry
-from wan_vae.chunking import chunk_lengths, lengths_of_ranks, schedule
+from wan_vae.chunking import PassEnds, next_pass, schedule
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import GeometryError
 
@@ -59,19 +59,35 @@ def test_halos_of_the_real_architectures():
     assert geometry.strip_halos(wan22()) == (13, 12, 10, 7)
 
 
+ENDS = PassEnds((5, 5, 9), 4)
+
+
 @pytest.mark.parametrize(
-    ("frames", "most", "lengths"),
+    ("frames", "stage", "is_first", "is_last", "taken"),
     [
-        (21, 8, (8, 8, 4, 1)),
-        (21, 4, (4, 4, 4, 4, 4, 1)),
-        (31, 4, (4, 4, 4, 4, 4, 4, 4, 2, 1)),
-        (16, 4, (4, 4, 4, 3, 1)),
-        (21, 21, (20, 1)),
-        (2, 8, (2,)),
-        (1, 4, (1,)),
-        (21, (10, 11), (10, 11)),  # as the caller wants it
+        (81, 2, True, False, 9),
+        (81, 0, True, True, 5),
+        (5, 2, True, False, 5),  # all of them
+        (72, 2, False, False, 12),
+        (24, 2, False, True, 12),
+        (20, 2, False, True, 12),  # and 8, not 12 and 8 of which the last are 4
+        (22, 1, False, True, 8),  # never more than the limit
+        (8, 1, False, True, 8),  # not the last stage
+        (12, 2, False, True, 8),
+        (8, 2, False, True, 4),
+        (4, 2, False, True, 4),
+        (5, 2, True, True, 1),
+        (1, 2, True, True, 1),
+        (12, 2, False, False, 12),  # more frames come
     ],
 )
-def test_a_decode_of_ranks_ends_with_a_short_chunk(frames, most, lengths):
-    assert lengths_of_ranks(frames, most, "decode") == lengths
-    assert lengths_of_ranks(frames, most, "encode") == chunk_lengths(frames, most)
+def test_passes_begin_long_and_become_short(frames, stage, is_first, is_last, taken):
+    assert next_pass(frames, stage, (8, 8, 12), ENDS, is_first, is_last) == taken
+
+
+def test_without_ends_the_first_frame_goes_alone_and_no_pass_is_shorter():
+    plain = PassEnds()
+    assert next_pass(81, 2, (), ENDS, True, True) == 81
+    assert next_pass(81, 2, (8, 8, 12), plain, True, True) == 1
+    assert next_pass(80, 2, (8, 8, 12), plain, False, True) == 12
+    assert next_pass(12, 2, (8, 8, 12), plain, False, True) == 12

@@ -184,9 +184,34 @@ def test_a_block_without_rows_takes_no_place():
     writer = writer_of(1)
     for frame in range(4):
         part = image[:, frame : frame + 1]
-        writer.put(Computed(), part, part, part[:, :0], partial(done.append, frame))
+        writer.put(Computed(), part, part, part[:, :0], [(1, partial(done.append, frame))])
     writer.finish()
     assert done == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("size", [1, 100, 700, 10**6])  # a row, a frame, several, all
+def test_frames_of_a_block_are_there_when_it_is_told(size, monkeypatch):
+    """Also where a piece holds the end of one part and the begin of the next."""
+    in_pieces_of(monkeypatch, size)
+    block, image, told = torch.rand(2, 10, 4, 2, 3), torch.full((2, 10, 4, 2, 3), float("nan")), []
+    writer = writer_of(3)
+
+    def tell(start, stop):
+        part = slice(start, stop)
+        told.append((stop, torch.equal(image[:, part], block[:, part])))
+
+    parts = [(4, partial(tell, 0, 4)), (8, partial(tell, 4, 8)), (10, partial(tell, 8, 10))]
+    writer.put(Computed(), block, image, image[:, :0], parts)
+    writer.finish()
+    assert sorted(told) == [(4, True), (8, True), (10, True)]
+
+
+def test_a_sink_tells_of_the_first_frames_of_a_long_block():
+    told, pixels = [], torch.rand(1, 3, 14, 4, 6) * 2 - 1
+    sink = ImageSink(torch.empty(1, 15, 4, 6, 3), on_written=told.append)
+    sink.write(pixels[:, :, :1], 0, 0)
+    sink.write(pixels, 1, 0)
+    assert told == [1, 5, 9, 13, 15]
 
 
 def test_what_has_arrived_is_told_in_the_order_of_the_frames():
@@ -273,7 +298,7 @@ def test_no_error_of_a_thread_leaves_the_caller_waiting(mistake):
     writer = writer_of(1)
     with pytest.raises(mistake, match="planted"):
         for _ in range(4):
-            writer.put(Computed(), image.clone(), image, image[:, :0], fails)
+            writer.put(Computed(), image.clone(), image, image[:, :0], [(1, fails)])
     writer.stop()
 
 

@@ -18,7 +18,7 @@ from tests.conftest import SMALL_CONFIGS, pass_elements, random_state
 from tests.unit.decodes import relative_error, schedules, vae_of
 from tests.unit.fake_layers import fake_encoder_layers, fake_layers, fake_ops
 from wan_vae import WanVAE
-from wan_vae.chunking import Chunk, schedule
+from wan_vae.chunking import Chunk, PassEnds, schedule
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import DecodeCancelled, GeometryError
 from wan_vae.io.sink import TensorSink
@@ -29,7 +29,13 @@ from wan_vae.network.cache import FeatureCache
 from wan_vae.network.decoder import UpStage
 from wan_vae.ops.problem import LayerWeights, NormConvProblem
 from wan_vae.planning import choose
-from wan_vae.planning.passes import encoder_pass_frames, frames_together, pass_frames
+from wan_vae.planning.passes import (
+    encoder_pass_frames,
+    frames_of_passes,
+    frames_together,
+    pass_ends,
+    pass_frames,
+)
 from wan_vae.runs import decode
 
 # Of float32 on the CPU, where a convolution may choose another blocking for another size.
@@ -172,6 +178,55 @@ def test_frames_behind_the_first_enter_later_stages_in_pairs(case):
     for (first, *others), limit in zip(seen[1:], case["limits"][1:], strict=True):
         assert first % 2 == 1 and all(n % 2 == 0 for n in others)
         assert max([first, *others]) <= limit
+
+
+@settings(max_examples=10, deadline=None)
+@given(case=decodes(), quarters=st.integers(1, 40))
+@pytest.mark.parametrize("family", SMALL_CONFIGS)
+def test_passes_of_a_shard_give_the_same_pixels_and_the_frames_that_all_ranks_expect(
+    family, case, quarters
+):
+    vae = vae_of(family)
+    z, lengths = latent_of(vae, *case["size"]), case["chunk_frames"]
+    elements = pass_elements(vae.config, tuple(z.shape), 2) * quarters // 4
+    limits = pass_frames(vae.config, tuple(z.shape), elements)
+    ends = PassEnds(pass_ends(vae.config, tuple(z.shape), limits).first, vae.config.temporal_factor)
+    found, frames = {}, []
+    for passes, options in (("whole", {}), ("cut", {"pass_frames": limits, "pass_ends": ends})):
+        cache, found[passes] = FeatureCache(), []
+        for chunk in schedule(z.shape[2], lengths):
+            step = Step(cache, chunk, **options)
+            with torch.inference_mode():
+                pixels = list(vae.model.decode_passes(z[:, :, chunk.start : chunk.stop], step))
+            found[passes] += pixels
+            if passes == "cut":
+                own = list(frames_of_passes(vae.config, chunk, limits, ends))
+                assert own == [p.shape[2] for p in pixels]
+                frames += own
+    assert relative_error(torch.cat(found["cut"], 2), torch.cat(found["whole"], 2)) < BOUND
+    assert max(frames) <= limits[-1]
+    # A latent frame is left for the end, or what a pass may have of it.
+    assert frames[-1] == (1 if len(frames) == 1 else min(vae.config.temporal_factor, limits[-1]))
+
+
+def test_the_first_pass_of_a_shard_takes_as_many_frames_as_fit():
+    limits, shape = (64, 16, 16, 16), (1, 16, 21, 90, 80)
+    elements = 2 * choose.PASSES[0]
+    assert pass_frames(wan21(), shape, elements, 4) == limits
+    ends = pass_ends(wan21(), (1, 16, 21, 90, 160), limits, 4)
+    assert ends == PassEnds((64, 15, 13, 13), 4)
+    (chunk,) = schedule(21, 21)
+    assert list(frames_of_passes(wan21(), chunk, limits, ends)) == [13, 16, 16, 12, 12, 8, 4]
+    # Where a pass is a latent frame, the first one is the video's first frame.
+    limits = (16, 4, 4, 4)
+    ends = pass_ends(wan21(), (1, 16, 21, 135, 240), limits, 4)
+    # Of small frames more are left for the last pass.
+    assert [pass_ends(wan21(), (1, 16, 21, n, n), limits).last for n in (60, 32, 16)] == [
+        4,
+        24,
+        104,
+    ]
+    assert list(frames_of_passes(wan21(), chunk, limits, ends)) == [1, *[4] * 20]
 
 
 def test_the_model_joins_the_passes_of_a_chunk(small_vae):

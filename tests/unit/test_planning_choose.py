@@ -14,7 +14,7 @@ from wan_vae.device import allocator_named
 from wan_vae.io.sink import TensorSink
 from wan_vae.planning import choose as choosing
 from wan_vae.planning import peak
-from wan_vae.planning.choose import PlanRequest, choose, planned_bytes
+from wan_vae.planning.choose import PlanRequest, choose
 
 GB = 10**9
 # What a CUDA context takes, and Wan 2.1's weights in bfloat16.
@@ -86,21 +86,40 @@ def test_a_decode_with_one_eager_layer_among_the_large_ones_is_planned_as_an_eag
     assert choose(KERNELS).chunk_frames == 2
     found = choose(replace(mixed, free_bytes=free))
     assert found.strips > 1 and found.planned_bytes < 0.6 * free
-    wanted, all_eager = (replace(r, memory_format="contiguous") for r in (mixed, EAGER))
-    assert planned_bytes(wanted) == planned_bytes(KERNELS) != planned_bytes(all_eager)
+    whole = {"memory_format": "contiguous", "chunk_frames": 1}
+    wanted, kernels, all_eager = (
+        choose(replace(request, **whole)).planned_bytes for request in (mixed, KERNELS, EAGER)
+    )
+    assert wanted == kernels != all_eager
 
 
-def test_shards_take_whole_chunks_as_long_as_they_fit():
+def test_shards_take_long_passes_of_all_frames_as_long_as_they_fit():
     part = replace(KERNELS, latent_shape=(1, 16, 21, 90, 80), shards=True)
+    full, half = choosing.PASSES
+    plenty = choose(part)
+    assert (plenty.lengths, plenty.pass_elements, plenty.strips) == ((21,), 2 * full, 1)
+    ways = []
+    for tenths in range(120, 10, -1):
+        choice = choose(replace(part, free_bytes=tenths * GB // 10))
+        assert choice.strips == 1 and choice.wanted_bytes >= plenty.planned_bytes
+        ways.append((choice.chunk_frames, choice.pass_elements, choice.planned_bytes))
+    # Smaller passes first: they save more, and cost less, than shorter chunks.
+    assert [w[:2] for w in dict.fromkeys(ways)][:3] == [(21, 2 * full), (21, full), (21, half)]
+    assert [w[2] for w in ways] == sorted((w[2] for w in ways), reverse=True)
+    assert ways[-1][0] == 1  # tried, although it is short
+    asked = choose(replace(part, free_bytes=GB, chunk_frames=[5, 16]))
+    assert (asked.lengths, asked.strips, asked.pass_elements) == ((5, 16), 1, half)
+    # Until the first pass is done nothing can be shown or stopped.
+    assert choose(replace(part, latent_shape=(1, 16, 81, 90, 80))).lengths == (32, 32, 17)
+
+
+def test_a_shard_encodes_whole_chunks_as_long_as_they_fit():
+    part = replace(KERNELS, latent_shape=(1, 16, 21, 90, 80), shards=True, operation="encode")
     plenty = choose(part)
     assert (plenty.chunk_frames, plenty.pass_elements, plenty.strips) == (4, None, 1)
-    assert plenty.planned_bytes == planned_bytes(replace(part, chunk_frames=4))
     for frames in (3, 2, 1):
-        needed = planned_bytes(replace(part, chunk_frames=frames))
+        needed = choose(replace(part, chunk_frames=frames)).planned_bytes
         assert choose(replace(part, free_bytes=needed / 0.84)).chunk_frames == frames
-    assert choose(replace(part, free_bytes=GB)).chunk_frames == 1  # tried, although it is short
-    asked = choose(replace(part, free_bytes=GB, chunk_frames=[5, 16]))
-    assert (asked.lengths, asked.strips) == ((5, 16), 1)
 
 
 def test_a_choice_takes_few_walks(monkeypatch):

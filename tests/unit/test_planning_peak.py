@@ -14,7 +14,7 @@ from tests.unit.counted import TensorCounter
 from tests.unit.decodes import vae_of
 from tests.unit.fake_layers import fake_layers, fake_ops
 from wan_vae import WanVAE, geometry
-from wan_vae.chunking import Chunk, schedule
+from wan_vae.chunking import Chunk, PassEnds, schedule
 from wan_vae.config import qwen21, wan21, wan22
 from wan_vae.io.sink import CallbackSink
 from wan_vae.layout import pack_weights
@@ -25,7 +25,7 @@ from wan_vae.network.model import WanVAEModel
 from wan_vae.ops.eager.forms import EagerForms
 from wan_vae.planning import choose
 from wan_vae.planning.choose import PlanRequest
-from wan_vae.planning.passes import frames_together, pass_frames
+from wan_vae.planning.passes import frames_together, pass_ends, pass_frames
 from wan_vae.planning.peak import DecodeMemory
 
 FORMATS = ("contiguous", "channels_last_3d")
@@ -223,11 +223,13 @@ COVERED_DECODES = [
 ]
 
 
+@pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("covered", COVERS)
 @pytest.mark.parametrize(
     "family, memory_format", [("wan2.1", "contiguous"), ("wan2.2", "channels_last_3d")]
 )
-def test_kernels_for_some_layers_take_what_was_planned(family, covered, memory_format):
+def test_kernels_for_some_layers_take_what_was_planned(family, covered, memory_format, shard):
+    """shard: with the passes of a part of the picture, without what ranks exchange."""
     config = SMALL_CONFIGS[family]
     model = model_without_data(config, memory_format)
     kernels = itertools.cycle(("cuda", "triton"))
@@ -235,18 +237,21 @@ def test_kernels_for_some_layers_take_what_was_planned(family, covered, memory_f
         z = torch.empty(batch, config.z_dim, *size, dtype=torch.bfloat16, device="meta")
         layers = fake_layers(config, next(kernels), torch.bfloat16, COVERS[covered])
         elements = None if last is None else pass_elements(config, tuple(z.shape), last)
-        limits = ()
+        limits, ends, together = (), PassEnds(), frames_together(layers)
         if elements is not None:
-            limits = pass_frames(config, tuple(z.shape), elements, frames_together(layers))
+            limits = pass_frames(config, tuple(z.shape), elements, together)
             assert limits[-1] == last
+            ends = pass_ends(config, tuple(z.shape), limits, together) if shard else ends
         ops, cache = fake_ops(model, layers), FeatureCache()
         chunks = schedule(size[0], frames)
         with torch.inference_mode(), TensorCounter() as counter:
             for chunk in chunks:
-                step = Step(cache, chunk, ops=ops, pass_frames=limits)
+                step = Step(cache, chunk, ops=ops, pass_frames=limits, pass_ends=ends)
                 for pixels in model.decode_passes(z[:, :, chunk.start : chunk.stop], step):
                     assert pixels.device.type == "meta"  # held until the next pass is done
-        memory = DecodeMemory(config, tuple(z.shape), torch.bfloat16, memory_format, layers)
+        memory = DecodeMemory(
+            config, tuple(z.shape), torch.bfloat16, memory_format, layers, shard=shard
+        )
         within(memory.of_picture(chunks, elements), counter.peak, 0.1)
 
 

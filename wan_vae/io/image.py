@@ -32,14 +32,18 @@ if TYPE_CHECKING:  # 10 ms in each process
 # Called with a number of frames; called when something is done.
 OnWritten = Callable[[int], None]
 Done = Callable[[], None]
+# A number of a block's first frames, and what is called when they and those before them are there.
+Arrival = tuple[int, Done]
 # Blocks that are not yet copied: the device computes one while the host empties the other.
 BLOCKS_UNDER_WAY = 2
 # At most so many threads copy: memory of one socket is no faster with more.
 _COPY_THREADS = 4
 # ... but so many where a caller waits for the last frames, when nothing else runs any more.
 _FOLLOWING_THREADS = 8
-# Frames whose pages are mapped before anything of them is known.
-_FIRST_FRAMES = 16
+# So much of a following copy's memory is mapped ahead of what is copied: 16 frames of 720p.
+_MAPPED_BYTES = 180 << 20
+# Readers are told of so many frames at a time: they copy the first ones of a pass meanwhile.
+_TOLD_FRAMES = 4
 # What a thread may meet: no memory, no room, a pipe whose reader is gone, or a mistake of ours,
 # which must not leave the caller waiting.
 _FAILURES = (RuntimeError, ValueError, TypeError, OSError, MemoryError, WanVAEError)
@@ -139,21 +143,23 @@ class ImageSink:
             # Blocks of the same rows come in the order of their frames.
             ahead = self.image[:, start_frame + frames :, first_row : first_row + rows]
             block = block.to(self.image.dtype).contiguous()
-            done = self._expected(start_frame + frames, rows)
-            self._copier.copy(block, target, ahead[:, :frames], done)
+            arrivals = self._expected(start_frame, frames, rows)
+            self._copier.copy(block, target, ahead[:, :frames], arrivals)
             return
         if self._reserve is not None:
             self._reserve(target)
-        done = self._expected(start_frame + frames, rows)
+        arrivals = self._expected(start_frame, frames, rows)
         target.copy_(block)
-        if done is not None:
+        for _, done in arrivals:
             done()
 
-    def _expected(self, stop: int, rows: int) -> Done | None:
-        """What to call when frames up to `stop` are there; after all that may run out of memory."""
+    def _expected(self, start: int, frames: int, rows: int) -> list[Arrival]:
+        """What to call when some and all of `frames` from `start` on are there; after all that may
+        run out of memory."""
         if self._arrivals is None or rows != self.image.shape[2]:
-            return None
-        return self._arrivals.expect(stop)
+            return []
+        stops = [*range(_TOLD_FRAMES, frames, _TOLD_FRAMES), frames]
+        return [(stop, self._arrivals.expect(start + stop)) for stop in stops]
 
     def close(self) -> None:
         """Wait until all pixels have arrived. Raises the first error of a copy."""
@@ -228,23 +234,47 @@ class _Arrivals:
 
 
 @dataclass
+class _Part:
+    """Frames of a block up to `stop`: how many pieces of them are left, and what then happens."""
+
+    stop: int
+    done: Done
+    left: int = 0
+
+
+@dataclass
 class _Block:
-    """A block on its way: how many pieces of it are not copied yet, and what then happens."""
+    """A block on its way, in parts: how many pieces of it are not copied yet."""
 
     left: int
-    done: Done | None
+    parts: Sequence[_Part]
     is_over: threading.Event = field(default_factory=threading.Event)
+
+    def parts_of(self, frames: slice) -> list[_Part]:
+        """The parts of which these frames are."""
+        start, found = 0, []
+        for part in self.parts:
+            if frames.start < part.stop and frames.stop > start:
+                found.append(part)
+            start = part.stop
+        return found
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """What one thread copies at a time: `source` of a block, once it is `ready`, to `target`."""
+    """What one thread copies at a time: `source` of a block, once it is `ready`, to `target`.
+
+    parts: of the block, to which it belongs. ahead: memory to prepare. clears: by writing zeros,
+    where pages cannot be mapped.
+    """
 
     block: _Block
+    parts: Sequence[_Part]
     ready: Ready
     source: torch.Tensor
     target: torch.Tensor
     ahead: torch.Tensor
+    clears: bool = True
 
 
 class Ready(Protocol):
@@ -274,12 +304,16 @@ class FollowingCopy:
     """A copy of frames [B, T, ...] in host memory that others write, while they do: in memory of
     its own, `image`. Use as a context: it ends its threads.
 
-    first_frames: so many get their memory in `prepare`.
+    mapped_frames: so many have their memory ahead of what is copied; None: as many as are usual.
     """
 
-    def __init__(self, frames: torch.Tensor, first_frames: int = _FIRST_FRAMES):
-        self._frames, self._first_frames, self._copied = frames, first_frames, 0
+    def __init__(self, frames: torch.Tensor, mapped_frames: int | None = None):
+        self._frames, self._copied = frames, 0
         shape, dtype = tuple(frames.shape), frames.dtype
+        if mapped_frames is None:
+            frame_bytes = max(1, frames.numel() * frames.element_size() // max(1, shape[1]))
+            mapped_frames = max(1, _MAPPED_BYTES // frame_bytes)
+        self._mapped_frames = min(mapped_frames, shape[1])
         self.image = room_for(shape, dtype, lambda: host_empty(shape, dtype))
         threads = copy_threads(os.cpu_count(), _FOLLOWING_THREADS)
         self._writer = HostWriter(threads, on_host, is_new=True)
@@ -289,7 +323,7 @@ class FollowingCopy:
 
     def prepare(self) -> None:
         """Let the threads map the memory of the first frames, before any of them is final."""
-        self._writer.expect(self.image[:, : self._first_frames])
+        self._writer.expect(self.image[:, : self._mapped_frames])
 
     def __exit__(self, *error: object) -> None:
         self._writer.stop()
@@ -300,8 +334,11 @@ class FollowingCopy:
         if stop <= start:
             return
         self._copied = stop
-        ahead = self.image[:, stop : 2 * stop - start]
-        self._writer.put(NOW, self._frames[:, start:stop], self.image[:, start:stop], ahead)
+        ahead = self.image[:, start + self._mapped_frames : stop + self._mapped_frames]
+        # Other threads copy there: it may have been written already.
+        self._writer.put(
+            NOW, self._frames[:, start:stop], self.image[:, start:stop], ahead, clears_ahead=False
+        )
 
     def finish(self) -> torch.Tensor:
         """The copy, when all frames of the original are final."""
@@ -342,32 +379,41 @@ class HostWriter:
         source: torch.Tensor,
         target: torch.Tensor,
         ahead: torch.Tensor,
-        done: Done | None = None,
+        arrivals: Sequence[Arrival] = (),
+        clears_ahead: bool = True,
     ) -> None:
         """Queue a copy of dense `source` [A, B, C, ...] to `target`; waits while two are under way.
 
-        ahead: memory that a later block will fill; its contents do not matter until then. done: is
-        called, by a thread, when all of the block has arrived. Raises the first error of a thread.
+        ahead: memory that a later block will fill. Its contents do not matter until then, where
+        that is the next block (clears_ahead). arrivals: what a thread calls when the first b frames
+        [A, :b] have arrived, by rising b; the last one is of all of them. Raises the first error of
+        a thread.
         """
         self._await_room()
         if self._failure is not None:
             raise self._failure
         pieces = list(pieces_of(source))
         if not pieces:  # of a rank without rows
-            if done is not None:
+            for _, done in arrivals:
                 done()
             return
-        block = _Block(len(pieces), done)
+        block = _Block(len(pieces), [_Part(stop, done) for stop, done in arrivals])
+        parts = [block.parts_of(place[1]) for _, place in pieces]
+        for own in parts:
+            for part in own:
+                part.left += 1
         self._under_way.append(block)
         self._start_threads(pieces)
-        for number, place in pieces:
-            parts = (x[place] for x in (source, target, ahead))
-            self._queue(number, _Piece(block, ready, *parts))
+        for (number, place), own in zip(pieces, parts, strict=True):
+            piece = _Piece(
+                block, own, ready, source[place], target[place], ahead[place], clears_ahead
+            )
+            self._queue(number, piece)
 
     def expect(self, ahead: torch.Tensor) -> None:
         """Prepare the memory of the first block before there is any."""
         pieces = list(pieces_of(ahead))
-        block = _Block(len(pieces), None)
+        block = _Block(len(pieces), ())
         if pieces:
             self._await_room()
             self._under_way.append(block)
@@ -375,7 +421,7 @@ class HostWriter:
         for number, place in pieces:
             part = ahead[place]
             nothing = part[:, :0]
-            self._queue(number, _Piece(block, NOW, nothing, nothing, part))
+            self._queue(number, _Piece(block, (), NOW, nothing, nothing, part))
 
     def _await_room(self) -> None:
         while len(self._under_way) >= BLOCKS_UNDER_WAY:
@@ -429,18 +475,22 @@ class HostWriter:
                         self._fill(piece, fetch)
             except _FAILURES as error:  # raised in the caller's thread
                 self._failure = self._failure or error
-            block = piece.block
+            block, parts = piece.block, piece.parts
             del piece  # device memory, which nobody waits for any more
             with self._lock:
-                block.left -= 1
-                is_done = block.left == 0
-            if is_done:
-                try:
-                    if block.done is not None and self._failure is None:
-                        block.done()
-                except _FAILURES as error:
-                    self._failure = self._failure or error
-                finally:
+                for part in parts:
+                    part.left -= 1
+                arrived = [part.done for part in parts if part.left == 0]
+            try:
+                for done in arrived:
+                    if self._failure is None:
+                        done()
+            except _FAILURES as error:
+                self._failure = self._failure or error
+            finally:
+                with self._lock:
+                    block.left -= 1
+                if block.left == 0:
                     block.is_over.set()
 
     def _fill(self, piece: _Piece, fetch: Fetch) -> None:
@@ -448,7 +498,7 @@ class HostWriter:
         piece.ready.synchronize()
         # NumPy's copy, because PyTorch's would start a pool of threads for this thread.
         np.copyto(bits(piece.target), bits(fetch(piece.source)))
-        if not self._prepare(piece.ahead) and self._is_new:
+        if not self._prepare(piece.ahead) and self._is_new and piece.clears:
             bits(piece.ahead).fill(0)
 
     def _prepare(self, part: torch.Tensor) -> bool:
@@ -475,7 +525,7 @@ class HostCopier:
         source: torch.Tensor,
         target: torch.Tensor,
         ahead: torch.Tensor,
-        done: Done | None = None,
+        arrivals: Sequence[Arrival] = (),
     ) -> None:
         """Queue a copy of dense `source` [A, B, C, ...] to `target`: see `HostWriter.put`.
 
@@ -484,7 +534,7 @@ class HostCopier:
         # Threads that spin would take cores from the thread that launches.
         ready = torch.cuda.Event(blocking=True)
         ready.record(torch.cuda.current_stream(self._device))
-        self._writer.put(ready, source, target, ahead, done)
+        self._writer.put(ready, source, target, ahead, arrivals)
 
     @property
     def has_failed(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .. import layout
-from ..chunking import Chunk
+from ..chunking import Chunk, PassEnds
 from ..layout import LayoutCounter
 from ..ops.opset import FusedConv, HaloExchange, OpSet, eager_ops
 from .cache import FeatureCache, may_overwrite
@@ -30,6 +30,7 @@ class Step:
     picture. ops: the function for each operation. counter: counts format conversions and mixed
     calls.
     pass_frames: how many frames each stage of the decoder takes at once; empty: all of them.
+    pass_ends: how many it takes in the first and in the last pass.
     """
 
     cache: FeatureCache
@@ -38,6 +39,7 @@ class Step:
     ops: OpSet = field(default_factory=eager_ops)
     counter: LayoutCounter = field(default_factory=LayoutCounter)
     pass_frames: tuple[int, ...] = ()
+    pass_ends: PassEnds = field(default_factory=PassEnds)
 
     @staticmethod
     def whole_clip(latent_frames: int) -> Step:

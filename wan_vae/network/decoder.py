@@ -18,6 +18,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
+from ..chunking import next_pass
 from ..config import WanVAEConfig
 from ..geometry import Strip, strip_halos
 from .architecture import Stage, middle_blocks, stages
@@ -157,14 +158,9 @@ def join_passes(passes: Iterator[torch.Tensor]) -> torch.Tensor:
 
 
 def first_pass(frames: int, stage: int, step: Step) -> int:
-    """How many of `frames` frames of features enter `stage` in the next pass.
-
-    If they do not all enter together, the first frame of the video goes alone. Whole latent frames
-    then remain, which are cut where no kernel makes frames together (`planning.passes`).
-    """
-    if not step.pass_frames or frames <= step.pass_frames[stage]:
-        return frames
-    return 1 if step.chunk.is_first else step.pass_frames[stage]
+    """How many of `frames` frames of features enter `stage` in the next pass; see `next_pass`."""
+    chunk = step.chunk
+    return next_pass(frames, stage, step.pass_frames, step.pass_ends, chunk.is_first, chunk.is_last)
 
 
 def unpatchify(x: torch.Tensor, patch: int, rows_first: bool = False) -> torch.Tensor:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import torch
 
-from ..chunking import Chunk, lengths_of_ranks, schedule
+from ..chunking import Chunk, schedule
 from ..config import WanVAEConfig
 from ..device import Allocator
 from ..network.architecture import residual_convolutions
@@ -34,8 +34,13 @@ _WIDE_CHUNKS = 2
 # Numbers that the features of a pass may hold: a latent frame of Wan 2.1 at 720p, and half of one
 # where memory is short.
 PASSES = (4 * 720 * 1280 * 96, 2 * 720 * 1280 * 96)
-# Shards take more: an exchange of rows takes as long in a short chunk as in a long one, and at
-# latent resolution a shard's frame is too small for a device.
+# Shards take more: an exchange of rows takes as long for few frames as for many, and a part of a
+# frame is too small for a device. Two H200, 720p x 81, milliseconds of the devices: chunks of 4
+# latent frames without passes 404, all 21 in passes of twice PASSES[0] 396, of PASSES[0] 403.
+_SHARD_WIDER = 2
+# At most: until the first pass nothing is copied, shown or stopped.
+_MOST_SHARD_FRAMES = 32
+# Encodes of shards go in whole chunks.
 _SHARD_CHUNKS = 2
 # At most, of eager float32: half for the bytes of a number, and half because there cuDNN takes
 # operand and result of a convolution once more, in its own format (`peak.py`). Its chunks are half
@@ -67,7 +72,8 @@ class PlanRequest:
     chunk_frames, strips: what the caller asked for. The choice uses them as given, with one
     exception: if one latent frame a chunk does not fit and `strips` is None, strips are planned.
 
-    shards: `latent_shape` is the part of one rank. A rank takes neither passes nor strips.
+    shards: `latent_shape` is the part of one rank. A rank takes no strips, and an encode of it no
+    passes.
 
     forms: how layers without a kernel are computed (`OpSet.forms`). staged: the device has memory
     of its own: pixels come from the host and go there pass by pass, and what is not at work can
@@ -136,15 +142,6 @@ class Choice:
 def choose(request: PlanRequest) -> Choice:
     """Choose chunks, passes and strips. Raises GeometryError for an impossible request."""
     return _Chooser(request).choose()
-
-
-def planned_bytes(request: PlanRequest) -> int:
-    """The predicted peak of a decode in whole chunks, without passes or strips.
-
-    `chunk_frames` of the request says which chunks; None is one latent frame each.
-    """
-    frames = 1 if request.chunk_frames is None else request.chunk_frames
-    return choose(replace(request, chunk_frames=frames, strips=None, shards=True)).planned_bytes
 
 
 def choice_of(
@@ -371,20 +368,25 @@ class _Chooser:
         return host is None or choice.host_bytes <= _USABLE_HOST * host
 
     def _of_shard(self) -> Choice:
-        """The longest chunks that fit."""
+        """The longest chunks and passes that fit; the shortest if none do."""
         request, free = self.request, self.request.free_bytes
-        if request.chunk_frames is not None:
-            return self._whole(self._schedule(request.chunk_frames), None)
-        frames = min(request.latent_shape[2], _SHARD_CHUNKS * self._full_chunk())
+        asked, ways = request.chunk_frames, self._shard_ways()
         wanted = 0
-        while True:
-            lengths = lengths_of_ranks(request.latent_shape[2], frames, request.operation)
-            choice = self._whole(self._schedule(lengths), None)
+        for frames, elements in ways if asked is None else [(asked, e) for _, e in ways]:
+            choice = self._whole(self._schedule(frames), elements)
             wanted = max(wanted, choice.planned_bytes)
-            fits = free is None or choice.planned_bytes <= self.margin.whole * free
-            if fits or frames == 1:
-                return replace(choice, wanted_bytes=wanted)
-            frames -= 1
+            if free is None or choice.planned_bytes <= self.margin.whole * free:
+                break
+        return replace(choice, wanted_bytes=wanted)
+
+    def _shard_ways(self) -> list[tuple[int, int | None]]:
+        """Latent frames a chunk and numbers a pass of a shard, the faster ones first."""
+        total = self.request.latent_shape[2]
+        if self.request.operation == "encode":
+            most = min(total, _SHARD_CHUNKS * self._full_chunk())
+            return [(frames, None) for frames in range(most, 0, -1)]
+        passes = _SHARD_WIDER * self.passes[0], *self.passes
+        return list(_ways(min(total, _MOST_SHARD_FRAMES), passes))
 
     def _whole(self, chunks: list[Chunk], elements: int | None) -> Choice:
         lengths = tuple(c.frames for c in chunks)
@@ -434,7 +436,7 @@ def _memory_of(request: PlanRequest) -> DecodeMemory | EncodeMemory:
     size = (request.config, tuple(request.latent_shape), request.dtype, request.memory_format)
     if request.operation == "encode":
         return EncodeMemory(*size, request.layers, request.forms, request.staged)
-    return DecodeMemory(*size, request.layers, request.forms, request.staged)
+    return DecodeMemory(*size, request.layers, request.forms, request.staged, request.shards)
 
 
 def _ways(frames: int, passes: Sequence[int]) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from .. import geometry
-from ..chunking import Chunk
+from ..chunking import Chunk, PassEnds, next_pass
 from ..config import WanVAEConfig
 from ..geometry import Strip
 from ..network import architecture
@@ -30,7 +30,7 @@ from ..ops.eager.attention import slice_bytes
 from ..ops.eager.forms import ConvForm, EagerForms
 from ..ops.eager.unfolded import ConvSize
 from ..ops.opset import CallSize, Prepared, Workspace
-from .passes import frames_together, pass_frames
+from .passes import frames_together, pass_ends, pass_frames
 from .waiting import Waiting
 
 # What a walk depends on: the frames of a chunk, and whether it is the first or the last.
@@ -110,10 +110,11 @@ class Memory:
 class DecodeMemory(Memory):
     """Predicts the memory of decodes.
 
-    staged: the pixels go to the host, pass by pass.
+    staged: the pixels go to the host, pass by pass. shard: `shape` is the part of one rank.
     """
 
     staged: bool = False
+    shard: bool = False
     # Walks that were made, for plans that differ only in what waits on the host: by kind of chunk
     # and numbers of a pass, for strips by their count too.
     _known_trunks: dict[tuple[_Kind, int], Peak] = field(default_factory=dict, compare=False)
@@ -572,11 +573,14 @@ class DecoderWalk(Walk):
         self.stages = architecture.stages(memory.config)
         # Temporal up-samplers that the video's first frame has passed alone.
         self.skipped: set[str] = set()
-        self.pass_frames: tuple[int, ...] | None = None
+        self.pass_frames: tuple[int, ...] = ()
+        self.pass_ends = PassEnds()
         if elements is not None:
             shape = (*memory.shape[:3], rows, self.width)
             together = frames_together(memory.layers)
             self.pass_frames = pass_frames(self.config, shape, elements, together)
+            if memory.shard:
+                self.pass_ends = pass_ends(self.config, shape, self.pass_frames, together)
 
     # -- the parts that a run calls ----------------------------------------------------------------
 
@@ -628,9 +632,7 @@ class DecoderWalk(Walk):
         missing, last = self.t, self.last
         place = self.scale, self.ndhwc
         while missing:
-            frames = missing
-            if self.pass_frames is not None and frames > self.pass_frames[i]:
-                frames = 1 if self.first else self.pass_frames[i]
+            frames = next_pass(missing, i, self.pass_frames, self.pass_ends, self.first, last)
             missing -= frames
             stage = self.stages[i]
             self.t, self.last = frames, last and not missing

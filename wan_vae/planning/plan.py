@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from typing import Any
 
+from ..chunking import chunk_lengths
 from ..layout import LayoutDecision
 from ..ops.opset import Refusal
 from ..options import Operation, RunOptions
@@ -26,6 +27,27 @@ class LayerChoices:
     layers: tuple[LayerRecord, ...] = ()
     used: Mapping[str, str] = field(default_factory=dict, hash=False)
     refusals: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How much of a video goes at a time: `lengths` and `pass_elements` of a plan."""
+
+    lengths: tuple[int, ...]
+    pass_elements: int | None
+
+
+def pace_of_ranks(total_frames: int, paces: Sequence[tuple[int, int | None]]) -> Pace:
+    """The shortest chunks and the smallest passes of ranks that share `total_frames` latent frames.
+
+    paces: latent frames of a chunk and numbers of a pass, of each rank. Raises GeometryError.
+    """
+    passes = [elements for _, elements in paces]
+    fewest = [elements for elements in passes if elements is not None]
+    return Pace(
+        chunk_lengths(total_frames, min(frames for frames, _ in paces)),
+        min(fewest) if len(fewest) == len(passes) else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -77,6 +99,11 @@ class Plan:
     def chunk_frames(self) -> int:
         """Latent frames of the longest chunk."""
         return max(self.lengths)
+
+    @property
+    def pace(self) -> Pace:
+        """Its chunks and passes."""
+        return Pace(self.lengths, self.pass_elements)
 
     def halved(self) -> Plan:
         """A plan that takes half as much at a time: shorter chunks, smaller passes.

@@ -14,15 +14,16 @@ import torch
 from .. import geometry, layout
 from ..arithmetic import own_arithmetic
 from ..chunking import Chunk
-from ..errors import DecodeMemoryError, OutputError
+from ..errors import DecodeMemoryError, LatentError, OutputError
 from ..geometry import Strip
-from ..hooks import Hooks, OwnMemory
+from ..hooks import DeviceMemory, Hooks, OwnMemory
 from ..io.latents import WHAT, as_batch, check_latent_shape, wrong_values
 from ..io.sink import NullSink, Sink, TensorSink, check_out, is_copying, sink_bytes, sink_video
 from ..io.tensors import Extremes
+from ..network.blocks import Step
 from ..network.cache import FeatureCache
 from ..options import Gather, RunOptions
-from ..planning.passes import pass_frames
+from ..planning.passes import frames_of_passes, pass_frames
 from ..planning.plan import Plan
 from ..said import said
 from ..sharding.context import SINGLE, ShardContext
@@ -37,7 +38,16 @@ from .parked import (
     WholeFrames,
 )
 from .ranks import Ranks
-from .run import Piece, Run, forget_failure, granted, in_memory, latent_frames_of, ready
+from .run import (
+    Piece,
+    Run,
+    forget_failure,
+    granted,
+    in_memory,
+    latent_frames_of,
+    plan_in_room,
+    ready,
+)
 
 
 @dataclass(frozen=True)
@@ -79,46 +89,56 @@ class DecodeRun(Run):
         options = options_of(request.plan, request.options)
         memory = request.hooks.memory or OwnMemory(engine.device)
         setup = ready(engine, SetupRequest("decode", shape, options, shards), memory)
-        latent_format = layout.detect(latent)
+        z: torch.Tensor | None = None
         if ranks is None and request.context.same_input:
-            # Before the latent is there: all ranks will find the same in it.
-            setup, ranks = join_ranks(engine, setup, latent, request.context, request.gather)
-        if request.await_latent is not None:
-            request.await_latent()
-
-        # A copy: a stream reads it long after the call, when the caller's may have changed.
-        z = granted(
-            engine.device,
-            memory,
-            latent.numel() * 4,
-            "latent",
-            partial(latent.to, device=engine.device, dtype=torch.float32, copy=True),
-        )
-        wrong = wrong_values(z)  # here, on the device, it takes no time
-        if request.normalized:
-            mean, std = latent_statistics(engine.config, z)
-            z = z * std + mean
-        z = z.to(setup.dtype)
-        if ranks is None:
-            # Also where values are wrong: ranks that raise the same are ready for the next run.
-            is_finite = wrong is None
-            setup, ranks = join_ranks(
-                engine, setup, latent, request.context, request.gather, is_finite
-            )
-        if wrong is not None:
-            raise wrong
-        super().__init__(engine, setup, request.hooks, ranks)
+            # All ranks will find the same in the latent, and get ready while it is on its way.
+            setup, ranks, early = _join_early(engine, setup, latent, request, memory)
+            super().__init__(engine, setup, request.hooks, ranks)
+            self._early_plan = early
+        else:
+            z, wrong = _received(request, latent, engine.device, memory)
+            if ranks is None:
+                # Also where values are wrong: ranks that raise the same are ready for the next run.
+                is_finite = wrong is None
+                setup, ranks = join_ranks(
+                    engine, setup, latent, request.context, request.gather, is_finite
+                )
+            if wrong is not None:
+                raise wrong
+            super().__init__(engine, setup, request.hooks, ranks)
         self.request = request
         self.pixel_shape = geometry.pixel_shape(shape, self.config)
-        self.builder.layout["latent_format"] = latent_format
+        self.builder.layout["latent_format"] = layout.detect(latent)
         self.builder.pixel_shape = self.pixel_shape
         self.builder.fallbacks.extend(request.notes)
-        self.z = self.ranks.own_part(z)
-        if self.ranks.exchange is not None:
-            self.z = self.z.contiguous()
+        self._z = None if z is None else self._own_latent(z)
         self._extremes = Extremes()
         # Frames that were yielded and taken, which a new start does not yield again.
         self._given_frames = 0
+
+    @property
+    def z(self) -> torch.Tensor:
+        """The latent of this rank's part, as the network takes it, on the device."""
+        if self._z is None:
+            raise RuntimeError("a run has no latent before it was received")
+        return self._z
+
+    def _receive(self) -> None:
+        """Wait for a latent that was still on its way. Raises LatentError for wrong values."""
+        if self._z is not None:
+            return
+        latent = as_batch(self.request.latent, WHAT["latent"])
+        z, wrong = _received(self.request, latent, self.device, self.memory)
+        if wrong is not None:
+            raise wrong
+        self._z = self._own_latent(z)
+
+    def _own_latent(self, z: torch.Tensor) -> torch.Tensor:
+        if self.request.normalized:
+            mean, std = latent_statistics(self.config, z)
+            z = z * std + mean
+        own = self.ranks.own_part(z.to(self.setup.dtype))
+        return own if self.ranks.exchange is None else own.contiguous()
 
     def decode(self) -> torch.Tensor | None:
         """Decode to `out`, to the sink, or to a new tensor, which is returned; sets `report`."""
@@ -145,6 +165,11 @@ class DecodeRun(Run):
             abort(sink, error)
             raise
         try:
+            self._receive()
+        except BaseException as error:  # without a report, as of a latent that is refused at once
+            abort(sink, error)
+            raise
+        try:
             # A sink that takes whole frames in order may have taken a part of those that failed.
             puts_again = not sink.needs_whole_frames
             self.execute(self._put_into(sink), partial(self._close, sink), puts_again)
@@ -165,7 +190,8 @@ class DecodeRun(Run):
 
     def _close(self, sink: Sink) -> None:
         if is_copying(sink):
-            self._settle()
+            # While the last pixels are copied: the ranks' messages take the host a millisecond.
+            self._agree_on_end()
         sink.close()
         self.builder.video = sink_video(sink)
 
@@ -204,7 +230,7 @@ class DecodeRun(Run):
             passes = (
                 self.model.decode_passes(z, step)
                 if self.ranks.has_rows
-                else iter([self._no_rows(chunk)])
+                else self._no_rows(chunk, step)
             )
             for part in self._passes(chunk, passes, latent_frames_of(chunk)):
                 factor = self.config.decoded_factor
@@ -218,10 +244,11 @@ class DecodeRun(Run):
                     yield Piece(pixels[:, :, new - start :], new, 0)
                     self._given_frames = frame
 
-    def _no_rows(self, chunk: Chunk) -> torch.Tensor:
-        """The pixels of an idle rank: frames without rows."""
+    def _no_rows(self, chunk: Chunk, step: Step) -> Iterator[torch.Tensor]:
+        """The pixels of an idle rank: frames without rows, in the passes of the other ranks."""
         b, c, _, *size = self.ranks.part_shape(self.pixel_shape, self.config.decoded_factor)
-        return torch.empty((b, c, self.frames_of(chunk), *size), device=self.device)
+        for frames in frames_of_passes(self.config, chunk, step.pass_frames, step.pass_ends):
+            yield torch.empty((b, c, frames, *size), device=self.device)
 
     def _in_strips(self, count: int) -> Iterator[Piece]:
         if self.plan.whole_frames:
@@ -502,6 +529,40 @@ def abort(sink: Sink | None, error: BaseException) -> None:
         notes.append(f"the output could not be cleaned up either: {trouble}")
 
 
+def _received(
+    request: DecodeRequest, latent: torch.Tensor, device: torch.device, memory: DeviceMemory
+) -> tuple[torch.Tensor, LatentError | None]:
+    """The `latent` of `request` in float32 on `device`, and what is wrong with its values."""
+    if request.await_latent is not None:
+        request.await_latent()
+    # A copy: a stream reads it long after the call, when the caller's may have changed.
+    z = granted(
+        device,
+        memory,
+        latent.numel() * 4,
+        "latent",
+        partial(latent.to, device=device, dtype=torch.float32, copy=True),
+    )
+    return z, wrong_values(z)  # here, on the device, it takes no time
+
+
+def _join_early(
+    engine: Engine,
+    setup: Setup,
+    latent: torch.Tensor,
+    request: DecodeRequest,
+    memory: DeviceMemory,
+) -> tuple[Setup, Ranks | None, Plan | None]:
+    """`join_ranks` of ranks that tell each other in the same message how they would go on; and this
+    rank's plan. None where the caller made one, or the rank has to take other kernels."""
+    context, gather, should_stop = request.context, request.gather, request.hooks.should_stop
+    if request.plan is not None:
+        return *join_ranks(engine, setup, latent, context, gather), None
+    plan, stop = plan_in_room(engine, setup, memory), should_stop is not None and should_stop()
+    joined, ranks = join_ranks(engine, setup, latent, context, gather, plan=plan, stop=stop)
+    return joined, ranks, plan if joined is setup else None
+
+
 def join_ranks(
     engine: Engine,
     setup: Setup,
@@ -509,12 +570,14 @@ def join_ranks(
     context: ShardContext,
     gather: Gather,
     is_finite: bool = True,
+    plan: Plan | None = None,
+    stop: bool = False,
 ) -> tuple[Setup, Ranks | None]:
     """This process's part among the ranks of `context`, None for one rank; and `setup` with the
     kernels that all ranks run. A collective.
 
     tensor: the latent or the pixels, which all ranks must hold alike. is_finite: whether this rank
-    found all its values to be so. Raises ShardingError.
+    found all its values to be so. plan, stop: see `ShardRequest`. Raises ShardingError.
     """
     if setup.request.shards is None:
         return setup, None
@@ -532,6 +595,8 @@ def join_ranks(
             gather=gather,
             choices=setup.ops.choices,
             is_finite=is_finite,
+            plan=plan,
+            stop=stop,
         )
     )
     theirs = ranks.agree_on_kernels(partial(engine.setup, setup.request))

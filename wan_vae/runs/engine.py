@@ -173,18 +173,16 @@ class Engine:
         setup: Setup,
         *,
         whole_frames: bool = False,
-        lengths: tuple[int, ...] | None = None,
         memory: DeviceMemory | None = None,
     ) -> Plan:
         """Decide chunks, passes and strips in the memory that is free now. Allocates nothing.
 
         whole_frames: the pixels are wanted as whole frames in order, also where strips are needed.
-        lengths: latent frames of each chunk, where ranks have agreed on them. memory: who says how
-        much is free; None is the process itself.
+        memory: who says how much is free; None is the process itself.
         """
         request, options = setup.request, setup.request.options
         free = self.free_bytes(setup, memory or OwnMemory(self.device))
-        choice = self._choice(setup, free, whole_frames, lengths)
+        choice = self._choice(setup, free, whole_frames)
         part = PARTS[request.operation]
         # Strips that were asked for are taken even if there is only one.
         strips = choice.strips if choice.strips > 1 or options.strips else None
@@ -215,29 +213,23 @@ class Engine:
             wanted_bytes=choice.wanted_bytes,
         )
 
-    def _choice(
-        self,
-        setup: Setup,
-        free: int | None,
-        whole_frames: bool,
-        lengths: tuple[int, ...] | None,
-    ) -> Choice:
+    def _choice(self, setup: Setup, free: int | None, whole_frames: bool) -> Choice:
         """Chunks, passes and strips in `free` bytes; the choice with memory to spare is kept."""
         request, ops = setup.request, setup.ops
         options = replace(request.options, free_bytes=None)
         if not ops.layers or options.strips is not None:
-            return choose(self._plan_request(setup, free, whole_frames, lengths))
+            return choose(self._plan_request(setup, free, whole_frames))
         if self._choices_in_full is None or self._choices_in_full[0]() is not ops:
             self._choices_in_full = weakref.ref(ops), {}
         kept = self._choices_in_full[1]
-        key = (replace(request, options=options), setup.layout.chosen, whole_frames, lengths)
+        key = (replace(request, options=options), setup.layout.chosen, whole_frames)
         if key not in kept:
             if len(kept) >= _CHOICES_KEPT:
                 kept.clear()
-            kept[key] = choose(self._plan_request(setup, None, whole_frames, lengths))
+            kept[key] = choose(self._plan_request(setup, None, whole_frames))
         if free is None or kept[key].needed_bytes <= free:
             return kept[key]
-        return choose(self._plan_request(setup, free, whole_frames, lengths))
+        return choose(self._plan_request(setup, free, whole_frames))
 
     def _weights_bytes(self, setup: Setup, part: Part) -> int:
         """Bytes of the weights of `part`, which are counted once: their shapes stay."""
@@ -272,7 +264,7 @@ class Engine:
 
         What the caller asked for (chunks, strips) is kept.
         """
-        return choose(self._plan_request(setup, 0, whole_frames, None)).planned_bytes
+        return choose(self._plan_request(setup, 0, whole_frames)).planned_bytes
 
     def counted(self, setup: Setup, plan: Plan) -> Plan:
         """`plan`, whose chunks, passes or strips were changed, with the bytes that it takes now."""
@@ -297,7 +289,7 @@ class Engine:
 
     def may_park(self, setup: Setup, whole_frames: bool) -> bool:
         """Whether strips of this run may leave frames and history on the host."""
-        return self._plan_request(setup, None, whole_frames, None).may_park
+        return self._plan_request(setup, None, whole_frames).may_park
 
     def describe(self, plan: Plan) -> dict[str, object]:
         """The layout of `plan` as a report has it: `LayoutRecord` without what a run counts."""
@@ -380,7 +372,7 @@ class Engine:
         setup: Setup,
         free: int | None,
         whole_frames: bool,
-        lengths: tuple[int, ...] | None,
+        lengths: tuple[int, ...] | None = None,
     ) -> PlanRequest:
         request, options = setup.request, setup.request.options
         asked = lengths if lengths is not None else options.chunk_frames

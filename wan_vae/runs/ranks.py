@@ -12,7 +12,7 @@ from ..chunking import Chunk
 from ..errors import DecodeMemoryError
 from ..layout import LayoutCounter
 from ..ops.opset import HaloExchange
-from ..planning.plan import Plan
+from ..planning.plan import Pace, Plan
 from ..report import ReportBuilder
 
 
@@ -47,8 +47,8 @@ class Ranks(Protocol):
         """`shape` of the whole picture -> that of the result that this rank gets."""
         ...
 
-    def agree_on(self, plan: Plan) -> tuple[int, ...]:
-        """Latent frames of each chunk: the shortest chunks that any rank planned."""
+    def agree_on(self, plan: Plan) -> Pace:
+        """The shortest chunks and the smallest passes that any rank planned."""
         ...
 
     def agree_to_stop(self, chunk: Chunk, stop: bool) -> bool:
@@ -89,8 +89,8 @@ class WholePicture:
     def result_shape(self, shape: tuple[int, ...], factor: int = 1) -> tuple[int, ...]:
         return shape
 
-    def agree_on(self, plan: Plan) -> tuple[int, ...]:
-        return plan.lengths
+    def agree_on(self, plan: Plan) -> Pace:
+        return plan.pace
 
     def agree_to_stop(self, chunk: Chunk, stop: bool) -> bool:
         return stop

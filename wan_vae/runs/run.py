@@ -20,7 +20,7 @@ import torch
 
 from .. import geometry
 from ..arithmetic import own_arithmetic
-from ..chunking import Chunk, schedule
+from ..chunking import Chunk, PassEnds, schedule
 from ..device import dtype_name, is_out_of_memory
 from ..errors import DecodeCancelled, DecodeMemoryError, GeometryError, first_line
 from ..hooks import DeviceMemory, Hooks, OwnMemory
@@ -31,7 +31,7 @@ from ..network.cache import FeatureCache
 from ..network.model import WanVAEModel
 from ..ops.opset import OpSet
 from ..options import Operation
-from ..planning.passes import frames_together
+from ..planning.passes import frames_together, pass_ends
 from ..planning.plan import Plan
 from ..report import BackendOff, DecodeReport, ReportBuilder
 from ..said import said
@@ -83,7 +83,11 @@ class Run(ABC):
         self.done_frames = 0
         self.report: DecodeReport | None = None
         self._plan: Plan | None = None
+        # Of a moment ago, which the other ranks know already.
+        self._early_plan: Plan | None = None
         self._least_failed: float = inf  # planned bytes
+        # Of all ranks, once they have told each other.
+        self._all_finite: bool | None = None
         # Once a run: a plan that fails a second time knows too little of what is free.
         self._may_try_again = True
 
@@ -104,14 +108,15 @@ class Run(ABC):
         rank calls it.
         """
         notes: tuple[str, ...] = ()
-        fitting = None if plan is None else self._fitting(plan, whole_frames)
+        fitting = self._early_plan if plan is None else self._fitting(plan, whole_frames)
         if fitting is None:
             plan, notes = self._planned(plan, whole_frames)
         else:
             plan = fitting
-        lengths = self.ranks.agree_on(plan)
-        if lengths != plan.lengths:
-            plan = self._plan_now(whole_frames, lengths)
+        pace = self.ranks.agree_on(plan)
+        if pace != plan.pace:
+            paced = replace(plan, lengths=pace.lengths, pass_elements=pace.pass_elements)
+            plan = self.engine.counted(self.setup, paced)
         self._report_plan(plan, notes)
         self._plan = plan
         self.clock = RunClock(self.device)  # its peak is above what is allocated now
@@ -120,12 +125,7 @@ class Run(ABC):
     def _planned(self, plan: Plan | None, whole_frames: bool) -> tuple[Plan, tuple[str, ...]]:
         """`plan`, or a new one for what is free now if there is none or it cannot be executed; and
         notes on why."""
-        now = self._plan_now(whole_frames)
-        wanted = now.wanted_bytes if plan is None else plan.planned_bytes
-        if now.free_bytes is not None and now.planned_bytes < wanted:
-            # Less at a time than in a device with memory to spare: first what nobody uses goes.
-            self.memory.give_back(now.wanted_bytes if plan is None else plan.needed_bytes)
-            now = self._plan_now(whole_frames)
+        now = plan_in_room(self.engine, self.setup, self.memory, whole_frames, plan)
         if plan is None:
             return now, ()
         if reason := self._outdated(plan, now):
@@ -151,11 +151,9 @@ class Run(ABC):
             return None
         return replace(plan, free_bytes=free, whole_frames=whole)
 
-    def _plan_now(self, whole_frames: bool, lengths: tuple[int, ...] | None = None) -> Plan:
+    def _plan_now(self, whole_frames: bool) -> Plan:
         """A plan for what is free now."""
-        return self.engine.plan(
-            self.setup, whole_frames=whole_frames, lengths=lengths, memory=self.memory
-        )
+        return self.engine.plan(self.setup, whole_frames=whole_frames, memory=self.memory)
 
     def _outdated(self, plan: Plan, now: Plan) -> str | None:
         """Why `plan`, made before, cannot be executed now; None if it can. now: a plan of now.
@@ -377,11 +375,17 @@ class Run(ABC):
     def step(self, cache: FeatureCache, chunk: Chunk, rows: int) -> Step:
         """The `Step` for `chunk`, with the history in `cache`. rows: see `chunks`."""
         frames: tuple[int, ...] = ()
-        elements = self.plan.pass_elements
+        ends = PassEnds()
+        elements, shards = self.plan.pass_elements, self.plan.shards
         if elements is not None:
-            b, z, t, _, width = self.plan.latent_shape
+            shape = (*self.plan.latent_shape[:3], rows, self.plan.latent_shape[4])
             together = frames_together(self.ops.layers)
-            frames = self._pass_frames((b, z, t, rows, width), elements, together)
+            if shards is not None:
+                # Of the largest part, as all ranks exchange rows of the same frames.
+                shape = shards.pixel_shape_of(0, self.plan.latent_shape, 1)
+            frames = self._pass_frames(shape, elements, together)
+            if shards is not None:
+                ends = pass_ends(self.config, self.plan.latent_shape, frames, together)
         return Step(
             cache,
             chunk,
@@ -389,6 +393,7 @@ class Run(ABC):
             ops=self.ops,
             counter=self.counter,
             pass_frames=frames,
+            pass_ends=ends,
         )
 
     def frames_of(self, chunk: Chunk) -> int:
@@ -498,11 +503,19 @@ class Run(ABC):
         self.clock.settle()
         self.ranks.read_waits(wait=True)
 
+    def _agree_on_end(self) -> bool:
+        """Whether no rank met NaN or inf, once all work is launched; waits for the device. Puts
+        every rank's share into the report. A collective, only once."""
+        if self._all_finite is None:
+            with own_arithmetic(self.device):
+                self._settle()
+                finite = self._is_finite()
+                self._all_finite = self.ranks.complete(self.builder, self.counter, finite)
+        return self._all_finite
+
     def complete(self) -> None:
         """Set the final report; waits for the device, so that its times are true."""
-        with own_arithmetic(self.device):
-            self._settle()
-            finite = self.ranks.complete(self.builder, self.counter, self._is_finite())
+        finite = self._agree_on_end()
         self._fill(wait=True)
         if not finite:
             self._is_not_finite()
@@ -574,6 +587,23 @@ def granted(
             shortage=who_holds(device, memory, wanted_bytes),
         )
     )
+
+
+def plan_in_room(
+    engine: Engine,
+    setup: Setup,
+    memory: DeviceMemory,
+    whole_frames: bool = False,
+    before: Plan | None = None,
+) -> Plan:
+    """A plan for what is free now, or can be. before: a plan of the same run, made earlier."""
+    now = engine.plan(setup, whole_frames=whole_frames, memory=memory)
+    wanted = now.wanted_bytes if before is None else before.planned_bytes
+    if now.free_bytes is not None and now.planned_bytes < wanted:
+        # Less at a time than in a device with memory to spare: first what nobody uses goes.
+        memory.give_back(now.wanted_bytes if before is None else before.needed_bytes)
+        now = engine.plan(setup, whole_frames=whole_frames, memory=memory)
+    return now
 
 
 def ready(engine: Engine, request: SetupRequest, memory: DeviceMemory) -> Setup:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 from zlib import crc32
 
 import torch
 
-from ..chunking import Chunk, lengths_of_ranks
+from ..chunking import Chunk
 from ..errors import BackendError, DecodeMemoryError, ShardingError
 from ..layout import LayoutCounter
 from ..ops.opset import HaloExchange, LayerChoice
 from ..options import GATHERS, Gather, Operation
-from ..planning.plan import Plan
+from ..planning.plan import Pace, Plan, pace_of_ranks
 from ..report import ReportBuilder, ShardRecord
 from ..said import said
 from ..sharding.context import ShardContext
@@ -34,7 +34,8 @@ class ShardRequest:
     """What a rank says of its run before the ranks agree: see `ShardRanks.join`.
 
     choices: of its kernels, by the name of the layer. is_finite: of the values of `tensor`, as far
-    as they were looked at.
+    as they were looked at. plan: of this rank, where it has one already; then the ranks agree on
+    chunks and passes in the same message, and whether to begin: stop is this rank's wish not to.
     """
 
     context: ShardContext
@@ -46,15 +47,25 @@ class ShardRequest:
     gather: Gather
     choices: Mapping[str, LayerChoice]
     is_finite: bool = True
+    plan: Plan | None = None
+    stop: bool = False
 
 
 class ShardRanks:
     """This rank's part of a picture that several ranks share."""
 
-    def __init__(self, request: ShardRequest, shard: Shard, kernels: Sequence[int]):
-        """kernels: a digest of each rank's choices."""
-        self._request, self._shard, self._kernels = request, shard, kernels
+    def __init__(self, request: ShardRequest, shard: Shard, rows: Sequence[Sequence[int]]):
+        """rows: of each rank a digest of its kernels, and what it said of its plan."""
+        self._request, self._shard = request, shard
         self._context, self._shards = request.context, request.shards
+        self._kernels = [digest for digest, *_ in rows]
+        # What the ranks agreed on as they joined, until it is asked for.
+        self._pace: Pace | None = None
+        self._stop: bool | None = None
+        if request.plan is not None:
+            self._stop = any(stop for _, stop, *_ in rows)
+            if len(set(self._kernels)) == 1:  # else with the plans for the kernels of rank 0
+                self._pace = _slowest(request.plan, [pace for _, _, *pace in rows])
 
     @classmethod
     def join(cls, request: ShardRequest) -> ShardRanks:
@@ -74,12 +85,13 @@ class ShardRanks:
             "gather": GATHERS.index(request.gather),
             "precision": DTYPES.index(request.dtype),
             "finite": int(request.is_finite),
+            "schedule": 0 if request.plan is None else _schedule(request.plan),
         }
         texts = sorted(f"{name}: {choice.text}" for name, choice in request.choices.items())
+        pace = [] if request.plan is None else [int(request.stop), *_numbers(request.plan)]
         # In one message, as each takes a millisecond or so of a warm run's time.
-        rows = wire.begin(facts, [crc32("\n".join(texts).encode())])
-        shard = Shard(context, request.shards, wire)
-        return cls(request, shard, [digest for (digest,) in rows])
+        rows = wire.begin(facts, [crc32("\n".join(texts).encode()), *pace])
+        return cls(request, Shard(context, request.shards, wire), rows)
 
     def agree_on_kernels(self, adopt: Callable[[Mapping[str, LayerChoice]], T]) -> T | None:
         """Let all ranks run the kernels of rank 0, because other kernels give other bits.
@@ -135,21 +147,20 @@ class ShardRanks:
     def result_shape(self, shape: tuple[int, ...], factor: int = 1) -> tuple[int, ...]:
         return self.part_shape(shape, factor) if self._request.gather == "own" else shape
 
-    def agree_on(self, plan: Plan) -> tuple[int, ...]:
-        wire, context = self._shard.wire, self._context
-        asked = plan.options.chunk_frames
-        explicit = () if asked is None else plan.lengths
+    def agree_on(self, plan: Plan) -> Pace:
+        pace, self._pace = self._pace, None
+        if pace is not None:
+            return pace
         facts = {
-            "schedule": crc32(repr(explicit).encode()),
-            "contents": 0 if context.same_input else _checksum(self._request.tensor),
+            "schedule": _schedule(plan),
+            "contents": 0 if self._context.same_input else _checksum(self._request.tensor),
         }
-        rows = wire.agree(facts, [plan.chunk_frames])
-        if explicit:
-            return plan.lengths
-        fewest = min(frames for (frames,) in rows)
-        return lengths_of_ranks(plan.latent_shape[2], fewest, plan.operation)
+        return _slowest(plan, self._shard.wire.agree(facts, _numbers(plan)))
 
     def agree_to_stop(self, chunk: Chunk, stop: bool) -> bool:
+        agreed, self._stop = self._stop, None
+        if agreed is not None:
+            return agreed
         rows = self._shard.wire.all_gather_numbers([stop, chunk.start])
         if any(row[0] for row in rows):
             return True
@@ -229,6 +240,24 @@ class ShardRanks:
                 reason=reason,
             )
         )
+
+
+def _numbers(plan: Plan) -> list[int]:
+    """What a rank tells the others of its plan: latent frames of a chunk, numbers of a pass."""
+    return [plan.chunk_frames, 0 if plan.pass_elements is None else plan.pass_elements]
+
+
+def _schedule(plan: Plan) -> int:
+    """A digest of the chunks that the caller asked for, which must be the same on all ranks."""
+    asked = plan.options.chunk_frames
+    return crc32(repr(() if asked is None else plan.lengths).encode())
+
+
+def _slowest(plan: Plan, rows: Sequence[Sequence[int]]) -> Pace:
+    """The pace that suits all ranks. rows: the `_numbers` of each; plan: of this one."""
+    paces = [(frames, elements or None) for frames, elements in rows]
+    pace = pace_of_ranks(plan.latent_shape[2], paces)
+    return pace if plan.options.chunk_frames is None else replace(pace, lengths=plan.lengths)
 
 
 def own_part(x: torch.Tensor, shards: ShardPlan, rank: int, factor: int = 1) -> torch.Tensor:

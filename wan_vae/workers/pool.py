@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 
 from .. import geometry, layout
-from ..chunking import chunk_lengths, lengths_of_ranks
+from ..chunking import chunk_lengths
 from ..device import dtype_name, host_empty, host_free_bytes
 from ..errors import (
     CheckpointError,
@@ -50,7 +50,7 @@ from ..options import (
     RunOptions,
 )
 from ..pipeline import WanVAE, checked_shape
-from ..planning.plan import Plan
+from ..planning.plan import Plan, pace_of_ranks
 from ..report import DecodeReport
 from ..runs.engine import checked_options
 from ..said import expected_one_of, listed, reworded, said
@@ -245,10 +245,9 @@ class WorkerPool:
             )
             plain = self._wait_for_all(said("worker.plan", "plan"), self.start_timeout_s)
         plans = [Plan.from_dict(p) for p in plain]
-        if chunk_frames is None:
-            fewest = min(plan.chunk_frames for plan in plans)
-            lengths = lengths_of_ranks(shape[2], fewest, operation)
-            plans = [replace(plan, lengths=lengths) for plan in plans]
+        pace = pace_of_ranks(shape[2], [(p.chunk_frames, p.pass_elements) for p in plans])
+        lengths = pace.lengths if chunk_frames is None else plans[0].lengths
+        plans = [replace(p, lengths=lengths, pass_elements=pace.pass_elements) for p in plans]
         self._planned[key] = tuple(plans)
         return tuple(plans)
 

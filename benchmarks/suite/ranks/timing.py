@@ -59,9 +59,7 @@ def with_predictions(
     picture = MeasuredPicture(case.name, height, width, one.device_ms / one.latent_frames)
     found = []
     for t in timings:
-        model = predict(
-            case.config, picture, t.ranks, LINKS[0], frames=-(-t.latent_frames // t.chunks)
-        )
+        model = predict(case.config, picture, t.ranks, LINKS[0], clip_frames=t.latent_frames)
         twin = next((e for e in emulated if e.ranks == t.ranks), None)
         found.append(
             replace(
