@@ -6,10 +6,7 @@ kernel does not write fails the comparison.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields
-from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
 
+from tests.conftest import in_pairs
 from wan_vae.kernels.kernel import NormCall, NormResult
 from wan_vae.kernels.triton import attention as triton_attention
 from wan_vae.kernels.triton import conv3d_pointer, conv3d_tma
@@ -65,18 +63,6 @@ def rand(*shape, seed=0, dtype=torch.float16):
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     assert a.shape == b.shape
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
-def in_pairs(*columns: Sequence[Any]) -> list[Any]:
-    """All combinations. `make test` takes those in which each two values of different columns meet:
-    the last column follows from the others, round robin."""
-    made = []
-    for values in product(*(enumerate(column) for column in columns)):
-        *others, last = (index for index, _ in values)
-        is_quick = last == sum(others) % len(columns[-1])
-        row = (value for _, value in values)
-        made.append(pytest.param(*row, marks=() if is_quick else pytest.mark.full))
-    return made
 
 
 def joined(x, scale, history=None, past=2, keep=False, **options) -> NormResult:
