@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -47,7 +48,11 @@ for script in sys.argv[1:]:
 def test_each_script_starts_from_anywhere(tmp_path):
     scripts = [str(ROOT / "benchmarks" / name) for name in SCRIPTS]
     done = subprocess.run(
-        [sys.executable, "-c", START, *scripts], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", START, *scripts],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: ") == len(SCRIPTS)
