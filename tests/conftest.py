@@ -57,6 +57,13 @@ GROUPS = {
     "dist/test_plan.py": "ranks",
     "unit/test_cli.py": "demo",
     "unit/test_demo.py": "demo",
+    # Proofs of kernels in the interpreter, which take longer than what is tested with them.
+    "kernels/test_triton_decode.py": "proofs of decodes",
+    "kernels/test_triton_encode.py": "proofs of encodes",
+    # The import of diffusers.
+    "bench/test_measure.py": "diffusers",
+    "bench/test_scripts.py": "diffusers",
+    "parity/test_diffusers.py": "diffusers",
 }
 
 
