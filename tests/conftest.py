@@ -7,7 +7,10 @@ import importlib.util
 import os
 import platform
 import signal
+from collections.abc import Sequence
+from itertools import product
 from math import prod
+from typing import Any
 
 if platform.machine() in ("x86_64", "AMD64"):
     # Before NumPy is imported, here and in each process that is started from here. Triton's
@@ -54,6 +57,13 @@ GROUPS = {
     "dist/test_plan.py": "ranks",
     "unit/test_cli.py": "demo",
     "unit/test_demo.py": "demo",
+    # Proofs of kernels in the interpreter, which take longer than what is tested with them.
+    "kernels/test_triton_decode.py": "proofs of decodes",
+    "kernels/test_triton_encode.py": "proofs of encodes",
+    # The import of diffusers.
+    "bench/test_measure.py": "diffusers",
+    "bench/test_scripts.py": "diffusers",
+    "parity/test_diffusers.py": "diffusers",
 }
 
 
@@ -81,6 +91,21 @@ def pass_elements(config: WanVAEConfig, latent_shape: tuple[int, ...], frames: i
     return frames * -(-plenty // pass_frames(config, latent_shape, plenty)[-1])
 
 
+def in_pairs(*columns: Sequence[Any]) -> list[Any]:
+    """All combinations, for `parametrize`.
+
+    `make test` takes those in which each two values of different columns meet: the last column
+    follows from the others, round robin.
+    """
+    made = []
+    for values in product(*(enumerate(column) for column in columns)):
+        *others, last = (index for index, _ in values)
+        is_quick = last == sum(others) % len(columns[-1])
+        row = (value for _, value in values)
+        made.append(pytest.param(*row, marks=() if is_quick else pytest.mark.full))
+    return made
+
+
 SMALL_CONFIGS = {"wan2.1": wan21(dim=8), "wan2.2": wan22(dim=8, decoder_dim=16)}
 
 
@@ -91,6 +116,15 @@ def interpreted():
         if not torch.cuda.is_available():
             patch.setenv("TRITON_INTERPRET", "1")
         yield
+
+
+def quick_with(family: str) -> pytest.MarkDecorator:
+    """For tests with `small_vae` of what both families share: `make test` takes one of them."""
+    return pytest.mark.parametrize(
+        "small_vae",
+        [pytest.param(f, marks=() if f == family else pytest.mark.full) for f in SMALL_CONFIGS],
+        indirect=True,
+    )
 
 
 @pytest.fixture(scope="session", params=SMALL_CONFIGS, ids=str)

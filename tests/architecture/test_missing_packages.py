@@ -69,9 +69,17 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+PACKAGES = ["triton", "comfy_kitchen", "av", "PIL", "tqdm"]
+
+
+# All at once; `make test-all` also takes one without the other.
 @pytest.mark.parametrize(
     "missing",
-    [["torch.distributed"], ["triton", "comfy_kitchen", "av", "PIL", "tqdm"]],
+    [
+        ["torch.distributed", *PACKAGES],
+        pytest.param(["torch.distributed"], marks=pytest.mark.full),
+        pytest.param(PACKAGES, marks=pytest.mark.full),
+    ],
     ids=lambda names: "-".join(names),
 )
 def test_a_decode_needs_none_of(missing):

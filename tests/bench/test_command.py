@@ -144,7 +144,10 @@ def test_a_compiler_that_is_missing_is_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton here")
-@pytest.mark.parametrize(("part", "option"), [("kernels", "--tiny"), ("resources", "--json")])
+@pytest.mark.parametrize(
+    ("part", "option"),
+    [("kernels", "--tiny"), pytest.param("resources", "--json", marks=pytest.mark.full)],
+)
 def test_scripts_about_triton_run_in_a_process_of_their_own(part, option, capfd):
     assert command.main([part, "--help"]) == 0
     text = capfd.readouterr().out

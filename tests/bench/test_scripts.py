@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import encode, next_process, small_cards, video
+from benchmarks import chunk_profile, encode, host_memory, next_process, small_cards, video
 from benchmarks.every_kernel import once, trials
 from tests.conftest import random_state
 from wan_vae.config import wan21
@@ -27,19 +27,41 @@ from wan_vae.ops.problem import Operation
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(script: str, *arguments: str) -> list[str]:
+SCRIPTS = ("chunk_profile.py", "encode.py", "video.py", "small_cards.py", "host_memory.py")
+# Each as its user starts it: `python benchmarks/...py`, from anywhere.
+START = """
+import runpy, sys
+before = list(sys.path)
+for script in sys.argv[1:]:
+    # As Python sets it, and without what the script before it imported from the repository.
+    sys.path[:] = [str(__import__("pathlib").Path(script).parent), *before[1:]]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
+        del sys.modules[name]
+    sys.argv[:] = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, script
+"""
+
+
+def test_each_script_starts_from_anywhere(tmp_path):
+    scripts = [str(ROOT / "benchmarks" / name) for name in SCRIPTS]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        [sys.executable, "-c", START, *scripts],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    assert done.stdout.count("usage: ") == len(SCRIPTS)
 
 
-def test_a_chunk_is_profiled_whole_and_as_a_shard():
-    lines = run("chunk_profile.py", "--height", "2", "--width", "4", "--frames", "1")
+def test_a_chunk_is_profiled_whole_and_as_a_shard(capsys):
+    words = ["--device", "cpu", "--height", "2", "--width", "4", "--frames", "1"]
+    assert chunk_profile.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
     heads = [i for i, line in enumerate(lines) if line.startswith("rank 0 of")]
     assert [lines[i].split(",")[0] for i in heads] == ["rank 0 of 1", "rank 0 of 2"]
     assert all(float(lines[i + 1].split()[0]) > 0 for i in heads)
@@ -73,11 +95,12 @@ def test_a_first_decode_is_timed_phase_by_phase(tmp_path):
     assert f"| {waited:.1f} |" in page[2 + len(phases)]
 
 
-def test_the_encoder_is_held_against_others_before_it_is_timed(tmp_path, monkeypatch):
+def test_the_encoder_is_held_against_others_before_it_is_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
     file = tmp_path / "rows.json"
     options = ["--backend", "eager", "--repeats", "1", "--layers", "--output", str(file)]
-    lines = run("encode.py", "--device", "cpu", *options)
+    assert encode.main(["--device", "cpu", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
     found = json.loads(file.read_text())
     rows = {(row["decoder"], row["route"]): row for row in found["rows"]}
     for route in ("device", "image"):
@@ -90,9 +113,10 @@ def test_the_encoder_is_held_against_others_before_it_is_timed(tmp_path, monkeyp
     assert len({line for line in lines if line.startswith("| wan2.1-narrow")}) == len(rows)
 
 
-def test_a_video_is_timed_beside_x264_alone(tmp_path):
+def test_a_video_is_timed_beside_x264_alone(tmp_path, capsys):
     file = tmp_path / "rows.json"
-    lines = run("video.py", "--device", "cpu", "--repeats", "1", "--output", str(file))
+    assert video.main(["--device", "cpu", "--repeats", "1", "--output", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
     (row,) = json.loads(file.read_text())["rows"]
     assert row["case"] == "wan2.1-narrow" and row["file_bytes"] > 0
     assert all(row[f"{way}_ms"] > 0 for way in ("x264", "decode", "stream", "image", "save"))
@@ -150,9 +174,10 @@ def test_an_encoder_that_gives_something_else_gets_no_time():
     assert [row.kind for row in rows] == ["refused", "refused"]
 
 
-def test_an_image_and_a_stream_are_measured_side_by_side(tmp_path):
+def test_an_image_and_a_stream_are_measured_side_by_side(tmp_path, capsys):
     words = ("--device", "cpu", "--case", "wan2.1-narrow", "--cap", "0", "--repeats", "1")
-    lines = run("small_cards.py", *words, "--output", str(tmp_path))
+    assert small_cards.main([*words, "--output", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
     rows = [line.split(" | ") for line in lines if line.startswith("| wan2.1-narrow")]
     assert [row[1] for row in rows] == ["IMAGE", "stream"]
     assert all(row[-1] == "equal |" for row in rows)
@@ -169,8 +194,9 @@ def test_what_is_wrong_on_a_small_card_is_named():
     assert replace(row, peak_bytes=114, restarts=0, equal=True).faults() == []
 
 
-def test_host_memory_is_timed():
-    lines = run("host_memory.py", "--megabytes", "1")
+def test_host_memory_is_timed(capsys):
+    assert host_memory.main(["--megabytes", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
         "PyTorch's, fresh",
         "NumPy's, fresh",

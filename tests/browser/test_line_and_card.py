@@ -319,6 +319,7 @@ def test_the_channels_of_a_latent_are_a_folded_table(frontend):
     section.wait_for(state="detached")
 
 
+@pytest.mark.quick_in("newest")
 def test_inspect_shows_its_text_on_the_node(frontend):
     made = accelerated_workflow(seed=3, identity=f"inspect-{frontend.name}-{frontend.mode}")
     made["nodes"] = [made["nodes"][0], made["nodes"][2] | {}]

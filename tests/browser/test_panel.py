@@ -75,6 +75,7 @@ def test_line_and_panel_follow_a_run(frontend):
     frontend.shot("panel")
 
 
+@pytest.mark.quick_in("newest")
 def test_a_node_of_core_has_a_card_and_the_vae_node_a_line(frontend):
     """VAE Decode is not ours: it gets no line, and the panel shows its report all the same."""
     frontend.load(accelerated_workflow(seed=3, identity=f"accelerated-{frontend.mode}"))
@@ -144,6 +145,7 @@ def test_line_has_the_height_it_asks_for_and_stays_inside_the_node(frontend):
     frontend.shot("node")
 
 
+@pytest.mark.quick_in("newest")
 def test_report_survives_reload_and_a_cached_run(frontend):
     frontend.load(workflow(seed=2, identity=f"reload-{frontend.mode}"))
     frontend.queue()
@@ -161,12 +163,14 @@ def test_report_survives_reload_and_a_cached_run(frontend):
     frontend.page.locator(".wan-vae-card").first.wait_for()
 
 
+@pytest.mark.quick_in("pinned")
 def test_another_workflow_with_the_same_node_ids_shows_nothing(frontend):
     finished(frontend)
     frontend.load(workflow(seed=2, identity="somebody-elses"))
     frontend.line("No report yet")
 
 
+@pytest.mark.quick_in("pinned")
 def test_a_result_from_the_cache_says_so_in_a_copy_of_the_workflow(frontend):
     """Save As, Duplicate, a template that was opened again: another id, nothing runs."""
     finished(frontend)
@@ -183,6 +187,7 @@ def test_a_result_from_the_cache_says_so_in_a_copy_of_the_workflow(frontend):
     frontend.line("✓from the cache: 9 frames")
 
 
+@pytest.mark.quick_in("newest")
 def test_of_two_nodes_that_are_the_same_both_have_a_line(frontend):
     """ComfyUI executes one of them; the other one gets its result, and sends no report."""
     frontend.load(doubled_workflow(seed=23, identity=f"double-{frontend.name}-{frontend.mode}"))
@@ -192,6 +197,7 @@ def test_of_two_nodes_that_are_the_same_both_have_a_line(frontend):
     frontend.line("✓from the cache: 9 frames")
 
 
+@pytest.mark.quick_in("newest")
 def test_the_report_of_an_api_prompt_belongs_to_no_node_on_screen(frontend):
     """Prompts of the same client without a workflow: of an extension, or of a script."""
     frontend.load(workflow(seed=21, identity=f"api-{frontend.mode}"))
@@ -217,6 +223,7 @@ def test_the_report_of_an_api_prompt_belongs_to_no_node_on_screen(frontend):
     assert text_of(frontend) == "No report yet: run the workflow"
 
 
+@pytest.mark.quick_in("newest")
 def test_cancel_shows_live_progress_then_where_it_stopped(frontend):
     identity = f"cancel-{frontend.mode}"
     frontend.load(workflow(seed=3, frames=60, height=16, width=16, chunk=1, identity=identity))
@@ -234,6 +241,7 @@ def test_cancel_shows_live_progress_then_where_it_stopped(frontend):
     frontend.line("✓9 frames")
 
 
+@pytest.mark.quick_in("newest")
 def test_an_error_is_on_the_line_and_in_the_panel(frontend):
     frontend.load(workflow(seed=5, channels=4, identity=f"bad-{frontend.mode}"))
     frontend.queue()
@@ -248,6 +256,7 @@ def test_an_error_is_on_the_line_and_in_the_panel(frontend):
     frontend.open()  # leave ComfyUI's own error dialog behind
 
 
+@pytest.mark.quick_in("newest")
 def test_the_layer_strip_works_from_the_keyboard(frontend):
     finished(frontend)
     frontend.open_tab()
@@ -268,6 +277,7 @@ def test_the_layer_strip_works_from_the_keyboard(frontend):
     assert strip.locator("[tabindex='0']").count() == 1
 
 
+@pytest.mark.quick_in("pinned")
 def test_copy_report_copies_the_wire_format(frontend):
     finished(frontend)
     frontend.open_tab()
@@ -319,6 +329,7 @@ def test_a_setting_hides_the_line(frontend):
     line.wait_for()
 
 
+@pytest.mark.quick_in("newest")
 @pytest.mark.parametrize("palette", ["light", "dark"])
 def test_text_is_readable_in_both_themes(frontend, palette):
     frontend.setting("Comfy.ColorPalette", palette)

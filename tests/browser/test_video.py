@@ -148,6 +148,7 @@ def test_inputs_that_a_choice_brings_speak_chinese(frontend):
         frontend.open()
 
 
+@pytest.mark.quick_in("newest")
 def test_the_line_of_create_video_shows_what_the_reader_did(frontend):
     """It decodes nothing itself; Save Video, a node of core's, decodes as it saves."""
     frontend.load(video_workflow("WanVAECreateVideo", f"lazy-{frontend.name}-{frontend.mode}"))

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tests.conftest import random_state
 from wan_vae.config import wan21
 
-# Wide enough to be a real architecture, narrow enough for two cores.
+# A real architecture, and narrow.
 VAES = ("wan21.safetensors", "wan21_other.safetensors")
 OTHER_VAE = "image_vae.safetensors"
 
@@ -18,7 +18,7 @@ OTHER_VAE = "image_vae.safetensors"
 def write_vaes(folder: Path) -> None:
     """Two random Wan 2.1 VAEs, and one that is no Wan VAE."""
     for seed, name in enumerate(VAES):
-        save_file(random_state(wan21(dim=16), seed), folder / name)
+        save_file(random_state(wan21(dim=8), seed), folder / name)
     # Enough for ComfyUI to take it for a Stable Diffusion VAE (it fills in what is missing).
     save_file({"decoder.conv_in.weight": torch.zeros(512, 4, 3, 3)}, folder / OTHER_VAE)
 

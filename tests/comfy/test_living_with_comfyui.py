@@ -87,7 +87,7 @@ def test_two_queued_prompts_both_finish_right(comfy):
 
 
 def test_two_vaes_alternating(comfy):
-    for i in range(4):
+    for i in range(3):
         name = VAES[i % 2]
         run = comfy.run(decode_and_compare(latent(seed=140 + i), load_vae(name)))
         assert_as_core(run)
@@ -111,7 +111,7 @@ def test_two_vaes_in_one_prompt(comfy):
 
 
 def test_one_vae_at_two_sizes(comfy):
-    for i, (height, width) in enumerate([(8, 12), (5, 7), (12, 8), (8, 12)]):
+    for i, (height, width) in enumerate([(8, 12), (5, 7), (8, 12)]):
         shape = latent(frames=2, height=height, width=width, seed=160 + i)
         assert_as_core(comfy.run(decode_and_compare(shape)))
 
@@ -192,7 +192,9 @@ def test_weights_that_another_node_changes_between_two_decodes(comfy, kind):
     assert run.outputs["8"]["difference"][0] > 100 * TOLERANCE, "the change shows in the picture"
 
 
-@pytest.mark.parametrize("kind", ["channels_last_3d", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "kind", ["channels_last_3d", "float16", pytest.param("bfloat16", marks=pytest.mark.full)]
+)
 def test_weights_as_other_packs_leave_them(comfy, kind):
     """Another node changed format or dtype of the VAE's own weights before ours sees them."""
     prompt = {

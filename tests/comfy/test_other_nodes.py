@@ -241,13 +241,17 @@ def test_one_image_in_a_copy_that_is_there_sends_its_report_and_nothing_else(com
 
 @pytest.mark.parametrize("frames", [1, 6])
 def test_the_phases_of_a_report_are_all_of_the_nodes_time(comfy, frames):
-    began, missing, unnamed = {}, [], []
+    began, missing, unnamed = {}, [1.0], [1.0]
 
     def hear(message):
         if message["type"] == "executing":
             began.setdefault(message["data"]["node"], time.perf_counter())
 
+    # A few hundredths, of a run that no other process disturbs; here the machine may be busy, and
+    # the best of up to four runs counts.
     for seed in range(92, 96):
+        if abs(min(missing, key=abs)) < 0.5 and min(unnamed) < 0.3:
+            break
         began.clear()
         samples = latent(frames=frames, height=16, width=16, seed=seed)
         run = comfy.run(decode(samples), on_message=hear)
@@ -256,7 +260,6 @@ def test_the_phases_of_a_report_are_all_of_the_nodes_time(comfy, frames):
         missing.append(1 - sum(phases.values()) / node_ms)
         unnamed.append(phases["node: rest"] / node_ms)
         assert {"node: look", "node: plan", "node: set up", "chunks"} <= phases.keys()
-    # A few hundredths, of a run that no other process disturbs; here the machine may be busy.
     assert abs(min(missing, key=abs)) < 0.5, (missing, phases)
     assert min(unnamed) < 0.3, (unnamed, phases)
 
@@ -435,7 +438,9 @@ def cancelled_then_right(comfy) -> None:
             sent.append(message)
             comfy.post("/interrupt", {})
 
-    run = comfy.run(decode(latent(frames=40, seed=12), chunk_frames=1), on_message=stop)
+    # Large enough for several chunks to be left when the message arrives.
+    samples = latent(frames=40, height=16, width=16, seed=12)
+    run = comfy.run(decode(samples, chunk_frames=1), on_message=stop)
     assert run.interrupted
     assert run.error is None
     kept = run.report("3")

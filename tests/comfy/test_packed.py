@@ -124,7 +124,7 @@ NODES = {
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=[pytest.mark.full] if "accelerated" in kind else [])
+        pytest.param(kind, marks=pytest.mark.full if kind not in ("decode", "sharded") else ())
         for kind in NODES
     ],
 )

@@ -92,7 +92,10 @@ def run_of(vae: WanVAE, job: AheadJob, work: Work, proofs: ProofCache, monkeypat
 
 
 @pytest.mark.parametrize("work", WORK, ids=lambda w: f"{w.part}-{'image' * w.only_frame}")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.full if n == "RTX 4090" else ()) for n in NAMES],
+)
 def test_what_is_compiled_ahead_is_what_a_run_builds(name, work, vae, monkeypatch):
     job = job_for(vae.config, CARDS[name])
     wanted = [build.key for build in Ahead(job).builds(work)]

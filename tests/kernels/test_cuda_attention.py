@@ -221,12 +221,12 @@ def nvrtc():
         pytest.skip(f"no NVRTC here (pip install nvidia-cuda-nvrtc): {error}")
 
 
-# The source tells cards before Ampere from later ones, and nothing else: one width for all.
+# The source tells cards before Ampere from later ones, and nothing else.
 COMPILED = [
     pytest.param(code, channels, marks=pytest.mark.full if is_long else ())
     for code in (*CODES, "compute_86", "sm_75")
     for channels in (160, 384, 1024)
-    for is_long in (channels != 384 and code not in ("sm_75", "sm_90", "compute_86"),)
+    for is_long in (code not in ("sm_75", "sm_90", "compute_86"),)
 ]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.conftest import in_pairs
 from wan_vae.errors import LayoutError
 from wan_vae.kernels.cuda.conv import BLOCKS, Call, Variant, conv, pack, program
 from wan_vae.kernels.cuda.conv_layers import (
@@ -92,8 +93,9 @@ REAL = [
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_86")
 
 
-def name_of(problem: Any) -> str:
-    return problem.key().replace(" ", "-")
+def name_of(value: Any) -> str:
+    """Of a problem, or of a size."""
+    return str(value) if isinstance(value, tuple) else value.key().replace(" ", "-")
 
 
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
@@ -228,8 +230,8 @@ class Layer:
 # -- right, at every size --------------------------------------------------------------------------
 
 
-@every_problem
-@pytest.mark.parametrize("size", SIZES, ids=str)
+# Each problem with one size; `make test-all` takes all with all.
+@pytest.mark.parametrize("problem, size", in_pairs(PROBLEMS, SIZES), ids=name_of)
 def test_as_the_eager_twin(place, problem, size):
     if problem.operation == "strided_conv":
         size = (size[0], size[1] + 1, size[2] + 1)

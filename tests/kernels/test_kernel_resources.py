@@ -9,7 +9,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
 
+from benchmarks import kernel_resources
 from benchmarks.resources.limits import ALLOWED, ARCHITECTURES, Limits, Spill, card, exceeded
 from benchmarks.resources.usage import Resources
 from wan_vae.kernels.cuda import base, driver
@@ -26,6 +28,15 @@ from wan_vae.kernels.cuda.program import CompiledKernel
 from wan_vae.ops.problem import HeadProblem, NormConvProblem
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a run of the script ended, and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -39,7 +50,10 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def checked(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """What the script says of kernels that exceed no limit."""
-    done = run(folder, "--json", "--check", *arguments)
+    return rows_of(run(folder, "--json", "--check", *arguments))
+
+
+def rows_of(done: subprocess.CompletedProcess[str] | Done) -> list[dict[str, Any]]:
     assert done.returncode == 0, done.stderr
     rows: list[dict[str, Any]] = json.loads(done.stdout)
     return rows
@@ -136,6 +150,22 @@ def test_features_in_float16_compile_for_amd_too(tmp_path):
 
 
 @pytest.fixture
+def script(monkeypatch, capsys) -> Callable[..., Done]:
+    """The script, called in this process. (Triton's compiler needs one without the interpreter.)"""
+
+    def call(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["kernel_resources.py", *arguments])
+        try:
+            code = kernel_resources.main()
+        except SystemExit as stop:
+            assert isinstance(stop.code, int)
+            code = stop.code
+        return Done(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
 def nvrtc():
     """The compiler, or a skip."""
     try:
@@ -166,10 +196,10 @@ ONE_EACH_IN_CUDA = tuple(
         pytest.param("wan2.2", EVERYTHING, id="wan2.2", marks=pytest.mark.full),
     ],
 )
-def test_what_a_geforce_tries_first_in_cuda_fits(tmp_path, family, layers):
+def test_what_a_geforce_tries_first_in_cuda_fits(script, family, layers):
     """Chosen as for a card of capability 8.6, for videos and images."""
     chosen = ("--kernels", "cuda", "--card", "sm_86", "--first", "--family", family)
-    rows = checked(tmp_path, *chosen, *layers)
+    rows = rows_of(script("--json", "--check", *chosen, *layers))
     names = [row["kernel"] for row in rows]
     assert {name.split()[0] for name in names} == {
         *("conv3d", "norm_conv3d", "head", "upsample_conv2d", "strided_conv", "attention"),
@@ -182,26 +212,26 @@ def test_what_a_geforce_tries_first_in_cuda_fits(tmp_path, family, layers):
 
 @pytest.mark.full
 @pytest.mark.usefixtures("nvrtc")
-def test_what_every_card_tries_first_in_cuda_fits(tmp_path):
+def test_what_every_card_tries_first_in_cuda_fits(script):
     """All that is tried takes minutes more: `wan-vae bench resources --check`."""
     others = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
     chosen = [word for architecture in others for word in ("--card", architecture)]
-    rows = checked(tmp_path, "--kernels", "cuda", "--first", *chosen)
+    rows = rows_of(script("--json", "--check", "--kernels", "cuda", "--first", *chosen))
     assert {row["architecture"] for row in rows} == set(others)
 
 
 @pytest.mark.usefixtures("nvrtc")
-def test_a_kernel_that_spills_more_than_is_allowed_is_named(tmp_path):
+def test_a_kernel_that_spills_more_than_is_allowed_is_named(script, tmp_path):
     few = ("--kernels", "cuda", "--card", "sm_86", "--first")
     layer = (*few, "--layer", "upsample_conv2d 384x192")
-    (row,) = checked(tmp_path, *layer)
+    (row,) = rows_of(script("--json", "--check", *layer))
     spill = {
         **{"family": "cuda", "kernel": row["kernel"], "config": row["config"], "why": "planted"},
         **{"architectures": ["sm_86"], "stack_bytes": row["stack_bytes"] - 1},
     }
     planted = tmp_path / "limits.json"
     planted.write_text(json.dumps({"stack_bytes": 0, "spills": [spill]}))
-    done = run(tmp_path, *layer, "--check", "--limits", str(planted))
+    done = script(*layer, "--check", "--limits", str(planted))
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         f"exceeds: {row['kernel']}, {row['config']}, sm_86: bytes of stack: "
@@ -209,9 +239,10 @@ def test_a_kernel_that_spills_more_than_is_allowed_is_named(tmp_path):
     ]
 
 
-def test_a_check_of_nothing_fails(tmp_path):
+@pytest.mark.usefixtures("nvrtc")
+def test_a_check_of_nothing_fails(script):
     nothing = ("--kernels", "cuda", "--card", "sm_86", "--layer", "7x7")
-    done = run(tmp_path, *nothing, "--check")
+    done = script(*nothing, "--check")
     assert done.returncode == 2 and "no kernel of that name" in done.stderr
 
 

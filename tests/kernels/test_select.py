@@ -729,7 +729,13 @@ def test_all_bounds_come_in_their_order(monkeypatch):
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about Triton's interpreter")
-@pytest.mark.parametrize("eager", [(), ("upsample_conv2d", "attention")], ids=["all", "partly"])
+@pytest.mark.parametrize(
+    "eager",
+    [
+        pytest.param((), id="all"),
+        pytest.param(("upsample_conv2d", "attention"), id="partly", marks=pytest.mark.full),
+    ],
+)
 def test_a_decode_chosen_as_for_a_card_without_tma(eager, proofs):
     """All layers through pointers; and partly covered, beside eager ones."""
     pytest.importorskip("triton", reason="triton is not installed here: pip install triton")

@@ -98,7 +98,8 @@ def test_a_kernel_that_fails_its_proof_is_off_and_the_latent_is_right(
     monkeypatch.setattr(kernel_layers, kernel, wrong)
     vae.model.prepared.clear()
     fresh = WanVAE(vae.model)
-    pixels = video(vae, 5, 1)
+    # A second frame of the latent has the strided kernels for time.
+    pixels = video(vae, 5 if kernel == "strided_conv3d" else 1, 1)
     try:
         assert relative(encode(fresh, pixels), reference(vae, pixels)) < BOUND
     finally:

@@ -6,9 +6,7 @@ kernel does not write fails the comparison.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields
-from itertools import product
 from typing import Any
 
 import pytest
@@ -17,6 +15,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="triton is not installed here: pip install triton")
 
+from tests.conftest import in_pairs
 from wan_vae.kernels.kernel import NormCall, NormResult
 from wan_vae.kernels.triton import attention as triton_attention
 from wan_vae.kernels.triton import conv3d_pointer, conv3d_tma
@@ -65,18 +64,6 @@ def rand(*shape, seed=0, dtype=torch.float16):
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     assert a.shape == b.shape
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
-def in_pairs(*columns: Sequence[Any]) -> list[Any]:
-    """All combinations. `make test` takes those in which each two values of different columns meet:
-    the last column follows from the others, round robin."""
-    made = []
-    for values in product(*(enumerate(column) for column in columns)):
-        *others, last = (index for index, _ in values)
-        is_quick = last == sum(others) % len(columns[-1])
-        row = (value for _, value in values)
-        made.append(pytest.param(*row, marks=() if is_quick else pytest.mark.full))
-    return made
 
 
 def joined(x, scale, history=None, past=2, keep=False, **options) -> NormResult:
@@ -140,10 +127,25 @@ def test_norm_with_a_shards_halo_gives_the_bits_of_the_whole_picture(call, axis,
         assert torch.equal(got, expected.narrow(dim, start, stop - start + 2))
 
 
-@pytest.mark.parametrize("launch,config", KERNELS)
-@pytest.mark.parametrize(
-    "size,last_slice,extras", in_pairs([(1, 3, 5), (3, 5, 9)], [False, True], [True, False])
-)
+SMALL, LARGE = (1, 3, 5), (3, 5, 9)
+# A size, whether only the last slice is used, whether there is more than weights.
+CALLS = [(SMALL, False, True), (LARGE, True, True), (SMALL, True, False), (LARGE, False, False)]
+OTHER_CALLS = [(size, last_slice, not extras) for size, last_slice, extras in CALLS]
+
+
+def two_calls_for_each() -> list[Any]:
+    """Every kernel with every call; `make test` takes two calls of each kernel, in turn."""
+    made = []
+    for place, kernel in enumerate(KERNELS):
+        quick = CALLS[:2] if place % 2 else CALLS[2:]
+        for call in (*CALLS, *OTHER_CALLS):
+            name = f"{kernel.id}-{'-'.join(map(str, call))}"
+            marks = () if call in quick else pytest.mark.full
+            made.append(pytest.param(*kernel.values, *call, id=name, marks=marks))
+    return made
+
+
+@pytest.mark.parametrize("launch,config,size,last_slice,extras", two_calls_for_each())
 def test_conv3d(launch, config, last_slice, extras, size):
     frames, height, width = size
     past = 0 if last_slice else 2
@@ -268,7 +270,7 @@ def test_folded_upsample(launch, padding):
     in_pairs([(1, 1), (0, 1), (1, 0)], [3, 12], [False, True]),
 )
 def test_head(channels_out, last_slice, padding):
-    x = rand(2, 32, 5, 9, 11).contiguous(memory_format=LAST)
+    x = rand(2, 32, 3, 9, 11).contiguous(memory_format=LAST)
     weight, bias = rand(channels_out, 32, 3, 3, 3) / 30, rand(channels_out)
     packed = pack_head(weight, x.dtype)
     operands = HeadOperands(x, packed, bias, channels_out, padding, last_slice)

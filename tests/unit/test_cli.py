@@ -451,7 +451,9 @@ def test_a_sink_of_the_library_says_so_too(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("module", ["tqdm", "numpy", "safetensors"])
+@pytest.mark.parametrize(
+    "module", [pytest.param("tqdm", marks=pytest.mark.full), "numpy", "safetensors"]
+)
 def test_what_was_left_out_with_the_dependencies_is_one_line(module, files, tmp_path):
     (tmp_path / f"{module}.py").write_text(
         f"raise ModuleNotFoundError(\"No module named '{module}'\", name='{module}')\n"

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import SMALL_CONFIGS, random_state
+from tests.conftest import SMALL_CONFIGS, in_pairs, quick_with, random_state
 from tests.unit.decodes import relative_error, schedules, vae_of
 from wan_vae import WanVAE
 from wan_vae.errors import (
@@ -63,7 +63,7 @@ def decodes(draw):
     }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(case=decodes())
 @pytest.mark.parametrize("family", SMALL_CONFIGS)
 def test_any_schedule_format_and_strip_count_gives_the_same_pixels(family, case):
@@ -276,6 +276,7 @@ def plant_out_of_memory(monkeypatch, vae, fails):
     monkeypatch.setattr(vae.model.decoder, "passes", passes)
 
 
+@quick_with("wan2.1")
 def test_out_of_memory_starts_again_with_half_the_chunk(small_vae, monkeypatch):
     z = latent_of(small_vae, frames=7)
     expected = small_vae.decode(z, chunk_frames=1)
@@ -289,7 +290,15 @@ def test_out_of_memory_starts_again_with_half_the_chunk(small_vae, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("whole_frames", [False, True])
+# Each family with one of the two; `make test-all` takes both with both.
+one_of_two_ways = pytest.mark.parametrize(
+    "small_vae, whole_frames",
+    in_pairs(list(SMALL_CONFIGS), [False, True]),
+    indirect=["small_vae"],
+)
+
+
+@one_of_two_ways
 def test_out_of_memory_at_one_frame_goes_on_in_strips(small_vae, monkeypatch, whole_frames):
     z = latent_of(small_vae, frames=3, height=60, width=2)
     expected = small_vae.decode(z, chunk_frames=1)
@@ -302,7 +311,7 @@ def test_out_of_memory_at_one_frame_goes_on_in_strips(small_vae, monkeypatch, wh
     assert report.fallbacks[-1] == "2 strips: strip of 43 latent rows: CUDA out of memory (planted)"
 
 
-@pytest.mark.parametrize("whole_frames", [False, True])
+@one_of_two_ways
 def test_strips_that_were_asked_for_start_again_with_half_the_chunk(
     small_vae, monkeypatch, whole_frames
 ):
@@ -324,6 +333,7 @@ def test_strips_that_were_asked_for_start_again_with_half_the_chunk(
     )
 
 
+@quick_with("wan2.2")
 def test_out_of_memory_in_the_middle_of_a_stream_repeats_no_frame(small_vae, monkeypatch):
     z = latent_of(small_vae, frames=3, height=60, width=2)
     expected = small_vae.decode(z, chunk_frames=1)
@@ -339,6 +349,7 @@ def test_out_of_memory_in_the_middle_of_a_stream_repeats_no_frame(small_vae, mon
     assert relative_error(torch.cat(chunks, 2), expected) < BOUND
 
 
+@quick_with("wan2.1")
 def test_out_of_memory_everywhere_is_one_error_with_numbers(small_vae, monkeypatch):
     plant_out_of_memory(monkeypatch, small_vae, lambda rows, frames: True)
     with pytest.raises(DecodeMemoryError, match=r"strip.*free device memory"):

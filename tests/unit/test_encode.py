@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.conftest import SMALL_CONFIGS, random_state
+from tests.conftest import SMALL_CONFIGS, in_pairs, quick_with, random_state
 from tests.unit.decodes import relative_error, vae_of
 from wan_vae import WanVAE, geometry
 from wan_vae.chunking import Chunk, Pass
@@ -55,9 +55,11 @@ def fetched(monkeypatch) -> list[tuple[int, int, int]]:
     return found
 
 
-@pytest.mark.parametrize("family", SMALL_CONFIGS)
-@pytest.mark.parametrize("batch, frames, height", [(1, 13, 11), (2, 5, 9), (1, 1, 7)])
-def test_strips_give_the_latent_of_the_whole_picture(family, batch, frames, height, fetched):
+@pytest.mark.parametrize(
+    "size, family", in_pairs([(1, 13, 11), (2, 5, 9), (1, 1, 7)], list(SMALL_CONFIGS))
+)
+def test_strips_give_the_latent_of_the_whole_picture(family, size, fetched):
+    batch, frames, height = size
     vae = vae_of(family)
     pixels = video(vae, frames, height, 2, batch)
     expected = vae.encode(pixels, chunk_frames=1)
@@ -252,6 +254,7 @@ def plant_out_of_memory(monkeypatch, owner, name: str, fails) -> None:
     monkeypatch.setattr(owner, name, method)
 
 
+@quick_with("wan2.2")
 def test_out_of_memory_starts_again_with_half_the_chunk(small_vae, monkeypatch):
     pixels = video(small_vae, 25, 2, 2)
     expected = small_vae.encode(pixels, chunk_frames=2)
@@ -265,7 +268,11 @@ def test_out_of_memory_starts_again_with_half_the_chunk(small_vae, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("layer", ["conv1", "downsamples.0"])
+@pytest.mark.parametrize(
+    "small_vae, layer",
+    in_pairs(list(SMALL_CONFIGS), ["conv1", "downsamples.0"]),
+    indirect=["small_vae"],
+)
 def test_out_of_memory_at_one_frame_goes_on_in_strips(small_vae, monkeypatch, layer):
     pixels = video(small_vae, 9, 20, 1)
     expected = small_vae.encode(pixels, strips=4, chunk_frames=1)
@@ -281,6 +288,7 @@ def test_out_of_memory_at_one_frame_goes_on_in_strips(small_vae, monkeypatch, la
     assert rows[-1] <= 110
 
 
+@quick_with("wan2.1")
 def test_out_of_memory_in_a_later_chunk_or_in_the_trunk_starts_again_too(small_vae, monkeypatch):
     pixels = video(small_vae, 17, 6, 1)
     expected = small_vae.encode(pixels, strips=4, chunk_frames=1)
@@ -297,6 +305,7 @@ def test_out_of_memory_in_a_later_chunk_or_in_the_trunk_starts_again_too(small_v
     assert relative_error(got, expected) < BOUND
 
 
+@quick_with("wan2.2")
 def test_strips_that_were_asked_for_are_kept(small_vae, monkeypatch):
     pixels = video(small_vae, 17, 6, 1)
     expected = small_vae.encode(pixels, strips=2, chunk_frames=2)
@@ -307,6 +316,7 @@ def test_strips_that_were_asked_for_are_kept(small_vae, monkeypatch):
     assert [c.stop - c.start for c in small_vae.last_report.chunks] == [2, 1, 2]
 
 
+@quick_with("wan2.1")
 def test_out_of_memory_everywhere_is_one_error_that_says_what_was_tried(small_vae, monkeypatch):
     plant_out_of_memory(monkeypatch, small_vae.encoder.conv1, "forward", lambda x: True)
     with pytest.raises(

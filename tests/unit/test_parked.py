@@ -297,7 +297,9 @@ class Noted(Frames):
         self.diary.append("given")
 
 
-@pytest.mark.parametrize("batch, parts", [(1, (5,)), (2, (5,)), (1, (2, 3))])
+@pytest.mark.parametrize(
+    "batch, parts", [(2, (5,)), (1, (2, 3)), pytest.param(1, (5,), marks=pytest.mark.full)]
+)
 def test_whole_frames_are_given_during_the_last_strip_and_the_next_come_back_meanwhile(
     batch, parts, monkeypatch
 ):
@@ -318,7 +320,12 @@ def test_whole_frames_are_given_during_the_last_strip_and_the_next_come_back_mea
 
 
 @pytest.mark.parametrize(
-    "lengths, last", [([3, 3], None), ([1, 5], 2), ([6], 8), ([2, 1, 3], 2)], ids=str
+    "lengths, last",
+    [
+        *(([1, 5], 2), ([6], 8)),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in (([3, 3], None), ([2, 1, 3], 2))),
+    ],
+    ids=str,
 )
 def test_passes_of_any_length_make_whole_frames(lengths, last, monkeypatch):
     """Those of several latent frames, of one, and of a half; each frame's rows are waited for."""

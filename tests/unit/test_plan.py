@@ -96,7 +96,7 @@ def test_a_plan_travels_as_plain_values(small_vae, options):
 
 
 def test_memory_that_has_gone_since_is_planned_again_and_said(small_vae):
-    z = latent_of(small_vae, 4, 40, 3)
+    z = latent_of(small_vae, 3, 40, 1)
     expected = small_vae.decode(z)
     plan = small_vae.plan(z.shape, free_bytes=math.inf)
     assert plan.free_bytes is None and plan.strips is None
@@ -131,7 +131,7 @@ class Counted:
 
 
 def test_a_plan_that_fits_is_not_made_again(small_vae, monkeypatch):
-    z = latent_of(small_vae, 4, 40, 3)
+    z = latent_of(small_vae, 3, 40, 1)
     plan = small_vae.plan(z.shape, free_bytes=math.inf)
     made, real = [], type(small_vae.engine).plan
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.conftest import SMALL_CONFIGS
+from tests.conftest import SMALL_CONFIGS, in_pairs
 from tests.unit.counted import TensorCounter
 from tests.unit.decodes import vae_of
 from tests.unit.fake_layers import fake_encoder_layers, fake_ops
@@ -145,8 +145,10 @@ def test_kernels_for_some_layers_take_what_was_planned(family, covered, memory_f
         within(memory.of_picture(chunks, elements), peak, 0.08)
 
 
-@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last_3d"])
-@pytest.mark.parametrize("family", ["wan2.1", "wan2.2"])
+@pytest.mark.parametrize(
+    "family, memory_format",
+    in_pairs(["wan2.1", "wan2.2"], ["contiguous", "channels_last_3d"]),
+)
 def test_an_encode_without_a_library_takes_what_was_planned(family, memory_format):
     config = SMALL_CONFIGS[family]
     model = model_without_data(config, memory_format)

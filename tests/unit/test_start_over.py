@@ -101,7 +101,19 @@ def encode(vae, x, **options):
     return vae.encode(x, **options)
 
 
-@pytest.fixture(params=[decode, stream, encode], ids=lambda way: way.__name__)
+def ways(*quick):
+    """All operations; `make test` takes those that are named."""
+    return pytest.mark.parametrize(
+        "way",
+        [
+            pytest.param(one, id=one.__name__, marks=() if one in quick else pytest.mark.full)
+            for one in (decode, stream, encode)
+        ],
+        indirect=True,
+    )
+
+
+@pytest.fixture
 def way(request, monkeypatch):
     """An operation, its input, its expected result, and the bytes that it takes at its fastest."""
     monkeypatch.setattr(engine, "has_own_memory", lambda device: True)
@@ -117,6 +129,7 @@ def right(got, expected):
     assert relative_error(got, expected) < 1e-5
 
 
+@ways(stream, encode)
 def test_garbage_is_collected_before_a_run_takes_less_at_a_time(way):
     vae, operate, x, expected, size = way
     gc.disable()  # as long as nobody collects it, it is there
@@ -131,6 +144,7 @@ def test_garbage_is_collected_before_a_run_takes_less_at_a_time(way):
     assert len(device.asked) == 1
 
 
+@ways(decode, encode)
 def test_other_models_are_moved_away_before_a_run_takes_less_at_a_time(way):
     vae, operate, x, expected, size = way
     with Device(size) as device:
@@ -145,6 +159,7 @@ def test_other_models_are_moved_away_before_a_run_takes_less_at_a_time(way):
     assert device.asked == [] and device.models
 
 
+@ways(stream, encode)
 def test_what_a_kept_traceback_holds_is_not_there_and_the_rest_is_enough(way):
     """Nobody can free it: the run is planned in what is left."""
     vae, operate, x, expected, size = way
@@ -157,6 +172,7 @@ def test_what_a_kept_traceback_holds_is_not_there_and_the_rest_is_enough(way):
     assert report.memory.planned_bytes < 0.4 * size
 
 
+@ways(decode, stream)
 def test_memory_that_another_process_takes_between_plan_and_run_gives_a_new_plan(way, monkeypatch):
     vae, operate, x, expected, size = way
     device = Device(size)
@@ -175,6 +191,7 @@ def test_memory_that_another_process_takes_between_plan_and_run_gives_a_new_plan
     assert "planned again for" in report.fallbacks[0] and "planted" in report.fallbacks[0]
 
 
+@ways(decode, encode)
 def test_memory_that_comes_back_is_used_before_less_is_taken_at_a_time(way, monkeypatch):
     """Another process has it for a moment: the same plan is tried once more, and holds."""
     vae, operate, x, expected, size = way
@@ -215,6 +232,7 @@ def test_the_same_plan_is_tried_once_more_and_not_again(monkeypatch):
     assert report.memory.planned_bytes < plan.planned_bytes
 
 
+@ways(decode, encode)
 def test_the_final_failure_says_what_is_free_who_has_the_rest_and_what_to_do(way):
     vae, operate, x, expected, _ = way
     # Input and result fit, and next to nothing else.
@@ -232,6 +250,7 @@ def test_the_final_failure_says_what_is_free_who_has_the_rest_and_what_to_do(way
     assert report is None or report.status == "failed"
 
 
+@ways(stream, encode)
 def test_a_kept_error_of_a_failed_run_keeps_none_of_its_tensors(way):
     """So that our own failures do not do what we suffer from."""
     vae, operate, x, expected, _ = way

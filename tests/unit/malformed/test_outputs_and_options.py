@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,26 +101,51 @@ def test_the_real_process_prints_one_line_and_no_traceback(tmp_path):
     assert done.stderr.startswith(f"wan-vae: {path}: a safetensors file cut short")
 
 
-@pytest.mark.parametrize("output", ["o.mp4", "frames", "o.safetensors", "z.latent"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(output, tmp_path, good):
-    """A limit on file sizes in the process stands in for the disk."""
+# Runs each command of the list in its argument; prints their exit codes and what they told.
+_ON_A_FULL_DISK = """
+import contextlib, io, json, resource, signal, sys
+from wan_vae.commands.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+found = []
+for argv in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        code = main(argv)
+    found.append((code, told.getvalue()))
+print(json.dumps(found))
+"""
+OUTPUTS = ("o.mp4", "frames", "o.safetensors", "z.latent")
+
+
+@pytest.fixture(scope="module")
+def on_a_full_disk(good, tmp_path_factory) -> dict[str, tuple[int, str, Path]]:
+    """Output -> exit code, what was told, and the folder it was to go to; all in one process."""
     pytest.importorskip("resource", reason="limits of a process need POSIX")
-    if output.endswith(".latent"):
-        argv = encode_argv(good / "clip.mp4", good, tmp_path / output)
-    else:
-        argv = decode_argv(good / "z.latent", good, tmp_path / output)
-    code = (
-        "import resource, signal, sys\n"
-        "from wan_vae.commands.cli import main\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
+    folders = {output: tmp_path_factory.mktemp("full") for output in OUTPUTS}
+    commands = [
+        encode_argv(good / "clip.mp4", good, folder / output)
+        if output.endswith(".latent")
+        else decode_argv(good / "z.latent", good, folder / output)
+        for output, folder in folders.items()
+    ]
     done = subprocess.run(
-        [sys.executable, "-B", "-c", code, *argv], capture_output=True, text=True, timeout=HANG_S
+        [sys.executable, "-B", "-c", _ON_A_FULL_DISK, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
     )
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("wan-vae: ")
-    assert "cannot be written" in done.stderr.splitlines()[-1]
-    assert not list(tmp_path.iterdir())
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {name: (*one, folders[name]) for name, one in zip(OUTPUTS, found, strict=True)}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_full_disk_is_one_line_and_leaves_nothing(output, on_a_full_disk):
+    """A limit on file sizes in the process stands in for the disk."""
+    code, told, folder = on_a_full_disk[output]
+    assert code == 1, told
+    assert "Traceback" not in told
+    assert told.splitlines()[-1].startswith("wan-vae: ")
+    assert "cannot be written" in told.splitlines()[-1]
+    assert not list(folder.iterdir())
