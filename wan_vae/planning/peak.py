@@ -411,7 +411,7 @@ class Walk:
         self.hold(converted + operand)
         if self.first and not self.last:
             self.hold(slot)
-        self.drop(converted)
+        self.drop(converted + (slot if self.last and not self.first else 0))
         self.keep(0 if self.resumes else slot)
         return operand, workspace
 
