@@ -15,12 +15,13 @@ from tests.unit.counted import TensorCounter
 from tests.unit.decodes import relative_error, vae_of
 from tests.unit.fake_layers import fake_layers, fake_ops
 from wan_vae import CallbackSink, DecodeCancelled, WanVAE, geometry
-from wan_vae.chunking import chunk_lengths
+from wan_vae.chunking import chunk_lengths, schedule
 from wan_vae.config import wan21
 from wan_vae.io.image import pieces_of
 from wan_vae.network.cache import FeatureCache
 from wan_vae.planning import choose as choosing
 from wan_vae.planning.choose import PlanRequest, choose
+from wan_vae.planning.peak import DecodeMemory
 from wan_vae.runs import decode as decoding
 from wan_vae.runs import engine, parked
 from wan_vae.runs import run as running
@@ -512,6 +513,20 @@ def test_the_plan_counts_the_whole_frames_beside_the_last_strip(
         for pixels in run_of(vae, z, plan).stream():
             assert pixels.shape[2] <= 4  # held until there are the next
     assert abs(plan.planned_bytes / counter.peak - 1) < 0.05, (plan.planned_bytes, counter.peak)
+
+
+def test_the_plan_counts_the_places_of_history_that_is_read_for_the_last_time():
+    """They stay on the device: the last chunk takes as much as one before others would."""
+    layers = fake_layers(wan21(), "cuda", torch.bfloat16)
+    peaks = []
+    for lengths in ((1, 5), (1, 5, 5)):
+        size = (1, 16, sum(lengths), 30, 52)
+        memory = DecodeMemory(
+            wan21(), size, torch.bfloat16, "channels_last_3d", layers, staged=True
+        )
+        chunks = schedule(sum(lengths), lengths)
+        peaks.append(memory.of_parked_strips(3, chunks, choosing.PASSES[0], lengths, True).bytes)
+    assert peaks[0] == peaks[1]
 
 
 def with_kernels(monkeypatch, family="wan2.1"):
