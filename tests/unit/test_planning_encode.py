@@ -12,6 +12,7 @@ from tests.conftest import SMALL_CONFIGS, in_pairs
 from tests.unit.counted import TensorCounter
 from tests.unit.decodes import vae_of
 from tests.unit.fake_layers import fake_encoder_layers, fake_ops
+from wan_vae import layout
 from wan_vae.chunking import schedule
 from wan_vae.config import wan21, wan22
 from wan_vae.geometry import chunk_frames_slice
@@ -27,6 +28,7 @@ from wan_vae.planning import choose as choosing
 from wan_vae.planning.choose import PlanRequest, choose
 from wan_vae.planning.encode_peak import EncodeMemory
 from wan_vae.planning.passes import encoder_pass_frames, frames_together
+from wan_vae.runs.encode import EncodeRun
 
 GB = 10**9
 
@@ -99,6 +101,30 @@ def test_the_plan_is_within_15_percent_of_the_counted_peak(kind, encode, monkeyp
     assert (len(fetched) > len(report.chunks) * report.strips) == (frames is not None)
     result = report.memory.output_bytes
     within(report.memory.planned_bytes, counter.peak - result, 0.03)
+
+
+@pytest.mark.parametrize("family", ["wan2.1", "wan2.2"])
+def test_memory_that_stays_for_all_strips_is_taken_at_once(family, monkeypatch):
+    """Between the passes of the first strip it would cut what they leave free into pieces."""
+    vae, diary = vae_of(family), []
+    real_room, real_part = layout.empty_like_format, EncodeRun._features
+
+    def room(like, size):
+        if size[3] == 30:  # latent rows of the whole picture
+            diary.append(("room", size[2]))
+        return real_room(like, size)
+
+    def features(run, chunk, *others):
+        diary.append(("part", chunk.frames))
+        return real_part(run, chunk, *others)
+
+    monkeypatch.setattr(layout, "empty_like_format", room)
+    monkeypatch.setattr(EncodeRun, "_features", features)
+    factor = vae.config.spatial_factor
+    pixels = torch.rand(1, 3, 21, 30 * factor, factor)
+    vae.encode(pixels, chunk_frames=[1, 3, 2], strips=3)
+    assert diary[:6] == [("part", 1), *(("room", n) for n in (1, 3, 2)), ("part", 3), ("part", 2)]
+    assert [what for what, _ in diary].count("room") == 3
 
 
 def model_without_data(config, memory_format: str) -> WanVAEModel:

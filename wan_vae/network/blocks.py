@@ -308,13 +308,14 @@ def fused_operand(
 ) -> torch.Tensor:
     """Make the operand of a fused kernel: the history frames, then `silu(norm(x))`.
 
-    Stores the new history.
+    Stores the new history; after the last chunk there is none.
 
     Shards exchange rows of `x`, before the norm. The norm works on single pixels, so each rank
     computes the same bits as its neighbour, and zero rows stay zero.
     """
     only_frame = step.chunk.is_only_frame
-    before = None if only_frame else step.cache.peek(conv.slot)
+    read = step.cache.pop if step.chunk.is_last else step.cache.peek
+    before = None if only_frame else read(conv.slot)
     operand, history = fused.operand(
         x,
         before,

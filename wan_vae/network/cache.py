@@ -45,6 +45,10 @@ class FeatureCache:
         """The stored history of `slot`, or None before the first chunk."""
         return self._slots.get(slot)
 
+    def pop(self, slot: str) -> torch.Tensor | None:
+        """Remove and return what `peek` gives: in the last chunk, after which nobody reads it."""
+        return self._slots.pop(slot, None)
+
     def store(self, slot: str, history: torch.Tensor) -> None:
         """Keep `history` for the next chunk. It must own its memory (no view of a chunk)."""
         self._slots[slot] = history

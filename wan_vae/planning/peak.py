@@ -12,7 +12,7 @@ decodes, and fails if they take more than the walk says.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import prod
 from typing import Literal, NamedTuple
@@ -201,7 +201,11 @@ class DecodeMemory(Memory):
         longest, part = max(c.frames for c in chunks), max(parts)
         trunks = self._trunks(heaviest, elements)
         features = trunks[0].result // heaviest[0].frames
-        groups = self._strip_walks(count, heaviest, elements)
+        walked = heaviest
+        if len(parts) > 1:
+            # The places of history stay on the device, also of what is read for the last time.
+            walked = [replace(chunk, is_last=False) for chunk in heaviest]
+        groups = self._strip_walks(count, walked, elements)
         bank = slot = trunk_history = history = peak = work = 0
         if len(parts) > 1:
             # One bank of history, as large as that of the largest strip. In the first chunk a layer
@@ -412,7 +416,7 @@ class Walk:
         self.hold(converted + operand)
         if self.first and not self.last:
             self.hold(slot)
-        self.drop(converted)
+        self.drop(converted + (slot if self.last and not self.first else 0))
         self.keep(0 if self.resumes else slot)
         return operand, workspace
 

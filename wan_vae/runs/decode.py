@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -303,14 +303,13 @@ class DecodeRun(Run):
                 )
                 try:
                     self._collect(trunk, len(part), features)
-                    if part is parts[-1]:
-                        trunk.close()  # kernels leave its history there
                     for i, strip in enumerate(strips):
                         if len(parts) == 1:
                             cache = FeatureCache()
                         done = i / len(strips)
                         yield from self._strip_of_part(part, strip, features, cache, frames, done)
-                        if len(parts) > 1:
+                        # Behind the last strip of the last part comes nobody.
+                        if len(parts) > 1 and not (part is parts[-1] and strip is strips[-1]):
                             cache = in_memory(
                                 said("run.host_history", "history in host memory"),
                                 partial(histories.after, i, cache),
@@ -440,7 +439,7 @@ class DecodeRun(Run):
                     self.done_frames = (i * self.total_frames + frame) // count
                     yield Piece(rows, start, top)
 
-    def _trunk(self) -> Generator[tuple[Chunk, torch.Tensor], None, None]:
+    def _trunk(self) -> Iterator[tuple[Chunk, torch.Tensor]]:
         """The features [B, C, T, H, W] of every chunk."""
         for chunk, step in self.chunks(1):
             z = self.z[:, :, chunk.start : chunk.stop]

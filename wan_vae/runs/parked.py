@@ -370,7 +370,7 @@ class StripHistories:
         the first strip for the next part."""
         strip = self._strips[done]
         following = self._strips[(done + 1) % len(self._strips)]
-        # In the last chunk layers leave no history: nothing goes out.
+        # In the last chunk layers leave no history: nothing goes out of a strip of the last part.
         left = [name for name, _ in cache.items()]
         self._learn(strip, cache)
         if self._streams is not None:
@@ -473,6 +473,10 @@ class _PlacedCache(FeatureCache):
     def peek(self, slot: str) -> torch.Tensor | None:
         self._histories.wait(slot)
         return super().peek(slot)
+
+    def pop(self, slot: str) -> torch.Tensor | None:
+        self._histories.wait(slot)
+        return super().pop(slot)
 
     def store(self, slot: str, history: torch.Tensor) -> None:
         super().store(slot, self._histories.put(slot, history))
