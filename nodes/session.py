@@ -12,7 +12,7 @@ import gc
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -70,6 +70,8 @@ class Session:
         self.channels: tuple[ChannelRecord, ...] = ()
         # Those that were not looked at yet, with what the user says of them.
         self._latents: list[tuple[torch.Tensor, bool]] = []
+        # What ends with the node's work.
+        self.until_end = ExitStack()
         self._packed: Packed | None = None
         # Whether `packed` is of the weights as they are; None where nobody has looked.
         self._is_right: bool | None = None
@@ -113,7 +115,8 @@ class Session:
     def _packing(self) -> Iterator[None]:
         """While a copy of the weights is made: say so, and count the time apart."""
         self.begin_planning()
-        with self.timed("copy"), _uncollected():
+        self.until_end.enter_context(_uncollected())
+        with self.timed("copy"):
             yield
 
     @property
@@ -282,7 +285,8 @@ class Session:
             with self.timed("load"):
                 self.packed.load(PROOF_BYTES if proves else 0)
         if proves:
-            with self.timed("kernels"), _uncollected():
+            self.until_end.enter_context(_uncollected())
+            with self.timed("kernels"):
                 ready(self.wan.engine, request, self.memory)
 
         def planned(shape: Sequence[int], frames: int | None, free_bytes: float = math.inf) -> Plan:
@@ -518,7 +522,7 @@ def session(
     started_s = time.perf_counter()
     run = Session(NodeId.of(hidden, through), vae, precision, operation, started_s, is_shared)
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with run.until_end, torch.inference_mode(False), torch.no_grad():
             yield run
     except DecodeCancelled as error:
         run.finish_early("cancelled", str(error))
@@ -538,7 +542,8 @@ def _uncollected() -> Iterator[None]:
     """No garbage is collected inside, where thousands of objects are made that stay.
 
     Each 700 of them bring on a collection, and some of these go through all of the half a million
-    objects of ComfyUI: 0.3 to 0.5 s of a process's first run (H200).
+    objects of ComfyUI: 0.3 to 0.5 s of a process's first run (H200), in which the device waits.
+    ComfyUI collects anyway when a prompt is done.
     """
     if not gc.isenabled():
         yield

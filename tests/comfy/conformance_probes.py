@@ -425,6 +425,49 @@ class ProbeCopies(_Probe):
         return {"ui": {"copies": found, "marks": marks, "collects": [gc.isenabled()]}}
 
 
+# For each collection of garbage, whether a run of ours was computing.
+_COLLECTED: collections.deque[bool] = collections.deque()
+
+
+class ProbeCollections:
+    """Passes a VAE on, and makes the next node collect garbage often, if it may."""
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "probe"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"vae": ("VAE",), "salt": ("INT", {"min": 0, "max": 1 << 30})}}
+
+    @staticmethod
+    def note(phase, info):
+        frame = sys._getframe()
+        while frame is not None and not frame.f_globals["__name__"].endswith(".runs.run"):
+            frame = frame.f_back
+        if phase == "start":
+            _COLLECTED.append(frame is not None)
+
+    def probe(self, vae, salt):
+        _COLLECTED.clear()
+        gc.callbacks.append(self.note)
+        gc.set_threshold(20)
+        return (vae,)
+
+
+class ProbeCollected(_Probe):
+    """How many collections there were while a run computed, and how many in all."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"image": ("IMAGE",)}}
+
+    def probe(self, image):
+        gc.set_threshold(700, 10, 10)
+        gc.callbacks.remove(ProbeCollections.note)
+        return {"ui": {"while_computing": [sum(_COLLECTED)], "all": [len(_COLLECTED)]}}
+
+
 class ProbeWorkersCounted(_Probe):
     """Whether ComfyUI is asked for room: for workers that run and hold more than is free, that need
     no more than is free, and that have ended."""
@@ -557,6 +600,8 @@ NODE_CLASS_MAPPINGS = {
         ProbePatchedVAE,
         ProbeExtra,
         ProbeExpand,
+        ProbeCollected,
+        ProbeCollections,
         ProbeCopies,
         ProbeWorkersCounted,
     )

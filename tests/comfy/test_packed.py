@@ -41,6 +41,25 @@ def run_right(comfy, prompt: dict):
     return run
 
 
+def test_no_garbage_is_collected_while_the_first_run_of_a_copy_computes(comfy):
+    """Half a second of a process's first decode, in which the device waits."""
+    forget(comfy)
+    collected = []
+    for seed in (410, 411):
+        prompt = {
+            "1": load_vae(),
+            "2": latent(frames=3, seed=seed),
+            "3": node("ProbeCollections", vae=["1", 0], salt=uuid.uuid4().int % 2**30),
+            "4": node("WanVAEDecode", vae=["3", 0], samples=["2", 0]),
+            "5": node("ProbeCollected", image=["4", 0]),
+        }
+        collected.append(run_right(comfy, prompt).outputs["5"])
+    first, second = collected
+    assert first["while_computing"] == [0] and first["all"] > [0]
+    assert second["while_computing"] > [0]  # the copy was there
+    looked_at(comfy)  # and garbage is collected again
+
+
 def test_two_loaders_of_one_file_and_all_our_nodes_share_a_copy(comfy):
     forget(comfy)
     folder = comfy.base / "models" / "vae"
