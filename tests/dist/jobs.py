@@ -15,17 +15,17 @@ from tests.conftest import PATIENCE_S, SMALL_CONFIGS, random_state
 from tests.dist.two_ways import lying_clock, two_ways
 from tests.unit.behind import behind
 from wan_vae import WanVAE
-from wan_vae.network.blocks import Step
-from wan_vae.network.cache import FeatureCache
 from wan_vae.chunking import schedule
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import DecodeCancelled
 from wan_vae.io.pixels import PixelSource
 from wan_vae.io.sink import NullSink
+from wan_vae.network.blocks import Step
+from wan_vae.network.cache import FeatureCache
+from wan_vae.runs.shard_ranks import own_part
 from wan_vae.sharding import ShardContext, plan_shards
 from wan_vae.sharding.context import SINGLE, Agreed
 from wan_vae.sharding.halo import Shard
-from wan_vae.runs.shard_ranks import own_part
 from wan_vae.sharding.transport import Incoming, Outgoing, Wire
 
 # The narrowest for which every layer has a kernel.

@@ -29,7 +29,8 @@ def _serve(rank: int, rendezvous: str, pipe) -> None:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # for jobs that ask for our kernels
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", timedelta(seconds=PATIENCE_S), RANKS, rank)
+    patience = timedelta(seconds=PATIENCE_S)
+    dist.init_process_group("gloo", f"file://{rendezvous}", patience, RANKS, rank)
     groups = {n: dist.new_group(list(range(n))) for n in range(2, RANKS + 1)}
     while (job := pipe.recv()) is not None:
         name, ranks, arguments = job

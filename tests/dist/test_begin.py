@@ -152,9 +152,7 @@ def test_the_device_is_touched_when_the_rank_is_known_and_before_pytorch_is_ther
     monkeypatch.setattr(joining, "join", lambda settings: Joined())
     settings = asdict(WorkerSettings(**{**asdict(SETTINGS), "has_nvidia_driver": has_driver}))
     pipe, commands, imported = Pipe(("settings", settings)), queue.SimpleQueue(), begin.Future()
-    hearing = threading.Thread(
-        target=begin._hear, args=(pipe, commands, imported), daemon=True
-    )
+    hearing = threading.Thread(target=begin._hear, args=(pipe, commands, imported), daemon=True)
     hearing.start()
     if has_driver:
         assert taken.get(timeout=PATIENCE_S) == "cpu"
@@ -210,8 +208,19 @@ def test_weights_are_read_before_the_ranks_have_joined_and_answered_after(vae, m
 def test_a_rank_that_cannot_join_says_that_and_not_what_became_of_the_weights():
     pipe, commands = Pipe(), queue.SimpleQueue()
     thread = serving(pipe, commands)
-    commands.put(("load", {"path": "/nowhere", "size": 1, "table": [], "config": {},
-                           "dtype": "float32", "weights_found": {}}))
+    commands.put(
+        (
+            "load",
+            {
+                "path": "/nowhere",
+                "size": 1,
+                "table": [],
+                "config": {},
+                "dtype": "float32",
+                "weights_found": {},
+            },
+        )
+    )
     commands.put(("joined", Joined(RuntimeError("no such interface"))))
     thread.join(PATIENCE_S)
     kind, said = pipe.heard.get_nowait()
@@ -221,8 +230,19 @@ def test_a_rank_that_cannot_join_says_that_and_not_what_became_of_the_weights():
 def test_weights_that_cannot_be_read_are_an_error_after_the_ranks_have_joined():
     pipe, commands = Pipe(), queue.SimpleQueue()
     serving(pipe, commands)
-    commands.put(("load", {"path": "/nowhere", "size": 1, "table": [], "config": {},
-                           "dtype": "float32", "weights_found": {}}))
+    commands.put(
+        (
+            "load",
+            {
+                "path": "/nowhere",
+                "size": 1,
+                "table": [],
+                "config": {},
+                "dtype": "float32",
+                "weights_found": {},
+            },
+        )
+    )
     commands.put(("joined", Joined()))
     assert pipe.heard.get(timeout=PATIENCE_S)[0] == "ready"
     kind, said = pipe.heard.get(timeout=PATIENCE_S)

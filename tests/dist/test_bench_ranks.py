@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import emulated_scaling
+from benchmarks.suite import emulation
 from benchmarks.suite.cases import Case
-from benchmarks.suite.emulation import EmulatedWire, emulate
+from benchmarks.suite.emulation import EmulatedWire, emulate, wait
 from benchmarks.suite.facts import Facts
 from benchmarks.suite.ranks import at_once, command, faults, rounds
 from benchmarks.suite.ranks.cases import Sizes
@@ -27,8 +29,9 @@ from benchmarks.suite.ranks.results import (
     ranks_markdown,
 )
 from benchmarks.suite.ranks.timing import with_predictions
-from benchmarks.suite.scaling import LINKS, exchanged, planned
+from benchmarks.suite.scaling import LINKS, Link, exchanged, planned
 from benchmarks.suite.weights import random_vae
+from wan_vae.chunking import Chunk
 from wan_vae.commands.cli import main as cli
 from wan_vae.config import wan21, wan22
 from wan_vae.errors import ShardingError
@@ -188,8 +191,25 @@ def test_emulation_times_each_shard_and_adds_the_link():
     plan, steady = plan_shards(3, 5, 2), Chunk(1, 3, False, False)
     _, passes = planned(NARROW, (1, 16, 2, 3, 5), plan)
     assert two.link_ms == exchanged(NARROW, plan, 3, LINKS[0], 4, steady, passes).link_ms > 4
-    assert two.chunk_ms == max(two.shard_ms) + two.link_ms
+    assert two.chunk_ms == max(two.shard_ms)
     assert two.efficiency == two.one_ms / (2 * two.chunk_ms)
+    # On the CPU nothing is computed while rows travel.
+    slow = replace(two, shard_ms=(9.0, 7.0), bare_ms=(6.0, 5.0), link_ms=4.0)
+    assert slow.hidden == 0.25
+
+
+def test_an_emulated_link_is_waited_for(monkeypatch):
+    waits = []
+    monkeypatch.setattr(emulation, "wait", lambda device, ms: waits.append((device, ms)))
+    wire = EmulatedWire(ShardContext(0, 2), CPU, Link("slow", 1000.0, 8.0))
+    x = torch.ones(1, 2, 1, 3, 4)
+    for into in ([Incoming(1, (1, 2, 1, 1, 4))], []):
+        wire.exchange("here", x.dtype, [Outgoing(1, x)], into)
+    wire.exchange("nobody", x.dtype, [], [])
+    assert waits == [(CPU, 1.0 + 4.0), (CPU, 1.0)]
+    start = time.perf_counter()
+    wait(CPU, 2.0)
+    assert time.perf_counter() - start >= 2e-3
 
 
 def test_the_emulation_command(tmp_path, monkeypatch, capsys):
@@ -225,7 +245,7 @@ def test_where_there_are_no_signals_the_faults_are_left_out(monkeypatch):
 @pytest.mark.skipif(faults.unavailable_reason() is not None, reason="needs signals")
 @pytest.mark.full
 def test_faults_are_counted_and_leave_nothing(tmp_path, monkeypatch, capsys):
-    """The command that GPUs run, with the kinds that need no time-out; the others in test_workers."""
+    """As GPUs run it, with the kinds that need no time-out; the others are in test_workers."""
     monkeypatch.setattr(rounds, "small_sizes", tiny_sizes)
     monkeypatch.setattr(rounds, "exact_float32", lambda: None)  # this process goes on
     words = ["--devices", "cpu,cpu", "--rounds", "1", "--only", "killed", "cancel", "room"]

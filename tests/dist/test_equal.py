@@ -238,7 +238,7 @@ def test_a_peer_that_sends_something_else_is_refused(ranks, kind):
 
 @pytest.mark.parametrize("forgetful", [None, 1])
 def test_messages_in_one_call_and_headers_once_for_all_runs(ranks, forgetful):
-    """As with NCCL: right, with no header in a second run, and with all of them if a rank forgot."""
+    """As with NCCL: right, no header in a second run, and all of them again if a rank forgot."""
     found = ranks.run("exchange_at_once", 3, forgetful=forgetful)
     assert [right for right, _ in found] == [True] * 3
     for rank, (_, headers) in enumerate(found):

@@ -10,7 +10,6 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import PATIENCE_S
@@ -84,12 +83,14 @@ def test_an_error_of_a_copy_is_raised_and_told_to_nobody():
     def fails(piece):
         raise OSError("planted")
 
-    with Giving(
-        source, source.clone(), told.append, block_bytes=1, writer=HostWriter(2, lambda: fails)
-    ) as giving:
-        with pytest.raises(OSError, match="planted"):
-            while giving.step():
-                pass
+    with (
+        Giving(
+            source, source.clone(), told.append, block_bytes=1, writer=HostWriter(2, lambda: fails)
+        ) as giving,
+        pytest.raises(OSError, match="planted"),
+    ):
+        while giving.step():
+            pass
     assert told == []
 
 
@@ -161,8 +162,13 @@ def test_frames_count_for_the_run_whose_command_came_before_them():
     """The run before may have been left with more of them."""
     commands = queue.SimpleQueue()
     pipe = Wire(
-        ("encode", {"given": 0}), ("given", 1), ("ping", None), ("given", 9),
-        ("decode", {}), ("encode", {"given": 0}), ("given", 3),
+        ("encode", {"given": 0}),
+        ("given", 1),
+        ("ping", None),
+        ("given", 9),
+        ("decode", {}),
+        ("encode", {"given": 0}),
+        ("given", 3),
     )
     with pytest.raises(EOFError):
         worker._receive_all(pipe, commands)
@@ -351,8 +357,11 @@ def test_a_cancel_while_frames_are_withheld_keeps_the_workers(pool, vae):
     pool.first_limit = 1 + 2
     with pytest.raises(DecodeCancelled):
         encode(
-            pool, vae, other,
-            on_progress=lambda done, *_: seen.append(done), should_stop=should_stop,
+            pool,
+            vae,
+            other,
+            on_progress=lambda done, *_: seen.append(done),
+            should_stop=should_stop,
         )
     pool.first_limit = 10**9
     assert torch.equal(encode(pool, vae, video), expected)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from benchmarks.suite.cases import Case
 from benchmarks.suite.ranks.correct import Reference, exact_float32
+from benchmarks.suite.weights import random_vae
 from wan_vae.config import wan21
 from wan_vae.sharding import ShardContext
 from wan_vae.sharding.proof import check_wire
@@ -38,6 +39,31 @@ def test_ranks_that_share_a_card_make_the_picture_of_one_process(count, monkeypa
             passed, said = reference.judge("encode", case, precision, found)
             assert passed, f"encode {precision}: {said}"
         assert all(answer["gather"] and answer["exchange"] for answer in pool.check_wire())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9", "12.0"])
+def test_ranks_with_the_kernels_of_another_card_give_the_bits_of_one(
+    capability, monkeypatch, tmp_path
+):
+    """On two cards by NCCL, or on one that they share; uneven parts, two chunks."""
+    monkeypatch.setenv("WAN_VAE_CAPABILITY", capability)
+    monkeypatch.setenv("WAN_VAE_CACHE", str(tmp_path))
+    device = torch.device("cuda", 0)
+    vae = random_vae(wan21(), device)
+    latent = torch.randn((1, 16, 5, 17, 31), generator=torch.Generator().manual_seed(0))
+    expected = vae.decode(latent).cpu()
+    alone = {(layer.name, layer.backend, layer.kernel) for layer in vae.last_report.layers}
+    second = torch.device("cuda", 1) if torch.cuda.device_count() > 1 else device
+    with WorkerPool([device, second]) as pool:
+        for axis in ("height", "width"):
+            for chunk_frames in (None, 3):
+                found = pool.decode(vae, latent, axis=axis, chunk_frames=chunk_frames)
+                assert torch.equal(found, expected), (axis, chunk_frames)
+                layers = vae.last_report.layers
+                assert {(x.name, x.backend, x.kernel) for x in layers} == alone
+                assert "cuda" in {layer.backend for layer in layers}
+                assert capability in vae.last_report.device_name
 
 
 @pytest.fixture

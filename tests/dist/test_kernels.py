@@ -21,7 +21,9 @@ FULL = pytest.mark.full
         pytest.param((1, 16, 2, 2, 1), "height", marks=FULL),
     ],
 )
-def test_shards_give_the_bits_of_one_process(interpreted, ranks, tmp_path, monkeypatch, shape, axis):
+def test_shards_give_the_bits_of_one_process(
+    interpreted, ranks, tmp_path, monkeypatch, shape, axis
+):
     """Halo rows go around the features before the norm; residual and head take their own rows."""
     monkeypatch.setenv("WAN_VAE_CACHE", str(tmp_path))
     options = {"backend": "triton", "memory_format": "channels_last_3d"}

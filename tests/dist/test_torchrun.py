@@ -39,12 +39,33 @@ def start(latents, output, *, ranks=2, nodes=1, node=0, port=0, more=(), before=
         probe.bind(("127.0.0.1", 0))
         port = port or probe.getsockname()[1]
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}",
-         f"--nproc-per-node={ranks}", f"--node-rank={node}", "--master-addr=127.0.0.1",
-         f"--master-port={port}", "-m", "wan_vae", "decode", *map(str, latents),
-         "--vae", str(jobs.MINI), "-o", str(output), "--device", "cpu", *more],
-        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=before,
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nnodes={nodes}",
+            f"--nproc-per-node={ranks}",
+            f"--node-rank={node}",
+            "--master-addr=127.0.0.1",
+            f"--master-port={port}",
+            "-m",
+            "wan_vae",
+            "decode",
+            *map(str, latents),
+            "--vae",
+            str(jobs.MINI),
+            "-o",
+            str(output),
+            "--device",
+            "cpu",
+            *more,
+        ],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=before,
     )
 
 

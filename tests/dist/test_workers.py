@@ -29,14 +29,20 @@ from tests.dist import jobs
 from tests.dist.sockets import local_addresses
 from wan_vae import WanVAE
 from wan_vae.config import wan21
-from wan_vae.said import Said
-from wan_vae.errors import DecodeCancelled, DecodeMemoryError, GeometryError, LatentError, ShardingError
+from wan_vae.errors import (
+    DecodeCancelled,
+    DecodeMemoryError,
+    GeometryError,
+    LatentError,
+    ShardingError,
+)
 from wan_vae.hooks import Hooks
 from wan_vae.io import pages
 from wan_vae.io.image import ImageSink
+from wan_vae.io.sink import TensorSink
+from wan_vae.said import Said
 from wan_vae.workers import WorkerPool, decode_sharded
 from wan_vae.workers import pool as workers
-from wan_vae.workers import worker
 from wan_vae.workers.devices import (
     all_devices,
     make_current,
@@ -48,7 +54,6 @@ from wan_vae.workers.joining import WorkerSettings, join
 from wan_vae.workers.launch import WorkerProcess, worker_environment
 from wan_vae.workers.shared import SharedBuffer, view
 from wan_vae.workers.watch import Failure, Watch, Watched, error_of, failure_of
-from wan_vae.io.sink import TensorSink
 
 SHAPE = (1, 16, 3, 6, 16)
 # So long that the ranks cannot be done before a fault reaches them.
@@ -185,8 +190,16 @@ def test_workers_talk_over_the_loopback_interface_only(pool, vae, latent):
 def test_workers_import_nothing_of_comfyui(vae, latent, expected, tmp_path, monkeypatch):
     marker = tmp_path / "imported"
     trap = f"from pathlib import Path\nPath({str(marker)!r}).open('a').write(__name__ + ' ')\n"
-    for name in ("comfy", "comfy_api", "comfy_extras", "server", "folder_paths", "execution",
-                 "main", "aiohttp"):
+    for name in (
+        "comfy",
+        "comfy_api",
+        "comfy_extras",
+        "server",
+        "folder_paths",
+        "execution",
+        "main",
+        "aiohttp",
+    ):
         (tmp_path / f"{name}.py").write_text(trap)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with WorkerPool(["cpu"]) as pool:
@@ -232,7 +245,9 @@ def test_values_that_are_not_finite_are_refused_and_the_workers_stay(
     options = {"form": "image"} if operation == "image" else {}
     name = "decode" if operation == "image" else operation
     name = "encode" if operation == "frames" else name
-    with pytest.raises(LatentError, match="the (latent|video) itself contains NaN or inf") as alone:
+    with pytest.raises(
+        LatentError, match=r"the (latent|video) itself contains NaN or inf"
+    ) as alone:
         getattr(vae, name)(given)
     status = None if vae.last_report is None else vae.last_report.status
     with pytest.raises(LatentError) as refused:
@@ -394,9 +409,7 @@ def test_out_of_memory_on_one_rank(pool, vae, expected, latent):
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=FULL)])
-def test_a_stuck_rank_is_named_after_the_time_out(
-    pool, vae, latent, expected, monkeypatch, rank
-):
+def test_a_stuck_rank_is_named_after_the_time_out(pool, vae, latent, expected, monkeypatch, rank):
     decode(pool, vae, latent)
     pids = pool.pids
 
@@ -467,8 +480,11 @@ def test_cancel_stops_within_a_chunk_and_keeps_the_workers(pool, vae, latent, ex
     before, seen = pool.pids, []
     with pytest.raises(DecodeCancelled):
         decode(
-            pool, vae, jobs.noise(LONG),
-            on_progress=lambda done, *_: seen.append(done), should_stop=lambda: bool(seen),
+            pool,
+            vae,
+            jobs.noise(LONG),
+            on_progress=lambda done, *_: seen.append(done),
+            should_stop=lambda: bool(seen),
         )
     assert vae.last_report.status == "cancelled"
     assert seen[-1] < 157
@@ -833,7 +849,8 @@ def test_a_torch_without_distributed_or_nccl_has_a_transport(gone, monkeypatch):
 
 def test_workers_have_an_allocator_of_their_own():
     """ComfyUI's cudaMallocAsync is not for workers; what the user has set is."""
-    ours = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True, backend:cudaMallocAsync", "A": "b"}
+    both = "expandable_segments:True, backend:cudaMallocAsync"
+    ours = {"PYTORCH_CUDA_ALLOC_CONF": both, "A": "b"}
     found = worker_environment(ours)
     assert found["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True" and found["A"] == "b"
     alone = worker_environment({"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"})
@@ -854,7 +871,7 @@ def test_processes_that_were_started_ahead_are_those_of_the_first_run(vae, laten
         assert list(phases)[:7] == [*start, "workers", "hand over", "run", "collect"]
         assert list(phases)[7:10] == ["rank: wake", "rank: open", "rank: set up"]
         within = sum(phases[name] for name in start[1:])
-        assert 0.0 < phases["workers: import"] and within <= phases["workers"]
+        assert phases["workers: import"] > 0.0 and within <= phases["workers"]
         of_rank = sum(ms for name, ms in phases.items() if name.startswith("rank: "))
         assert 0.5 * phases["run"] < of_rank < 1.1 * phases["run"], phases
         decode(pool, vae, latent)
@@ -963,7 +980,9 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     )
     root = Path(__file__).parents[2]
     parent = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True,
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(root)},
     )
     pids = [int(p) for p in parent.stdout.readline().split()]
@@ -998,7 +1017,7 @@ def test_the_pool_plans_and_each_rank_executes_its_plan(pool, vae, latent, expec
     assert vae.last_report is None
     # Strips are for one device: ranks would not see their neighbours' rows.
     alone = vae.plan(latent.shape, strips=2)
-    with pytest.raises(ShardingError, match="not possible with a shard|this is a decode of"):
+    with pytest.raises(ShardingError, match=r"not possible with a shard|this is a decode of"):
         pool.decode(vae, latent, axis="height", plans=[alone, alone])
     # What is wrong without asking the ranks costs no worker.
     assert torch.equal(decode(pool, vae, latent), expected)
