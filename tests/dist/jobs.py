@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 
 import wan_vae
-from tests.conftest import PATIENCE_S, SMALL_CONFIGS, random_state
+from tests.conftest import PATIENCE_S, SMALL_CONFIGS, pass_elements, random_state
 from tests.dist.two_ways import lying_clock, two_ways
 from tests.unit.behind import behind
 from wan_vae import WanVAE
@@ -22,7 +22,9 @@ from wan_vae.io.pixels import PixelSource
 from wan_vae.io.sink import NullSink
 from wan_vae.network.blocks import Step
 from wan_vae.network.cache import FeatureCache
-from wan_vae.runs.shard_ranks import own_part
+from wan_vae.planning import choose
+from wan_vae.planning import passes as planning_passes
+from wan_vae.runs.shard_ranks import ShardRanks, own_part
 from wan_vae.sharding import ShardContext, plan_shards
 from wan_vae.sharding.context import SINGLE, Agreed
 from wan_vae.sharding.halo import Shard
@@ -70,6 +72,27 @@ def decode(rank, ranks, group, *, name, shape, axis="auto", gather="all", format
         options["memory_format"] = wanted
     pixels = vae.decode(noise(shape), shard=context, gather=gather, **options)
     return _to_numpy(pixels), vae.last_report.as_dict()
+
+
+def decode_in_passes(rank, ranks, group, *, frames, **arguments):
+    """`decode` in passes of so many frames of each rank in the last stage, and of a latent frame at
+    the end: (pixels or None, report, passes)."""
+    config, shape, passes = model(arguments["name"]).config, arguments["shape"], []
+    part = plan_shards(*shape[3:], ranks, arguments["axis"]).pixel_shape_of(0, shape, 1)
+    elements = pass_elements(config, part, frames[rank])
+    agree = ShardRanks.agree_to_stop
+
+    def count(own, chunk, stop):
+        passes.append(chunk)
+        return agree(own, chunk, stop)
+
+    with (
+        # A shard takes twice as many.
+        patch.object(choose, "PASSES", (elements // 2, elements // 2)),
+        patch.object(planning_passes, "_LAST_BYTES", 0),
+        patch.object(ShardRanks, "agree_to_stop", count),
+    ):
+        return (*decode(rank, ranks, group, **arguments), len(passes))
 
 
 def decode_with_kernels(rank, ranks, group, *, cache, **arguments):

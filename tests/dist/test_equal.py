@@ -168,6 +168,27 @@ def test_surplus_ranks_stay_idle_and_the_report_says_so(ranks):
     assert any("2 of 4 ranks stayed idle" in text for text in report["warnings"])
 
 
+@pytest.mark.parametrize(
+    ("name", "axis", "frames", "passes"),
+    [
+        # 17 frames: 5, 8 and 4. Two ranks have rows and two have none.
+        ("wan2.1", "height", (8, 8, 8, 8), 3),
+        ("wan2.2", "width", (8, 4, 8, 8), 5),  # one rank has less memory: 1 and four times 4
+    ],
+)
+def test_all_ranks_take_the_same_passes_also_those_without_rows(ranks, name, axis, frames, passes):
+    shape = latent_of(name, 5, *((2, 16) if axis == "height" else (16, 2)))
+    expected = jobs.model(name).decode(jobs.noise(shape)).numpy()
+    for gather in ("all", "rank0", "own"):
+        found = ranks.run(
+            "decode_in_passes", 4, name=name, shape=shape, axis=axis, gather=gather, frames=frames
+        )
+        assert [count for _, _, count in found] == [passes] * 4
+        results = [(pixels, report) for pixels, report, _ in found]
+        assert_close(whole(results, axis, gather), expected)
+        assert [len(report["chunks"]) for _, report in results] == [1] * 4
+
+
 def test_ranks_with_different_weight_formats_agree(ranks):
     shape = latent_of("wan2.1", 3, 5, 16)
     expected = jobs.model("wan2.1").decode(jobs.noise(shape), chunk_frames=2).numpy()
