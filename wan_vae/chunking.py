@@ -132,7 +132,7 @@ def next_pass(
         return frames - _half(frames, ends.last) if is_cut else frames
     if is_first:
         return ends.first[stage] if ends.first else 1
-    if is_last and ends.last and frames < 2 * limit:
+    if is_last and 0 < ends.last < limit and frames < 2 * limit:
         # No short pass behind a long one.
         return min(limit, frames - _half(frames, ends.last))
     return limit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wan_vae import geometry
@@ -83,6 +83,19 @@ ENDS = PassEnds((5, 5, 9), 4)
 )
 def test_passes_begin_long_and_become_short(frames, stage, is_first, is_last, taken):
     assert next_pass(frames, stage, (8, 8, 12), ENDS, is_first, is_last) == taken
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_every_pass_takes_some_frames_and_none_takes_more_than_there_are(data):
+    number = st.integers(1, 90)
+    limits = tuple(data.draw(st.lists(number, min_size=3, max_size=3)))
+    first = tuple(1 + data.draw(st.integers(0, n - 1)) for n in limits)
+    ends = PassEnds(first, data.draw(st.integers(0, 200)))
+    frames, stage = data.draw(number), data.draw(st.integers(0, 2))
+    is_first, is_last = data.draw(st.booleans()), data.draw(st.booleans())
+    taken = next_pass(frames, stage, limits, ends, is_first, is_last)
+    assert 1 <= taken <= min(frames, limits[stage])
 
 
 def test_without_ends_the_first_frame_goes_alone_and_no_pass_is_shorter():
