@@ -205,22 +205,24 @@ def test_weights_are_read_before_the_ranks_have_joined_and_answered_after(vae, m
     assert not thread.is_alive()
 
 
+# Weights in a file that is not there.
+UNREADABLE = (
+    "load",
+    {
+        "path": "/nowhere",
+        "size": 1,
+        "table": [],
+        "config": {},
+        "dtype": "float32",
+        "weights_found": {},
+    },
+)
+
+
 def test_a_rank_that_cannot_join_says_that_and_not_what_became_of_the_weights():
     pipe, commands = Pipe(), queue.SimpleQueue()
     thread = serving(pipe, commands)
-    commands.put(
-        (
-            "load",
-            {
-                "path": "/nowhere",
-                "size": 1,
-                "table": [],
-                "config": {},
-                "dtype": "float32",
-                "weights_found": {},
-            },
-        )
-    )
+    commands.put(UNREADABLE)
     commands.put(("joined", Joined(RuntimeError("no such interface"))))
     thread.join(PATIENCE_S)
     kind, said = pipe.heard.get_nowait()
@@ -230,19 +232,7 @@ def test_a_rank_that_cannot_join_says_that_and_not_what_became_of_the_weights():
 def test_weights_that_cannot_be_read_are_an_error_after_the_ranks_have_joined():
     pipe, commands = Pipe(), queue.SimpleQueue()
     serving(pipe, commands)
-    commands.put(
-        (
-            "load",
-            {
-                "path": "/nowhere",
-                "size": 1,
-                "table": [],
-                "config": {},
-                "dtype": "float32",
-                "weights_found": {},
-            },
-        )
-    )
+    commands.put(UNREADABLE)
     commands.put(("joined", Joined()))
     assert pipe.heard.get(timeout=PATIENCE_S)[0] == "ready"
     kind, said = pipe.heard.get(timeout=PATIENCE_S)

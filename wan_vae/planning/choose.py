@@ -370,9 +370,9 @@ class _Chooser:
     def _of_shard(self) -> Choice:
         """The longest chunks and passes that fit; the shortest if none do."""
         request, free = self.request, self.request.free_bytes
-        asked, ways = request.chunk_frames, self._shard_ways()
-        wanted = 0
-        for frames, elements in ways if asked is None else [(asked, e) for _, e in ways]:
+        asked, ways, wanted = request.chunk_frames, self._shard_ways(), 0
+        passes = dict.fromkeys(elements for _, elements in ways)
+        for frames, elements in ways if asked is None else [(asked, e) for e in passes]:
             choice = self._whole(self._schedule(frames), elements)
             wanted = max(wanted, choice.planned_bytes)
             if free is None or choice.planned_bytes <= self.margin.whole * free:

@@ -584,6 +584,7 @@ class DecoderWalk(Walk):
             together = frames_together(memory.layers)
             self.pass_frames = pass_frames(self.config, shape, elements, together)
             if memory.shard:
+                # Of the part instead of the picture: its last passes are no shorter than the run's.
                 self.pass_ends = pass_ends(self.config, shape, self.pass_frames, together)
 
     # -- the parts that a run calls ----------------------------------------------------------------

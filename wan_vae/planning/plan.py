@@ -37,19 +37,6 @@ class Pace:
     pass_elements: int | None
 
 
-def pace_of_ranks(total_frames: int, paces: Sequence[tuple[int, int | None]]) -> Pace:
-    """The shortest chunks and the smallest passes of ranks that share `total_frames` latent frames.
-
-    paces: latent frames of a chunk and numbers of a pass, of each rank. Raises GeometryError.
-    """
-    passes = [elements for _, elements in paces]
-    fewest = [elements for elements in passes if elements is not None]
-    return Pace(
-        chunk_lengths(total_frames, min(frames for frames, _ in paces)),
-        min(fewest) if len(fewest) == len(passes) else None,
-    )
-
-
 @dataclass(frozen=True)
 class Plan:
     """How one decode or encode goes, and the device memory that it takes.
@@ -104,6 +91,23 @@ class Plan:
     def pace(self) -> Pace:
         """Its chunks and passes."""
         return Pace(self.lengths, self.pass_elements)
+
+    def pace_of_ranks(self, paces: Sequence[tuple[int, int | None]]) -> Pace:
+        """The smallest passes and the shortest chunks of ranks that share this run; chunks that the
+        caller asked for stay.
+
+        paces: latent frames of a chunk and numbers of a pass, of each rank. Raises GeometryError.
+        """
+        passes = [elements for _, elements in paces]
+        fewest = [elements for elements in passes if elements is not None]
+        lengths = self.lengths
+        if self.options.chunk_frames is None:
+            lengths = chunk_lengths(self.latent_shape[2], min(frames for frames, _ in paces))
+        return Pace(lengths, min(fewest) if len(fewest) == len(passes) else None)
+
+    def paced(self, pace: Pace) -> Plan:
+        """This plan with the chunks and passes of `pace`; the bytes are as they were."""
+        return replace(self, lengths=pace.lengths, pass_elements=pace.pass_elements)
 
     def halved(self) -> Plan:
         """A plan that takes half as much at a time: shorter chunks, smaller passes.

@@ -115,8 +115,7 @@ class Run(ABC):
             plan = fitting
         pace = self.ranks.agree_on(plan)
         if pace != plan.pace:
-            paced = replace(plan, lengths=pace.lengths, pass_elements=pace.pass_elements)
-            plan = self.engine.counted(self.setup, paced)
+            plan = self.engine.counted(self.setup, plan.paced(pace))
         self._report_plan(plan, notes)
         self._plan = plan
         self.clock = RunClock(self.device)  # its peak is above what is allocated now

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TypeVar
 from zlib import crc32
 
@@ -15,7 +15,7 @@ from ..errors import BackendError, DecodeMemoryError, ShardingError
 from ..layout import LayoutCounter
 from ..ops.opset import HaloExchange, LayerChoice
 from ..options import GATHERS, Gather, Operation
-from ..planning.plan import Pace, Plan, pace_of_ranks
+from ..planning.plan import Pace, Plan
 from ..report import ReportBuilder, ShardRecord
 from ..said import said
 from ..sharding.context import ShardContext
@@ -255,9 +255,7 @@ def _schedule(plan: Plan) -> int:
 
 def _slowest(plan: Plan, rows: Sequence[Sequence[int]]) -> Pace:
     """The pace that suits all ranks. rows: the `_numbers` of each; plan: of this one."""
-    paces = [(frames, elements or None) for frames, elements in rows]
-    pace = pace_of_ranks(plan.latent_shape[2], paces)
-    return pace if plan.options.chunk_frames is None else replace(pace, lengths=plan.lengths)
+    return plan.pace_of_ranks([(frames, elements or None) for frames, elements in rows])
 
 
 def own_part(x: torch.Tensor, shards: ShardPlan, rank: int, factor: int = 1) -> torch.Tensor:

@@ -50,7 +50,7 @@ from ..options import (
     RunOptions,
 )
 from ..pipeline import WanVAE, checked_shape
-from ..planning.plan import Plan, pace_of_ranks
+from ..planning.plan import Plan
 from ..report import DecodeReport
 from ..runs.engine import checked_options
 from ..said import expected_one_of, listed, reworded, said
@@ -245,11 +245,10 @@ class WorkerPool:
             )
             plain = self._wait_for_all(said("worker.plan", "plan"), self.start_timeout_s)
         plans = [Plan.from_dict(p) for p in plain]
-        pace = pace_of_ranks(shape[2], [(p.chunk_frames, p.pass_elements) for p in plans])
-        lengths = pace.lengths if chunk_frames is None else plans[0].lengths
-        plans = [replace(p, lengths=lengths, pass_elements=pace.pass_elements) for p in plans]
-        self._planned[key] = tuple(plans)
-        return tuple(plans)
+        pace = plans[0].pace_of_ranks([(p.chunk_frames, p.pass_elements) for p in plans])
+        found = tuple(plan.paced(pace) for plan in plans)
+        self._planned[key] = found
+        return found
 
     def has_planned(self, vae: WanVAE, operation: Operation) -> bool:
         """Whether the workers have proven their kernels for `operation` with these weights."""
