@@ -173,33 +173,38 @@ def running(setting: Setting) -> Iterator[tuple[Comfy, str]]:
             yield server, str(server.get("/system_stats")["system"]["comfyui_version"])
 
 
-def run_cold(setting: Setting, case: ColdCase) -> tuple[list[ColdRow], dict[str, Any], str]:
-    """The rows of `case`, the report of the last decode, and ComfyUI's version."""
+def run_cold(
+    setting: Setting, case: ColdCase
+) -> Iterator[tuple[list[ColdRow], dict[str, Any], str]]:
+    """The rows of `case` so far, after each of them; the report of its decode, and ComfyUI's
+    version."""
     with tempfile.TemporaryDirectory(prefix="wan_vae_bench_") as folder:
-        base, report, version = Path(folder), dict[str, Any](), ""
+        base, rows = Path(folder), list[ColdRow]()
+        current: Comfy | None = None
+        version = ""
         weights = base / VAE_FILE
         save_file(random_state(case.config), weights)
 
         @contextmanager
         def start(name: str, variables: Mapping[str, str]) -> Iterator[Comfy]:
-            nonlocal report, version
+            nonlocal current, version
             print(name, file=sys.stderr, flush=True)
             server = _server(setting, base, name, variables)
             (server.base / "models" / "vae" / VAE_FILE).symlink_to(weights)
             with server:
                 try:
+                    version = str(server.get("/system_stats")["system"]["comfyui_version"])
+                    current = server
                     yield server
                 except RuntimeError:
                     print(server.log_text()[-6000:], file=sys.stderr)
                     raise
-                version = str(server.get("/system_stats")["system"]["comfyui_version"])
-                report = server.last_run.kept[-1]["report"]
 
-        rows = []
         for row in cold_rows(case, base / "caches", start):
             rows.append(row)
             print(f"  {row.in_a_line()}", file=sys.stderr, flush=True)
-    return rows, report, version
+            assert current is not None  # it gave the row
+            yield rows, current.last_run.kept[-1]["report"], version
 
 
 def cold_case(model: str, on_cpu: bool) -> ColdCase:
@@ -218,12 +223,16 @@ def cold_case(model: str, on_cpu: bool) -> ColdCase:
 
 
 def _cold_main(setting: Setting, model: str, output: Path | None, argv: Sequence[str]) -> int:
-    case = cold_case(model, setting.on_cpu)
-    rows, report, version = run_cold(setting, case)
-    facts = _facts(report, version, argv)
-    lines = ["# Waiting in a running ComfyUI", "", *facts.lines(), *_COLD_NOTES, ""]
-    text = "\n".join([*lines, *cold_lines(rows)]) + "\n"
-    _show(output, "cold", text, {**facts.as_dict(), "rows": [row.as_dict() for row in rows]})
+    """`--cold`: measure, and write after each row, for who ends this before the last one."""
+    text = ""
+    for rows, report, version in run_cold(setting, cold_case(model, setting.on_cpu)):
+        facts = _facts(report, version, argv)
+        lines = ["# Waiting in a running ComfyUI", "", *facts.lines(), *_COLD_NOTES, ""]
+        text = "\n".join([*lines, *cold_lines(rows)]) + "\n"
+        if output is not None:
+            data = {**facts.as_dict(), "rows": [row.as_dict() for row in rows]}
+            _write(output, "cold", text, data)
+    print(text)
     return 0
 
 

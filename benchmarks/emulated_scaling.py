@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,10 +51,13 @@ SMALL = (Picture("small", 6, 10, (2, 4)),)
 
 def measure(
     config: WanVAEConfig, pictures: Sequence[Picture], device: torch.device, repeats: int
-) -> dict[str, list[Emulated]]:
-    """Picture name -> emulations on every link and rank count."""
+) -> Iterator[dict[str, list[Emulated]]]:
+    """Picture name -> emulations on every link and rank count: all so far, after each picture."""
     vae = random_vae(config, device)
-    return {p.name: emulate(vae, p.height, p.width, p.ranks, LINKS, repeats) for p in pictures}
+    found: dict[str, list[Emulated]] = {}
+    for p in pictures:
+        found[p.name] = emulate(vae, p.height, p.width, p.ranks, LINKS, repeats)
+        yield found
 
 
 def scaling_markdown(found: dict[str, list[Emulated]], facts: Facts) -> str:
@@ -100,6 +103,13 @@ def missed(found: dict[str, list[Emulated]]) -> list[str]:
     ]
 
 
+def _write(folder: Path, found: dict[str, list[Emulated]], facts: Facts) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "emulated.md").write_text(scaling_markdown(found, facts), encoding="utf-8")
+    data = json.dumps(as_dict(found, facts), indent=1) + "\n"
+    (folder / "emulated.json").write_text(data, encoding="utf-8")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; 1 if a CUDA device misses a goal."""
     argv = sys.argv[1:] if argv is None else argv
@@ -122,15 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = pick_device(args.device)
     full = device.type == "cuda"
     config, pictures = (wan21(), PICTURES) if full else (wan21(dim=8), SMALL)
-    found = measure(config, pictures, device, args.repeats)
     facts = Facts.begin(SCHEMA, repeatable(["scaling", *argv]), device)
-    text = scaling_markdown(found, facts)
-    print(text)
-    if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "emulated.md").write_text(text, encoding="utf-8")
-        data = json.dumps(as_dict(found, facts), indent=1) + "\n"
-        (args.output / "emulated.json").write_text(data, encoding="utf-8")
+    found: dict[str, list[Emulated]] = {}
+    for found in measure(config, pictures, device, args.repeats):
+        if args.output is not None:  # after each picture, for who ends this before the last one
+            _write(args.output, found, facts)
+    print(scaling_markdown(found, facts))
     problems = missed(found) if full else []
     for problem in problems:
         print(f"emulated scaling: {problem}", file=sys.stderr)
