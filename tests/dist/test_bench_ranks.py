@@ -90,7 +90,7 @@ def test_the_whole_bench_on_two_cpu_ranks(tmp_path, monkeypatch, capsys):
     assert all(
         two[k] > 0 for k in ("speed_up", "device_speed_up", "model_speed_up", "emulated_speed_up")
     )
-    assert [f["passed"] for f in found["faults"]] == [True] * 4
+    assert [f["passed"] for f in found["faults"]] == [True] * 5
     assert "died (exit code -9)" in found["faults"][0]["said"]
     assert found["skipped"] == [] and found["backends"]["2"] == "gloo"
     assert found["schema"] == SCHEMA and len(found["date"]) == 10 and found["devices"] == 2
@@ -98,6 +98,59 @@ def test_the_whole_bench_on_two_cpu_ranks(tmp_path, monkeypatch, capsys):
     assert (
         text in capsys.readouterr().out and "| 2 | a rank is killed within a chunk | right" in text
     )
+
+
+@pytest.mark.full
+def test_ranks_that_share_devices_are_compared_and_broken_but_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(command, "small_sizes", tiny_sizes)
+    monkeypatch.setattr(command, "exact_float32", lambda: None)
+    monkeypatch.setattr(command, "_available", lambda _: 2)
+    assert command.main(["--ranks", "4", "--device", "cpu", "--repeats", "1", "--share"]) == 0
+    said = capsys.readouterr().out
+    assert "- times on 4 ranks: they share 2 devices" in said and "| tiny | 4 |" not in said
+    for name in ("two ranks are killed at once within a chunk", "a rank is slow: the others wait"):
+        assert f"| 4 | {name} | right |" in said
+    assert "**wrong**" not in said
+
+
+class PoolOfOne:
+    """Decodes to `result`; afterwards it has the workers `then`."""
+
+    def __init__(self, result, then=(7,)):
+        self.pids, self.result, self.then = [7], result, list(then)
+
+    def decode(self, vae, z, *, chunk_frames, on_progress):
+        for _ in range(2):
+            on_progress(1, 2, None)
+        self.pids = self.then
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals")
+def test_a_slow_rank_must_change_nothing(monkeypatch):
+    done = []
+    monkeypatch.setattr(faults, "stop", lambda pid: done.append(("stop", pid)))
+    monkeypatch.setattr(faults, "resume", lambda pid: done.append(("resume", pid)))
+
+    class Now:
+        def __init__(self, _, act, arguments):
+            self.start = lambda: act(*arguments)
+
+    monkeypatch.setattr(faults.threading, "Timer", Now)
+    ones = torch.ones(2)
+
+    def slow(pool, pause_s=0.0):
+        return faults.slow(pool, None, None, ones, pause_s)
+
+    assert slow(PoolOfOne(torch.ones(2))).passed
+    assert done == [("stop", 7), ("resume", 7)], "once, at the first chunk"
+    assert not slow(PoolOfOne(torch.zeros(2))).passed
+    assert not slow(PoolOfOne(torch.ones(2), then=(8,))).passed, "the workers are other ones"
+    assert not slow(PoolOfOne(torch.ones(2)), pause_s=60.0).passed, "it did not wait"
+    failed = slow(PoolOfOne(ShardingError("rank 0 does not answer")))
+    assert not failed.passed and failed.said == "rank 0 does not answer"
 
 
 def test_what_there_is_no_time_for_is_listed():
@@ -161,6 +214,8 @@ def test_nothing_runs_on_ranks_whose_pictures_were_not_compared(capsys):
 def test_rank_counts():
     assert pick_ranks("all", 6) == [1, 2, 4]
     assert pick_ranks("4,1", 4) == [1, 4]
+    assert pick_ranks("all", 2, share=True) == [1, 2, 4, 8]
+    assert pick_ranks("all", 16, share=True) == [1, 2, 4, 8]
     with pytest.raises(ShardingError, match="from 1 to the 2 devices"):
         pick_ranks("1,3", 2)
 

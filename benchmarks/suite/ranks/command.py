@@ -28,8 +28,15 @@ from wan_vae.workers.pool import WorkerPool
 LIMIT_S = 450.0
 
 
-def pick_ranks(text: str, devices: int) -> list[int]:
-    """Counts from "1,2,4", or "all": 1, 2, 4, 8 as far as there are devices."""
+# The most ranks that share devices.
+_MOST_SHARED = 8
+
+
+def pick_ranks(text: str, devices: int, share: bool = False) -> list[int]:
+    """Counts from "1,2,4", or "all": 1, 2, 4, 8 as far as there are devices. share: several ranks
+    may have one."""
+    if share:
+        devices = max(devices, _MOST_SHARED)
     if text == "all":
         return [n for n in (1, 2, 4, 8) if n <= devices]
     counts = sorted({int(part) for part in text.split(",")})
@@ -69,11 +76,15 @@ def run(
     sizes: Sizes,
     repeats: int = 3,
 ) -> None:
-    """Fill `results`; see the package. `device` names the kind: ranks take its devices from 0."""
+    """Fill `results`; see the package. `device` names the kind: ranks take its devices from 0, and
+    share them where there are more ranks."""
     reference = Reference(device)
+    available = _available(device)
 
     def devices(count: int) -> list[str]:
-        return ["cpu"] * count if device.type == "cpu" else [f"cuda:{i}" for i in range(count)]
+        if device.type == "cpu":
+            return ["cpu"] * count
+        return [f"cuda:{i % available}" for i in range(count)]
 
     timings: dict[str, list[Timing]] = {case.name: [] for case in sizes.timed}
     for n in counts:
@@ -83,21 +94,29 @@ def run(
         with WorkerPool(devices(n)) as pool:
             results.checks += check_correct(pool, reference, sizes)
             results.backends[n] = pool.transport if n > 1 else "one process"
-            for case in sizes.timed if results.passed(n) else ():
+            if n > available:
+                results.skipped.append(f"times on {n} ranks: they share {available} devices")
+            for case in sizes.timed if n <= available and results.passed(n) else ():
                 if budget.allows(f"time of {case.name} on {n} ranks", 30):
                     vae = reference.vae(case.config)
                     timings[case.name].append(time_case(pool, vae, case, repeats))
     proven = [n for n in counts if n in results.backends]
     several = [n for n in proven if n > 1]
-    for case in sizes.timed if proven else ():
-        emulated: list[Emulated] = []
-        if several and budget.allows(f"emulation of {case.name}", 20):
-            vae = reference.vae(case.config)
-            emulated = emulate(vae, *case.latent[3:], several, LINKS[:1], repeats, case.latent[2])
-        results.timings += with_predictions(case, timings[case.name], emulated)
     if several:
         _break_decodes(budget, results, devices(several[-1]), reference, sizes)
+    timed = [n for n in several if n <= available]
+    for case in sizes.timed if proven else ():
+        emulated: list[Emulated] = []
+        if timed and budget.allows(f"emulation of {case.name}", 20):
+            vae = reference.vae(case.config)
+            emulated = emulate(vae, *case.latent[3:], timed, LINKS[:1], repeats, case.latent[2])
+        results.timings += with_predictions(case, timings[case.name], emulated)
     results.skipped += budget.skipped
+
+
+def _available(device: torch.device) -> int:
+    """How many devices there are of this kind; cores of a CPU."""
+    return torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1
 
 
 def _break_decodes(
@@ -107,7 +126,7 @@ def _break_decodes(
     reason = faults.unavailable_reason()
     if reason is not None:
         results.skipped.append(f"{what}: {reason}")
-    elif sys.platform != "win32" and budget.allows(what, 8 * sizes.timeout_s):
+    elif sys.platform != "win32" and budget.allows(what, 12 * sizes.timeout_s):
         vae = reference.vae(sizes.faults.config)
         results.faults += faults.check_faults(devices, vae, sizes)
 
@@ -123,6 +142,11 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--ranks", default="all", help="1,2,4 or all (default)")
     parser.add_argument("--device", help="cuda or cpu (default: the best one here)")
+    parser.add_argument(
+        "--share",
+        action="store_true",
+        help="also more ranks than devices, up to 8: whether they are right, and faults; no times",
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--limit-s",
@@ -137,9 +161,10 @@ def main(argv: Sequence[str]) -> int:
     device = pick_device(args.device)
     cuda = device.type == "cuda"
     device = torch.device("cuda", 0) if cuda else device
-    counts = pick_ranks(args.ranks, torch.cuda.device_count() if cuda else os.cpu_count() or 1)
+    counts = pick_ranks(args.ranks, _available(device), args.share)
     budget = Budget(args.limit_s)
-    results = RanksResults(Facts.begin(SCHEMA, repeatable(argv), device), max(counts))
+    used = min(max(counts), _available(device))
+    results = RanksResults(Facts.begin(SCHEMA, repeatable(argv), device), used)
     sizes = full_sizes() if cuda else small_sizes()
     run(budget, results, counts, device, sizes, args.repeats)
     results.seconds = round(budget.spent_s)

@@ -134,7 +134,7 @@ if sys.platform != "win32":
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-        attempt = faults.Attempt("shared memory is full", limited, "no room for", blames_last=False)
+        attempt = faults.Attempt("shared memory is full", limited, "no room for", blamed=0)
         # Larger than the memory of the run before, which would be used again.
         return ground.attempt(attempt, ground.z.repeat(3, 1, 1, 1, 1))
 
