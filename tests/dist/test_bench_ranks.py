@@ -105,7 +105,9 @@ def test_ranks_that_share_devices_are_compared_and_broken_but_not_timed(monkeypa
     monkeypatch.setattr(command, "small_sizes", tiny_sizes)
     monkeypatch.setattr(command, "exact_float32", lambda: None)
     monkeypatch.setattr(command, "_available", lambda _: 2)
-    assert command.main(["--ranks", "4", "--device", "cpu", "--repeats", "1", "--share"]) == 0
+    assert (
+        command.main(["--ranks", "4", "--device", "cpu", "--repeats", "1", "--shared-devices"]) == 0
+    )
     said = capsys.readouterr().out
     assert "- times on 4 ranks: they share 2 devices" in said and "| tiny | 4 |" not in said
     for name in ("two ranks are killed at once within a chunk", "a rank is slow: the others wait"):

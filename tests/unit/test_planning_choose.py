@@ -119,7 +119,7 @@ def test_a_shard_encodes_whole_chunks_as_long_as_they_fit():
     assert (plenty.chunk_frames, plenty.pass_elements, plenty.strips) == (4, None, 1)
     for frames in (3, 2, 1):
         needed = choose(replace(part, chunk_frames=frames)).planned_bytes
-        assert choose(replace(part, free_bytes=needed / 0.84)).chunk_frames == frames
+        assert choose(replace(part, free_bytes=needed / 0.69)).chunk_frames == frames
 
 
 def test_a_choice_takes_few_walks(monkeypatch):
@@ -193,6 +193,19 @@ def test_what_was_asked_for_is_kept():
     assert choice.planned_bytes > GB and (choice.lengths, choice.strips) == ((21,), 1)
     assert choice.pass_elements == min(choosing.PASSES)
     assert choose(replace(tight, chunk_frames=1)).planned_bytes < GB
+
+
+@pytest.mark.parametrize("operation", ["decode", "encode"])
+def test_a_shard_leaves_more_free_for_it_cannot_start_again(operation):
+    """480p on two H200, of which one had 2501 MiB free: a plan of 1979 MiB ran out."""
+    part = replace(KERNELS, latent_shape=(1, 16, 21, 60, 52), shards=True, operation=operation)
+    least = choose(replace(part, free_bytes=0)).planned_bytes
+    for free in range(500, 12000, 97):
+        found = choose(replace(part, free_bytes=free * 2**20))
+        if found.planned_bytes > least:
+            assert found.planned_bytes <= 0.7 * free * 2**20
+            assert found.needed_bytes <= free * 2**20
+    assert least < 0.7 * 2501 * 2**20
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ class _Chooser:
         return self._with_bounds(self._parked_as_asked(strips, chunks, elements))
 
     def _with_bounds(self, choice: Choice) -> Choice:
-        share = self.margin.of(choice.strips, self.is_eager)
+        share = self.margin.of(choice.strips, self.is_eager, self.request.shards)
         return replace(
             choice,
             needed_bytes=ceil(choice.planned_bytes / share),
@@ -246,7 +246,7 @@ class _Chooser:
 
         smallest: what the decode takes at least without strips.
         """
-        usable = int(self.margin.of(2, self.is_eager) * free)
+        usable = int(self.margin.of(2, self.is_eager, False) * free)
         best = self._fitting_parked_strips(usable, ways) if self.request.may_park else None
         if best is None:
             best = self._fitting_strips_on_the_device(usable, ways)
@@ -375,7 +375,7 @@ class _Chooser:
         for frames, elements in ways if asked is None else [(asked, e) for e in passes]:
             choice = self._whole(self._schedule(frames), elements)
             wanted = max(wanted, choice.planned_bytes)
-            if free is None or choice.planned_bytes <= self.margin.whole * free:
+            if free is None or choice.planned_bytes <= self.margin.shards * free:
                 break
         return replace(choice, wanted_bytes=wanted)
 

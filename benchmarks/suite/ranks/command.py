@@ -143,7 +143,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--ranks", default="all", help="1,2,4 or all (default)")
     parser.add_argument("--device", help="cuda or cpu (default: the best one here)")
     parser.add_argument(
-        "--share",
+        "--shared-devices",
         action="store_true",
         help="also more ranks than devices, up to 8: whether they are right, and faults; no times",
     )
@@ -161,7 +161,7 @@ def main(argv: Sequence[str]) -> int:
     device = pick_device(args.device)
     cuda = device.type == "cuda"
     device = torch.device("cuda", 0) if cuda else device
-    counts = pick_ranks(args.ranks, _available(device), args.share)
+    counts = pick_ranks(args.ranks, _available(device), args.shared_devices)
     budget = Budget(args.limit_s)
     used = min(max(counts), _available(device))
     results = RanksResults(Facts.begin(SCHEMA, repeatable(argv), device), used)
