@@ -407,6 +407,14 @@ def test_another_vae_is_decoded_by_comfyui_itself(comfy, sharded):
     assert (shown["status"], shown["notes"], shown["done_frames"]) == ("done", 1, 1)
 
 
+def test_a_latent_that_another_vae_cannot_decode_names_both(comfy):
+    run = comfy.run(decode(latent(), load_vae(OTHER_VAE)))
+    assert run.error["exception_type"] == "wan_vae.LatentError"
+    told = run.error["exception_message"]
+    assert told.startswith("the latent has 16 channels: this VAE decodes 4; this is a Stable Diff")
+    assert run.report("3")["error"] == told.strip()
+
+
 def test_another_vae_is_encoded_by_comfyui_itself(comfy):
     frames = node("ProbeFrames", frames=1, height=64, width=96, channels=4, seed=64)
     prompt = {
