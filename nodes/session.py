@@ -92,8 +92,8 @@ class Session:
         self._laps["node: begin"] = (time.perf_counter() - started_s) * 1e3
 
     def enter(self, phase: str, **numbers: int) -> None:
-        """Say what the run does before its first frames: planning, compiling, starting_workers,
-        or comfyui, whose own VAE does all of it.
+        """Say what the run does before its first frames: compiling, starting_workers, or planning
+        (all else until then), or comfyui, whose own VAE does all of it.
 
         Only what takes longer than to say so: a message wakes the server's thread, for which this
         one waits some milliseconds.
@@ -290,6 +290,7 @@ class Session:
             self.until_end.enter_context(_uncollected())
             with self.timed("kernels"):
                 ready(self.wan.engine, request, self.memory)
+            self.enter("planning")
 
         def planned(shape: Sequence[int], frames: int | None, free_bytes: float = math.inf) -> Plan:
             return self.wan.plan(

@@ -240,7 +240,8 @@ def _ready(
     with run.timed("room"):
         pool = POOLS.get(sharding.devices, sharding.timeout_s, device)
         weights = sum(p.nbytes for p in parameters(run.wan.model))
-        if not pool.pids:
+        starts = not pool.pids
+        if starts:
             run.enter("starting_workers", count=len(pool.devices))
         run.begin_planning()
         if not pool.has_planned(run.wan, operation):
@@ -257,6 +258,8 @@ def _ready(
             memory_format=memory_format,
             earlier=True,
         )
+    if starts:
+        run.enter("planning")
     with run.timed("room"):
         own = [plan for plan in plans if plan.device == str(device)]
         POOLS.count(device, weights, sum(plan.needed_bytes for plan in own))
