@@ -43,8 +43,8 @@ class Sharding:
         if self.devices.strip() == "all" and not worth_sharing(pixel_shape):
             return said(
                 "run.few_pixels",
-                "done on {device} alone: several devices are slower with so few pixels; name the "
-                "devices (0,1) to share them all the same",
+                "done on {device} alone: `all` shares videos, and leaves so few pixels to one "
+                "device; name the devices (0,1) to share them all the same",
                 device=own,
             )
         return None
