@@ -152,7 +152,7 @@ function framesText(report, t) {
 }
 
 /**
- * What a run does before its first frames: "planning", "starting 2 workers". The server may be newer
+ * What a run does before its first frames: "preparing", "starting 2 workers". The server may be newer
  * than an open page, and know phases that the page has no words for.
  */
 function phaseText({ phase }, t) {

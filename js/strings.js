@@ -16,7 +16,7 @@ export const ENGLISH = {
   "line.video": "ready: decoded when a node reads it",
   "line.cached": "from the cache: {what}",
   "line.cached_unknown": "from ComfyUI's cache: nothing is known of that run",
-  "phase.planning": "planning",
+  "phase.planning": "preparing",
   "phase.compiling": "compiling kernels",
   "phase.starting_workers": "starting {count} workers",
   "phase.comfyui": "ComfyUI's own VAE works",

@@ -114,7 +114,26 @@ def _decoded(run: Session, samples: Mapping[str, Any], normalized: bool) -> torc
     """Images [N, H, W, C] or videos [B, T, H, W, C] of another VAE; None for a Wan VAE."""
     if not _is_another(run, normalized):
         return None
-    image: Any = run.vae.decode(inputs.latent(samples))
+    latent = inputs.latent(samples)
+    try:
+        image: Any = run.vae.decode(latent)
+    except model_management.OOM_EXCEPTION:
+        raise
+    except RuntimeError as error:
+        # PyTorch names the sizes of a weight, and neither VAE nor latent.
+        expected = getattr(run.vae, "latent_channels", None)
+        if latent.ndim < 2 or expected in (None, latent.shape[1]):
+            raise
+        raise LatentError(
+            said(
+                "vae.other_latent",
+                "the latent has {channels} channels: this VAE decodes {expected}; {reason}; use "
+                "the VAE of the model that made the latent",
+                channels=latent.shape[1],
+                expected=expected,
+                reason=run.not_a_wan_vae(),
+            )
+        ) from error
     shape = tuple(image.shape) if isinstance(image, torch.Tensor) else ()
     if len(shape) not in (4, 5) or shape[-1] not in (1, 3, 4):
         raise LatentError(

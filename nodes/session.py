@@ -60,6 +60,8 @@ class Session:
         self.operation = operation
         self._started_s = started_s
         self._bar = comfy.utils.ProgressBar(1)
+        # A preview that goes out with the next progress.
+        self._frame: tuple[str, Image.Image, int] | None = None
         self.vae, self._precision = vae, precision
         self._is_shared = is_shared
         self._loads = operation in PARTS and not is_shared
@@ -90,8 +92,8 @@ class Session:
         self._laps["node: begin"] = (time.perf_counter() - started_s) * 1e3
 
     def enter(self, phase: str, **numbers: int) -> None:
-        """Say what the run does before its first frames: planning, compiling, starting_workers,
-        or comfyui, whose own VAE does all of it.
+        """Say what the run does before its first frames: compiling, starting_workers, or planning
+        (all else until then), or comfyui, whose own VAE does all of it.
 
         Only what takes longer than to say so: a message wakes the server's thread, for which this
         one waits some milliseconds.
@@ -288,6 +290,7 @@ class Session:
             self.until_end.enter_context(_uncollected())
             with self.timed("kernels"):
                 ready(self.wan.engine, request, self.memory)
+            self.enter("planning")
 
         def planned(shape: Sequence[int], frames: int | None, free_bytes: float = math.inf) -> Plan:
             return self.wan.plan(
@@ -378,13 +381,20 @@ class Session:
                 memory=self.memory,
                 **self.hooks,
             )
+        if self._frame is not None:  # the sink had it at its end, behind the last progress
+            self._move_bar(self._bar.current, self._bar.total)
 
     def _preview(self, frame: torch.Tensor) -> None:
-        if model_management.processing_interrupted():
-            return
-        image = Image.fromarray(frame.numpy())
-        done, total = self._bar.current, self._bar.total
-        self._bar.update_absolute(done, total, ("JPEG", image, args.preview_size))
+        # A sink shows a frame before the run says that it is done. ComfyUI sends the bar's place
+        # with each preview, and nothing else for 0.1 s: by itself, the bar would be one pass late.
+        self._frame = "JPEG", Image.fromarray(frame.numpy()), args.preview_size
+
+    def _move_bar(self, done: int, total: int) -> None:
+        """Move ComfyUI's own bar, and show the frame that waits for that."""
+        frame, self._frame = self._frame, None
+        # After an interrupt the bar would raise; `should_stop` ends the run in a moment instead.
+        if not model_management.processing_interrupted():
+            self._bar.update_absolute(done, total, frame)
 
     def encode(
         self,
@@ -431,10 +441,9 @@ class Session:
         report = self._of_batch(report)
         if self._reporter.due():
             self._reporter.send(report.as_dict())
-        # Of one image the end is the only progress, which ComfyUI shows by itself. After an
-        # interrupt the bar would raise; `should_stop` ends the run in a moment instead.
-        if report.total_frames > 1 and not model_management.processing_interrupted():
-            self._bar.update_absolute(report.done_frames, report.total_frames)
+        # Of one image the end is the only progress, which ComfyUI shows by itself.
+        if report.total_frames > 1:
+            self._move_bar(report.done_frames, report.total_frames)
 
     def finish(self) -> None:
         """Send the library's report of the run that is done, or `report` if the node has set it,

@@ -43,8 +43,8 @@ class Sharding:
         if self.devices.strip() == "all" and not worth_sharing(pixel_shape):
             return said(
                 "run.few_pixels",
-                "done on {device} alone: several devices are slower with so few pixels; name the "
-                "devices (0,1) to share them all the same",
+                "done on {device} alone: several devices are hardly faster with a small image; name "
+                "the devices (0,1) to share it all the same",
                 device=own,
             )
         return None
@@ -240,7 +240,8 @@ def _ready(
     with run.timed("room"):
         pool = POOLS.get(sharding.devices, sharding.timeout_s, device)
         weights = sum(p.nbytes for p in parameters(run.wan.model))
-        if not pool.pids:
+        starts = not pool.pids
+        if starts:
             run.enter("starting_workers", count=len(pool.devices))
         run.begin_planning()
         if not pool.has_planned(run.wan, operation):
@@ -257,6 +258,8 @@ def _ready(
             memory_format=memory_format,
             earlier=True,
         )
+    if starts:
+        run.enter("planning")
     with run.timed("room"):
         own = [plan for plan in plans if plan.device == str(device)]
         POOLS.count(device, weights, sum(plan.needed_bytes for plan in own))

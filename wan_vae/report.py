@@ -178,7 +178,7 @@ class DecodeReport:
     total_frames: int = 0
     duration_ms: float | None = None
     frames_per_s: float | None = None
-    # Of a run under way, once it has made frames: how long the others will take.
+    # Of a run under way, once it has made more than the first frame: how long the others will take.
     left_ms: float | None = None
     warnings: tuple[str, ...] = ()
     versions: dict[str, str | None] = field(default_factory=dict)
@@ -293,6 +293,8 @@ class ReportBuilder:
         self.warnings: list[str] = []
         self.done_frames = 0
         self.total_frames = 0
+        # Frames and milliseconds of the first pass, from which on the pace is counted.
+        self._first_pass: tuple[int, float] | None = None
         self.host_ms: dict[str, float] = {}
         self._started = self._lap_started = time.perf_counter()
 
@@ -343,16 +345,21 @@ class ReportBuilder:
             host_ms=dict(self.host_ms),
         )
 
-    def _left_ms(self, spent_ms: float) -> float:
-        """How long the missing frames take at the pace so far.
+    def _left_ms(self, spent_ms: float) -> float | None:
+        """How long the missing frames take at the pace of those behind the first pass.
 
-        The first frame of a video is a latent frame of its own and takes as long as four later
-        ones, so three are added to each video's.
+        The first pass waits for much that comes once, and may be the first frame of each video,
+        which takes less than the later ones: from that alone nobody knows (None).
         """
+        if self._first_pass is None or self.done_frames < self._first_pass[0]:  # started again
+            self._first_pass = self.done_frames, spent_ms
+        first_frames, first_ms = self._first_pass
+        missing, paced = self.total_frames - self.done_frames, self.done_frames - first_frames
+        if paced:
+            return (spent_ms - first_ms) * missing / paced
         videos = self.latent_shape[0] if self.latent_shape else 1
-        first = 3 * videos
-        missing = self.total_frames - self.done_frames
-        return spent_ms * missing / (self.done_frames + first)
+        is_known = not missing or self.done_frames > videos
+        return spent_ms * missing / self.done_frames if is_known else None
 
 
 def of_batch(reports: Sequence[DecodeReport], videos: int) -> DecodeReport:

@@ -287,7 +287,7 @@ def test_phases_come_before_the_first_frames(frontend):
     frontend.load(workflow(seed=1, identity=f"phases-{frontend.mode}"))
     identity = identity_of(frontend)
     phases = {
-        "planning": {"name": "planning"},
+        "preparing": {"name": "planning"},
         "compiling kernels": {"name": "compiling"},
         "starting 2 workers": {"name": "starting_workers", "count": 2},
     }

@@ -53,8 +53,12 @@ def test_memory_flags(environment, tmp_path):
             assert run.outputs["5"]["a"] == run.outputs["5"]["b"]
             assert run.outputs["5"]["difference"][0] < 1e-4
         # Where ComfyUI shows previews of a sampler, it shows the frames of a decode too.
-        previews, reports = watched(comfy, 3)
-        assert 1 <= previews <= 1 + 4 * reports[-1]["duration_ms"] / 1e3, "four a second"
+        run = watched(comfy, 3)
+        most = 1 + 4 * run.report("3")["duration_ms"] / 1e3
+        assert 1 <= run.previews <= most, "four a second"
+        # The bar is where the frame is that it comes with.
+        places = [(m["value"], m["max"]) for m in run.of_type("progress") if m["node"] == "3"]
+        assert places[0] == (1, 21) and places[-1] == (21, 21)
 
 
 @pytest.mark.full

@@ -20,6 +20,7 @@ from tests.comfy.graphs import (
     load_vae,
     node,
 )
+from tests.comfy.server import Run
 from tests.conftest import PATIENCE_S
 
 pytestmark = pytest.mark.comfy
@@ -211,17 +212,18 @@ def test_another_vae_is_named(comfy):
     assert "own VAE nodes" in run.error["exception_message"]
 
 
-def watched(comfy, seed: int) -> tuple[int, list[dict]]:
-    """How many previews came while a video was decoded, and its live reports."""
+def watched(comfy, seed: int) -> Run:
+    """A run that decodes a video in several chunks."""
     prompt = decode(latent(frames=6, height=16, width=16, seed=seed), chunk_frames=1)
     run = comfy.run(prompt)
     assert run.error is None, run.error
-    return run.previews, [m["report"] for m in run.of_type("wan_vae.report")]
+    return run
 
 
 def test_a_node_says_what_it_does_from_the_start_and_how_long_it_will_take(comfy):
-    previews, reports = watched(comfy, 82)
-    assert previews == 0, "ComfyUI's own setting: it shows none of a sampler either"
+    run = watched(comfy, 82)
+    reports = [m["report"] for m in run.of_type("wan_vae.report")]
+    assert run.previews == 0, "ComfyUI's own setting: it shows none of a sampler either"
     assert reports[0]["phase"] == {"name": "planning"}
     assert {report["status"] for report in reports[:-1]} == {"running"}
     assert reports[-1]["status"] == "done"
@@ -403,6 +405,14 @@ def test_another_vae_is_decoded_by_comfyui_itself(comfy, sharded):
     shown = run.outputs["3"]["wan_vae"][0]
     assert shown["pixel_shape"] == [1, 3, 1, *run.outputs["5"]["a"][0]["shape"][1:3]]
     assert (shown["status"], shown["notes"], shown["done_frames"]) == ("done", 1, 1)
+
+
+def test_a_latent_that_another_vae_cannot_decode_names_both(comfy):
+    run = comfy.run(decode(latent(), load_vae(OTHER_VAE)))
+    assert run.error["exception_type"] == "wan_vae.LatentError"
+    told = run.error["exception_message"]
+    assert told.startswith("the latent has 16 channels: this VAE decodes 4; this is a Stable Diff")
+    assert run.report("3")["error"] == told.strip()
 
 
 def test_another_vae_is_encoded_by_comfyui_itself(comfy):

@@ -832,8 +832,9 @@ def test_all_is_every_device_of_the_kind_of_the_vae(monkeypatch):
 
 
 def test_small_pictures_are_for_one_device():
-    assert not worth_sharing((1, 3, 1, 2048, 2048))
-    assert worth_sharing((2, 3, 1, 2048, 2048)) and worth_sharing((1, 3, 17, 480, 832))
+    assert not worth_sharing((1, 3, 1, 1536, 2048))
+    assert worth_sharing((2, 3, 1, 1536, 2048)) and worth_sharing((1, 3, 17, 480, 832))
+    assert worth_sharing((1, 3, 1, 2048, 2048)), "1.45 times as fast on two H200"
 
 
 @pytest.mark.parametrize("gone", ["module", "nccl"])

@@ -57,7 +57,7 @@ test("the line of a node that makes a VAE or a video for others", () => {
 
 test("the line before the first frames", () => {
   const phase = (name, more) => line({ status: "running", phase: { name, ...more } });
-  assert.equal(phase("planning"), "planning");
+  assert.equal(phase("planning"), "preparing");
   assert.equal(phase("compiling"), "compiling kernels");
   assert.equal(phase("starting_workers", { count: 2 }), "starting 2 workers");
   assert.equal(phase("comfyui"), "ComfyUI's own VAE works");

@@ -373,21 +373,44 @@ def test_frames_of_a_batch_count_together(small_vae):
         on_progress=lambda done, total, report: told.append((done, total, report.left_ms)),
     )
     assert [(done, total) for done, total, _ in told] == [(2, 18), (10, 18), (18, 18)]
-    lefts = [left for *_, left in told]
+    first, second, last = (left for *_, left in told)
     # How long a pass takes depends on who else computes.
-    assert min(lefts[:2]) > 0 == lefts[2]
+    assert first is None and second > 0 == last
     report = small_vae.last_report
     assert (report.done_frames, report.total_frames, report.left_ms) == (18, 18, None)
 
 
-def test_the_time_left_is_that_of_the_missing_latent_frames():
-    """One latent frame of 21 is done, which is one frame of 81, after a second."""
+def running(builder: wan_vae.report.ReportBuilder, done: int) -> DecodeReport:
+    builder.done_frames = done
+    return builder.build("running")
+
+
+@pytest.fixture
+def of_81_frames() -> wan_vae.report.ReportBuilder:
     builder = wan_vae.report.ReportBuilder(
         "decode", wan_vae.config.wan21(dim=8), torch.device("cpu"), torch.float32
     )
-    builder.latent_shape, builder.done_frames, builder.total_frames = (1, 16, 21, 4, 4), 1, 81
-    report = builder.build("running")
-    assert report.left_ms == pytest.approx(20 * report.duration_ms)
+    builder.latent_shape, builder.total_frames = (1, 16, 21, 4, 4), 81
+    return builder
+
+
+def test_the_time_left_is_counted_at_the_pace_behind_the_first_pass(of_81_frames):
+    """A cold first frame takes long and a warm one little: neither says how long others take."""
+    first = running(of_81_frames, 1)
+    assert first.left_ms is None
+    for done in (5, 41, 81):
+        later = running(of_81_frames, done)
+        pace_ms = (later.duration_ms - first.duration_ms) / (done - 1)
+        assert later.left_ms == pytest.approx((81 - done) * pace_ms)
+
+
+def test_the_time_left_after_a_long_first_pass_and_after_a_new_start(of_81_frames):
+    before = running(of_81_frames, 41)
+    assert before.left_ms == pytest.approx(40 / 41 * before.duration_ms)
+    again = running(of_81_frames, 5)  # memory ran out
+    assert again.left_ms == pytest.approx(76 / 5 * again.duration_ms)
+    later = running(of_81_frames, 9)
+    assert later.left_ms == pytest.approx((later.duration_ms - again.duration_ms) / 4 * 72)
 
 
 def test_clips_one_after_another_make_one_report():
