@@ -43,8 +43,8 @@ class Sharding:
         if self.devices.strip() == "all" and not worth_sharing(pixel_shape):
             return said(
                 "run.few_pixels",
-                "done on {device} alone: several devices are hardly faster with a small image; name "
-                "the devices (0,1) to share it all the same",
+                "done on {device} alone: several devices are hardly faster with a small image; "
+                "name the devices (0,1) to share it all the same",
                 device=own,
             )
         return None
