@@ -811,7 +811,7 @@ def test_memory_that_cannot_be_mapped_is_refused_and_leaves_nothing(tmp_path):
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20), limits[1]))
     try:
-        with pytest.raises(ShardingError, match="no room for 256 MiB .*Cannot allocate memory"):
+        with pytest.raises(ShardingError, match=r"no room for 256 MiB .*Cannot allocate memory"):
             SharedBuffer.create(256 << 20, [tmp_path], reserved=0)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)

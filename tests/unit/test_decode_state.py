@@ -99,7 +99,7 @@ def test_weights_changed_in_place_are_seen_in_every_precision(vae, z):
 
 
 def test_weights_in_memory_that_was_taken_again_are_other_weights(vae, z):
-    """Of two LoRAs that are merged one after the other, the second finds the first's memory free."""
+    """Of two LoRAs that are merged one after the other, the second finds the first's memory."""
     weight = vae.model.decoder.conv1.weight
     memory = weight.numpy().copy()
     weight.data = torch.from_numpy(memory)

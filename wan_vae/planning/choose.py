@@ -452,8 +452,8 @@ def _ways(frames: int, passes: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _least(choices: Sequence[Choice]) -> Choice:
-    """That which takes least, the last of equal ones. Not always the shortest chunks: a video of two
-    latent frames in one chunk keeps no history, which takes a quarter more."""
+    """That which takes least, the last of equal ones. Not always the shortest chunks: one chunk of
+    two latent frames keeps no history, which takes up to a quarter more."""
     return min(reversed(choices), key=lambda choice: choice.planned_bytes)
 
 

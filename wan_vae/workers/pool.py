@@ -36,8 +36,8 @@ from ..errors import (
     ShardingError,
 )
 from ..hooks import Hooks, OnProgress, ShouldStop
-from ..io.image import FollowingCopy
 from ..io.fingerprint import fingerprint
+from ..io.image import FollowingCopy
 from ..io.latents import WHAT, as_batch, check_latent_shape, check_pixels
 from ..network.model import NO_ENCODER, WanVAEModel, tensor_version, weight_state
 from ..network.weights import copy_weights
@@ -155,7 +155,7 @@ def _weights_of(model: WanVAEModel) -> list[tuple[object, ...]]:
 
 
 def _tensors_of(model: WanVAEModel) -> list[tuple[object, ...]]:
-    """Which tensors the weights are, and how often each was changed in place; not where they lie."""
+    """Which tensors the weights are, and how often each was changed in place, wherever they lie."""
     return [(id(p), p.dtype, tensor_version(p)) for p in parameters(model)]
 
 
