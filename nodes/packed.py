@@ -30,7 +30,7 @@ from comfy.patcher_extension import CallbacksMP
 
 from ..wan_vae import BackendError, WanVAE, WanVAEError
 from ..wan_vae.device import DTYPES
-from ..wan_vae.io.fingerprint import Look, fingerprint
+from ..wan_vae.io.fingerprint import Look, fingerprint, is_elsewhere
 from ..wan_vae.options import PRECISIONS
 from ..wan_vae.runs.engine import count_weight_formats
 from ..wan_vae.said import expected_one_of
@@ -193,7 +193,7 @@ class PackedCopies:
     def _source(self, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> bytes | None:
         """The fingerprint of `model`'s weights, and what follows from a change of it.
 
-        Weights that cannot be read now (not in memory) are taken for those that were read last.
+        Weights that are not in memory now are taken for those that were read last.
         """
         last = self._sources.get(model)
         known = None if last is None else last.source
@@ -201,7 +201,7 @@ class PackedCopies:
             return known
         source = fingerprint(state)
         if source is None:
-            return known
+            return known if is_elsewhere(state) else None  # what cannot be copied is refused there
         if known is None:
             weakref.finalize(model, self._sweep).atexit = False
         elif known != source:

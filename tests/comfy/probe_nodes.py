@@ -237,7 +237,8 @@ class ProbeVideo(_Probe):
 class ProbeVAEWeights:
     """The same VAE object with its weights changed in place, as other packs leave it.
 
-    `kind`: a memory format, a dtype, or what a merge does: scaled, one_channel. `after` is there
+    `kind`: a memory format, a dtype, or what a merge does: scaled, one_channel,
+    negative. `after` is there
     to come after.
     """
 
@@ -260,6 +261,8 @@ class ProbeVAEWeights:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
             elif kind in ("float16", "bfloat16"):
                 parameter.data = parameter.data.to(getattr(torch, kind))
+            elif kind == "negative":  # without a change of what lies in memory
+                parameter.data = torch._neg_view(parameter.data)
             elif kind == "scaled":
                 parameter.data.mul_(1.1)
         return (vae,)

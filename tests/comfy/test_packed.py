@@ -107,18 +107,18 @@ def test_copies_are_bounded_and_the_oldest_leaves(comfy):
     assert after[0][0] == before[1][0] or not after[0][2]
 
 
-@pytest.mark.parametrize("runs", [1, 3])
-def test_a_copy_of_weights_that_were_changed_leaves(comfy, runs):
+@pytest.mark.parametrize(("runs", "kind"), [(1, "scaled"), (3, "scaled"), (3, "negative")])
+def test_a_copy_of_weights_that_were_changed_leaves(comfy, runs, kind):
     """runs: before they change; from the third on a quicker look at the weights is taken."""
     forget(comfy)
-    name = f"changed_copy_{runs}.safetensors"
+    name = f"changed_copy_{runs}_{kind}.safetensors"
     folder = comfy.base / "models" / "vae"
     (folder / name).write_bytes((folder / VAES[1]).read_bytes())
     prompt = {
         "1": load_vae(name),
         "2": latent(frames=1, seed=420),
         "3": node("WanVAEDecode", vae=["1", 0], samples=["2", 0]),
-        "6": node("ProbeVAEWeights", vae=["1", 0], kind="scaled", after=["3", 0]),
+        "6": node("ProbeVAEWeights", vae=["1", 0], kind=kind, after=["3", 0]),
         "7": node("WanVAEDecode", vae=["6", 0], samples=["2", 0]),
         "5": node("ProbeCompareImages", a=["7", 0], b=["3", 0]),
     }

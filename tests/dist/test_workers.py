@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import os
 import resource
 import select
@@ -766,6 +767,33 @@ def test_weights_that_were_changed_in_place_reach_the_workers(pool, vae, latent)
     assert torch.equal(after, own.decode(latent, chunk_frames=1))
 
 
+def _given_in_place_of(own):
+    own.model.conv2.weight.data = own.model.conv2.weight.data * 0.5
+
+
+def _rounded(own):
+    own.model.to(torch.bfloat16).to(torch.float32)
+
+
+@pytest.mark.parametrize("change", [_given_in_place_of, _rounded])
+def test_weights_that_lie_elsewhere_reach_the_workers_if_they_are_others(pool, vae, latent, change):
+    own = WanVAE(copy.deepcopy(vae.model))
+    before = decode(pool, own, latent)
+    change(own)
+    after = decode(pool, own, latent)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, own.decode(latent, chunk_frames=1))
+
+
+def test_weights_that_only_moved_are_not_sent_again(pool, vae, latent):
+    own = WanVAE(copy.deepcopy(vae.model))
+    before = decode(pool, own, latent)
+    for weight in own.model.parameters():
+        weight.data = weight.data.clone()  # as a move to a device and back leaves them
+    assert torch.equal(decode(pool, own, latent), before)
+    assert "workers: weights" not in own.last_report.host_ms
+
+
 def test_a_stored_result_holds_nothing_else(pool, vae, latent, tmp_path):
     torch.save(decode(pool, vae, latent), tmp_path / "pixels.pt")
     size = (tmp_path / "pixels.pt").stat().st_size
@@ -776,6 +804,81 @@ def test_more_than_the_disk_holds_is_refused_with_the_numbers(tmp_path):
     with pytest.raises(ShardingError, match=rf"{tmp_path} has \d+ MiB"):
         SharedBuffer.create(1 << 60, [tmp_path])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_cannot_be_mapped_is_refused_and_leaves_nothing(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20), limits[1]))
+    try:
+        with pytest.raises(ShardingError, match=r"no room for 256 MiB .*Cannot allocate memory"):
+            SharedBuffer.create(256 << 20, [tmp_path], reserved=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_which_nobody_may_write_is_passed_over(tmp_path, monkeypatch):
+    locked, usable = tmp_path / "locked", tmp_path / "usable"
+    for folder in (locked, usable):
+        folder.mkdir()
+
+    def made_in(dir, **names):  # for root no folder is locked
+        if dir == locked:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return mkstemp(dir=dir, **names)
+
+    mkstemp = tempfile.mkstemp
+    monkeypatch.setattr(tempfile, "mkstemp", made_in)
+    buffer = SharedBuffer.create(4096, [locked, usable])
+    assert buffer.path.parent == usable
+    with pytest.raises(ShardingError, match="locked: Permission denied"):
+        SharedBuffer.create(4096, [locked])
+
+
+def test_without_a_folder_to_meet_one_device_decodes(vae, latent, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(ShardingError, match="no folder can be made where the ranks meet"):
+        decode_sharded(vae, latent, "cpu,cpu")
+    pixels = decode_sharded(vae, latent, "cpu,cpu", fallback=True, chunk_frames=1)
+    assert torch.equal(pixels, expected)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        WorkerPool.close,
+        WorkerPool.free_devices,
+        WorkerPool.start_ahead,
+        lambda pool: pool.decode(jobs.model("wan2.1"), jobs.noise(SHAPE)),
+    ],
+)
+def test_a_callback_cannot_call_the_workers_that_wait_for_it(pool, vae, latent, expected, call):
+    with pytest.raises(ShardingError, match="called from within a run of theirs"):
+        decode(pool, vae, latent, on_progress=lambda *_: call(pool))
+    assert torch.equal(decode(pool, vae, latent), expected)
+
+
+def test_a_pool_that_is_let_go_of_leaves_no_folder(vae, latent, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pool = WorkerPool("cpu,cpu", start_timeout_s=PATIENCE_S)
+    decode(pool, vae, latent)
+    assert len(list(tmp_path.glob("wan_vae_ranks_*"))) == 1
+    del pool
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plans_are_kept_before_another_thread_may_send_other_weights(pool, vae, monkeypatch):
+    from_dict, served = workers.Plan.from_dict, []
+
+    def read(plain):
+        served.append(pool._lock.is_taken)
+        return from_dict(plain)
+
+    monkeypatch.setattr(workers.Plan, "from_dict", read)
+    pool.plan(vae, SHAPE)
+    assert served == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -984,7 +1087,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
         [sys.executable, str(script)],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(tmp_path)},
     )
     pids = [int(p) for p in parent.stdout.readline().split()]
     assert len(pids) == 2
@@ -994,6 +1097,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     for end in ends:
         assert select.select([end], [], [], PATIENCE_S)[0], "a worker outlived its parent"
         os.close(end)
+    assert list(tmp_path.glob("wan_vae_ranks_*")) == []
 
 
 @pytest.mark.parametrize("text", ["gpu", "cuda:0,tpu", "0;1"])

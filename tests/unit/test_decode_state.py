@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -93,6 +96,25 @@ def test_weights_changed_in_place_are_seen_in_every_precision(vae, z):
     # Repacking alone changes nothing that is seen.
     vae.decode(z, memory_format="channels_last_3d")
     assert torch.equal(vae.decode(z, precision="bf16"), after)
+
+
+def test_weights_in_memory_that_was_taken_again_are_other_weights(vae, z):
+    """Of two LoRAs that are merged one after the other, the second finds the first's memory."""
+    weight = vae.model.decoder.conv1.weight
+    memory = weight.numpy().copy()
+    weight.data = torch.from_numpy(memory)
+    vae.decode(z, precision="bf16")
+    weight.data = weight.data * 2
+    memory *= 3
+    weight.data = torch.from_numpy(memory)
+    other = WanVAE.from_state_dict(vae.model.state_dict(), device="cpu")
+    assert torch.equal(vae.decode(z, precision="bf16"), other.decode(z, precision="bf16"))
+
+
+def test_a_copy_and_a_pickle_begin_without_what_is_known_of_the_weights(vae, z):
+    expected = vae.decode(z, precision="bf16")
+    for other in (copy.deepcopy(vae), pickle.loads(pickle.dumps(vae))):
+        assert torch.equal(other.decode(z, precision="bf16"), expected)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from wan_vae.io.fingerprint import (
     _sampled,
     _taken,
     fingerprint,
+    is_elsewhere,
 )
 
 
@@ -84,6 +85,24 @@ def test_nan_equals_itself(state):
 
 def test_weights_that_are_nowhere_have_none(state):
     assert fingerprint({**state, "conv2.bias": torch.empty(16, device="meta")}) is None
+
+
+def test_a_tensor_whose_sign_is_kept_apart_has_that_of_its_numbers(state):
+    names = ("decoder.middle.0.residual.2.weight", "conv2.bias")
+    negative = {**state, **{name: -state[name] for name in names}}
+    lazy = {**state, **{name: torch._neg_view(state[name]) for name in names}}
+    assert fingerprint(lazy) == fingerprint(negative) != fingerprint(state)
+    assert Look.of(lazy) is None
+
+
+def test_what_is_elsewhere_may_come_back(state):
+    assert not is_elsewhere(state) and not is_elsewhere({**state, "none": None})
+    for odd in (state["conv2.weight"].to_sparse(), torch.zeros(2, dtype=torch.complex128)):
+        assert fingerprint({**state, "odd": odd}) is None and not is_elsewhere({"odd": odd})
+    assert is_elsewhere({**state, "odd": torch.empty(2, device="meta")})
+    given_back = torch.zeros(2)
+    given_back.untyped_storage().resize_(0)
+    assert is_elsewhere({**state, "odd": given_back})
 
 
 def _odd(state):

@@ -122,6 +122,17 @@ def test_a_shard_encodes_whole_chunks_as_long_as_they_fit():
         assert choose(replace(part, free_bytes=needed / 0.69)).chunk_frames == frames
 
 
+@pytest.mark.parametrize("operation", ["decode", "encode"])
+@pytest.mark.parametrize("shards", [True, False])
+def test_where_nothing_fits_that_is_taken_which_takes_least(operation, shards):
+    """Two latent frames in one chunk keep no history. Ranks that took one at a time, for lack of
+    memory, had the others do so too, which had room for the plan that they had made."""
+    few = replace(KERNELS, latent_shape=(1, 16, 2, 1, 80), shards=shards, operation=operation)
+    asked = [choose(replace(few, chunk_frames=n)) for n in (1, 2)]
+    assert asked[1].planned_bytes < asked[0].planned_bytes
+    assert choose(replace(few, free_bytes=0)).planned_bytes == asked[1].planned_bytes
+
+
 def test_a_choice_takes_few_walks(monkeypatch):
     """Each takes a fraction of a millisecond; a choice is made before every decode."""
     walks, real = [], peak.Walk.__init__

@@ -141,6 +141,13 @@ def test_copies_are_contiguous_and_ordinary_whatever_the_source_is():
         own.add_(1)  # outside of inference mode
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_source_whose_sign_is_kept_apart_is_copied_with_it(dtype):
+    source = torch.randn(3, 70)
+    (copy,) = copied({"x": torch._neg_view(source)}, torch.device("cpu"), dtype).state.values()
+    assert torch.equal(copy, (-source).to(dtype))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [0, 31999, 32000, -1])
 def test_what_is_not_finite_is_suspected_wherever_it_is(bad, place):

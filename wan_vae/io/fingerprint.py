@@ -45,7 +45,8 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> bytes | None:
         if not _has_bits(tensor):
             return None
         described.append(f"{name} {_described(tensor.shape, tensor.dtype)};")
-        bits = tensor.detach().view(_BITS[tensor.element_size()])
+        plain = tensor.detach().resolve_conj().resolve_neg()  # else its bits are not its numbers
+        bits = plain.view(_BITS[plain.element_size()])
         is_large = bits.numel() > WHOLE
         # Both count in logical order in every memory format and copy only the samples. Torch's
         # index would wake all threads for each tensor on the CPU: 30 ms and more on busy cores.
@@ -83,7 +84,8 @@ class Look:
         addresses: dict[int, list[np.ndarray]] = defaultdict(list)
         for tensor in state.values():
             on_host = _is_usual(tensor) and tensor.device.type == "cpu" and _has_bits(tensor)
-            if not on_host or tensor.data_ptr() % tensor.element_size():
+            is_lazy = tensor.is_neg() or tensor.is_conj()  # its bits are not those of its numbers
+            if not on_host or is_lazy or tensor.data_ptr() % tensor.element_size():
                 return None
             shape, steps, width = tuple(tensor.shape), tensor.stride(), tensor.element_size()
             sampled = _places(shape) if tensor.numel() > WHOLE else np.indices(shape)
@@ -153,8 +155,14 @@ def _has_bits(tensor: object) -> bool:
         isinstance(tensor, torch.Tensor)
         and missing_data(tensor) is None
         and tensor.element_size() in _BITS
-        and not (tensor.is_conj() or tensor.is_neg())  # its bits are not those of its numbers
     )
+
+
+def is_elsewhere(state: Mapping[str, object]) -> bool:
+    """Whether numbers of `state` are not in memory now: on "meta", or in memory that was given
+    back. They may come back."""
+    tensors = (tensor for tensor in state.values() if isinstance(tensor, torch.Tensor))
+    return any(missing_data(tensor) in ("meta", "fake", "freed") for tensor in tensors)
 
 
 def _sampled(bits: torch.Tensor, at: tuple[torch.Tensor, ...] | None) -> torch.Tensor:

@@ -6,6 +6,7 @@ It is one nn.Module, so that a ComfyUI ModelPatcher can own it. Its state dict i
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -157,6 +158,17 @@ def model_of(config: WanVAEConfig, own: Mapping[str, torch.Tensor]) -> WanVAEMod
     with torch.inference_mode(False), torch.no_grad():
         model.load_state_dict(own, strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def weight_state(p: torch.Tensor) -> tuple[object, ...]:
+    """What is another where `p` was given other numbers: a new tensor or new memory in its place
+    (`p.data = ...`), or a change in place. What PyTorch does not count is not seen: changes in
+    place through `p.data` or NumPy.
+
+    Keeps nothing alive. An address alone would not do: memory that was given back is taken again,
+    of two LoRAs that are merged one after the other by the second.
+    """
+    return weakref.ref(p.untyped_storage()), p.data_ptr(), p.dtype, tensor_version(p)
 
 
 def tensor_version(p: torch.Tensor) -> int:

@@ -156,7 +156,7 @@ def _threads() -> int:
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> bool:
     """Copy `source` to `target` piece by piece. False if something in it may be NaN or inf."""
-    read, written = source.detach().reshape(-1).cpu(), target.view(-1)
+    read, written = source.detach().resolve_neg().reshape(-1).cpu(), target.view(-1)
     usual = read.dtype == written.dtype or (read.dtype, written.dtype) == _ROUNDED
     if usual and read.dtype in _BITS:
         return _copy_bits(read, written)

@@ -219,7 +219,7 @@ class _Chooser:
             return self._in_strips(request.strips, chunks, self.passes[0])
         wide = self._full_chunk() * (1 if self.is_eager else _WIDE_CHUNKS)
         ways = _ways(min(request.latent_shape[2], wide), self.passes)
-        wanted = 0
+        wanted, tried = 0, list[Choice]()
         if asked is None and self.wide > 1:
             # What a frame at a time takes, as ComfyUI's core does it, and so no more than core: a
             # user of --fp32-vae must not run out of memory for having installed us.
@@ -234,8 +234,9 @@ class _Chooser:
             wanted = max(wanted, choice.planned_bytes)
             if free is None or choice.planned_bytes <= int(self.margin.whole * free):
                 return replace(choice, wanted_bytes=wanted)
+            tried.append(choice)
         assert free is not None
-        smallest = self._whole(self._schedule(1), self.passes[-1])
+        smallest = _least([*tried, self._whole(self._schedule(1), self.passes[-1])])
         if smallest.planned_bytes > int(self.margin.whole * free):
             choice = self._fitting_strips(free, ways, smallest)
         # Else as asked for; chunks become shorter if memory does run out.
@@ -368,16 +369,18 @@ class _Chooser:
         return host is None or choice.host_bytes <= _USABLE_HOST * host
 
     def _of_shard(self) -> Choice:
-        """The longest chunks and passes that fit; the shortest if none do."""
+        """The longest chunks and passes that fit; those that take least if none do."""
         request, free = self.request, self.request.free_bytes
         asked, ways, wanted = request.chunk_frames, self._shard_ways(), 0
+        tried: list[Choice] = []
         passes = dict.fromkeys(elements for _, elements in ways)
         for frames, elements in ways if asked is None else [(asked, e) for e in passes]:
             choice = self._whole(self._schedule(frames), elements)
             wanted = max(wanted, choice.planned_bytes)
             if free is None or choice.planned_bytes <= self.margin.shards * free:
-                break
-        return replace(choice, wanted_bytes=wanted)
+                return replace(choice, wanted_bytes=wanted)
+            tried.append(choice)
+        return replace(_least(tried), wanted_bytes=wanted)
 
     def _shard_ways(self) -> list[tuple[int, int | None]]:
         """Latent frames a chunk and numbers a pass of a shard, the faster ones first."""
@@ -446,6 +449,12 @@ def _ways(frames: int, passes: Sequence[int]) -> list[tuple[int, int]]:
         found += [(frames, elements) for elements in passes]
         frames //= 2
     return found
+
+
+def _least(choices: Sequence[Choice]) -> Choice:
+    """That which takes least, the last of equal ones. Not always the shortest chunks: one chunk of
+    two latent frames keeps no history, which takes up to a quarter more."""
+    return min(reversed(choices), key=lambda choice: choice.planned_bytes)
 
 
 def _parts(chunks: Sequence[Chunk], count: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from numbers import Real
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ from ..kernels.proof.formats import must_prove_formats, wrong_formats
 from ..kernels.proof.timing import device_timer
 from ..layout import LayoutDecision
 from ..libraries import Libraries
-from ..network.model import NO_ENCODER, WanVAEModel, tensor_version
+from ..network.model import NO_ENCODER, WanVAEModel, weight_state
 from ..ops.eager.forms import EagerForms, choose_forms
 from ..ops.opset import LayerChoice, OpSet, eager_ops
 from ..options import PARTS, Operation, Part, RunOptions
@@ -111,9 +112,14 @@ class Engine:
         self._choices_in_full = None
         self._bytes: dict[tuple[Part, torch.dtype], int] = {}
         # As what each part was packed last, and its weights then; see `weights_state`.
-        self._packed_as: dict[Part, tuple[str, list[tuple[int, int]]]] = {}
+        self._packed_as: dict[Part, tuple[str, list[tuple[object, ...]]]] = {}
         # What times kernels on a device; tests put a clock of their own here.
         self.timer_of = device_timer
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles start without what is known of these weights, which theirs are not.
+        fresh = Engine(self.model, self.weights_found)
+        return vars(fresh) | {"timer_of": self.timer_of}
 
     @property
     def device(self) -> torch.device:
@@ -352,8 +358,7 @@ class Engine:
 
     def _in_dtype(self, dtype: torch.dtype) -> WanVAEModel:
         """A copy of the model in `dtype`; the last one, unless the weights were changed since."""
-        weights = parameters(self.model)
-        state = (dtype, [(p.data_ptr(), tensor_version(p)) for p in weights])
+        state = dtype, [weight_state(p) for p in parameters(self.model)]
         if self._cast is None or self._cast[0] != state:
             self._cast = state, copy.deepcopy(self.model).to(dtype)
             # Its weights may lie where those of the copy before lay.

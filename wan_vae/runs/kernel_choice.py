@@ -14,7 +14,7 @@ from ..kernels.device import Device
 from ..kernels.proof.cache import ProofCache
 from ..kernels.proof.timing import Timer, device_timer
 from ..kernels.select import SelectRequest, select_kernels
-from ..network.model import WanVAEModel, tensor_version
+from ..network.model import WanVAEModel, weight_state
 from ..network.sites import layer_sites
 from ..ops.eager.forms import EagerForms
 from ..ops.opset import LayerChoice, OpSet, Refusal, eager_ops
@@ -39,9 +39,9 @@ class OpsRequest:
     part: Part = "decoder"
     axis: Axis | None = None
     forms: EagerForms = field(default_factory=EagerForms)
-    weights: Sequence[tuple[int, int]] | None = None
+    weights: Sequence[tuple[object, ...]] | None = None
 
-    def weights_now(self) -> Sequence[tuple[int, int]]:
+    def weights_now(self) -> Sequence[tuple[object, ...]]:
         """Which tensors the weights are: see `weights_state`."""
         return weights_state(self.model, self.part) if self.weights is None else self.weights
 
@@ -128,13 +128,13 @@ def _key(request: OpsRequest) -> tuple[object, ...]:
     return (request.backend, request.only_frame, request.axis, request.part)
 
 
-def weights_state(model: WanVAEModel, part: Part) -> list[tuple[int, int]]:
-    """Which tensors the weights of `part` are, and how often each was changed in place.
+def weights_state(model: WanVAEModel, part: Part) -> list[tuple[object, ...]]:
+    """Which tensors the weights of `part` are, and how often each was changed in place: see
+    `weight_state`.
 
     Of this part alone: packing the other's weights must not cost this one its kernels.
     """
-    weights = parameters(*own_modules(model, part))
-    return [(p.data_ptr(), tensor_version(p)) for p in weights]
+    return [weight_state(p) for p in parameters(*own_modules(model, part))]
 
 
 def unavailable_reason(requested: Backend, device: torch.device, dtype: torch.dtype) -> str | None:

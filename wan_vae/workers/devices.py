@@ -13,8 +13,8 @@ from ..said import said
 
 Transport = Literal["nccl", "gloo"]
 
-# A single image of 1536 x 2048 is smaller. One of 2048 x 2048 takes two H200 49.6 ms, and one of them
-# 71.8.
+# A single image of 1536 x 2048 is smaller. One of 2048 x 2048 takes two H200 49.6 ms, and a single
+# H200 71.8.
 _SHARED_PIXELS = 3_200_000
 
 _KINDS = ("cpu", "cuda", "mps", "xpu")

@@ -8,6 +8,7 @@ them and keeps them for the next run. If one fails, it ends all of them and says
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import subprocess
 import tempfile
@@ -35,9 +36,10 @@ from ..errors import (
     ShardingError,
 )
 from ..hooks import Hooks, OnProgress, ShouldStop
+from ..io.fingerprint import fingerprint
 from ..io.image import FollowingCopy
 from ..io.latents import WHAT, as_batch, check_latent_shape, check_pixels
-from ..network.model import NO_ENCODER, WanVAEModel, tensor_version
+from ..network.model import NO_ENCODER, WanVAEModel, tensor_version, weight_state
 from ..network.weights import copy_weights
 from ..options import (
     COLLECTS,
@@ -65,8 +67,6 @@ from .shared import SharedBuffer, Spares, aligned, view
 from .watch import GRACE_S, Failure, Watch, Watched, error_of, failure_of
 
 Form = Literal["pixels", "image"]
-# A model, and what its weights were (`_state_of`).
-_Loaded = tuple[weakref.ref[WanVAEModel], list[Any]]
 
 _CONTROL_BYTES = 4096
 # How long processes wait for the first run that they were started for: a sampler takes minutes.
@@ -93,6 +93,70 @@ class _Job:
     hooks: Hooks
     arguments: Mapping[str, Any]
     by_rank: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+
+
+class _Turn:
+    """A lock for one thread at a time, which says so where its own thread asks again: a callback of
+    a run, for which that run would wait for ever. Use as a context; raises ShardingError."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the calling thread has it."""
+        return self._owner == threading.get_ident()
+
+    def __enter__(self) -> None:
+        if self.is_taken:
+            raise ShardingError(
+                said(
+                    "worker.within",
+                    "the workers were called from within a run of theirs (by on_progress or "
+                    "should_stop): call them when it has returned",
+                )
+            )
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._owner = None
+        self._lock.release()
+
+
+class _Loaded:
+    """The weights that the workers have: which they were, and what."""
+
+    def __init__(self, vae: WanVAE, state: Mapping[str, torch.Tensor]) -> None:
+        self._model = weakref.ref(vae.model)
+        self._weights, self._tensors = _weights_of(vae.model), _tensors_of(vae.model)
+        self._fingerprint = fingerprint(state)
+
+    def are_of(self, vae: WanVAE) -> bool:
+        """Whether these are the weights of `vae` as they are now. Weights that only lie elsewhere,
+        because they were moved to a device and back, are the same."""
+        model = self._model()
+        if model is not vae.model:
+            return False
+        weights = _weights_of(model)
+        if weights == self._weights:
+            return True
+        if _tensors_of(model) != self._tensors or self._fingerprint is None:
+            return False
+        if fingerprint(model.state_dict()) != self._fingerprint:
+            return False
+        self._weights = weights
+        return True
+
+
+def _weights_of(model: WanVAEModel) -> list[tuple[object, ...]]:
+    return [weight_state(p) for p in parameters(model)]
+
+
+def _tensors_of(model: WanVAEModel) -> list[tuple[object, ...]]:
+    """Which tensors the weights are, and how often each was changed in place, wherever they lie."""
+    return [(id(p), p.dtype, tensor_version(p)) for p in parameters(model)]
 
 
 class WorkerPool:
@@ -130,7 +194,8 @@ class WorkerPool:
         self._spawned_s = 0.0
         # Whether the workers have joined one another; before, they only wait (`start_ahead`).
         self._joined = False
-        self._folder: Path | None = None
+        # Removes the folder where the workers meet, at the latest with this object or program.
+        self._remove_folder: weakref.finalize[[Path, int], WorkerPool] | None = None
         self._loaded: _Loaded | None = None
         # The plans of each kind of run with these weights.
         self._planned: dict[tuple[object, ...], tuple[Plan, ...]] = {}
@@ -138,7 +203,7 @@ class WorkerPool:
         self._spares = Spares()
         # Milliseconds by phase since the last report: of this process, and of starting workers.
         self._laps: dict[str, float] = {}
-        self._lock = threading.Lock()
+        self._lock = _Turn()
         self._idle: threading.Timer | None = None
         self._uses = 0
         # Until when a run is awaited that was announced, by `time.monotonic`.
@@ -233,8 +298,9 @@ class WorkerPool:
         if chunk_frames is not None:
             chunk_lengths(shape[2], chunk_frames)
         key = (operation, shape, axis, options)
-        if earlier and key in self._planned and self._has(vae) and self._is_running():
-            return self._planned[key]
+        known = self._planned.get(key)  # which another thread may take away
+        if earlier and known is not None and self._has(vae) and self._is_running():
+            return known
         with self._busy(vae), self._timed("workers: plan"):
             self._send_all(
                 "plan",
@@ -244,10 +310,11 @@ class WorkerPool:
                 options=asdict(options),
             )
             plain = self._wait_for_all(said("worker.plan", "plan"), self.start_timeout_s)
-        plans = [Plan.from_dict(p) for p in plain]
-        pace = plans[0].pace_of_ranks([(p.chunk_frames, p.pass_elements) for p in plans])
-        found = tuple(plan.paced(pace) for plan in plans)
-        self._planned[key] = found
+            plans = [Plan.from_dict(p) for p in plain]
+            pace = plans[0].pace_of_ranks([(p.chunk_frames, p.pass_elements) for p in plans])
+            found = tuple(plan.paced(pace) for plan in plans)
+            # Before another thread may give the workers other weights.
+            self._planned[key] = found
         return found
 
     def has_planned(self, vae: WanVAE, operation: Operation) -> bool:
@@ -652,7 +719,7 @@ class WorkerPool:
         if self._joined or not running:
             self._spawn()
         self._started_timeout_s = self.timeout_s
-        self._folder = Path(tempfile.mkdtemp(prefix="wan_vae_ranks_"))
+        folder = self._folder_to_meet()
         on_cpu = sum(d.type == "cpu" for d in self.devices) or 1
         self._joined = True
         for rank in self._ranks:
@@ -663,7 +730,7 @@ class WorkerPool:
                     world_size=len(self.devices),
                     device=str(rank.device),
                     transport=self.transport,
-                    rendezvous=str(self._folder / "rendezvous"),
+                    rendezvous=str(folder / "rendezvous"),
                     start_s=max(self.timeout_s, self.start_timeout_s),
                     wait_s=self.timeout_s,
                     threads=max(1, torch.get_num_threads() // on_cpu),
@@ -682,6 +749,22 @@ class WorkerPool:
             if loading is not None:
                 with self._timed("workers: weights"):  # what is left of it
                     self._until_loaded(loading)
+
+    def _folder_to_meet(self) -> Path:
+        """A new folder for the file through which the workers find one another."""
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="wan_vae_ranks_"))
+        except OSError as error:
+            raise ShardingError(
+                said(
+                    "worker.no_meeting",
+                    "no folder can be made where the ranks meet ({error}): free space in the "
+                    "temporary folder, or set TMPDIR to another one",
+                    error=error,
+                )
+            ) from error
+        self._remove_folder = weakref.finalize(self, _remove, folder, os.getpid())
+        return folder
 
     def _is_running(self) -> bool:
         """Whether there are workers, and none is gone."""
@@ -709,8 +792,8 @@ class WorkerPool:
     @contextmanager
     def _given_weights(self, vae: WanVAE) -> Iterator[_Loaded]:
         """Inside, the workers may read the weights from shared memory, and were told to."""
-        loading = weakref.ref(vae.model), _state_of(vae)
         state = vae.model.state_dict()
+        loading = _Loaded(vae, state)
         table, offset = [], 0
         for name, value in state.items():
             table.append((name, offset, tuple(value.shape), dtype_name(value.dtype)))
@@ -744,10 +827,8 @@ class WorkerPool:
 
     def _has(self, vae: WanVAE) -> bool:
         """Whether the workers have the weights of `vae` as they are now."""
-        if self._loaded is None:
-            return False
-        model, loaded = self._loaded
-        return model() is vae.model and loaded == _state_of(vae)
+        loaded = self._loaded  # which another thread may take away
+        return loaded is not None and loaded.are_of(vae)
 
     def _send_all(
         self, command: str, by_rank: Sequence[Mapping[str, Any]] = (), **arguments: Any
@@ -808,9 +889,15 @@ class WorkerPool:
         self._spares.clear()
         self._planned.clear()
         self._laps.clear()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        if self._remove_folder is not None:
+            self._remove_folder()
+            self._remove_folder = None
+
+
+def _remove(folder: Path, process: int) -> None:
+    """Remove `folder`; a process that was forked from its owner's leaves it."""
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _step(giving: Giving, copy: FollowingCopy | None) -> bool:
@@ -821,11 +908,6 @@ def _step(giving: Giving, copy: FollowingCopy | None) -> bool:
     if copy is not None:
         copy.prepare()
     return False
-
-
-def _state_of(vae: WanVAE) -> list[Any]:
-    """Which tensors the weights are, and how often each was changed in place."""
-    return [(id(p), p.dtype, tensor_version(p)) for p in parameters(vae.model)]
 
 
 def _end_idle(pool: weakref.ref[WorkerPool], uses: int) -> None:

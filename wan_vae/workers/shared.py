@@ -27,7 +27,10 @@ from ..said import said, together
 
 def default_folders() -> tuple[Path, ...]:
     """Where shared memory may live, the fastest first: RAM, then the temporary folder."""
-    return (Path("/dev/shm"), Path(tempfile.gettempdir()))
+    folders = [Path("/dev/shm")]
+    with suppress(FileNotFoundError):  # nobody may write to any
+        folders.append(Path(tempfile.gettempdir()))
+    return tuple(folders)
 
 
 _forks = 0
@@ -60,7 +63,11 @@ class SharedBuffer:
         self._forks = _forks
         descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
         closing = weakref.finalize(self, os.close, descriptor)
-        self._mapping = mmap.mmap(descriptor, size)
+        try:
+            self._mapping = mmap.mmap(descriptor, size)
+        except OSError:
+            closing()  # now: Windows removes no file that is open
+            raise
         if sys.platform == "win32":
             weakref.finalize(self._mapping, _remove_if_unmapped, path)
         # What is page-locked, and where it lies.
@@ -114,20 +121,10 @@ class SharedBuffer:
                     )
                 )
                 continue
-            descriptor, name = tempfile.mkstemp(prefix="wan_vae_", dir=folder)
-            failure = None
             try:
-                os.truncate(descriptor, size)
-                if _fallocate is not None and reserved != 0:
-                    _fallocate(descriptor, 0, size if reserved is None else reserved)
-            except OSError as error:
-                failure = f"{folder}: {error.strerror}"
-            finally:
-                os.close(descriptor)  # before it is removed, for Windows
-            if failure is None:
-                return cls.open(name, size)
-            os.unlink(name)
-            refused.append(failure)
+                return cls._create_in(folder, size, reserved)
+            except OSError as error:  # also where nobody may write, or no memory can be mapped
+                refused.append(f"{folder}: {error.strerror}")
         raise ShardingError(
             said(
                 "worker.no_room",
@@ -137,6 +134,22 @@ class SharedBuffer:
                 reasons=together(refused) or said("worker.no_folder", "no folder for it"),
             )
         )
+
+    @classmethod
+    def _create_in(cls, folder: Path, size: int, reserved: int | None) -> SharedBuffer:
+        """See `create`. Raises OSError, and then leaves no file."""
+        descriptor, name = tempfile.mkstemp(prefix="wan_vae_", dir=folder)
+        try:
+            try:
+                os.truncate(descriptor, size)
+                if _fallocate is not None and reserved != 0:
+                    _fallocate(descriptor, 0, size if reserved is None else reserved)
+            finally:
+                os.close(descriptor)  # before it is removed, for Windows
+            return cls.open(name, size)
+        except OSError:
+            os.unlink(name)
+            raise
 
     @classmethod
     def open(cls, path: str | Path, size: int) -> SharedBuffer:

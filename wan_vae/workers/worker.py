@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -99,7 +100,7 @@ def serve(connection: PipeEnd[Any, Any], commands: Commands) -> None:
     _, plain = commands.get()
     settings = WorkerSettings(**plain)
     pipe = _Sender(connection)
-    threading.Thread(target=_listen, args=(pipe, commands), daemon=True).start()
+    threading.Thread(target=_listen, args=(pipe, commands, settings), daemon=True).start()
     worker = _Worker(settings, pipe)
     try:
         worker.take_device()
@@ -163,13 +164,17 @@ class _Sender:
         return message
 
 
-def _listen(pipe: _Sender, commands: Commands) -> None:
+def _listen(pipe: _Sender, commands: Commands, settings: WorkerSettings) -> None:
     """Read commands and answer "ping", whatever the main thread is busy with.
 
-    When the parent is gone, end at once, also out of a wait for another rank.
+    When the parent is gone, end at once, also out of a wait for another rank; the folder of the
+    file where the ranks met goes too, which a parent that was killed has left.
     """
     with suppress(EOFError, OSError):
         _receive_all(pipe, commands)
+    with suppress(OSError):  # the last one removes it
+        Path(settings.rendezvous).unlink(missing_ok=True)
+        Path(settings.rendezvous).parent.rmdir()
     os._exit(1)
 
 
