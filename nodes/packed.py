@@ -140,14 +140,17 @@ class PackedCopies:
         packed.wan.engine.weights_found = last.formats
         return packed
 
-    def is_right(self, vae: Any) -> bool:
-        """Whether the weights of `vae` are those of which a copy is `assumed`, as they lay."""
+    def is_right(self, vae: Any, packed: Packed) -> bool:
+        """Whether `packed`, which was `assumed`, is a copy of the weights of `vae` as they are."""
         last = self._sources.get(vae.first_stage_model)
+        if last is None or last.look is None:
+            return False
+        # Another thread may have looked since, and found other weights.
+        sources = (key.source for key, copy in self._copies.items() if copy is packed)
         try:
-            state = state_of(vae)
+            return last.source in sources and last.look.is_still_true(state_of(vae))
         except WanVAEError:
             return False
-        return last is not None and last.look is not None and last.look.is_still_true(state)
 
     def get(
         self,

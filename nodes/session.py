@@ -161,7 +161,7 @@ class Session:
     def _look(self) -> None:
         """See whether the copy that is used is of the weights as they are, once."""
         if self._is_right is None:
-            self._is_right = COPIES.is_right(self.vae)
+            self._is_right = COPIES.is_right(self.vae, self.packed)
             if self._is_right:
                 self._tell_of_ignored(self.packed)
 

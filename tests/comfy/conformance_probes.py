@@ -425,6 +425,30 @@ class ProbeCopies(_Probe):
         return {"ui": {"copies": found, "marks": marks, "collects": [gc.isenabled()]}}
 
 
+class ProbeAssumed(_Probe):
+    """Whether the copy that a run assumes is right: as the weights are, and after others have
+    changed them and looked at them twice."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"vae": ("VAE",)}}
+
+    def probe(self, vae):
+        (module,) = (m for name, m in sys.modules.items() if name.endswith(".nodes.packed"))
+        copies = module.COPIES
+        for _ in range(2):
+            copies.get(vae, "auto")
+        assumed = copies.assumed(vae, "auto")
+        right = [copies.is_right(vae, assumed)]
+        with torch.inference_mode():
+            for parameter in vae.first_stage_model.parameters():
+                parameter.mul_(1.5)
+        for _ in range(2):
+            new = copies.get(vae, "auto")
+        right += [copies.is_right(vae, assumed), copies.is_right(vae, new)]
+        return {"ui": {"right": right}}
+
+
 # For each collection of garbage, whether a run of ours was computing.
 _COLLECTED: collections.deque[bool] = collections.deque()
 
@@ -603,6 +627,7 @@ NODE_CLASS_MAPPINGS = {
         ProbeCollected,
         ProbeCollections,
         ProbeCopies,
+        ProbeAssumed,
         ProbeWorkersCounted,
     )
 }

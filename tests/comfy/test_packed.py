@@ -129,6 +129,16 @@ def test_a_copy_of_weights_that_were_changed_leaves(comfy, runs, kind):
     assert len(copies(comfy, held(name))) == 1
 
 
+def test_a_copy_is_not_right_because_another_thread_has_looked(comfy):
+    """It looked at weights that were changed since the copy was taken for right."""
+    forget(comfy)
+    name = "changed_meanwhile.safetensors"
+    folder = comfy.base / "models" / "vae"
+    (folder / name).write_bytes((folder / VAES[1]).read_bytes())
+    run = run_right(comfy, {"1": load_vae(name), "2": node("ProbeAssumed", vae=["1", 0])})
+    assert run.outputs["2"]["right"] == [True, False, True]
+
+
 # What each node makes, and what ComfyUI's own node makes of the weights as they are.
 NODES = {
     "decode": ("WanVAEDecode", "VAEDecode", {}),
