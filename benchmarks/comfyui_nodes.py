@@ -30,7 +30,6 @@ decode. For Wan 2.1, or with --model wan2.2.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -46,7 +45,7 @@ from safetensors.torch import save_file
 
 from benchmarks.suite.ballast import Ballast
 from benchmarks.suite.cold_nodes import ColdCase, ColdRow, cold_lines, cold_rows
-from benchmarks.suite.facts import Facts, repeatable
+from benchmarks.suite.facts import Facts, repeatable, write_results
 from benchmarks.suite.node_faults import fault_lines, rows_after_faults, rows_without_faults
 from benchmarks.suite.node_runs import (
     ACCELERATE,
@@ -231,7 +230,7 @@ def _cold_main(setting: Setting, model: str, output: Path | None, argv: Sequence
         text = "\n".join([*lines, *cold_lines(rows)]) + "\n"
         if output is not None:
             data = {**facts.as_dict(), "rows": [row.as_dict() for row in rows]}
-            _write(output, "cold", text, data)
+            write_results(output, "cold", text, data)
     print(text)
     return 0
 
@@ -424,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         more, version = run(replace(setting, flags=flags), wanted)
         rows += more
         if args.output is not None:  # after each flag, for who ends this before the last one
-            _write(args.output, "nodes", *_page(rows, version, argv))
+            write_results(args.output, "nodes", *_page(rows, version, argv))
     print(_page(rows, version, argv)[0])
     return _said([fault for row in rows for fault in row.faults()])
 
@@ -452,7 +451,7 @@ def _main_faults(setting: Setting, output: Path | None, argv: Sequence[str]) -> 
         text = "\n".join(lines) + "\n"
         if output is not None:  # for who ends this before the last row
             data = {**facts.as_dict(), "rows": [row.as_dict() for row in rows]}
-            _write(output, "faults", text, data)
+            write_results(output, "faults", text, data)
     print(text)
     return _said([fault for row in rows for fault in row.faults()])
 
@@ -477,14 +476,7 @@ def _show(folder: Path | None, name: str, text: str, data: Mapping[str, object])
     """Print the page; if there is a `folder`, put it and the data there."""
     print(text)
     if folder is not None:
-        _write(folder, name, text, data)
-
-
-def _write(folder: Path, name: str, text: str, data: Mapping[str, object]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    plain = json.dumps(data, indent=1) + "\n"
-    (folder / f"{name}.json").write_text(plain, encoding="utf-8")
+        write_results(folder, name, text, data)
 
 
 def _said(faults: Sequence[str]) -> int:

@@ -12,7 +12,6 @@ which says that it works and nothing about scaling.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ import torch
 
 from benchmarks.scaling_model import table
 from benchmarks.suite.emulation import Emulated, emulate
-from benchmarks.suite.facts import Facts, repeatable
+from benchmarks.suite.facts import Facts, repeatable, write_results
 from benchmarks.suite.scaling import LINKS
 from benchmarks.suite.weights import random_vae
 from wan_vae.config import WanVAEConfig, wan21
@@ -103,13 +102,6 @@ def missed(found: dict[str, list[Emulated]]) -> list[str]:
     ]
 
 
-def _write(folder: Path, found: dict[str, list[Emulated]], facts: Facts) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "emulated.md").write_text(scaling_markdown(found, facts), encoding="utf-8")
-    data = json.dumps(as_dict(found, facts), indent=1) + "\n"
-    (folder / "emulated.json").write_text(data, encoding="utf-8")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; 1 if a CUDA device misses a goal."""
     argv = sys.argv[1:] if argv is None else argv
@@ -136,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: dict[str, list[Emulated]] = {}
     for found in measure(config, pictures, device, args.repeats):
         if args.output is not None:  # after each picture, for who ends this before the last one
-            _write(args.output, found, facts)
+            text, data = scaling_markdown(found, facts), as_dict(found, facts)
+            write_results(args.output, "emulated", text, data)
     print(scaling_markdown(found, facts))
     problems = missed(found) if full else []
     for problem in problems:

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.suite.ballast import Ballast
 from benchmarks.suite.cases import CASES, Case
-from benchmarks.suite.facts import Facts, repeatable
+from benchmarks.suite.facts import Facts, repeatable, write_results
 from benchmarks.suite.measure import synchronise
 from benchmarks.suite.weights import random_vae
 from wan_vae.config import wan21
@@ -219,11 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = markdown(rows, facts)
     print(text)
     if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "small.md").write_text(text, encoding="utf-8")
         data = {**facts.as_dict(), "rows": [asdict(row) for row in rows]}
-        text = json.dumps(data, indent=1) + "\n"
-        (args.output / "small.json").write_text(text, encoding="utf-8")
+        write_results(args.output, "small", text, data)
     faults = [fault for row in rows for fault in row.faults()]
     for fault in faults:
         print(f"small: {fault}", file=sys.stderr)

@@ -92,8 +92,8 @@ class Session:
         self._laps["node: begin"] = (time.perf_counter() - started_s) * 1e3
 
     def enter(self, phase: str, **numbers: int) -> None:
-        """Say what the run does before its first frames: compiling, starting_workers, or planning
-        (all else until then), or comfyui, whose own VAE does all of it.
+        """Say what the run does before its first frames: `compiling`, `starting_workers`,
+        `planning` (everything else), or `comfyui` (ComfyUI's own VAE does all of it).
 
         Only what takes longer than to say so: a message wakes the server's thread, for which this
         one waits some milliseconds.

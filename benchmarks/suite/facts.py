@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -64,3 +66,11 @@ def repeatable(argv: Sequence[str]) -> str:
     imitated = os.environ.get(IMITATE)
     start = [] if not imitated else [f"{IMITATE}={imitated}"]
     return " ".join([*start, "wan-vae bench", *kept])
+
+
+def write_results(folder: Path, name: str, text: str, data: Mapping[str, object]) -> None:
+    """Write `name`.md and `name`.json into `folder`, in place of those of earlier calls."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    plain = json.dumps(data, indent=1) + "\n"
+    (folder / f"{name}.json").write_text(plain, encoding="utf-8")

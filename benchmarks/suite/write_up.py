@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from benchmarks.suite.cold_start import ColdStart
 from benchmarks.suite.comparison import Comparison
 from benchmarks.suite.decoders import is_ours
+from benchmarks.suite.facts import write_results
 from benchmarks.suite.measure import ROUTES, NoNumber, Result, Route
 from benchmarks.suite.roofline import Ceilings, Roofline
 
@@ -18,10 +18,7 @@ _ROUTE_NAMES: dict[Route, str] = {"device": "on the device", "image": "LATENT to
 
 def write(results: Comparison, folder: Path) -> None:
     """Write `results.md` and `results.json` into `folder`, replacing those of earlier calls."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.md").write_text(comparison_markdown(results), encoding="utf-8")
-    text = json.dumps(results.as_dict(), indent=1)
-    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    write_results(folder, "results", comparison_markdown(results), results.as_dict())
 
 
 def comparison_markdown(results: Comparison) -> str:

@@ -237,9 +237,8 @@ class ProbeVideo(_Probe):
 class ProbeVAEWeights:
     """The same VAE object with its weights changed in place, as other packs leave it.
 
-    `kind`: a memory format, a dtype, or what a merge does: scaled, one_channel,
-    negative. `after` is there
-    to come after.
+    `kind`: a memory format, a dtype, or what a merge does: scaled, one_channel, negative. `after`
+    is there to come after.
     """
 
     RETURN_TYPES = ("VAE",)

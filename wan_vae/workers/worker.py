@@ -100,7 +100,9 @@ def serve(connection: PipeEnd[Any, Any], commands: Commands) -> None:
     _, plain = commands.get()
     settings = WorkerSettings(**plain)
     pipe = _Sender(connection)
-    threading.Thread(target=_listen, args=(pipe, commands, settings), daemon=True).start()
+    threading.Thread(
+        target=_listen, args=(pipe, commands, Path(settings.rendezvous)), daemon=True
+    ).start()
     worker = _Worker(settings, pipe)
     try:
         worker.take_device()
@@ -164,7 +166,7 @@ class _Sender:
         return message
 
 
-def _listen(pipe: _Sender, commands: Commands, settings: WorkerSettings) -> None:
+def _listen(pipe: _Sender, commands: Commands, rendezvous: Path) -> None:
     """Read commands and answer "ping", whatever the main thread is busy with.
 
     When the parent is gone, end at once, also out of a wait for another rank; the folder of the
@@ -173,8 +175,8 @@ def _listen(pipe: _Sender, commands: Commands, settings: WorkerSettings) -> None
     with suppress(EOFError, OSError):
         _receive_all(pipe, commands)
     with suppress(OSError):  # the last one removes it
-        Path(settings.rendezvous).unlink(missing_ok=True)
-        Path(settings.rendezvous).parent.rmdir()
+        rendezvous.unlink(missing_ok=True)
+        rendezvous.parent.rmdir()
     os._exit(1)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.suite.emulation import Emulated, emulate
-from benchmarks.suite.facts import Facts, repeatable
+from benchmarks.suite.facts import Facts, repeatable, write_results
 from benchmarks.suite.ranks import faults
 from benchmarks.suite.ranks.cases import Sizes, full_sizes, small_sizes
 from benchmarks.suite.ranks.correct import Reference, check_correct, exact_float32
@@ -26,8 +25,6 @@ from wan_vae.errors import ShardingError
 from wan_vae.workers.pool import WorkerPool
 
 LIMIT_S = 450.0
-
-
 # The most ranks that share devices.
 _MOST_SHARED = 8
 
@@ -171,9 +168,5 @@ def main(argv: Sequence[str]) -> int:
     text = ranks_markdown(results)
     print(text)
     if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "ranks.md").write_text(text, encoding="utf-8")
-        (args.output / "ranks.json").write_text(
-            json.dumps(results.as_dict(), indent=1) + "\n", encoding="utf-8"
-        )
+        write_results(args.output, "ranks", text, results.as_dict())
     return 0 if results.all_good and results.backends else 1
